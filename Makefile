@@ -1,0 +1,44 @@
+# make test    every check; the same as .ci/run
+# make demo    train a small model on four processes and on one, and compare
+# make lint    ruff, mypy and the import layers only
+# make clean   remove what the other targets made
+#
+# Each target makes .venv and installs into it first, once, and again only when pyproject.toml or
+# constraints.txt change; after that no network is needed. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# An active environment or PYTHONPATH of the caller must not leak into ours.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+export PYTHONNOUSERSITE := 1
+
+.DEFAULT_GOAL := test
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "ilm_compile needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,hf]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .coverage htmlcov
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
