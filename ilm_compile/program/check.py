@@ -1,0 +1,39 @@
+"""The structural check: what every program must satisfy, whatever the passes did to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ilm_compile.errors import ProgramError
+from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.program import Program
+from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+
+FUNCTIONS = {redistribute, vocab_embedding, vocab_cross_entropy}
+
+
+def check_structure(program: Program) -> None:
+    """Raise `ProgramError` naming the node unless `program` is in the project's dialect."""
+    program.graph.lint()
+    for node in program.graph.nodes:
+        for problem in _problems(program, node):
+            raise ProgramError(f"check: {problem} at {program.where(node)}")
+    if len(program.graph.output_node().args[0]) != len(program.output_names):  # type: ignore[arg-type]
+        raise ProgramError(f"check: expected the outputs {program.output_names}, got another number")
+
+
+def _problems(program: Program, node: fx.Node) -> list[str]:
+    found = []
+    if node.op in ("call_module", "call_method"):
+        found.append(f"{node.op} is not allowed, only call_function; inline the call")
+    if node.op == "call_function":
+        if not isinstance(node.target, torch._ops.OpOverload) and node.target not in FUNCTIONS:
+            found.append(f"{node.target} is neither an op nor a typed collective; register it as an op")
+        if not 0 <= node.meta.get("region", -1) < len(program.regions):
+            found.append("no region; copy the meta of a neighbour")
+    if node.op == "get_attr" and node.target not in program.variables:
+        found.append(f"{node.target} is not among program.variables")
+    if node.op != "output" and not isinstance(node.meta.get("val"), torch.Tensor):
+        found.append("no FakeTensor in node.meta['val']")
+    return found

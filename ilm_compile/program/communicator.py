@@ -1,0 +1,97 @@
+"""How graph code reaches the other ranks of a mesh axis.
+
+A collective in the graph names its axis only ("tp"). Which `Communicator` stands behind the name is
+decided by whoever runs the graph: torch.distributed in training, threads in the one-process
+emulation, shapes alone while a program is compiled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ilm_compile.errors import ProgramError
+
+
+class Communicator(Protocol):
+    """The ranks of one mesh axis. No method changes its argument."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """Return the sum (or ``"max"``) of every rank's `x`, of the same shape."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return every rank's `x` stacked: (size, *x.shape)."""
+        ...
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Return this rank's entry of the sum of every rank's `x`: (size, *shape) -> shape."""
+        ...
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Return entry `rank` of every rank's `x`, stacked: (size, *shape) -> (size, *shape)."""
+        ...
+
+
+class ShapeCommunicator:
+    """Stands for `size` ranks of which none exists: results have the right shape and no values."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        return torch.empty_like(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.new_empty((self.size, *x.shape))
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[1:])
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+
+_process: dict[str, Communicator] = {}
+_thread = threading.local()
+
+
+def set_communicators(axes: Mapping[str, Communicator]) -> None:
+    """Make `axes` the communicators of this whole process.
+
+    Process-wide, not per thread: on CUDA, autograd recomputes checkpointed regions in threads of
+    its own.
+    """
+    _process.clear()
+    _process.update(axes)
+
+
+@contextmanager
+def communicators(**axes: Communicator) -> Iterator[None]:
+    """Use `axes` in this thread until the block ends (the emulation runs one rank per thread)."""
+    previous = getattr(_thread, "axes", None)
+    _thread.axes = axes
+    try:
+        yield
+    finally:
+        _thread.axes = previous
+
+
+def communicator(axis: str) -> Communicator:
+    """Return the communicator that stands behind mesh axis `axis` here and now."""
+    axes: Mapping[str, Communicator] = getattr(_thread, "axes", None) or _process
+    try:
+        return axes[axis]
+    except KeyError:
+        raise ProgramError(
+            f"collective: mesh axis {axis!r} has no communicator in this thread, known are "
+            f"{sorted(axes)}; run the program through parallelize() or inside communicators(...)"
+        ) from None

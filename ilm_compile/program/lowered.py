@@ -1,0 +1,61 @@
+"""What `lower` makes of a program: one module per pipeline stage, and what passes between them.
+
+This is the whole interface between the compiler and the runtime: the runtime needs nothing else, and
+anything that fills these fields can be run by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from ilm_compile.program.placement import Placement
+from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Input, Variable
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """A value that one stage sends to the next, for each micro-batch; shapes are rank-local."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pipeline stage.
+
+    ``module(*batch_inputs, *received)`` returns the tuple ``sent``, or on the last stage the tuple
+    ``outputs``, whose first entry is the loss. Its children are the regions, in order. `variables`
+    maps the user's name of each parameter and buffer used here to its attribute path in `module`;
+    the tensors are rank-local and on the meta device until the runtime materialises them.
+    """
+
+    index: int
+    module: nn.Module
+    batch_inputs: tuple[str, ...]
+    received: tuple[Boundary, ...]
+    sent: tuple[Boundary, ...]
+    outputs: tuple[str, ...]
+    variables: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredProgram:
+    """A program ready to run: stage s runs on pipeline rank s % pp."""
+
+    plan: Plan
+    inputs: dict[str, Input]
+    variables: dict[str, Variable]
+    target_counts: dict[str, fx.GraphModule]
+    stages: tuple[Stage, ...]
+    output_placements: tuple[Placement, ...]  # of the last stage's outputs, on the "tp" axis
+
+    def owners(self, name: str) -> tuple[int, ...]:
+        """Return the stages that hold variable `name`; a tied parameter may have several."""
+        return tuple(stage.index for stage in self.stages if name in stage.variables)

@@ -1,0 +1,254 @@
+"""One dialect: torch.export's graph rewritten into the form every pass and rule can count on.
+
+* parameters and buffers become `get_attr` nodes under the user's names, lifted constants buffers;
+* regions that export wraps into higher-order ops (``torch.no_grad`` blocks) are inlined;
+* metadata asserts, no-op casts, aliases and dead nodes are gone;
+* the many ways to write a view are one ``aten.reshape`` with explicit sizes, the many casts one
+  ``aten.to.dtype``, and ops that return a list (split, chunk, unbind) are slices and selects;
+* device arguments are dropped, to be bound when a stage is materialised.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ilm_compile.errors import TraceError
+from ilm_compile.program.program import Source, Variable
+
+aten = torch.ops.aten
+Lower = Callable[["_Normalizer", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def normalize(
+    exported: ExportedProgram,
+    variables: dict[str, Variable],
+    input_names: list[str],
+    output_names: list[str],
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Return the normalised graph over meta tensors, and the names of its outputs.
+
+    Adds lifted constants to `variables` under the name ``constant_N``. Raises `TraceError` if the
+    model writes to a buffer.
+    """
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate:
+        written = sorted(name.removeprefix("model.") for name in signature.buffers_to_mutate.values())
+        raise TraceError(
+            f"trace: the forward pass writes to the buffers {written}; a pipelined step has no single "
+            "place for such state. Compute the value in the forward, or update it outside"
+        )
+    owners = {alias: v.name for v in variables.values() for alias in (v.name, *v.aliases)}
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    attributes = {name: owners[fqn.removeprefix("model.")] for name, fqn in lifted.items()}
+    root = nn.Module()
+    for name, fqn in signature.inputs_to_lifted_tensor_constants.items():
+        constant = exported.constants[fqn]
+        attributes[name] = f"constant_{len(variables)}"
+        variables[attributes[name]] = Variable(
+            attributes[name], tuple(constant.shape), constant.dtype, False, False, persistent=False
+        )
+        root.register_buffer(attributes[name], constant.detach(), persistent=False)
+
+    run = _Normalizer(root, variables)
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    users = [node for node in placeholders if node.name in signature.user_inputs]
+    for node, name in zip(users, input_names, strict=True):
+        run.values[node] = run.graph.placeholder(name)
+        run.values[node].meta["val"] = node.meta["val"]
+    for node in placeholders:
+        if node.name in attributes:
+            run.values[node] = run.attribute(attributes[node.name])
+    outputs = run.inline(exported.graph, exported.graph_module)
+    run.graph.output(tuple(outputs))
+    graph_module = fx.GraphModule(root, run.graph)
+    graph_module.graph.eliminate_dead_code()
+    return graph_module, tuple(output_names)
+
+
+class _Normalizer:
+    """Copies nodes into a new graph, rewriting each by the tables below."""
+
+    def __init__(self, root: nn.Module, variables: dict[str, Variable]) -> None:
+        self.root, self.variables = root, variables
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, Any] = {}
+        self.attributes: dict[str, fx.Node] = {}
+
+    def attribute(self, name: str) -> fx.Node:
+        """Return the get_attr node of variable `name`, which lives on `root` as a meta tensor."""
+        if name in self.attributes:
+            return self.attributes[name]
+        variable = self.variables[name]
+        *path, leaf = name.split(".")
+        owner = self.root
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if not hasattr(owner, leaf):
+            value = torch.empty(variable.shape, dtype=variable.dtype, device="meta")
+            if variable.is_parameter:
+                owner.register_parameter(leaf, nn.Parameter(value, variable.requires_grad))
+            else:
+                owner.register_buffer(leaf, value, persistent=variable.persistent)
+        self.attributes[name] = node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = torch.empty(variable.shape, dtype=variable.dtype, device="meta")
+        return node
+
+    def inline(self, graph: fx.Graph, owner: nn.Module) -> list[Any]:
+        """Copy the body of `graph`; its placeholders must have values. Returns its outputs."""
+        for node in graph.nodes:
+            if node.op == "output":
+                return list(fx.node.map_arg(node.args[0], self.values.__getitem__))
+            if node.op == "call_function":
+                self.values[node] = self._call(node, owner)
+            elif node.op == "get_attr":
+                self.values[node] = getattr(owner, str(node.target))  # a wrapped sub-graph
+        raise AssertionError("a graph ends with its output node")
+
+    def _call(self, node: fx.Node, owner: nn.Module) -> Any:
+        if str(node.target) in _WRAPPERS:
+            return self._inline_wrapper(node, owner)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
+        if node.target is operator.getitem:
+            return args[0][args[1]]  # every list-returning op is a Python list by now
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
+        lower = _LOWERINGS.get(node.target)
+        if lower is not None:
+            return lower(self, node, args, kwargs)
+        return self.emit(node, node.target, args, kwargs)
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.values[node]
+
+    def _inline_wrapper(self, node: fx.Node, owner: nn.Module) -> list[Any]:
+        gradients, position = _WRAPPERS[str(node.target)]
+        if gradients and node.args[2]:
+            raise TraceError(
+                f"trace: the model turns autocast on ({_source(node)}); remove it and ask for "
+                "dtype=torch.bfloat16, which puts the same casts into the graph where they can be seen"
+            )
+        body = self.values[next(a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")]
+        operands = [a for a in node.args[position + 1 :]]
+        for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
+            self.values[placeholder] = fx.node.map_arg(operand, self._value)
+        outputs = self.inline(body.graph, body)
+        if gradients or node.args[0]:
+            return outputs
+        return [self.emit(node, aten.detach.default, (out,), {}, out.meta["val"]) for out in outputs]
+
+    def emit(
+        self, origin: fx.Node, target: Any, args: Any, kwargs: Any = None, val: Any = None
+    ) -> fx.Node:
+        """Append a call that stands for (part of) `origin` and return it."""
+        if not isinstance(target, torch._ops.OpOverload):
+            raise TraceError(
+                f"trace: the graph calls {target} ({_source(origin)}), which is no ATen or registered "
+                "op; higher-order control flow (torch.cond, flex_attention) is not supported"
+            )
+        name = target._schema.name.split("::")[1].strip("_")
+        node = self.graph.create_node("call_function", target, args, kwargs or {}, name)
+        node.meta["val"] = origin.meta["val"] if val is None else val
+        node.meta["source"] = _source(origin)
+        return node
+
+
+# Higher-order ops around a sub-graph: (whether gradients flow through, index of the sub-graph).
+_WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (True, 4)}
+
+
+def _source(node: fx.Node) -> Source:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.startswith("  File")]
+    user = [f for f in frames if "/torch/" not in f]
+    location = ""
+    if user:
+        _, file, rest = user[-1].split('"', 2)
+        location = f"{file}:{rest.split('line ')[1].split(',')[0]}"
+    return Source(path.removeprefix("model").removeprefix("."), location)
+
+
+def _input(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]
+
+
+def _nothing(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return None
+
+
+def _reshape(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    sizes = list(node.meta["val"].shape)
+    if sizes == list(args[0].meta["val"].shape):
+        return args[0]
+    return run.emit(node, aten.reshape.default, (args[0], sizes))
+
+
+def _expand(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    sizes = list(node.meta["val"].shape)
+    if sizes == list(args[0].meta["val"].shape):
+        return args[0]
+    return run.emit(node, aten.expand.default, (args[0], sizes))
+
+
+def _cast(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    dtype = node.meta["val"].dtype
+    if args[0].meta["val"].dtype == dtype:
+        return args[0]
+    return run.emit(node, aten.to.dtype, (args[0], dtype))
+
+
+def _dropout(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, probability, training = args
+    return run.emit(node, node.target, args) if probability and training else x
+
+
+def _pieces(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Split, chunk and unbind as slices and selects, one per piece."""
+    x = args[0]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.meta["val"].dim()
+    pieces, start = [], 0
+    for val in node.meta["val"]:
+        end = start + val.shape[dim]
+        pieces.append(run.emit(node, aten.slice.Tensor, (x, dim, start, end), val=val))
+        start = end
+    return pieces
+
+
+def _unbind(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    dim %= x.meta["val"].dim()
+    return [
+        run.emit(node, aten.select.int, (x, dim, index), val=val)
+        for index, val in enumerate(node.meta["val"])
+    ]
+
+
+_LOWERINGS: dict[Any, Lower] = {
+    aten._assert_tensor_metadata.default: _nothing,
+    aten.alias.default: _input,
+    aten.lift_fresh_copy.default: _input,
+    aten.dropout.default: _dropout,
+    **dict.fromkeys(
+        (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+        + (aten.unflatten.int, aten.view_as.default, aten.reshape_as.default),
+        _reshape,
+    ),
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default), _expand),
+    **dict.fromkeys(
+        (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default)
+        + (aten.type_as.default,),
+        _cast,
+    ),
+    **dict.fromkeys(
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes),
+        _pieces,
+    ),
+    aten.unbind.int: _unbind,
+}

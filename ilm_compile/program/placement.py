@@ -1,0 +1,113 @@
+"""Placement types: how one value of the graph lies over the ranks of a mesh axis.
+
+A value is one of
+
+* ``I``            invariant: the same value on all ranks, and the same gradient on all ranks;
+* ``R``            replicated: the same value on all ranks, but each rank holds a *part* of the
+                   gradient, and the parts add up to the true one;
+* ``S(dim)``       sharded: rank r holds the r-th equal slice of dimension `dim`;
+* ``S(dim, segments)``  the dimension is a concatenation of parts (a fused q|k|v projection) of the
+                   given sizes, and each part is sharded on its own: rank r holds the r-th slice of
+                   every part, concatenated;
+* ``P``            partial: the true value is the sum over the ranks.
+
+The difference between I and R is what makes the backward pass right. The lattice follows Meta's
+spmd_types (R, I, V, P); segments are what fused projections need on top of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_TEXT = re.compile(r"(?P<kind>[IRP])|S\((?P<dim>\d+)(, segments=\((?P<segments>[\d, ]+)\))?\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a value lies on one mesh axis; `str()` and `parse` are inverse to each other."""
+
+    kind: str
+    dim: int = -1
+    segments: tuple[int, ...] = ()
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether the value is split over the ranks."""
+        return self.kind == "S"
+
+    def __str__(self) -> str:
+        if not self.is_shard:
+            return self.kind
+        segments = ", ".join(map(str, self.segments))
+        return f"S({self.dim}, segments=({segments}))" if segments else f"S({self.dim})"
+
+    __repr__ = __str__
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def parse(text: str) -> Placement:
+        """Return the placement written as `text`, for example ``"P"`` or ``"S(1)"``."""
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"placement: expected I, R, P, S(dim) or S(dim, segments=...), got {text!r}")
+        if match["kind"]:
+            return Placement(match["kind"])
+        sizes = tuple(int(size) for size in (match["segments"] or "").split(",") if size.strip())
+        return S(int(match["dim"]), sizes)
+
+    def local_shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
+        """Return the shape one of `size` ranks holds of a value of global `shape`."""
+        if not self.is_shard:
+            return tuple(shape)
+        return tuple(n // size if dim == self.dim else n for dim, n in enumerate(shape))
+
+    def global_shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
+        """Return the global shape of a value whose rank-local shape is `shape`."""
+        if not self.is_shard:
+            return tuple(shape)
+        return tuple(n * size if dim == self.dim else n for dim, n in enumerate(shape))
+
+    def divides(self, shape: Sequence[int], size: int) -> bool:
+        """Whether a value of global `shape` splits evenly over `size` ranks."""
+        if not self.is_shard:
+            return True
+        parts = self.segments or (shape[self.dim],)
+        return self.dim < len(shape) and all(part % size == 0 and part > 0 for part in parts)
+
+
+I = Placement("I")  # noqa: E741 - the field's name for it
+R = Placement("R")
+P = Placement("P")
+
+
+def S(dim: int, segments: Sequence[int] = ()) -> Placement:  # noqa: N802 - reads as a type
+    """Return the placement sharded on dimension `dim`; one segment is no segment."""
+    return Placement("S", dim, tuple(segments) if len(segments) > 1 else ())
+
+
+def split_shards(full: Tensor, placement: Placement, size: int) -> list[Tensor]:
+    """Return the shard of each of `size` ranks of `full`."""
+    dim = placement.dim
+    parts = full.split(list(placement.segments), dim) if placement.segments else (full,)
+    chunks = [part.chunk(size, dim) for part in parts]
+    return [_concatenate([chunk[rank] for chunk in chunks], dim) for rank in range(size)]
+
+
+def join_shards(shards: Sequence[Tensor], placement: Placement) -> Tensor:
+    """Return the full tensor whose rank-local shards are `shards`: the inverse of `split_shards`."""
+    size, dim = len(shards), placement.dim
+    if not placement.segments:
+        return _concatenate(list(shards), dim)
+    local = [segment // size for segment in placement.segments]
+    columns = zip(*(shard.split(local, dim) for shard in shards), strict=True)
+    return _concatenate([piece for column in columns for piece in column], dim)
+
+
+def _concatenate(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

@@ -1,0 +1,74 @@
+"""The plan: everything that decides how a model is partitioned, as one frozen value.
+
+The same plan, model and seed give the same training on every machine. A plan is JSON on disk, so it
+can be edited, compared and reused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ilm_compile.errors import PlanError
+
+DTYPES = (None, "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How a model is partitioned. Sizes are numbers of ranks; see the field comments."""
+
+    tp: int = 1  # ranks that share every layer (tensor parallel)
+    pp: int = 1  # ranks that hold consecutive layers (pipeline parallel)
+    num_chunks: int = 1  # model chunks, that is stages, per pipeline rank
+    num_microbatches: int = 1  # per data-parallel rank and optimizer step
+    schedule: str = "1f1b"
+    sequence_parallel: bool | None = None  # None: decided by cost
+    embed_split_hidden: bool | None = None  # embedding sharded by hidden size; None: by cost
+    checkpoint: bool | float = False  # fraction of the blocks that recompute their activations
+    dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
+    zero: int = 1  # 1: shard gradients and optimizer state over dp, 3: parameters too
+    seed: int = 1024  # of the initial weights, when the model is on the meta device
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "num_chunks", "num_microbatches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"plan: {name} must be a positive integer, got {value!r}")
+        if not 0 <= self.checkpoint <= 1:
+            raise PlanError(
+                f"plan: checkpoint must be False, True or a fraction in [0, 1], got {self.checkpoint!r}"
+            )
+        if self.dtype not in DTYPES:
+            raise PlanError(f"plan: dtype must be one of {DTYPES}, got {self.dtype!r}")
+        if self.zero not in (1, 3):
+            raise PlanError(f"plan: zero must be 1 or 3, got {self.zero!r}")
+        if self.num_chunks > 1 and self.pp == 1:
+            raise PlanError(
+                f"plan: num_chunks={self.num_chunks} needs pp > 1, got pp=1; model chunks interleave "
+                "the stages of several pipeline ranks"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of pipeline stages over all ranks."""
+        return self.pp * self.num_chunks
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Plan:
+        """Return the plan in JSON text or in a file. Raises `PlanError` for an unknown key."""
+        text = str(source) if str(source).lstrip().startswith("{") else Path(source).read_text()
+        return cls().replace(**json.loads(text))
+
+    def replace(self, **changes: Any) -> Plan:
+        """Return a copy with some fields changed. Raises `PlanError` for an unknown field."""
+        known = [field.name for field in fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise PlanError(f"plan: unknown option {unknown}, known are {known}")
+        return replace(self, **changes)

@@ -1,0 +1,128 @@
+"""`Program`: one torch.fx graph of the whole training step's forward pass, and what is known of it.
+
+The graph has one dialect (see `ilm_compile.program.trace`): placeholders are the user's inputs,
+`get_attr` nodes are parameters and buffers under their original names, everything else is a
+`call_function` of an ATen overload, an ``ilm`` op or a typed collective. The first output is the
+loss. What passes learn is kept where it belongs: per node in ``node.meta``
+
+* ``val``        FakeTensor, rank-local once the program is sharded
+* ``placement``  `Placement` on the "tp" axis (absent before sharding)
+* ``source``     `Source`: module path and the user's file and line
+* ``region``     index into `Program.regions`
+* ``stage``      pipeline stage, or absent before the split
+
+and per program in the fields below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from ilm_compile.program.placement import I, Placement
+from ilm_compile.program.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a node comes from: the module that called it and the user's line of code."""
+
+    module_path: str = ""
+    location: str = ""  # "file.py:12"
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.module_path, self.location) if part) or "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of a micro-batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class Variable:
+    """A parameter or buffer of the user's model; `shape` is the full one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_parameter: bool
+    requires_grad: bool
+    persistent: bool = True
+    aliases: tuple[str, ...] = ()  # further names of the same tensor (tied weights)
+    placement: Placement = I
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """About a transformer block: the unit of recompute and of FSDP. `recompute` marks the former."""
+
+    name: str
+    is_block: bool = False
+    recompute: bool = False
+
+
+@dataclass
+class Program:
+    """A traced model on its way to `lower`. Passes mutate it; see the module docstring."""
+
+    graph_module: fx.GraphModule
+    plan: Plan
+    inputs: dict[str, Input]
+    variables: dict[str, Variable]
+    regions: list[Region]
+    # Integer graphs from the inputs to the number of loss targets, by the placeholder that
+    # receives "targets per micro-batch" (see `ilm_compile.program.loss`).
+    target_counts: dict[str, fx.GraphModule]
+    output_names: tuple[str, ...] = ("loss",)
+    facts: set[str] = field(default_factory=set)  # what the passes that ran have ensured
+    decisions: list[str] = field(default_factory=list)  # what was done and why, for explain()
+    warnings: list[str] = field(default_factory=list)
+    pass_log: list[str] = field(default_factory=list)
+    initializer: Callable[..., Tensor] | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The torch.fx graph."""
+        return self.graph_module.graph
+
+    def calls(self) -> Iterator[fx.Node]:
+        """Yield the call_function nodes in order."""
+        return (node for node in self.graph.nodes if node.op == "call_function")
+
+    def parameters(self) -> dict[str, Variable]:
+        """The trainable and frozen parameters by name, in the order of the user's model."""
+        return {name: v for name, v in self.variables.items() if v.is_parameter}
+
+    def source(self, node: fx.Node) -> Source:
+        """Return where `node` comes from."""
+        found: Source = node.meta.get("source", Source())
+        return found
+
+    def where(self, node: fx.Node) -> str:
+        """Return the words an error or warning uses to point at `node`."""
+        return f"node {node.name} ({self.source(node)})"
+
+    def finish(self) -> None:
+        """Clean up after a rewrite: drop dead nodes, check the graph and regenerate its code."""
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.graph_module.recompile()
+
+    def dump(self) -> str:
+        """Return the graph as Python text with shapes, placements and module paths."""
+        from ilm_compile.program.dump import dump
+
+        return dump(self)
+
+    def explain(self) -> str:
+        """Return what was done to the model and why, as text."""
+        from ilm_compile.program.explain import explain
+
+        return explain(self)
