@@ -1,0 +1,123 @@
+"""The machines that costs are computed for: `HARDWARE`, by name.
+
+A figure is what the datasheet says; what a program can use of it is the figure times an efficiency.
+Sources: bf16 peak, memory and NIC figures and the memory efficiency of 0.8 are those of
+ai-dynamo/aiconfigurator (src/aiconfigurator/systems/*.yaml), the float32 and float64 peaks those of
+NVIDIA's datasheets (float32 without TF32, as torch's default). A compute efficiency of 0.8 and 5 us
+per kernel fit NVIDIA's measured bf16 GEMMs (m >= 1024) within 7-11 % on average. Between nodes: one
+NIC per GPU at 0.8 of its line rate, and the latency of one network step of NCCL's Simple protocol
+(NVIDIA/nccl, src/graph/tuning.cc).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ilm_compile.cost.links import A100, GLOO, H100, H200, Link, Links, interpolate, link
+from ilm_compile.errors import PlanError
+
+GB = 1e9
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One device, and how it is connected to others of its kind.
+
+    Units: FLOP/s, bytes/s, bytes, seconds. `kernel_overhead_s` is added to every kernel,
+    `reserved_bytes` is the memory that CUDA, NCCL and the allocator take from the program. `links`
+    are inside a node, `network` is from one device to a device of another node.
+    """
+
+    name: str
+    peak_flops: Mapping[torch.dtype, float] = field(hash=False)
+    memory_bandwidth: float
+    memory_bytes: int
+    reserved_bytes: int
+    kernel_overhead_s: float
+    links: Links = field(hash=False, repr=False)
+    network: Link
+    gpus_per_node: int
+    compute_efficiency: float = 0.8
+    memory_efficiency: float = 0.8
+
+    def usable_flops(self, dtype: torch.dtype) -> float:
+        """Return the FLOP/s a large matrix product reaches; raises `PlanError` for other dtypes."""
+        if dtype not in self.peak_flops:
+            known = ", ".join(str(known) for known in self.peak_flops)
+            raise PlanError(f"cost: no peak FLOP/s of {self.name} for {dtype}; known: {known}")
+        return self.peak_flops[dtype] * self.compute_efficiency
+
+    @property
+    def usable_bandwidth(self) -> float:
+        """The bytes/s a large kernel reads and writes."""
+        return self.memory_bandwidth * self.memory_efficiency
+
+    @property
+    def usable_bytes(self) -> int:
+        """The bytes of memory a program can fill."""
+        return self.memory_bytes - self.reserved_bytes
+
+    def link(self, kind: str, size: int) -> Link:
+        """Return the link of collective `kind` among `size` devices of one node."""
+        return interpolate(self.links[kind], size)
+
+
+def _gpu(
+    name: str, tflops: tuple[float, float, float], hbm: float, gib: int, links: Links, nic: float
+) -> Hardware:
+    """One of 8 SXM GPUs. `tflops` in 16 bits, float32, float64; `hbm`, `nic` in 1e9 bytes/s."""
+    half, single, double = (1e12 * peak for peak in tflops)
+    return Hardware(
+        name=name,
+        peak_flops={
+            torch.bfloat16: half,
+            torch.float16: half,
+            torch.float32: single,
+            torch.float64: double,
+        },
+        memory_bandwidth=hbm * GB,
+        memory_bytes=gib * GIB,
+        reserved_bytes=int(3.89 * GB),
+        kernel_overhead_s=5e-6,
+        links=links,
+        network=link(14, 0.8 * nic),
+        gpus_per_node=8,
+    )
+
+
+# One core of a laptop per process. Measured: gloo, 50 GFLOP/s per core in float32, 10 GB/s of
+# memory, 2 us per eager op. Assumed: gigabit Ethernet between machines, half the speed in float64,
+# none gained in 16 bits.
+_CPU = Hardware(
+    name="cpu",
+    peak_flops={
+        torch.bfloat16: 50e9,
+        torch.float16: 50e9,
+        torch.float32: 50e9,
+        torch.float64: 25e9,
+    },
+    memory_bandwidth=10 * GB,
+    memory_bytes=4 * GIB,
+    reserved_bytes=GIB // 2,
+    kernel_overhead_s=2e-6,
+    links=GLOO,
+    network=link(200, 0.125),
+    gpus_per_node=8,
+    # the figures are what programs reached
+    compute_efficiency=1.0,
+    memory_efficiency=1.0,
+)
+
+HARDWARE: dict[str, Hardware] = {
+    hardware.name: hardware
+    for hardware in (
+        _gpu("a100-80g", (312, 19.5, 19.5), 2039, 80, A100, nic=25),
+        _gpu("h100", (989, 67, 67), 3350, 80, H100, nic=50),
+        _gpu("h200", (989, 67, 67), 4800, 141, H200, nic=50),
+        _CPU,
+    )
+}

@@ -1,0 +1,49 @@
+"""What cost rules ask of a node of an ATen graph: its op, its tensors, their bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+# Typed as returning an alias, but copying what cannot be viewed.
+_COPIES_STRIDED = {"aten::reshape", "aten::contiguous", "aten::flatten"}
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the name of the op a node calls, such as ``aten::linear``; empty if it calls none.
+
+    Python functions (getitem, collectives), placeholders and attributes have no op.
+    """
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def tensors(node: fx.Node) -> list[Tensor]:
+    """Return the tensors a node produces, from ``node.meta["val"]``: none, one or several."""
+    val = node.meta.get("val")
+    values = val if isinstance(val, list | tuple) else [val]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def tensor_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of a dense copy of `tensor`, held in `dtype` if it is floating-point."""
+    is_cast = dtype is not None and tensor.is_floating_point()
+    return tensor.numel() * (dtype if is_cast and dtype else tensor.dtype).itemsize
+
+
+def value_bytes(node: fx.Node, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of all tensors that a node produces."""
+    return sum(tensor_bytes(tensor, dtype) for tensor in tensors(node))
+
+
+def is_view(node: fx.Node) -> bool:
+    """Return whether a node moves no data: its output aliases its input, by the op's schema."""
+    if not op_name(node):
+        return False
+    returns = node.target._schema.returns  # type: ignore[union-attr]
+    aliases = [r.alias_info for r in returns if r.alias_info is not None]
+    if not aliases or any(alias.is_write for alias in aliases):
+        return False
+    source = node.all_input_nodes[0].meta["val"]
+    if any(result.dtype != source.dtype for result in tensors(node)):
+        return False  # aten::to returns an alias only if it has nothing to do
+    return op_name(node) not in _COPIES_STRIDED or source.is_contiguous()

@@ -1,0 +1,59 @@
+"""The time of one node on one device: the roofline.
+
+A kernel takes the longer of its arithmetic and its memory traffic, plus a fixed overhead:
+t = max(FLOPs / usable FLOP/s, bytes / usable bytes/s) + t0. Kernels are those of the graph, one per
+op: what a compiler fuses later is cheaper than said here. Collectives are python functions and cost
+0 here; see `ilm_compile.cost.collectives`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ilm_compile.cost.flops import backward_flops, forward_flops
+from ilm_compile.cost.hardware import Hardware
+from ilm_compile.cost.nodes import is_view, op_name, tensors, value_bytes
+
+# Ops that read of their first input only as much as they return.
+GATHERS = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
+
+
+def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes `node` reads and writes; 0 for views and for what is no op.
+
+    `dtype`: count floating-point values as if they were held in it.
+    """
+    if not op_name(node) or is_view(node):
+        return 0
+    written = value_bytes(node, dtype)
+    read = {source: value_bytes(source, dtype) for source in node.all_input_nodes}
+    if op_name(node) in GATHERS:
+        table = node.all_input_nodes[0]
+        read[table] = min(read[table], written)
+    return written + sum(read.values())
+
+
+def node_time(
+    node: fx.Node,
+    hardware: Hardware,
+    *,
+    shards: int = 1,
+    dtype: torch.dtype | None = None,
+    backward: bool = False,
+) -> float:
+    """Return the seconds of `node` on one device that does 1/`shards` of it; 0 for views.
+
+    `dtype`: as if floating-point values were held in it; None: their own. `backward`: the seconds
+    of the backward instead, which moves twice the bytes (it reads the gradient and what was saved,
+    and writes a gradient per input). Raises `PlanError` for a dtype the hardware has no peak of.
+    """
+    num_bytes = node_bytes(node, dtype=dtype)
+    if num_bytes == 0:
+        return 0.0
+    flops = backward_flops(node) if backward else forward_flops(node)
+    traffic_s = (2 if backward else 1) * num_bytes / shards / hardware.usable_bandwidth
+    compute_s = 0.0
+    if flops:
+        compute_s = flops / shards / hardware.usable_flops(dtype or tensors(node)[0].dtype)
+    return max(compute_s, traffic_s) + hardware.kernel_overhead_s
