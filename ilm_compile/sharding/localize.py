@@ -1,0 +1,59 @@
+"""From a call on global values to the call on rank-local ones, once its placements are chosen.
+
+Most ops run unchanged on local tensors. The table holds those whose arguments speak of global sizes
+or whose sharded form is another op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ilm_compile.program.loss import cross_entropy_arguments
+from ilm_compile.program.placement import P
+from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+from ilm_compile.sharding.rules_views import slice_bounds
+from ilm_compile.sharding.strategy import Call, Strategy, aten
+
+LocalCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def localize(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    """Return (target, args, kwargs) that compute one rank's part of `call` under `strategy`."""
+    rewrite = _REWRITES.get(call.target)
+    return rewrite(call, strategy, axis) if rewrite else (call.target, call.args, call.kwargs)
+
+
+def _sizes(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    sizes = list(strategy.output.local_shape(call.shape, call.size))
+    return call.target, (call.args[0], sizes, *call.args[2:]), call.kwargs
+
+
+def _slice(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    dim, start, end, step = slice_bounds(call)
+    if strategy.inputs[0].is_shard and strategy.inputs[0].dim == dim:
+        start, end = start // call.size, end // call.size
+    return call.target, (call.args[0], dim, start, end, step), {}
+
+
+def _embedding(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    if strategy.output != P or strategy.inputs[0] == P:
+        return call.target, call.args, call.kwargs
+    padding_idx = call.argument(2, "padding_idx", -1)
+    return vocab_embedding, (*call.args[:2], padding_idx, axis), {}
+
+
+def _cross_entropy(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    if not strategy.inputs[0].is_shard or strategy.inputs[0].dim != 1:
+        return call.target, call.args, call.kwargs
+    _, reduction, ignore_index, smoothing = cross_entropy_arguments(call.node)
+    return vocab_cross_entropy, (*call.args[:2], reduction, ignore_index, smoothing, axis), {}
+
+
+_REWRITES: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {
+    aten.reshape.default: _sizes,
+    aten.expand.default: _sizes,
+    aten.slice.Tensor: _slice,
+    aten.embedding.default: _embedding,
+    aten.cross_entropy_loss.default: _cross_entropy,
+}

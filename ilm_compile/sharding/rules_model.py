@@ -1,0 +1,75 @@
+"""Rules of the ops that are peculiar to language models: embedding, attention, cross entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
+from ilm_compile.program.loss import SUM
+from ilm_compile.program.placement import I, P, Placement, R, S
+from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+from ilm_compile.sharding.rules_math import aligned
+from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
+
+import torch  # isort: skip
+
+ilm = torch.ops.ilm
+
+
+@rule(aten.embedding.default)
+def embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """By hidden size, by vocabulary (becomes `vocab_embedding`), or by tokens."""
+    yield Strategy((S(1), R), S(len(call.shape) - 1))
+    yield Strategy((S(0), R), P)
+    for out in wanted:
+        if out.is_shard and out.dim < len(call.shape) - 1:
+            yield Strategy((R, out), out)
+
+
+@rule(vocab_embedding)
+def sharded_embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """The vocabulary is sharded by construction."""
+    yield Strategy((S(0), R), P)
+
+
+@rule(aten.cross_entropy_loss.default)
+def cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """By vocabulary (becomes `vocab_cross_entropy`); a sum also by tokens."""
+    weight, reduction = call.argument(2, "weight"), call.argument(3, "reduction", 1)
+    if weight is None and len(call.shapes[0]) == 2:
+        if reduction != 0:
+            yield Strategy((S(1), R), I)
+        if reduction == SUM:
+            yield Strategy((S(0), S(0)), P)
+
+
+@rule(vocab_cross_entropy)
+def sharded_cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """The vocabulary is sharded by construction; the op reduces over it itself."""
+    yield Strategy((S(1), R), I)
+
+
+@rule(ilm.attention.default)
+def attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """q, k, v: (batch, seq, heads, head_dim), sharded by heads or by batch."""
+    boundaries = call.shapes[3:]
+    yield Strategy((S(2), S(2), S(2), *(R for _ in boundaries)), S(2))
+    if all(len(shape) == 2 for shape in boundaries):
+        yield Strategy((S(0), S(0), S(0), *(S(0) for _ in boundaries)), S(0))
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def scaled_dot_product_attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """q, k, v: (..., heads, seq, head_dim), sharded by any dimension before seq.
+
+    Attention dropout draws random numbers per rank, so with it the heads are not sharded.
+    """
+    if call.argument(4, "dropout_p", 0.0):
+        return
+    for dim in range(len(call.shape) - 2):
+        masks = (aligned(shape, call.shape, S(dim)) for shape in call.shapes[3:])
+        yield Strategy((S(dim), S(dim), S(dim), *masks), S(dim))
+
+
+# The dimension of the query and of the key that counts heads.
+HEAD_DIM = {ilm.attention.default: 2, aten.scaled_dot_product_attention.default: -3}

@@ -1,0 +1,196 @@
+"""Rules of views: ops that rename, split, merge, repeat or pick dimensions and compute nothing.
+
+A reshape is read as a common refinement of its two shapes: a row of factors whose consecutive
+products give the input's dimensions and, grouped otherwise, the output's. Sharding one factor shards
+the input dimension and the output dimension that contain it. Where the factor is not the outermost
+one of its dimension, that dimension is sharded in segments: this is how InternLM's Wqkv, rows
+(three heads dim), is sharded by heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule
+
+
+class Factor(NamedTuple):
+    """One factor of a reshape: where it lies on both sides, and what is outside it there."""
+
+    size: int
+    in_dim: int
+    in_outer: int
+    out_dim: int
+    out_outer: int
+
+
+def refine(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> list[Factor]:
+    """Return the common refinement of two shapes of equal size, as far as one exists.
+
+    Dimensions of size 1 have no factor. Where the shapes do not nest (6 = 2*3 against 3*2) the
+    factors from there on are left out, so such dimensions are simply not sharded.
+    """
+    factors: list[Factor] = []
+    i = o = 0
+    left_in = left_out = 1
+    in_outer = out_outer = 1
+    while True:
+        while left_in == 1 and i < len(shape):
+            left_in, in_outer, i = shape[i], 1, i + 1
+        while left_out == 1 and o < len(out_shape):
+            left_out, out_outer, o = out_shape[o], 1, o + 1
+        common = min(left_in, left_out)
+        if common <= 1 or left_in % common or left_out % common:
+            return factors
+        factors.append(Factor(common, i - 1, in_outer, o - 1, out_outer))
+        left_in, left_out = left_in // common, left_out // common
+        in_outer, out_outer = in_outer * common, out_outer * common
+
+
+def _sharded(dim: int, dim_size: int, outer: int) -> Placement:
+    return S(dim, (dim_size // outer,) * outer)
+
+
+@rule(aten.reshape.default)
+def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Shard any factor of the common refinement; a dimension kept whole passes segments through."""
+    (shape,) = call.shapes
+    for factor in refine(shape, call.shape):
+        whole = factor.size == shape[factor.in_dim] == call.shape[factor.out_dim]
+        if whole:
+            for out in wanted:
+                if out.is_shard and out.dim == factor.out_dim:
+                    yield Strategy((S(factor.in_dim, out.segments),), out)
+        elif factor.size % call.size == 0:
+            source = _sharded(factor.in_dim, shape[factor.in_dim], factor.in_outer)
+            out = _sharded(factor.out_dim, call.shape[factor.out_dim], factor.out_outer)
+            if out in wanted:
+                yield Strategy((source,), out)
+    yield Strategy((P,), P)
+
+
+@rule(aten.expand.default)
+def expand(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded along a dimension that is kept; from R along one that is repeated."""
+    (shape,) = call.shapes
+    for out in wanted:
+        if out.is_shard:
+            dim = out.dim - (len(call.shape) - len(shape))
+            kept = dim >= 0 and shape[dim] == call.shape[out.dim]
+            yield Strategy((S(dim, out.segments) if kept else R,), out)
+    yield Strategy((P,), P)
+
+
+def _permute(call: Call) -> list[int]:
+    return [dim % len(call.shape) for dim in call.args[1]]
+
+
+def _transpose(call: Call) -> list[int]:
+    rank = len(call.shape)
+    order = list(range(rank))
+    a, b = (call.args[1] % rank, call.args[2] % rank) if len(call.args) > 2 else (0, rank - 1)
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _unsqueeze(call: Call) -> list[int]:
+    dim = call.args[1] % len(call.shape)
+    rank = len(call.shape) - 1
+    return [*range(dim), -1, *range(dim, rank)]
+
+
+def _squeeze(call: Call) -> list[int]:
+    dim = call.args[1] % len(call.shapes[0])
+    return [d for d in range(len(call.shapes[0])) if d != dim or call.shapes[0][d] != 1]
+
+
+def _select(call: Call) -> list[int]:
+    dim = call.args[1] % len(call.shapes[0])
+    return [d for d in range(len(call.shapes[0])) if d != dim]
+
+
+# Views that only rename dimensions: the input dimension behind each output dimension (-1: none).
+_RENAMING = {
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.t.default: _transpose,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.squeeze.dim: _squeeze,
+    aten.select.int: _select,
+}
+
+
+@rule(*_RENAMING)
+def renaming(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """The output's shard dimension, traced back to the input's."""
+    sources = _RENAMING[call.target](call)
+    for out in wanted:
+        if out.is_shard and sources[out.dim] >= 0:
+            yield Strategy((S(sources[out.dim], out.segments),), out)
+    yield Strategy((P,), P)
+
+
+def slice_bounds(call: Call) -> tuple[int, int, int, int]:
+    """Return (dim, start, end, step) of a slice, made non-negative and cut to the dimension."""
+    shape = call.shapes[0]
+    dim = call.argument(1, "dim", 0) % len(shape)
+    start, end, step = (call.argument(i, n) for i, n in ((2, "start"), (3, "end"), (4, "step")))
+    first, last, _ = slice(start, end, step).indices(shape[dim])
+    return dim, first, last, step or 1
+
+
+@rule(aten.slice.Tensor)
+def slicing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded along the other dimensions; along this one when the slice is a run of whole segments.
+
+    The segments are those that all slices of the same value cut it into: q | k | v.
+    """
+    dim, start, end, step = slice_bounds(call)
+    for out in wanted:
+        if out.is_shard and out.dim != dim:
+            yield Strategy((out,), out)
+    segments = _segments(call, dim)
+    if step == 1 and len(segments) > 1:
+        ends = [sum(segments[: i + 1]) for i in range(len(segments))]
+        inside = [n for n, stop in zip(segments, ends, strict=True) if start < stop <= end]
+        if sum(inside) == end - start:
+            yield Strategy((S(dim, segments),), S(dim, inside))
+    yield Strategy((P,), P)
+
+
+def _segments(call: Call, dim: int) -> list[int]:
+    source = call.node.args[0]
+    cuts = {0, call.shapes[0][dim]}
+    for user in source.users:  # type: ignore[union-attr]
+        if user.target is call.target and user.args[0] is source:
+            sibling, start, end, step = slice_bounds(global_call(user, call.size))
+            if sibling == dim and step == 1:
+                cuts |= {start, end}
+    edges = sorted(cuts)
+    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@rule(aten.cat.default)
+def cat(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded along the other dimensions; along this one in one segment per input."""
+    dim = call.argument(1, "dim", 0) % len(call.shape)
+    sizes = [shape[dim] for shape in call.shapes]
+    for out in wanted:
+        if out.is_shard and (out.dim != dim or out.segments == tuple(sizes)):
+            yield Strategy(tuple(S(out.dim) if out.dim == dim else out for _ in sizes), out)
+    yield Strategy((P,) * len(sizes), P)
+
+
+@rule(aten.stack.default)
+def stack(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded along any dimension but the new one."""
+    dim = call.argument(1, "dim", 0) % len(call.shape)
+    for out in wanted:
+        if out.is_shard and out.dim != dim:
+            source = S(out.dim - (out.dim > dim), out.segments)
+            yield Strategy((source,) * len(call.shapes), out)
+    yield Strategy((P,) * len(call.shapes), P)
+
+

@@ -1,0 +1,273 @@
+"""The search: the cheapest legal placements, as an integer program over one copy of each block.
+
+Each cluster of equal calls picks one strategy of its rule, each parameter one placement at rest, and
+each value that is needed in another placement than it was made in pays for the collective, once for
+all who need it, forward and backward. Costs are seconds on the given hardware: the roofline for
+calls, the alpha-beta model for collectives. It runs twice: first for the least share of weights and
+of FLOPs that every rank repeats, then for time among the plans that reach it. So whatever can be
+divided is divided, at any size: the search chooses how, not whether.
+
+The linear program of an edge (one variable per pair of producer and consumer placement, with the
+pairs' sums tied to both choices) is the usual relaxation of a pairwise model, as in Alpa
+(arXiv:2201.12023, section 4.2); HiGHS solves it through scipy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+from torch import fx
+
+from ilm_compile.cost import HARDWARE, Hardware, forward_flops, gradient_nodes, node_time
+from ilm_compile.errors import PlanError
+from ilm_compile.program.placement import I, Placement
+from ilm_compile.program.program import Program
+from ilm_compile.sharding.clusters import Cluster, cluster_nodes
+from ilm_compile.sharding.strategy import (
+
+    Strategy,
+    global_call,
+    plain_placements,
+    strategies,
+    tensor_inputs,
+)
+from ilm_compile.sharding.transitions import Restrictions, allowed, transition_time
+
+DTYPE = torch.bfloat16  # plans are made for training at scale, whatever the model's dtype is now
+MICROSECONDS = 1e6
+TOLERANCE = 1e-6  # of the repeated share, above HiGHS's own
+
+Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The chosen strategy of every call and the placement of every other value."""
+
+    strategies: dict[fx.Node, Strategy]
+    placements: dict[fx.Node, Placement]
+    seconds: float  # predicted time of a micro-batch, forward and backward
+
+
+def solve(
+    program: Program, size: int, *, restrictions: Restrictions, hardware: str = "h100"
+) -> Solution:
+    """Return the cheapest placements of `program` over `size` ranks.
+
+    Raises `PlanError` when the restrictions leave no legal choice.
+    """
+    return _Search(program, size, restrictions, HARDWARE[hardware]).run()
+
+
+@dataclass
+class _Rows:
+    """A sparse matrix under construction, row by row, with bounds."""
+
+    entries: list[tuple[int, int, float]] = field(default_factory=list)
+    lower: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+
+    def add(self, terms: list[tuple[int, float]], lower: float, upper: float) -> None:
+        row = len(self.lower)
+        self.entries += [(row, column, value) for column, value in terms]
+        self.lower.append(lower)
+        self.upper.append(upper)
+
+
+class _Search:
+    def __init__(
+        self, program: Program, size: int, restrictions: Restrictions, hardware: Hardware
+    ) -> None:
+        self.program, self.size = program, size
+        self.restrictions, self.hardware = restrictions, hardware
+        self.gradients = gradient_nodes(program.graph)
+        self.clusters = cluster_nodes(program)
+        self.members: dict[Cluster, list[fx.Node]] = defaultdict(list)
+        for node, cluster in self.clusters.items():
+            self.members[cluster].append(node)
+        self.choices: dict[Cluster, list[Strategy]] = {}
+        self.costs: list[float] = []  # microseconds
+        self.repeated: list[float] = []  # share of weights plus share of FLOPs
+        self.weight_total, self.flops_total = _totals(program)
+        self.integral: list[int] = []
+        self.rows = _Rows()
+
+    def run(self) -> Solution:
+        for node in reversed(list(self.program.graph.nodes)):
+            cluster = self.clusters[node]
+            if node.op != "output" and cluster not in self.choices:
+                self.choices[cluster] = self._choices(node)
+        first: dict[Cluster, int] = {}
+        for cluster, options in self.choices.items():
+            first[cluster] = len(self.costs)
+            for option in options:
+                self._variable(*self._call_cost(cluster, option), integral=True)
+            columns = range(first[cluster], len(self.costs))
+            self.rows.add([(column, 1.0) for column in columns], 1, 1)
+        self._edges(first)
+        picked = self._optimize()
+        chosen = {
+            cluster: next(o for i, o in enumerate(options) if picked[first[cluster] + i] > 0.5)
+            for cluster, options in self.choices.items()
+        }
+        by_node = {node: chosen[c] for node, c in self.clusters.items() if node.op != "output"}
+        return Solution(
+            strategies={n: s for n, s in by_node.items() if n.op == "call_function"},
+            placements={n: s.output for n, s in by_node.items()},
+            seconds=float(np.dot(picked, self.costs)) / MICROSECONDS,
+        )
+
+    def _choices(self, node: fx.Node) -> list[Strategy]:
+        """Return what `node`'s cluster may choose from; those of its users are known already."""
+        if node.op == "placeholder":
+            return [Strategy((), I)]
+        wanted = {want for user in node.users for want in self._wants(node, user)}
+        shape = tuple(node.meta["val"].shape)
+        if node.op == "get_attr":
+            variable = self.program.variables[str(node.target)]
+            shards = {w for w in wanted if w.is_shard and w.divides(shape, self.size)}
+            options = [I, *sorted(shards, key=str)] if variable.is_parameter else [I]
+            return [Strategy((), p) for p in self.restrictions.parameter(variable.name, options)]
+        call = global_call(node, self.size)
+        if node not in self.gradients:  # integers, masks, tables: cheap, the same everywhere
+            return strategies(call, ())[:1]
+        return strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
+
+    def _wants(self, node: fx.Node, user: fx.Node) -> list[Placement]:
+        if user.op == "output":
+            return []
+        positions = [i for i, value in enumerate(tensor_inputs(user)) if value is node]
+        options = self.choices[self.clusters[user]]
+        return [option.inputs[i] for option in options for i in positions]
+
+    def _call_cost(self, cluster: Cluster, option: Strategy) -> tuple[float, float]:
+        """Return (seconds, share of the model's weights and FLOPs that every rank repeats)."""
+        nodes = self.members[cluster]
+        node = nodes[0]
+        if node.op == "get_attr":
+            weights = _weight(self.program, node) * (not option.output.is_shard)
+            return 0.0, len(nodes) * weights / self.weight_total
+        if node.op != "call_function":
+            return 0.0, 0.0
+        shards = self.size if any(p.is_shard for p in (*option.inputs, option.output)) else 1
+        directions = (False, True) if node in self.gradients else (False,)
+        times = (
+            node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
+            for backward in directions
+        )
+        flops = forward_flops(node) * (shards == 1)
+        return len(nodes) * sum(times), len(nodes) * flops / self.flops_total
+
+    def _variable(self, seconds: float, repeated: float = 0.0, *, integral: bool = False) -> int:
+        self.costs.append(seconds * MICROSECONDS)
+        self.repeated.append(repeated)
+        self.integral.append(int(integral))
+        return len(self.costs) - 1
+
+    def _edges(self, first: dict[Cluster, int]) -> None:
+        """Tie every producer's choice to its consumers', at the price of the transitions."""
+        consumers: dict[Cluster, dict[tuple[Cluster, int], None]] = defaultdict(dict)
+        for node in self.program.calls():
+            for position, value in enumerate(tensor_inputs(node)):
+                consumers[self.clusters[value]][self.clusters[node], position] = None
+        loss = self.program.graph.output_node().args[0][0]  # type: ignore[index]
+        for producer, edges in consumers.items():
+            made = self._by_placement(first[producer], self.choices[producer], lambda s: s.output)
+            paid: dict[tuple[Placement, Placement], int] = {}
+            for consumer, position in edges:
+                needed = self._by_placement(
+                    first[consumer], self.choices[consumer], lambda s, i=position: s.inputs[i]
+                )
+                self._edge(self.members[producer], made, needed, paid, shared=len(edges) > 1)
+        made = self._by_placement(
+            first[self.clusters[loss]], self.choices[self.clusters[loss]], lambda s: s.output
+        )
+        self._edge([loss], made, {I: []}, {}, shared=False)
+
+    def _by_placement(
+        self, start: int, options: list[Strategy], key: Callable[[Strategy], Placement]
+    ) -> dict[Placement, list[int]]:
+        grouped: dict[Placement, list[int]] = defaultdict(list)
+        for i, option in enumerate(options):
+            grouped[key(option)].append(start + i)
+        return grouped
+
+    def _edge(
+        self,
+        producers: list[fx.Node],
+        made: dict[Placement, list[int]],
+        needed: dict[Placement, list[int]],
+        paid: dict[tuple[Placement, Placement], int],
+        *,
+        shared: bool,
+    ) -> None:
+        node = producers[0]
+        by_source: dict[Placement, list[int]] = defaultdict(list)
+        by_target: dict[Placement, list[int]] = defaultdict(list)
+        for source in made:
+            for target in needed:
+                if not allowed(self.program, node, source, target, self.size, self.restrictions):
+                    continue
+                seconds = len(producers) * transition_time(
+                    node, source, target, self.size, self.hardware, node in self.gradients
+                )
+                if shared and seconds:
+                    flow = self._variable(0.0)
+                    if (source, target) not in paid:
+                        paid[source, target] = self._variable(seconds)
+                    self.rows.add([(paid[source, target], 1.0), (flow, -1.0)], 0, np.inf)
+                else:
+                    flow = self._variable(seconds)
+                by_source[source].append(flow)
+                by_target[target].append(flow)
+        for source, columns in made.items():
+            terms = [(f, 1.0) for f in by_source[source]] + [(x, -1.0) for x in columns]
+            self.rows.add(terms, 0, 0)
+        for target, columns in needed.items():
+            total = 1.0 if not columns else 0.0
+            terms = [(f, 1.0) for f in by_target[target]] + [(x, -1.0) for x in columns]
+            self.rows.add(terms, total, total)
+
+    def _optimize(self) -> Vector:
+        least = self._minimize(self.repeated)
+        limit = float(np.dot(least, self.repeated))
+        terms = [(column, share) for column, share in enumerate(self.repeated) if share]
+        self.rows.add(terms, 0, limit + TOLERANCE)
+        return self._minimize(self.costs)
+
+    def _minimize(self, costs: list[float]) -> Vector:
+        rows, columns, values = zip(*self.rows.entries, strict=True)
+        shape = (len(self.rows.lower), len(self.costs))
+        matrix = csr_matrix((values, (rows, columns)), shape=shape)
+        result = milp(
+            costs,
+            integrality=self.integral,
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, self.rows.lower, self.rows.upper),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise PlanError(
+                f"tensor-parallel: no legal placement over size={self.size} ranks under "
+                f"{self.restrictions}; drop a restriction ({result.message})"
+            )
+        solution: Vector = result.x
+        return solution
+
+
+def _weight(program: Program, node: fx.Node) -> int:
+    """Return the size of a weight; 0 for what is small anyway: biases, norms and buffers."""
+    variable = program.variables[str(node.target)]
+    return prod(variable.shape) if variable.is_parameter and len(variable.shape) > 1 else 0
+
+
+def _totals(program: Program) -> tuple[int, int]:
+    weights = sum(_weight(program, node) for node in program.graph.find_nodes(op="get_attr"))
+    return max(1, weights), max(1, sum(forward_flops(node) for node in program.calls()))

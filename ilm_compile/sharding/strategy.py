@@ -1,0 +1,124 @@
+"""What a sharding rule is: from one call to the ways its inputs and output may be placed.
+
+A rule is a function ``rule(call, wanted) -> Iterator[Strategy]`` in the table `RULES`, keyed by op.
+It yields only placements under which running the *same* op on rank-local values is right, forward
+and backward; all collectives stand outside, between producer and consumer. `wanted` are the output
+placements somebody downstream could use: a rule passes them through and need not invent them.
+
+Two strategies need no rule and hold for every deterministic op: all inputs I give I, all inputs R
+give R (each rank repeats the computation; gradients stay whole, or stay partial).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from ilm_compile.program.placement import I, P, Placement, R, S
+
+aten = torch.ops.aten
+
+
+class Strategy(NamedTuple):
+    """One legal way to place a call: a placement per tensor input, in order, and the output's."""
+
+    inputs: tuple[Placement, ...]
+    output: Placement
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call node as the rules see it; shapes are the global, unsharded ones."""
+
+    node: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...]  # of the tensor inputs, in the order of `tensor_inputs`
+    shape: tuple[int, ...]  # of the output
+    size: int  # ranks on the axis
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """Return the argument given by position or by name."""
+        if len(self.args) > index:
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+
+Rule = Callable[[Call, frozenset[Placement]], Iterator[Strategy]]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of each of `targets`."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def global_call(node: fx.Node, size: int) -> Call:
+    """Return `node` as a call on global values, whether or not it was made rank-local already."""
+    inputs = tensor_inputs(node)
+    kwargs = dict(node.kwargs)
+    shapes = tuple(global_shape(value, size) for value in inputs)
+    args = _global_slice(node, inputs, size) if node.target is aten.slice.Tensor else node.args
+    return Call(node, node.target, args, kwargs, shapes, global_shape(node, size), size)
+
+
+def placement_of(node: fx.Node) -> Placement:
+    """Return the placement of a node's value; I where none was set."""
+    found: Placement = node.meta.get("placement", I)
+    return found
+
+
+def global_shape(node: fx.Node, size: int) -> tuple[int, ...]:
+    """Return the shape of a node's value over all ranks."""
+    return placement_of(node).global_shape(node.meta["val"].shape, size)
+
+
+def _global_slice(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> tuple[Any, ...]:
+    source, placement = inputs[0], placement_of(inputs[0])
+    x, dim, *bounds = node.args
+    if placement.is_shard and bounds and placement.dim == dim % source.meta["val"].dim():  # type: ignore[operator]
+        bounds[:2] = [bound * size for bound in bounds[:2]]  # type: ignore[operator]
+    return (x, dim, *bounds)
+
+
+def tensor_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return the tensor arguments of `node` in order, one entry per use."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return tuple(found)
+
+
+def strategies(call: Call, wanted: Iterable[Placement]) -> list[Strategy]:
+    """Return the distinct legal strategies of `call`, trivial ones first."""
+    count = len(call.shapes)
+    found = [Strategy((I,) * count, I)]
+    if count:
+        found.append(Strategy((R,) * count, R))
+    found += RULES.get(call.target, _no_rule)(call, frozenset(wanted))
+    legal = (s for s in found if _divides(call, s))
+    return list(dict.fromkeys(legal))
+
+
+def plain_placements(shape: tuple[int, ...], size: int) -> set[Placement]:
+    """Return I, R, P and every even sharding without segments of a value of this shape."""
+    shards = {S(dim) for dim in range(len(shape))}
+    return {I, R, P} | {p for p in shards if p.divides(shape, size)}
+
+
+def _divides(call: Call, strategy: Strategy) -> bool:
+    placed = zip((*strategy.inputs, strategy.output), (*call.shapes, call.shape), strict=True)
+    return all(placement.divides(shape, call.size) for placement, shape in placed)
+
+
+def _no_rule(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    yield from ()

@@ -1,0 +1,100 @@
+"""Which placement changes the search may use, and what each costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ilm_compile.cost import Hardware, collective_time
+from ilm_compile.errors import PlanError
+from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move
+from ilm_compile.program.placement import Placement, S
+from ilm_compile.program.program import Program
+
+ELEMENT_BYTES = 2  # of a floating-point value, as plans are made for bf16
+TIE = 1e-9  # seconds: of two equally cheap plans take the one with fewer transitions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restrictions:
+    """What the user forbids the search.
+
+    `sequence_parallel`: True, partial sums leave by reduce-scatter only, so that what follows is
+    sharded over tokens; False, no activation is ever scattered. None leaves it to the cost.
+    `parameters` fixes placements at rest by parameter name.
+    """
+
+    sequence_parallel: bool | None = None
+    parameters: tuple[tuple[str, Placement], ...] = ()
+
+    def parameter(self, name: str, options: list[Placement]) -> list[Placement]:
+        """Return the options left for parameter `name`. Raises `PlanError` if none is."""
+        fixed = dict(self.parameters).get(name)
+        if fixed is None:
+            return options
+        if fixed not in options:
+            raise PlanError(
+                f"tensor-parallel: {name} cannot be {fixed}; by the rules of the ops that use it, "
+                f"it can be one of {options}"
+            )
+        return [fixed]
+
+
+def allowed(
+    program: Program,
+    node: fx.Node,
+    source: Placement,
+    target: Placement,
+    size: int,
+    restrictions: Restrictions,
+) -> bool:
+    """Whether the value of `node` may be taken from `source` to `target`."""
+    if source == target:
+        return True
+    shape = tuple(node.meta["val"].shape)
+    if (source.kind, target.kind) not in TRANSITIONS or not target.divides(shape, size):
+        return False
+    is_float = node.meta["val"].is_floating_point()
+    if node.op == "get_attr" and program.variables[str(node.target)].is_parameter:
+        return not source.is_shard and not target.is_shard  # at rest as the first user needs it
+    if target == S(0) and len(shape) > (2 if is_float else 1):
+        return False  # dimension 0 is the micro-batch: splitting that is data parallelism's
+    if len(shape) < 2 or not is_float:
+        return True
+    if restrictions.sequence_parallel is False:
+        return source.is_shard or not target.is_shard
+    if restrictions.sequence_parallel and source.kind == "P" and not target.is_shard:
+        return not any(S(dim).divides(shape, size) for dim in range(1, len(shape) - 1))
+    return True
+
+
+def transition_time(
+    node: fx.Node,
+    source: Placement,
+    target: Placement,
+    size: int,
+    hardware: Hardware,
+    has_gradient: bool,
+) -> float:
+    """Return the seconds of taking `node`'s value from `source` to `target`, and its gradient back."""
+    if source == target:
+        return 0.0
+    val = node.meta["val"]
+    num_bytes = val.numel() * (ELEMENT_BYTES if val.is_floating_point() else val.element_size())
+    _, forward, backward = TRANSITIONS[source.kind, target.kind]
+    moves = (forward, backward) if has_gradient else (forward,)
+    dims = [p.dim for p in (source, target) if p.is_shard]
+    return TIE + sum(_move_time(move, num_bytes, dims, size, hardware) for move in moves)
+
+
+def _move_time(
+    move: Move, num_bytes: float, dims: list[int], size: int, hardware: Hardware
+) -> float:
+    if move not in WIRE:
+        local = move.__name__ != "_identity"
+        return local * (num_bytes / hardware.usable_bandwidth + hardware.kernel_overhead_s)
+    seconds = collective_time(WIRE[move], num_bytes, size, hardware)
+    if any(dims):  # shards of an inner dimension are not contiguous in the gathered tensor
+        seconds += 2 * num_bytes / hardware.usable_bandwidth
+    return seconds

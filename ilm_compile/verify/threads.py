@@ -1,0 +1,89 @@
+"""Ranks as threads of one process, for running rank-local graphs without torch.distributed.
+
+Every rank executes the same code as in training, on its own thread; a collective is a meeting of
+the threads that exchanges values through shared memory. Sums are taken in rank order on every rank,
+so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ilm_compile.program.communicator import communicators
+
+T = TypeVar("T")
+
+
+class ThreadGroup:
+    """A meeting place of `size` threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.slots: list[Tensor | None] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
+        """Return every rank's `x`, in rank order."""
+        self.slots[rank] = x
+        self.barrier.wait()
+        values = [slot for slot in self.slots if slot is not None]
+        self.barrier.wait()
+        return values
+
+
+class ThreadCommunicator:
+    """`Communicator` of one thread of a `ThreadGroup`."""
+
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self.group, self.rank, self.size = group, rank, group.size
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """Return the sum or maximum of every rank's `x`."""
+        values = torch.stack(self.group.exchange(self.rank, x))
+        return values.sum(0) if op == "sum" else values.amax(0)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return every rank's `x`, stacked."""
+        return torch.stack(self.group.exchange(self.rank, x))
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Return the sum of every rank's ``x[rank]``."""
+        return torch.stack([value[self.rank] for value in self.group.exchange(self.rank, x)]).sum(0)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Return every rank's ``x[rank]``, stacked."""
+        return torch.stack([value[self.rank] for value in self.group.exchange(self.rank, x)])
+
+
+def run_ranks(size: int, function: Callable[[int], T], axis: str = "tp") -> list[T]:
+    """Return ``function(rank)`` of every rank, each run on a thread that owns mesh axis `axis`.
+
+    The first exception of any rank is raised here; the other ranks are released from their meeting.
+    """
+    group = ThreadGroup(size)
+    results: dict[int, T] = {}
+    failures: list[BaseException] = []
+
+    def body(rank: int) -> None:
+        try:
+            with communicators(**{axis: ThreadCommunicator(group, rank)}):
+                results[rank] = function(rank)
+        except threading.BrokenBarrierError:
+            pass  # another rank failed; its exception is the one to report
+        except BaseException as error:
+            failures.append(error)
+            group.barrier.abort()
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return [results[rank] for rank in range(size)]

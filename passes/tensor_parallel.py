@@ -1,0 +1,188 @@
+"""Tensor parallelism: shard weights and activations over the "tp" axis.
+
+Which placements are legal is the rule table's business, which of them are cheapest the solver's
+(`ilm_compile.sharding`); this pass carries the solution out. It inserts the collectives, makes sizes
+rank-local and swaps in the vocabulary-parallel ops. Nothing is decided by names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from ilm_compile.errors import PlanError
+from ilm_compile.passes.base import Pass
+from ilm_compile.program.collectives import TRANSITIONS, redistribute
+from ilm_compile.program.placement import I, Placement, S
+from ilm_compile.program.program import Program
+from ilm_compile.sharding import RULES, Restrictions, Strategy, solve
+from ilm_compile.sharding.localize import localize
+from ilm_compile.sharding.rules_model import HEAD_DIM
+from ilm_compile.sharding.strategy import Call, aten, global_call, tensor_inputs
+
+AXIS = "tp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallel(Pass):
+    """Shard the program over `size` ranks; training stays equal up to the order of sums."""
+
+    name: ClassVar[str] = "tensor-parallel"
+    requires: ClassVar[frozenset[str]] = frozenset({"traced"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"sharded"})
+    tolerance: ClassVar[float] = 1e-10
+
+    size: int
+    sequence_parallel: bool | None = None
+    embed_split_hidden: bool | None = None
+    hardware: str = "h100"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise PlanError(f"tensor-parallel: expected a positive number of ranks, got {self.size}")
+
+    def apply(self, program: Program) -> None:
+        """Solve for the placements and rewrite the graph."""
+        check_heads(program, self.size)
+        restrictions = Restrictions(
+            sequence_parallel=self.sequence_parallel,
+            parameters=tuple(self._embedding_placements(program)),
+        )
+        solution = solve(program, self.size, restrictions=restrictions, hardware=self.hardware)
+        calls = {node: global_call(node, self.size) for node in solution.strategies}
+        for node, placement in solution.placements.items():
+            node.meta["placement"] = placement
+            shape = placement.local_shape(node.meta["val"].shape, self.size)
+            node.meta["val"] = node.meta["val"].new_empty(shape)
+            if node.op == "get_attr":
+                program.variables[str(node.target)].placement = placement
+        collectives: dict[tuple[fx.Node, Placement], fx.Node] = {}
+        for node, strategy in solution.strategies.items():
+            _rewrite(node, calls[node], strategy)
+            _redistribute_inputs(program, node, strategy, collectives, self.size)
+        _reduce_loss(program, collectives, self.size)
+        program.decisions += _decisions(program, solution.seconds, self.size, len(collectives))
+        program.warnings += _unsharded(program, self.size)
+
+    def _embedding_placements(self, program: Program) -> Iterable[tuple[str, Placement]]:
+        if self.embed_split_hidden is None:
+            return
+        for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
+            weight = node.args[0]
+            if weight.op == "get_attr":
+                yield str(weight.target), S(1 if self.embed_split_hidden else 0)
+
+
+def check_heads(program: Program, size: int) -> None:
+    """Raise `PlanError` unless `size` divides the heads of every attention in `program`."""
+    for node in program.calls():
+        if node.target not in HEAD_DIM:
+            continue
+        dim = HEAD_DIM[node.target]
+        heads, kv_heads = (int(n.meta["val"].shape[dim]) for n in tensor_inputs(node)[:2])
+        for kind, count in (("attention heads", heads), ("key-value heads", kv_heads)):
+            if count % size:
+                both = [n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0]
+                raise PlanError(
+                    f"tensor-parallel: tp={size} does not divide the {count} {kind} of "
+                    f"{program.where(node)}; use one of tp={both}"
+                )
+
+
+def _rewrite(node: fx.Node, call: Call, strategy: Strategy) -> None:
+    node.target, node.args, node.kwargs = localize(call, strategy, AXIS)
+
+
+def _redistribute_inputs(
+    program: Program,
+    node: fx.Node,
+    strategy: Strategy,
+    collectives: dict[tuple[fx.Node, Placement], fx.Node],
+    size: int,
+) -> None:
+    """Give `node` every input in the placement its strategy needs."""
+    needed = iter(strategy.inputs)
+
+    def place(value: fx.Node) -> fx.Node:
+        target = next(needed)
+        if value.meta["placement"] == target:
+            return value
+        if (value, target) not in collectives:
+            collectives[value, target] = _insert(program, value, target, node, size)
+        return collectives[value, target]
+
+    node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), place)
+
+
+def _insert(
+    program: Program, value: fx.Node, target: Placement, user: fx.Node, size: int
+) -> fx.Node:
+    """Insert the collective that takes `value` to `target`.
+
+    A partial sum is reduced where it is made, anything else is moved where it is first needed: what
+    crosses a stage boundary or is kept for a recomputed block is then the smaller of the two.
+    """
+    source: Placement = value.meta["placement"]
+    name, _, _ = TRANSITIONS[source.kind, target.kind]
+    early = source.kind == "P"
+    point = program.graph.inserting_after(value) if early else program.graph.inserting_before(user)
+    with point:
+        arguments = {"src": str(source), "dst": str(target), "axis": AXIS}
+        node = program.graph.create_node("call_function", redistribute, (value,), arguments, name)
+    shape = target.local_shape(source.global_shape(value.meta["val"].shape, size), size)
+    node.meta.update(
+        val=value.meta["val"].new_empty(shape),
+        placement=target,
+        source=program.source(value if early else user),
+        region=(value if early else user).meta["region"],
+        reason=f"{value.name} is {source}, {user.name} needs {target}",
+    )
+    return node
+
+
+def _reduce_loss(
+    program: Program, collectives: dict[tuple[fx.Node, Placement], fx.Node], size: int
+) -> None:
+    output = program.graph.output_node()
+    loss, *rest = output.args[0]  # type: ignore[misc]
+    if loss.meta["placement"] != I:
+        loss = collectives.get((loss, I)) or _insert(program, loss, I, output, size)
+    output.args = ((loss, *rest),)
+
+
+def _decisions(program: Program, seconds: float, size: int, num_collectives: int) -> list[str]:
+    parameters = program.parameters().values()
+    total = sum(_count(v.shape) for v in parameters)
+    divided = sum(_count(v.shape) for v in parameters if v.placement.is_shard)
+    return [
+        f"tensor-parallel: {divided / total:.1%} of the parameters are divided over {size} ranks; "
+        f"{num_collectives} collectives and local moves per micro-batch, predicted "
+        f"{seconds * 1e3:.3f} ms forward and backward"
+    ]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _unsharded(program: Program, size: int) -> list[str]:
+    """Return a warning per weight that stays whole, with the op that forced it."""
+    if size == 1:
+        return []
+    found = []
+    for node in program.graph.find_nodes(op="get_attr"):
+        variable = program.variables[str(node.target)]
+        if variable.is_parameter and len(variable.shape) > 1 and not variable.placement.is_shard:
+            user = next(iter(node.users))
+            why = "has no placement rule" if user.target not in RULES else "cannot be divided"
+            found.append(
+                f"tensor-parallel: {variable.name} {variable.shape} stays replicated on all {size} "
+                f"ranks: {user.target} {why} at {program.where(user)}"
+            )
+    return found
