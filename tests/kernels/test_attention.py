@@ -1,0 +1,169 @@
+"""The op ilm::attention against attention written out in the plainest way."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.kernels import attention, document_starts
+
+BATCH, SEQ, HEADS, HEAD_DIM = 2, 8, 4, 6
+BOUNDARIES = {
+    "whole rows": None,
+    "per row": torch.tensor([[0, 3, 8, 8], [0, 1, 5, 8]], dtype=torch.int32),
+    "per row int64": torch.tensor([[0, 8, 8], [0, 4, 8]]),
+    "flattened": torch.tensor([0, 3, 8, 13, 16, 16], dtype=torch.int32),
+    "flattened across rows": torch.tensor([0, 5, 12, 16]),
+}
+boundaries = pytest.mark.parametrize("cu_seqlens", BOUNDARIES.values(), ids=list(BOUNDARIES))
+kv_heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=lambda n: f"kv{n}")
+
+
+def inputs(kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    heads = (HEADS, kv_heads, kv_heads)
+    return [torch.randn(BATCH, SEQ, n, HEAD_DIM, dtype=dtype).requires_grad_() for n in heads]
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+) -> Tensor:
+    """One softmax for each batch row, head and query, over the keys it may read."""
+    batch, seq, heads, head_dim = q.shape
+    flattened = cu_seqlens is not None and cu_seqlens.dim() == 1
+    if flattened:
+        q, k, v = (x.reshape(1, batch * seq, *x.shape[2:]) for x in (q, k, v))
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    rows = []
+    for row in range(q.shape[0]):
+        bounds = [0] if cu_seqlens is None else cu_seqlens.reshape(q.shape[0], -1)[row].tolist()
+        for t in range(q.shape[1]):
+            start = max(bound for bound in bounds if bound <= t)
+            for head in range(heads):
+                group = head // (heads // k.shape[2])
+                scores = k[row, start : t + 1, group] @ q[row, t, head] * scale
+                rows.append(scores.softmax(0) @ v[row, start : t + 1, group])
+    return torch.stack(rows).reshape(batch, seq, heads, head_dim)
+
+
+@boundaries
+@kv_heads
+@pytest.mark.parametrize("scale", [None, 0.3], ids=["default scale", "scale 0.3"])
+def test_output_and_gradients_equal_plain_attention(cu_seqlens, kv_heads, scale):
+    ours, plain = inputs(kv_heads), inputs(kv_heads)
+    out = attention(*ours, cu_seqlens, scale)
+    expected = plain_attention(*plain, cu_seqlens, scale)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-13)
+
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    for mine, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_non_contiguous_inputs():
+    q, k, v = (x.detach() for x in inputs(2))
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    out = attention(*strided)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, attention(q, k, v), rtol=1e-10, atol=1e-13)
+    out.sum().backward()  # an expanded gradient, every stride 0
+    assert all(x.grad is not None for x in strided)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)],
+    ids=["float32", "bfloat16"],
+)
+@boundaries
+def test_lower_precision(dtype, tolerance, cu_seqlens):
+    low = [x.detach().to(dtype).requires_grad_() for x in inputs(2)]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    out, expected = attention(*low, cu_seqlens), attention(*exact, cu_seqlens)
+    assert out.dtype == dtype
+    out.sum().backward()
+    expected.sum().backward()
+    for mine, other in [
+        (out, expected),
+        *((a.grad, b.grad) for a, b in zip(low, exact, strict=True)),
+    ]:
+        assert mine.dtype == dtype
+        assert (mine - other).norm() <= tolerance * other.norm() + 1e-6
+
+
+@boundaries
+@pytest.mark.parametrize("op", ["attention", "attention_backward"])
+def test_opcheck(op, cu_seqlens):
+    q, k, v = inputs(2)
+    if op == "attention":
+        torch.library.opcheck(torch.ops.ilm.attention.default, (q, k, v, cu_seqlens))
+    else:
+        args = (torch.randn_like(q), q.detach(), k.detach(), v.detach(), cu_seqlens, 0.5)
+        torch.library.opcheck(torch.ops.ilm.attention_backward.default, args)
+
+
+def test_symbolic_trace_records_one_node():
+    graph = torch.fx.symbolic_trace(lambda q, k, v: torch.ops.ilm.attention.default(q, k, v)).graph
+    assert [n.target for n in graph.nodes if n.op == "call_function"] == [
+        torch.ops.ilm.attention.default
+    ]
+
+
+def test_meta_tensors():
+    q, k, v = (x.detach().to("meta") for x in inputs(2))
+    out = attention(q, k, v, torch.zeros(BATCH, 3, dtype=torch.int32, device="meta"))
+    assert out.device.type == "meta"
+    assert out.shape == q.shape
+
+
+def test_document_starts():
+    starts = document_starts(torch.tensor([[0, 2, 5, 5], [0, 5, 5, 5]], dtype=torch.int32), 5)
+    assert starts.tolist() == [[0, 0, 2, 2, 2], [0, 0, 0, 0, 0]]
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+REFUSED = {
+    "three dims": (
+        (tensor(2, 4, 8), tensor(2, 4, 2, 8), tensor(2, 4, 2, 8), None),
+        r"expected q \(batch, seq, heads, head_dim\)",
+    ),
+    "k and v differ": (
+        (tensor(2, 4, 4, 8), tensor(2, 4, 2, 8), tensor(2, 4, 4, 8), None),
+        r"k, v \(batch, seq, kv_heads, head_dim\)",
+    ),
+    "head sizes differ": (
+        (tensor(2, 4, 4, 8), tensor(2, 4, 2, 6), tensor(2, 4, 2, 6), None),
+        "agree in batch, seq and head_dim",
+    ),
+    "three heads on two": (
+        (tensor(2, 4, 3, 8), tensor(2, 4, 2, 8), tensor(2, 4, 2, 8), None),
+        r"multiple of the heads of k; got q \(2, 4, 3, 8\)",
+    ),
+    "two dtypes": (
+        (tensor(2, 4, 2, 8, dtype=torch.float64), tensor(2, 4, 2, 8), tensor(2, 4, 2, 8), None),
+        "of one dtype",
+    ),
+    "float boundaries": (
+        (*(tensor(2, 4, 2, 8) for _ in range(3)), tensor(2, 3)),
+        "cu_seqlens of int32 or int64",
+    ),
+    "boundaries of another batch": (
+        (*(tensor(2, 4, 2, 8) for _ in range(3)), tensor(3, 3, dtype=torch.int32)),
+        r"cu_seqlens \(batch, n\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), REFUSED.values(), ids=list(REFUSED))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_refuses_wrong_inputs(args, message, device):
+    args = [x if x is None else x.to(device) for x in args]
+    with pytest.raises(IlmCompileError, match=message):
+        attention(*args)
