@@ -7,22 +7,11 @@ hold together. Formulas: ring algorithms, bytes as in NVIDIA/nccl-tests (doc/PER
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import ceil
 
 from ilm_compile.cost.hardware import Hardware
 from ilm_compile.errors import PlanError
-
-# What each of n ranks sends, as a share of the full tensor.
-SENT: dict[str, Callable[[int], float]] = {
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "all_gather": lambda n: (n - 1) / n,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n**2,
-    "broadcast": lambda n: 1.0,
-    "p2p": lambda n: 1.0,
-}
-
+from ilm_compile.program.traffic import SENT
 
 def collective_bytes(kind: str, num_bytes: float, size: int) -> float:
     """Return the bytes that each of `size` ranks sends (for p2p: that the sender sends).

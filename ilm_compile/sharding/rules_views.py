@@ -103,7 +103,10 @@ def _unsqueeze(call: Call) -> list[int]:
 
 def _squeeze(call: Call) -> list[int]:
     dim = call.args[1] % len(call.shapes[0])
-    return [d for d in range(len(call.shapes[0])) if d != dim or call.shapes[0][d] != 1]
+    if call.shapes[0][dim] == 1:
+        return [d for d in range(len(call.shapes[0])) if d != dim]
+    # Nothing is squeezed, and must not be on a rank that holds one slice of this dimension.
+    return [-1 if d == dim else d for d in range(len(call.shapes[0]))]
 
 
 def _select(call: Call) -> list[int]:

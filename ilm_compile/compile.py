@@ -1,0 +1,138 @@
+"""The front door: `partition` a model in one process, `parallelize` it under torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ilm_compile.cost import model_flops
+from ilm_compile.errors import PlanError
+from ilm_compile.passes import (
+    ActivationCheckpoint,
+    CastBF16,
+    Interleave,
+    Pass,
+    PassReport,
+    PipelineSplit,
+    TensorParallel,
+    lower,
+    run_passes,
+)
+from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Program
+from ilm_compile.program.trace import ExampleInputs, LossFn, trace
+from ilm_compile.runtime import Mesh, Parallel
+from ilm_compile.schedule import build, check
+
+DTYPE_NAMES = {None: None, torch.bfloat16: "bfloat16"}
+
+
+def make_plan(plan: Plan | str | Path | None = None, **keywords: Any) -> Plan:
+    """Return the plan that the keywords of `partition` and `parallelize` describe.
+
+    `plan` (a `Plan`, or a path to its JSON) is the start, keywords that are not None change it.
+    Raises `PlanError` for a plan that can be known to be wrong without the model.
+    """
+    start = plan if isinstance(plan, Plan) else Plan() if plan is None else Plan.from_json(plan)
+    dtype = keywords.pop("dtype", None)
+    if dtype not in DTYPE_NAMES and dtype not in DTYPE_NAMES.values():
+        raise PlanError(f"plan: dtype must be None or torch.bfloat16, got {dtype}")
+    keywords["dtype"] = DTYPE_NAMES.get(dtype, dtype)
+    given = {name: value for name, value in keywords.items() if value is not None}
+    changed = start.replace(**given)
+    if plan is None and "num_microbatches" not in given:
+        changed = changed.replace(num_microbatches=changed.pp)
+    if plan is None and "schedule" not in given and changed.num_chunks > 1:
+        changed = changed.replace(schedule="interleaved_1f1b")
+    check(make_schedule(changed))
+    return changed
+
+
+def make_schedule(plan: Plan) -> Any:
+    """Return the pipeline schedule of `plan`. Raises `ScheduleError` for counts that do not fit."""
+    return build(
+        plan.schedule,
+        pp=plan.pp,
+        num_microbatches=plan.num_microbatches,
+        num_chunks=plan.num_chunks,
+    )
+
+
+def standard_passes(plan: Plan) -> list[Pass]:
+    """Return the passes that `plan` asks for; the manager puts them in order."""
+    passes: list[Pass] = [
+        TensorParallel(
+            size=plan.tp,
+            sequence_parallel=plan.sequence_parallel,
+            embed_split_hidden=plan.embed_split_hidden,
+        )
+    ]
+    if plan.dtype:
+        passes.append(CastBF16())
+    passes += [
+        ActivationCheckpoint(fraction=plan.checkpoint),
+        PipelineSplit(num_stages=plan.num_stages),
+        Interleave(pp=plan.pp, num_chunks=plan.num_chunks),
+    ]
+    return passes
+
+
+def partition(
+    model: nn.Module,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    loss_fn: LossFn | None = None,
+    passes: Sequence[Pass] = (),
+    callback: Callable[[PassReport], None] | None = None,
+    plan: Plan | str | Path | None = None,
+    **keywords: Any,
+) -> Program:
+    """Return `model` as a partitioned program; one process, no torch.distributed, meta is enough.
+
+    Keywords are the fields of `Plan`: tp, pp, num_chunks, num_microbatches, schedule,
+    sequence_parallel, embed_split_hidden, checkpoint, dtype (torch.bfloat16), zero, seed. `passes`
+    are run beside the standard ones, in the order their requirements give; `example_inputs` and
+    `loss_fn` as in `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
+    `ScheduleError` if the plan does not fit it.
+    """
+    plan = make_plan(plan, **keywords)
+    program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
+    run_passes(program, [*standard_passes(plan), *passes], callback=callback)
+    return program
+
+
+def parallelize(
+    model: nn.Module,
+    *,
+    timeout: timedelta = timedelta(minutes=5),
+    **keywords: Any,
+) -> Parallel:
+    """Return this rank's part of `model`, ready to train; call it on every rank under torchrun.
+
+    Keywords as for `partition`. The number of data-parallel ranks is what is left of the world:
+    world_size // (tp * pp). A model on the meta device gets its initial weights from `seed` and the
+    parameter names, the same under every plan; a real one keeps its weights. `timeout` bounds the
+    wait for a rank that died or hangs. Raises as `partition` does, and `PlanError` if the world
+    size does not fit or the process was not started by torchrun.
+    """
+    plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
+    mesh = Mesh.create(plan, timeout=timeout)
+    program = partition(model, plan=plan, **keywords)
+    return Parallel(
+        lower(program),
+        make_schedule(plan),
+        mesh,
+        model,
+        initializer=program.initializer,
+        model_flops=model_flops(program.graph),
+    )
+
+
+def _plan_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Take the plan's fields out of `keywords`."""
+    return {name: keywords.pop(name) for name in Plan.__dataclass_fields__ if name in keywords}

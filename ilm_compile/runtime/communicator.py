@@ -1,0 +1,81 @@
+"""Collectives over torch.distributed, for graph code that names a mesh axis only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What was moved so far: calls, and bytes of the larger of input and result of each call."""
+
+    calls: int = 0
+    num_bytes: int = 0
+
+    def add(self, x: Tensor) -> None:
+        self.calls += 1
+        self.num_bytes += x.nbytes
+
+
+@dataclass(slots=True)
+class ProcessGroupCommunicator:
+    """The ranks of one process group. `stats` counts the traffic by kind of collective."""
+
+    group: dist.ProcessGroup
+    rank: int = field(init=False)
+    size: int = field(init=False)
+    stats: dict[str, Traffic] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank, self.size = self.group.rank(), self.group.size()
+        kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+        self.stats = {kind: Traffic() for kind in kinds}
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        result = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, _OPS[op], group=self.group)
+        self.stats["all_reduce"].add(result)
+        return result
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        result = x.new_empty((self.size, *x.shape))
+        dist.all_gather_into_tensor(result, x.contiguous(), group=self.group)
+        self.stats["all_gather"].add(result)
+        return result
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        result = x.new_empty(x.shape[1:])
+        dist.reduce_scatter_tensor(result, x.contiguous(), group=self.group)
+        self.stats["reduce_scatter"].add(x)
+        return result
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(result, x.contiguous(), group=self.group)
+        self.stats["all_to_all"].add(x)
+        return result
+
+
+class SingleCommunicator:
+    """An axis of one rank: every collective is the identity."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        return x.clone()
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.clone().unsqueeze(0)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x[0].clone()
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x.clone()

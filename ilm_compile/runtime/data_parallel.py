@@ -1,0 +1,100 @@
+"""Data parallelism over FSDP2: who shards what, and when gradients are reduced.
+
+Each region of a stage is sharded on its own, so that its communication overlaps the compute of its
+neighbours. What regions share, and the rest of the stage, is sharded with the stage. Gradients are
+summed over dp, not averaged, because the loss is normalised by the global batch; they are reduced
+once a step, in the last backward of each stage.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from ilm_compile.errors import PlanError
+from ilm_compile.program.lowered import Stage
+from ilm_compile.runtime.materialize import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A module that is materialised and sharded as one, and the variables it owns."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+
+def units(stage: Stage) -> Iterator[Unit]:
+    """The regions of `stage` that share no tensor with others, then the stage itself with the rest.
+
+    Materialising and sharding one after the other, at most one region is whole in memory.
+    """
+    used = {child: _tensor_ids(child) for child in stage.module.children()}
+    count = Counter(tensor for ids in used.values() for tensor in ids)
+    left = {name: id(resolve(stage, name)) for name in stage.variables}
+    for child, ids in used.items():
+        if not ids or any(count[tensor] > 1 for tensor in ids):
+            continue
+        names = tuple(name for name, tensor in left.items() if tensor in ids)
+        left = {name: tensor for name, tensor in left.items() if name not in names}
+        yield Unit(child, names)
+    yield Unit(stage.module, tuple(left))
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, *, zero: int) -> None:
+    """Shard the parameters of `module` that no module inside has sharded yet.
+
+    zero: 3 gives full parameters back after each forward, 1 keeps them until the step ends.
+    """
+    inside = {id(p) for child in module.modules() for p in _sharded_inside(module, child)}
+    dtypes = {p.dtype for p in module.parameters() if p.requires_grad and id(p) not in inside}
+    if len(dtypes) > 1:
+        raise PlanError(
+            "data parallel: FSDP2 expects one dtype for the trainable parameters of a region, got "
+            f"{sorted(map(str, dtypes))}; give the model one dtype (dtype=torch.bfloat16 keeps "
+            "float32 parameters and casts in the graph) or use dp=1"
+        )
+    fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3)
+
+
+class GradientSync:
+    """Switches the gradient reduction of a sharded stage off and on within a step."""
+
+    def __init__(self, stage: nn.Module, *, zero: int) -> None:
+        assert isinstance(stage, FSDPModule)
+        self._root = stage
+        self._modules = [m for m in stage.modules() if isinstance(m, FSDPModule)]
+        self._keep_parameters = zero == 1
+        for module in self._modules:
+            module.set_gradient_divide_factor(1.0)  # reaches one module only
+
+    def defer(self) -> None:
+        """Until `resume`, backwards add to unsharded gradients of this rank alone."""
+        self._root.set_requires_gradient_sync(False)
+        self._root.set_is_last_backward(False)
+        self._root.set_reshard_after_backward(not self._keep_parameters)
+
+    def resume(self) -> None:
+        """The next backward is the stage's last of this step: it reduces and shards."""
+        self._root.set_requires_gradient_sync(True)
+        self._root.set_is_last_backward(True)
+        self._root.set_reshard_after_backward(True)
+
+    def release(self) -> None:
+        """Give the full parameters back, after a forward pass that no backward follows."""
+        for module in self._modules:
+            module.reshard()
+
+
+def _tensor_ids(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+
+
+def _sharded_inside(module: nn.Module, child: nn.Module) -> list[nn.Parameter]:
+    is_sharded = child is not module and isinstance(child, FSDPModule)
+    return list(child.parameters()) if is_sharded else []

@@ -1,0 +1,136 @@
+"""Initial values of parameters and buffers, one at a time, the same bits under every plan.
+
+A value comes from the first that has it: the user's real tensor; the model's own
+``initial_parameter(name, rows=, seed=)``; or, for any other model on the meta device, the module
+that owns the tensor, rebuilt on the CPU on its own and initialised there as its constructor would.
+The random numbers of a rebuilt module depend on the seed and the module's name only.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.placement import split_shards
+from ilm_compile.program.program import Variable
+
+
+class InitialValues:
+    """Reads or computes the values of `model`, which may lie on the meta device in part or whole."""
+
+    def __init__(self, model: nn.Module, *, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+        self._tensors: dict[str, Tensor] = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        self._initializer = getattr(model, "initial_parameter", None)
+        self._rebuilt: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def shard(self, variable: Variable, *, rank: int, size: int) -> Tensor:
+        """The part of `variable` that tp rank `rank` of `size` holds, in the variable's dtype.
+
+        May alias the user's tensor. At most one full variable is in memory at a time.
+        """
+        placement, name = variable.placement, variable.name
+        is_drawn = self._tensors[name].is_meta and variable.is_parameter and self._initializer
+        if is_drawn and placement.dim == 0 and not placement.segments:
+            rows = variable.shape[0] // size
+            part = self._initializer(name, rows=(rank * rows, (rank + 1) * rows), seed=self._seed)
+            return part.to(variable.dtype)  # type: ignore[no-any-return]
+        full = self._full(name, is_parameter=variable.is_parameter).to(variable.dtype)
+        return split_shards(full, placement, size)[rank] if placement.is_shard else full
+
+    def checksums(self) -> dict[str, float]:
+        """A number for each real tensor that tells different values apart (not an exact hash)."""
+        return {
+            name: tensor.detach().double().abs().sum().item() + tensor.detach().double().sum().item()
+            for name, tensor in self._tensors.items()
+            if not tensor.is_meta
+        }
+
+    def _full(self, name: str, *, is_parameter: bool) -> Tensor:
+        tensor = self._tensors[name]
+        if not tensor.is_meta:
+            return tensor.detach()
+        if is_parameter and self._initializer is not None:
+            value: Tensor = self._initializer(name, seed=self._seed)
+            return value
+        path, _, leaf = name.rpartition(".")
+        if self._rebuilt[0] != path or not self._rebuilt[1]:
+            self._rebuilt = (path, self._rebuild(path))
+        value = self._rebuilt[1][leaf]
+        if not _is_written(value):
+            kind = "parameter" if is_parameter else "buffer"
+            owner = type(self._model.get_submodule(path)).__name__
+            raise IlmCompileError(
+                f"initial values: the model is on the meta device and nothing computes the {kind} "
+                f"{name}; expected {owner}.reset_parameters() or {type(self._model).__name__}"
+                "._init_weights(module) to fill it; add one of them or build the model on the CPU"
+            )
+        return value
+
+    def _rebuild(self, path: str) -> dict[str, Tensor]:
+        """The tensors that the module at `path` owns, initialised on the CPU.
+
+        The order is that of a constructor: the module's own `reset_parameters`, then the model's
+        ``_init_weights`` for the module and for every module around it (Hugging Face, nanoGPT),
+        which see the rest of the model on the meta device.
+        """
+        owner = _shell(self._model.get_submodule(path))
+        owned = {
+            name: _unwritten(tensor)
+            for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]
+            if tensor is not None
+        }
+        for table in (owner._parameters, owner._buffers):
+            table.update({name: owned[name] for name in table if name in owned})  # type: ignore[misc]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(_hash(self._seed, path))
+            if hasattr(owner, "reset_parameters"):
+                owner.reset_parameters()
+            init_weights = getattr(self._model, "_init_weights", None)
+            parts = path.split(".") if path else []
+            while init_weights is not None:
+                init_weights(owner)
+                if not parts:
+                    break
+                outer = _shell(self._model.get_submodule(".".join(parts[:-1])))
+                outer._modules[parts.pop()] = owner
+                owner = outer
+        return owned
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """A copy of `module` that shares its tensors and children but not the tables that hold them."""
+    shell = copy.copy(module)
+    for table in ("_parameters", "_buffers", "_modules"):
+        shell.__dict__[table] = dict(getattr(module, table))
+    return shell
+
+
+def _unwritten(tensor: Tensor) -> Tensor:
+    """An empty CPU tensor in which `_is_written` can see whether somebody filled it."""
+    is_real = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    value: Any = torch.nan if is_real else 0
+    empty = torch.full(tensor.shape, value, dtype=tensor.dtype, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _is_written(tensor: Tensor) -> bool:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return not bool(tensor.isnan().any())
+    return tensor._version > 0  # writes through .data do not count, but nobody inits integers so
+
+
+def _hash(seed: int, path: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

@@ -1,0 +1,108 @@
+"""Gives a stage its tensors: rank-local initial values, on this rank's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from ilm_compile.errors import ProgramError
+from ilm_compile.program.lowered import Stage
+from ilm_compile.program.program import Variable
+from ilm_compile.runtime.initial_values import InitialValues
+from ilm_compile.runtime.mesh import Mesh
+
+
+def fill(
+    stage: Stage,
+    names: Iterable[str],
+    variables: Mapping[str, Variable],
+    values: InitialValues,
+    mesh: Mesh,
+) -> None:
+    """Replace the named meta tensors of `stage` by this rank's shards of their initial values.
+
+    A tensor that several modules share stays shared. The user's own tensors are copied.
+    """
+    places = _places(stage.module)
+    for name in names:
+        meta = resolve(stage, name)
+        if not meta.is_meta:
+            continue  # a constant of the graph brings its value along
+        value = local_value(variables[name], values, mesh)
+        if value.shape != meta.shape:
+            raise ProgramError(
+                f"materialize: stage {stage.index} expects {name} of shape {tuple(meta.shape)}, the "
+                f"model gives {tuple(value.shape)} for tp rank {mesh.tp.rank} of {mesh.tp.size}"
+            )
+        if isinstance(meta, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=meta.requires_grad)
+        for module, attribute in places[id(meta)]:
+            setattr(module, attribute, value)
+
+
+def local_value(variable: Variable, values: InitialValues, mesh: Mesh) -> Tensor:
+    """This tp rank's shard of the initial value of `variable`, in memory of its own."""
+    part = values.shard(variable, rank=mesh.tp.rank, size=mesh.tp.size)
+    return torch.empty(part.shape, dtype=part.dtype, device=mesh.device).copy_(part)
+
+
+def finish(stage: Stage, device: torch.device) -> None:
+    """Move constants to `device` and bind to it what the graphs create. All must be filled."""
+    for module, attribute, tensor in _tensors(stage.module):
+        if tensor.is_meta:
+            raise ProgramError(
+                f"materialize: {attribute} of {type(module).__name__} in stage {stage.index} got no "
+                "value; every tensor of a stage must be among its variables"
+            )
+        if tensor.device != device:
+            setattr(module, attribute, tensor.to(device))
+    for graph_module in graph_modules(stage.module):
+        _bind_device(graph_module, device)
+
+
+def resolve(stage: Stage, name: str) -> Tensor:
+    """The tensor that `stage` uses for variable `name`."""
+    path, _, attribute = stage.variables[name].rpartition(".")
+    tensor: Tensor = getattr(stage.module.get_submodule(path), attribute)
+    return tensor
+
+
+def graph_modules(module: nn.Module) -> list[fx.GraphModule]:
+    """The fx graphs that `module` runs."""
+    return [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+
+
+def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each tensor is held, by its identity."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module, attribute, tensor in _tensors(root):
+        places.setdefault(id(tensor), []).append((module, attribute))
+    return places
+
+
+def _tensors(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (module, attribute, tensor)
+        for module in root.modules()
+        for table in (module._parameters, module._buffers)
+        for attribute, tensor in table.items()
+        if tensor is not None
+    ]
+
+
+def _bind_device(graph_module: fx.GraphModule, device: torch.device) -> None:
+    """Give every op that creates a tensor from numbers alone (arange, full) the device."""
+    if device.type == "cpu":
+        return
+    for node in graph_module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and _creates(node.target):
+            node.kwargs = {**node.kwargs, "device": device}
+    graph_module.recompile()
+
+
+def _creates(op: torch._ops.OpOverload) -> bool:
+    arguments = op._schema.arguments
+    takes_tensor = any("Tensor" in str(argument.type) for argument in arguments)
+    return not takes_tensor and any(argument.name == "device" for argument in arguments)

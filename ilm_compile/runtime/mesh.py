@@ -1,0 +1,182 @@
+"""Which ranks do what together: the process mesh of a plan, and this process's place in it.
+
+Ranks are laid out with tp fastest, then dp, then pp outermost: the ranks of a tp group are
+neighbours on one node, and pipeline stages, which exchange least, lie furthest apart.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ilm_compile.errors import PlanError
+from ilm_compile.program.plan import Plan
+
+TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
+DEFAULT_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """This process's place on one mesh axis; without torch.distributed there is no group."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The three axes of a run, seen from this process.
+
+    device_mesh has the dims ("pp", "dp", "tp"). parameter_mesh has the dims ("tp", "dp") and
+    covers the ranks of this pipeline rank: parameters are cut for tp first and then for dp.
+    timeout_s: seconds after which a collective that a rank does not join becomes an error.
+    """
+
+    pp: Axis
+    dp: Axis
+    tp: Axis
+    device: torch.device
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    device_mesh: DeviceMesh | None = None
+    parameter_mesh: DeviceMesh | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.pp.size * self.dp.size * self.tp.size
+
+    @property
+    def rank(self) -> int:
+        """The global rank."""
+        return self.rank_at(self.pp.rank, self.dp.rank, self.tp.rank)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is a process group, even if only of one process."""
+        return self.device_mesh is not None
+
+    def rank_at(self, pp: int, dp: int, tp: int) -> int:
+        """The global rank at these coordinates."""
+        return (pp * self.dp.size + dp) * self.tp.size + tp
+
+    @classmethod
+    def create(
+        cls,
+        plan: Plan,
+        *,
+        device: torch.device | str | None = None,
+        timeout_s: float | None = None,
+    ) -> Self:
+        """Lay the processes of this job out for `plan`, joining the process group if need be.
+
+        dp takes the ranks that tp and pp leave. device: this rank's GPU if there is one and the
+        process group is not gloo, else the CPU. timeout_s: 300 unless the environment variable
+        ILM_COMPILE_TIMEOUT_S says otherwise. Raises `PlanError` when the world does not fit.
+        """
+        if timeout_s is None:
+            timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
+        started = dist.is_initialized() or "WORLD_SIZE" in os.environ
+        world_size = dist.get_world_size() if dist.is_initialized() else _world_size()
+        _check_world(plan, started, world_size)
+        place = _choose_device(device)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        if not started:
+            return cls(pp=Axis(), dp=Axis(), tp=Axis(), device=place, timeout_s=timeout_s)
+        timeout = timedelta(seconds=timeout_s)
+        if not dist.is_initialized():
+            backend = "nccl" if place.type == "cuda" else "gloo"
+            bound = place if place.type == "cuda" else None
+            dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        dp_size = world_size // (plan.pp * plan.tp)
+        layout = torch.arange(world_size).view(plan.pp, dp_size, plan.tp)
+        axes = [_axis(layout, dim, timeout) for dim in range(3)]
+        pp, dp, tp = axes
+        groups = [axis.group for axis in axes if axis.group is not None]
+        return cls(
+            pp=pp,
+            dp=dp,
+            tp=tp,
+            device=place,
+            timeout_s=timeout_s,
+            device_mesh=DeviceMesh.from_group(
+                groups, place.type, mesh=layout, mesh_dim_names=("pp", "dp", "tp")
+            ),
+            parameter_mesh=DeviceMesh.from_group(
+                [groups[2], groups[1]],
+                place.type,
+                mesh=layout[pp.rank].t().contiguous(),
+                mesh_dim_names=("tp", "dp"),
+            ),
+        )
+
+    def pipeline_group(self, pp_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """A new group of the given pipeline ranks at this rank's (dp, tp), None if not a member.
+
+        Every rank of the job must call this in the same order with the same argument.
+        """
+        mine = None
+        for dp in range(self.dp.size):
+            for tp in range(self.tp.size):
+                ranks = [self.rank_at(pp, dp, tp) for pp in pp_ranks]
+                group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s))
+                if self.rank in ranks:
+                    mine = group
+        return mine
+
+
+def _axis(layout: torch.Tensor, dim: int, timeout: timedelta) -> Axis:
+    """This rank's place on dimension `dim` of `layout`.
+
+    The groups are made here and not by `init_device_mesh`, which leaves them torch's own timeout
+    of 10 or 30 minutes. Every rank takes part in making every group, in one order.
+    """
+    found = Axis()
+    for line in layout.movedim(dim, -1).reshape(-1, layout.shape[dim]).tolist():
+        group = dist.new_group(line, timeout=timeout)
+        if dist.get_rank() in line:
+            found = Axis(line.index(dist.get_rank()), len(line), group)
+    return found
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_world(plan: Plan, started: bool, world_size: int) -> None:
+    needed = plan.tp * plan.pp
+    if not started and needed > 1:
+        raise PlanError(
+            f"parallelize with tp={plan.tp}, pp={plan.pp} needs {needed} processes and must be "
+            f"started by torchrun: torchrun --nproc-per-node={needed} script.py"
+        )
+    if world_size % needed:
+        fitting = -(-world_size // needed) * needed
+        raise PlanError(
+            f"parallelize: expected a world size that is a multiple of tp*pp = {plan.tp}*{plan.pp} "
+            f"= {needed}, got {world_size} processes; start it with "
+            f"torchrun --nproc-per-node={fitting} script.py"
+        )
+
+
+def _choose_device(device: torch.device | str | None) -> torch.device:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device is None:
+        has_gloo = dist.is_initialized() and "nccl" not in dist.get_backend()
+        device = "cpu" if has_gloo or not torch.cuda.is_available() else "cuda"
+    chosen = torch.device(device)
+    if chosen.type != "cuda" or chosen.index is not None:
+        return chosen
+    if local_rank >= torch.cuda.device_count():
+        raise PlanError(
+            f"parallelize: local rank {local_rank} needs a GPU of its own, found "
+            f"{torch.cuda.device_count()}; start fewer processes per node or pass device='cpu'"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,41 @@
+"""Training or evaluation: what the graphs do differently in the two.
+
+A program is traced in training mode. Evaluation turns dropout off where it stands in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ilm_compile.runtime.materialize import graph_modules
+
+aten = torch.ops.aten
+
+# op -> (position and name of the argument that asks for dropout, its value in evaluation)
+_DROPOUT: dict[Any, tuple[int, str, object]] = {
+    aten.dropout.default: (2, "train", False),
+    aten.native_dropout.default: (2, "train", False),
+    aten.feature_dropout.default: (2, "train", False),
+    aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
+}
+_TRAINING_ARGUMENTS = "training_arguments"  # in node.meta: (args, kwargs) as they were traced
+
+
+def set_training(module: nn.Module, training: bool) -> None:
+    """Switch every graph of `module` to training or to evaluation."""
+    for graph_module in graph_modules(module):
+        nodes = [node for node in graph_module.graph.nodes if node.target in _DROPOUT]
+        for node in nodes:
+            args, kwargs = node.meta.setdefault(_TRAINING_ARGUMENTS, (node.args, node.kwargs))
+            if not training:
+                position, name, value = _DROPOUT[node.target]
+                if len(args) > position:
+                    args = (*args[:position], value, *args[position + 1 :])
+                elif name in kwargs:
+                    kwargs = {**kwargs, name: value}
+            node.args, node.kwargs = args, kwargs
+        if nodes:
+            graph_module.recompile()

@@ -1,0 +1,123 @@
+"""Everything this rank holds, under the user's names, and the gradients that belong together.
+
+A tied parameter lives on every stage that uses it. All copies start equal and get the same summed
+gradient, so any optimizer keeps them equal. Two copies on one rank would give an optimizer the same
+name twice: only the first, the leader, is public, and the others follow it before each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ilm_compile.program.lowered import LoweredProgram
+from ilm_compile.runtime.data_parallel import GradientSync, shard, units
+from ilm_compile.runtime.initial_values import InitialValues
+from ilm_compile.runtime.materialize import fill, finish, local_value, resolve
+from ilm_compile.runtime.mesh import Mesh
+from ilm_compile.runtime.shard import Shard
+from ilm_compile.schedule import Schedule
+
+
+class Parameters:
+    """The shards of this rank by variable name. `syncs`: gradient syncs by stage, when dp > 1."""
+
+    def __init__(
+        self, lowered: LoweredProgram, schedule: Schedule, mesh: Mesh, values: InitialValues
+    ) -> None:
+        self._mesh = mesh
+        self.syncs: dict[int, GradientSync] = {}
+        self.shards: dict[str, Shard] = {}
+        self._followers: dict[str, list[Shard]] = {}
+        for stage in lowered.stages:
+            if schedule.stage_to_rank[stage.index] != mesh.pp.rank:
+                continue
+            for unit in units(stage):
+                fill(stage, unit.names, lowered.variables, values, mesh)
+                if mesh.dp.size > 1 and mesh.device_mesh is not None:
+                    shard(unit.module, mesh.device_mesh["dp"], zero=lowered.plan.zero)
+            finish(stage, mesh.device)
+            if mesh.dp.size > 1:
+                self.syncs[stage.index] = GradientSync(stage.module, zero=lowered.plan.zero)
+            for name in stage.variables:
+                leaf = resolve(stage, name)
+                own = Shard.of(lowered.variables[name], stage.index, leaf, mesh)
+                if name in self.shards:
+                    self._followers.setdefault(name, []).append(own)
+                else:
+                    self.shards[name] = own
+        self.ranks = {
+            name: tuple(sorted({schedule.stage_to_rank[s] for s in lowered.owners(name)})) or (0,)
+            for name in lowered.variables
+        }
+        self._keep_unused(lowered, values)
+        # In the order of the user's model, which is also the same on every rank.
+        self.shards = {n: self.shards[n] for n in lowered.variables if n in self.shards}
+        self._tied_groups = self._make_tied_groups(lowered)
+
+    def parameters(self) -> Iterator[Shard]:
+        """The shards that are parameters, one per name."""
+        return (shard for shard in self.shards.values() if shard.variable.is_parameter)
+
+    def counts(self, shard: Shard) -> bool:
+        """Whether this rank's part of `shard` counts in a sum over all ranks.
+
+        Of equal parts only one counts: that of tp rank 0 and dp rank 0 where the axis does not cut
+        the parameter, and that of the first pipeline rank that holds it.
+        """
+        return (
+            self.ranks[shard.variable.name][0] == self._mesh.pp.rank
+            and (shard.variable.placement.is_shard or self._mesh.tp.rank == 0)
+            and (shard.is_dp_sharded or self._mesh.dp.rank == 0)
+        )
+
+    def follow(self) -> None:
+        """Give the second copies on this rank the values of the first."""
+        with torch.no_grad():
+            for name, followers in self._followers.items():
+                for follower in followers:
+                    follower.local.copy_(self.shards[name].local)
+
+    def collect_gradients(self) -> None:
+        """Add what the backward left on the leaves to the public gradients, tied ones summed."""
+        for own in self.parameters():
+            if not own.leaf.requires_grad:
+                continue
+            grad = own.take_gradient()
+            for follower in self._followers.get(own.variable.name, []):
+                grad = _sum(grad, follower.take_gradient())
+            if (group := self._tied_groups.get(own.variable.name)) is not None:
+                grad = torch.zeros_like(own.local) if grad is None else grad.contiguous()
+                dist.all_reduce(grad, group=group)
+            if grad is not None:
+                own.add_gradient(grad, self._mesh)
+
+    def _keep_unused(self, lowered: LoweredProgram, values: InitialValues) -> None:
+        """Hold what no stage uses on pipeline rank 0, so that a state dict is complete."""
+        if self._mesh.pp.rank != 0:
+            return
+        for name, variable in lowered.variables.items():
+            if not lowered.owners(name) and (variable.is_parameter or variable.persistent):
+                leaf = local_value(variable, values, self._mesh)
+                if variable.is_parameter:
+                    leaf = torch.nn.Parameter(leaf, requires_grad=variable.requires_grad)
+                self.shards[name] = Shard.of(variable, -1, leaf, self._mesh)
+
+    def _make_tied_groups(self, lowered: LoweredProgram) -> dict[str, dist.ProcessGroup]:
+        """The group over which the gradients of each tied parameter of this rank are summed."""
+        tied = {
+            name: ranks
+            for name, ranks in self.ranks.items()
+            if len(ranks) > 1 and lowered.variables[name].requires_grad
+        }
+        groups = {ranks: self._mesh.pipeline_group(ranks) for ranks in sorted(set(tied.values()))}
+        return {name: group for name, r in tied.items() if (group := groups[r]) is not None}
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second

@@ -1,0 +1,124 @@
+"""One rank's part of one parameter or buffer, and the way back to the full tensor.
+
+A parameter is cut for tp along its placement, and what is left of it along dimension 0 for dp.
+Its public face is a DTensor over ("tp", "dp") that shares memory with what the stage computes with.
+A dimension of several segments (a fused qkv) is cut segment by segment: the DTensor then shows the
+layout in which each rank's part is contiguous, and `full` undoes the permutation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as DTensorShard
+
+from ilm_compile.program.communicator import Communicator
+from ilm_compile.program.placement import Placement, join_shards, split_shards
+from ilm_compile.program.program import Variable
+from ilm_compile.runtime.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What this rank holds of `variable` for one stage (-1: no stage uses it).
+
+    leaf: the tensor the stage computes with, FSDP's own where dp shards it. local: its memory on
+    this rank. public: what users and optimizers see.
+    """
+
+    variable: Variable
+    stage: int
+    leaf: Tensor
+    local: Tensor
+    public: Tensor
+
+    @property
+    def is_dp_sharded(self) -> bool:
+        return isinstance(self.leaf, DTensor)
+
+    @classmethod
+    def of(cls, variable: Variable, stage: int, leaf: Tensor, mesh: Mesh) -> Shard:
+        """The shard whose values the stage finds in `leaf`."""
+        detached = leaf.detach()
+        local = detached.to_local() if isinstance(detached, DTensor) else detached
+        public = _public(local, variable, mesh, is_dp_sharded=isinstance(leaf, DTensor))
+        if variable.is_parameter:
+            public = nn.Parameter(public, requires_grad=leaf.requires_grad)
+        return cls(variable, stage, leaf, local, public)
+
+    def take_gradient(self) -> Tensor | None:
+        """The local gradient that the backward left on the leaf, which has none afterwards."""
+        grad, self.leaf.grad = self.leaf.grad, None
+        return grad.to_local() if isinstance(grad, DTensor) else grad
+
+    def gradient(self) -> Tensor | None:
+        """This rank's part of the public gradient."""
+        grad = self.public.grad
+        return grad.to_local() if isinstance(grad, DTensor) else grad
+
+    def add_gradient(self, grad: Tensor, mesh: Mesh) -> None:
+        """Add a local gradient to the public one."""
+        own = self.gradient()
+        if own is not None:
+            own.add_(grad)
+        else:
+            self.public.grad = _public(
+                grad, self.variable, mesh, is_dp_sharded=self.is_dp_sharded
+            )
+
+    def full(self, local: Tensor, mesh: Mesh, tp: Communicator) -> Tensor:
+        """The full tensor of which each rank holds `local`: collective over dp and tp."""
+        if self.is_dp_sharded and mesh.dp.size > 1:
+            rows = self.variable.placement.local_shape(self.variable.shape, mesh.tp.size)[0]
+            local = _gather_rows(local, rows, mesh.dp)
+        return gather(local, self.variable.placement, tp)
+
+    def load(self, full: Tensor, mesh: Mesh) -> None:
+        """Overwrite this rank's part by its slice of `full`."""
+        part = full
+        if self.variable.placement.is_shard:
+            part = split_shards(full, self.variable.placement, mesh.tp.size)[mesh.tp.rank]
+        if self.is_dp_sharded:
+            start = min(-(-part.shape[0] // mesh.dp.size) * mesh.dp.rank, part.shape[0])
+            part = part.narrow(0, start, self.local.shape[0])
+        with torch.no_grad():
+            self.local.copy_(part)
+
+
+def gather(local: Tensor, placement: Placement, tp: Communicator) -> Tensor:
+    """The full value of a tensor with this placement on the tp axis; collective if it is sharded."""
+    if placement.kind == "P":
+        return tp.all_reduce(local)
+    if not placement.is_shard or tp.size == 1:
+        return local
+    return join_shards(tp.all_gather(local).unbind(0), placement)
+
+
+def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
+    """Undo FSDP's cut of dimension 0: as `Tensor.chunk`, only the last ranks have fewer rows."""
+    padded = local.new_zeros((-(-rows // axis.size), *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    stacked = padded.new_empty((axis.size * padded.shape[0], *padded.shape[1:]))
+    dist.all_gather_into_tensor(stacked, padded, group=axis.group)
+    return stacked[:rows]
+
+
+def _public(local: Tensor, variable: Variable, mesh: Mesh, *, is_dp_sharded: bool) -> Tensor:
+    if mesh.parameter_mesh is None:
+        return local
+    placement = variable.placement
+    return DTensor.from_local(
+        local,
+        mesh.parameter_mesh,
+        (
+            DTensorShard(placement.dim) if placement.is_shard else Replicate(),
+            DTensorShard(0) if is_dp_sharded else Replicate(),
+        ),
+        run_check=False,
+        shape=torch.Size(variable.shape),
+        stride=torch.empty(variable.shape, device="meta").stride(),
+    )

@@ -1,0 +1,11 @@
+"""Pipeline schedules as data: build them by name, check them, look at them, exchange them."""
+
+from ilm_compile.schedule.actions import Action as Action
+from ilm_compile.schedule.actions import Kind as Kind
+from ilm_compile.schedule.builders import build as build
+from ilm_compile.schedule.builders import register_schedule as register_schedule
+from ilm_compile.schedule.check import check as check
+from ilm_compile.schedule.comms import forward_only as forward_only
+from ilm_compile.schedule.comms import insert_comms as insert_comms
+from ilm_compile.schedule.schedule import Schedule as Schedule
+from ilm_compile.schedule.schedule import peak_in_flight as peak_in_flight

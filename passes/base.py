@@ -1,0 +1,41 @@
+"""What a pass is: one named rewrite of a `Program`, with its options and its promises.
+
+To write your own, subclass `Pass` as a frozen dataclass, say in the class variables what must be
+true before and what is true after, and change the program in `apply`. `activation_checkpoint.py` is
+the shortest example. The pass manager orders passes, times them and checks the program after each,
+so a pass does not log, does not time itself and does not check what it wrote.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ilm_compile.program.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """Base of all passes. Options are fields, validated in ``__post_init__`` (`PlanError`).
+
+    `requires` are facts that must hold before (see ``Program.facts``), `ensures` those that hold
+    after. `after` names facts whose pass must have run first if it runs at all. `numerics` says
+    whether the program still computes the same: "preserving" up to the relative `tolerance` (0.0:
+    bit for bit), or "changing", and then `tolerance` is what to expect.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset({"traced"})
+    after: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset()
+    numerics: ClassVar[Literal["preserving", "changing"]] = "preserving"
+    tolerance: ClassVar[float] = 0.0
+
+    @abstractmethod
+    def apply(self, program: Program) -> None:
+        """Rewrite `program` in place.
+
+        Say what was done and why in ``program.decisions``, and what the user should know of in
+        ``program.warnings``, as sentences that begin with the name of the pass.
+        """

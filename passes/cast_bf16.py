@@ -1,0 +1,174 @@
+"""Mixed precision as casts in the graph: matrix products in bf16, delicate sums in float32."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ilm_compile.errors import PlanError
+from ilm_compile.passes.base import Pass
+from ilm_compile.passes.parameter_free import parameter_free_nodes
+from ilm_compile.passes.precision import BF16, FP32, PRODUCT, called_name, precision_of
+from ilm_compile.program.communicator import ShapeCommunicator, communicators
+from ilm_compile.program.placement import P
+from ilm_compile.program.program import Program
+
+_CAST = torch.ops.aten.to.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class CastBF16(Pass):
+    """Insert the casts of bf16 training; parameters stay as they are and are cast where used.
+
+    `ilm_compile.passes.precision` says which op computes in what, and `report` prints it for a
+    program. The gradient of a float32 parameter is float32, because autograd undoes the cast.
+    Changes numerics: `tolerance` is what the 8 bits of bf16 leave of a loss.
+    """
+
+    name: ClassVar[str] = "cast-bf16"
+    after: ClassVar[frozenset[str]] = frozenset({"sharded"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"cast"})
+    numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
+    tolerance: ClassVar[float] = 2e-2
+
+    def apply(self, program: Program) -> None:
+        for variable in program.parameters().values():
+            if variable.dtype not in (FP32, BF16):
+                raise PlanError(
+                    f"{self.name}: expected parameters in float32 or bfloat16, got {variable.name} "
+                    f"in {variable.dtype}; convert the model with model.float(), or use dtype=None"
+                )
+        before = len(program.graph.find_nodes(op="call_function", target=_CAST))
+        products = _Caster(program).run()
+        casts = len(program.graph.find_nodes(op="call_function", target=_CAST)) - before
+        program.decisions.append(
+            f"{self.name}: {products} matrix products run in bfloat16; norms, softmax, loss and "
+            f"reductions in float32; {casts} casts added, parameters stay as they are"
+        )
+
+    @staticmethod
+    def report(program: Program) -> str:
+        """Return a table of what runs in which dtype and why, one line per op and dtype."""
+        parameter_free = parameter_free_nodes(program)
+        counts = Counter(
+            (
+                called_name(node),
+                str(node.meta["val"].dtype).removeprefix("torch."),
+                precision_of(node, parameter_free).why,
+            )
+            for node in program.calls()
+            if node.meta["val"].is_floating_point()
+        )
+        rows = [(op, str(count), dtype, why) for (op, dtype, why), count in sorted(counts.items())]
+        rows.insert(0, ("op", "count", "dtype", "why"))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join(
+            f"{op:<{widths[0]}}  {count:>{widths[1]}}  {dtype:<{widths[2]}}  {why}"
+            for op, count, dtype, why in rows
+        )
+
+
+class _Caster:
+    """Walks the graph in order, casting inputs and carrying the new dtypes forward."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.parameter_free = parameter_free_nodes(program)
+        # One cast per value, dtype and region: a cast shared by several blocks would have to be
+        # sent between stages, and kept by blocks that are recomputed.
+        self.casts: dict[tuple[fx.Node, torch.dtype, int], fx.Node] = {}
+
+    def run(self) -> int:
+        """Insert all casts; returns the number of matrix products in bf16."""
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            if node.target in self.program.target_counts:
+                # bf16 counts up to 256 only
+                node.meta["val"] = node.meta["val"].to(FP32)
+        products = 0
+        with communicators(tp=ShapeCommunicator(self.program.plan.tp)), torch.no_grad():
+            for node in list(self.program.calls()):
+                products += self._visit(node)
+        return products
+
+    def _visit(self, node: fx.Node) -> bool:
+        precision = precision_of(node, self.parameter_free)
+        if node in self.parameter_free:
+            return False
+        if node.target is _CAST and _dtype(node.all_input_nodes[0]) == node.args[1]:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            self.program.graph.erase_node(node)
+            return False
+        if precision.inputs is not None:
+            self._cast_inputs(node, precision.inputs)
+        try:
+            node.meta["val"] = _run_on_meta(node)
+        except RuntimeError:  # one of the few ops that neither have a row nor promote their inputs
+            self._cast_inputs(node, FP32)
+            node.meta["val"] = _run_on_meta(node)
+        if precision.result is not None:
+            self._cast_result(node, precision.result)
+        return precision is PRODUCT
+
+    def _cast_inputs(self, node: fx.Node, dtype: torch.dtype) -> None:
+        for source in node.all_input_nodes:
+            if source.meta["val"].is_floating_point() and _dtype(source) != dtype:
+                node.replace_input_with(source, self._cast(source, dtype, near=node))
+
+    def _cast_result(self, node: fx.Node, dtype: torch.dtype) -> None:
+        for whole in _where_whole(node):
+            key = whole, dtype, whole.meta["region"]
+            if _dtype(whole) == dtype or key in self.casts:
+                continue
+            with self.program.graph.inserting_after(whole):
+                self.casts[key] = cast = self._create_cast(whole, dtype, near=whole)
+            whole.replace_all_uses_with(cast, delete_user_cb=partial(operator.is_not, cast))
+
+    def _cast(self, source: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
+        """Return `source` in `dtype`, for the use of node `near`."""
+        origin = source.all_input_nodes[0] if source.target is _CAST else source
+        if _dtype(origin) == dtype == BF16 and _dtype(source) == FP32:
+            return origin  # there and back without rounding; float32 -> bf16 -> float32 rounds
+        key = source, dtype, near.meta["region"]
+        if key not in self.casts:
+            with self.program.graph.inserting_before(near):
+                self.casts[key] = self._create_cast(source, dtype, near=near)
+        return self.casts[key]
+
+    def _create_cast(self, source: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
+        cast = self.program.graph.call_function(_CAST, (source, dtype))
+        cast.meta.update({k: near.meta[k] for k in ("region", "stage", "source") if k in near.meta})
+        if "placement" in source.meta:
+            cast.meta["placement"] = source.meta["placement"]
+        cast.meta["val"] = source.meta["val"].to(dtype)
+        return cast
+
+
+def _where_whole(node: fx.Node) -> list[fx.Node]:
+    """Return `node`, or what becomes of it once it is summed up: rounding parts is not linear."""
+    if node.meta.get("placement") != P:
+        return [node]
+    return list(dict.fromkeys(whole for user in node.users for whole in _where_whole(user)))
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def _run_on_meta(node: fx.Node) -> Tensor:
+    """Return the value of a call as a tensor without data, from the values of its inputs."""
+    args: Any
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _as_meta)
+    result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result
+
+
+def _as_meta(node: fx.Node) -> Tensor:
+    val = node.meta["val"]
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")

@@ -1,0 +1,125 @@
+"""The pass manager: orders passes by what they need, runs them, and checks what they wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+from ilm_compile.errors import PlanError, ProgramError
+from ilm_compile.passes.base import Pass
+from ilm_compile.program.check import check_structure
+from ilm_compile.program.program import Program
+from ilm_compile.sharding.check import check_placements
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did: its time, and the nodes it `added` to and `removed` from the graph."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+def check_program(program: Program) -> None:
+    """Run every check that applies: of structure always, of placements once there are any."""
+    check_structure(program)
+    if "sharded" in program.facts:
+        check_placements(program)
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    callback: Callable[[PassReport], None] | None = None,
+    check: Callable[[Program], None] = check_program,
+) -> None:
+    """Run `passes` on `program`, in the order that their requirements give.
+
+    Calls `callback` after each pass and its check. Raises `PlanError` if no order satisfies all
+    requirements, or if a pass refuses the program; `ProgramError` naming the pass if it fails or
+    leaves a program that does not pass the `check`.
+    """
+    for step in order_passes(passes, program.facts):
+        before = {node: node.name for node in program.graph.nodes}
+        start = time.perf_counter()
+        _run(step, program, check)
+        seconds = time.perf_counter() - start
+        after = {node: node.name for node in program.graph.nodes}
+        report = PassReport(
+            name=step.name,
+            seconds=seconds,
+            nodes_before=len(before),
+            nodes_after=len(after),
+            added=tuple(name for node, name in after.items() if node not in before),
+            removed=tuple(name for node, name in before.items() if node not in after),
+        )
+        program.pass_log.append(
+            f"{step.name}: {len(before)} -> {len(after)} nodes "
+            f"(+{len(report.added)}, -{len(report.removed)})"
+        )
+        if callback is not None:
+            callback(report)
+
+
+def order_passes(passes: Sequence[Pass], facts: Set[str] = frozenset()) -> list[Pass]:
+    """Return `passes` sorted so that each finds its requirements met, given `facts` at the start.
+
+    Passes that do not depend on each other keep the order in which they were given. Raises
+    `PlanError` for two passes of one name, a requirement nobody meets, or a circle.
+    """
+    positions = {step.name: position for position, step in enumerate(passes)}
+    if len(positions) < len(passes):
+        names = sorted(step.name for step in passes)
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise PlanError(f"passes: expected each pass once, got {twice} twice; keep one of each")
+    graph = nx.DiGraph()
+    graph.add_nodes_from(positions)
+    for step in passes:
+        for fact in sorted(step.requires | step.after):
+            providers = [other.name for other in passes if fact in other.ensures]
+            if not providers and fact in step.requires - facts:
+                raise PlanError(_unmet(step, fact))
+            graph.add_edges_from((name, step.name) for name in providers if name != step.name)
+    try:
+        names = list(nx.lexicographical_topological_sort(graph, key=positions.__getitem__))
+    except nx.NetworkXUnfeasible:
+        circle = [edge[0] for edge in nx.find_cycle(graph)]
+        raise PlanError(
+            f"passes: {' -> '.join([*circle, circle[0]])} need each other in a circle; "
+            "remove one of these requirements"
+        ) from None
+    return [passes[positions[name]] for name in names]
+
+
+def _run(step: Pass, program: Program, check: Callable[[Program], None]) -> None:
+    try:
+        step.apply(program)
+        program.finish()
+        program.facts |= step.ensures
+        check(program)
+    except PlanError:
+        raise  # the pass refuses what the user asked for, in words of its own
+    except Exception as error:
+        kind = type(error) if isinstance(error, ProgramError) else ProgramError
+        raise kind(f"pass {step.name}: {type(error).__name__}: {error}") from error
+
+
+def _unmet(step: Pass, fact: str) -> str:
+    known = sorted({kind.__name__ for kind in _subclasses(Pass) if fact in kind.ensures})
+    hint = f"add {' or '.join(known)}" if known else "no known pass does; trace() the model first"
+    return f"passes: {step.name} requires {fact!r}, which no pass of the list ensures; {hint}"
+
+
+def _subclasses(kind: Any) -> Iterator[type[Pass]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)

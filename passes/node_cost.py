@@ -1,0 +1,61 @@
+"""Seconds of each node in one training step: forward, backward and recompute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from ilm_compile.cost import Hardware, collective_time, gradient_nodes, node_time
+from ilm_compile.cost.nodes import value_bytes
+from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
+from ilm_compile.program.placement import Placement
+from ilm_compile.program.program import Program
+from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+
+# Bytes that a python function of the graph reads and writes; ops are known to `ilm_compile.cost`.
+_MOVED: dict[Any, Callable[[fx.Node], int]] = {
+    vocab_embedding: lambda node: 2 * value_bytes(node),
+    vocab_cross_entropy: lambda node: 2 * value_bytes(node.all_input_nodes[0]),
+}
+
+
+def step_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, float]:
+    """Return the seconds each call takes per micro-batch, backward included, on one device.
+
+    A node that gradients flow through runs forward and backward; in a recomputed region, forward
+    once more.
+    """
+    differentiable = gradient_nodes(program.graph)
+    result = {}
+    for node in program.calls():
+        forward = _seconds(program, node, hardware, backward=False)
+        result[node] = forward
+        if node in differentiable:
+            result[node] += _seconds(program, node, hardware, backward=True)
+        if program.regions[node.meta["region"]].recompute:
+            result[node] += forward
+    return result
+
+
+def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: bool) -> float:
+    if node.target is redistribute:
+        return _collective_seconds(program, node, hardware, backward=backward)
+    if node.target in _MOVED:
+        moved = _MOVED[node.target](node)
+        return moved / hardware.usable_bandwidth + hardware.kernel_overhead_s
+    return node_time(node, hardware, backward=backward)
+
+
+def _collective_seconds(
+    program: Program, node: fx.Node, hardware: Hardware, *, backward: bool
+) -> float:
+    arguments = {**dict(zip(("x", "src", "dst"), node.args, strict=False)), **node.kwargs}
+    source, target = (Placement.parse(str(arguments[name])) for name in ("src", "dst"))
+    _, on_value, on_gradient = TRANSITIONS[source.kind, target.kind]
+    kind = WIRE.get(on_gradient if backward else on_value)
+    if kind is None:
+        return 0.0
+    full = max(value_bytes(node), value_bytes(node.all_input_nodes[0]))
+    return collective_time(kind, full, program.plan.tp, hardware)

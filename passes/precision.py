@@ -1,0 +1,73 @@
+"""Which op computes in what under bf16 training, and why: the table behind `CastBF16`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ilm_compile.cost.nodes import op_name
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What an op's floating-point inputs, or its result, are cast to, and why."""
+
+    why: str
+    inputs: torch.dtype | None = None
+    result: torch.dtype | None = None
+
+
+PRODUCT = Precision("matrix product: tensor cores, summed in float32", inputs=BF16)
+NORM = Precision("norm: squares need the range, their mean the digits", inputs=FP32)
+SOFTMAX = Precision("softmax and loss: differences and sums of exponentials", inputs=FP32)
+REDUCTION = Precision("reduction, power, exponential: errors add up", inputs=FP32)
+LOOKUP = Precision("lookup: the table stays as it is, the rows are rounded", result=BF16)
+CAST = Precision("cast")
+FOLLOW = Precision("follows its inputs by torch's type promotion")
+EXACT = Precision("no parameter reaches it: rotary tables and masks stay exact")
+
+PRECISIONS: dict[str, Precision] = {
+    "aten::linear": PRODUCT,
+    "aten::matmul": PRODUCT,
+    "aten::mm": PRODUCT,
+    "aten::bmm": PRODUCT,
+    "aten::addmm": PRODUCT,
+    "aten::baddbmm": PRODUCT,
+    "aten::einsum": PRODUCT,
+    "aten::scaled_dot_product_attention": PRODUCT,
+    "ilm::attention": PRODUCT,
+    "aten::rms_norm": NORM,
+    "aten::layer_norm": NORM,
+    "aten::group_norm": NORM,
+    "aten::linalg_vector_norm": NORM,
+    "aten::softmax": SOFTMAX,
+    "aten::log_softmax": SOFTMAX,
+    "aten::logsumexp": SOFTMAX,
+    "aten::cross_entropy_loss": SOFTMAX,
+    "vocab_cross_entropy": SOFTMAX,
+    "aten::pow": REDUCTION,
+    "aten::mean": REDUCTION,
+    "aten::sum": REDUCTION,
+    "aten::var": REDUCTION,
+    "aten::rsqrt": REDUCTION,
+    "aten::exp": REDUCTION,
+    "aten::log": REDUCTION,
+    "aten::embedding": LOOKUP,
+    "vocab_embedding": LOOKUP,
+    "aten::to": CAST,
+}
+
+
+def precision_of(node: fx.Node, parameter_free: Collection[fx.Node]) -> Precision:
+    """Return the row of a call; `parameter_free` holds the nodes that no parameter reaches."""
+    return EXACT if node in parameter_free else PRECISIONS.get(called_name(node), FOLLOW)
+
+
+def called_name(node: fx.Node) -> str:
+    """Return the op's name, such as ``aten::linear``, or that of the python function."""
+    return op_name(node) or str(getattr(node.target, "__name__", node.target))

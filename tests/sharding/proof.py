@@ -1,0 +1,117 @@
+"""The proof of a sharding rule: run the op on every rank and compare with the unsharded op.
+
+Inputs are cut, copied or split into random partial sums as a strategy says; each rank, a thread, runs
+the rank-local call; values and gradients are put together again as the placements say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ilm_compile.program.placement import Placement, S, join_shards, split_shards
+from ilm_compile.sharding import Strategy, strategies
+from ilm_compile.sharding.localize import localize
+from ilm_compile.sharding.strategy import Call, global_call, plain_placements
+from ilm_compile.verify.threads import run_ranks
+
+
+def make_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[Call, list[Tensor]]:
+    """Return the call as the rules see it, and its tensor inputs."""
+    graph = fx.Graph()
+    tensors: list[Tensor] = []
+
+    def lift(value: Any) -> Any:
+        if isinstance(value, list):
+            return [lift(item) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        node = graph.placeholder(f"input_{len(tensors)}")
+        node.meta["val"] = value
+        tensors.append(value)
+        return node
+
+    node = graph.call_function(
+        target, tuple(map(lift, args)), {key: lift(value) for key, value in kwargs.items()}
+    )
+    node.meta["val"] = target(*args, **kwargs)
+    return global_call(node, size), tensors
+
+
+def all_strategies(call: Call) -> list[Strategy]:
+    """Return every strategy of the rule, with segmented outputs of two shapes asked for too."""
+    wanted = plain_placements(call.shape, call.size)
+    for dim, n in enumerate(call.shape):
+        for parts in ((n // 2, n - n // 2), (n // 4, n - n // 4), (n // 3, n // 3, n - 2 * (n // 3))):
+            if S(dim, parts).divides(call.shape, call.size):
+                wanted.add(S(dim, parts))
+    return strategies(call, wanted)
+
+
+def scatter(x: Tensor, placement: Placement, size: int) -> list[Tensor]:
+    """Return what each rank holds of `x`: a shard, a copy, or a random share of the sum."""
+    if placement.is_shard:
+        return [shard.clone() for shard in split_shards(x, placement, size)]
+    if placement.kind != "P":
+        return [x.clone() for _ in range(size)]
+    shares = [torch.randn_like(x) for _ in range(size - 1)]
+    return [*shares, x - sum(shares)]
+
+
+GRADIENT = {"I": "I", "P": "I", "R": "P", "S": "S"}  # what a gradient is, by its value's placement
+
+
+def gather(parts: list[Tensor], placement: Placement) -> Iterator[Tensor]:
+    """Yield the full value that each rank's part stands for."""
+    if placement.is_shard:
+        yield join_shards(parts, placement)
+    elif placement.kind == "P":
+        yield torch.stack(parts).sum(0)
+    else:
+        yield from parts
+
+
+def gradient_placement(placement: Placement) -> Placement:
+    return placement if placement.is_shard else Placement(GRADIENT[placement.kind])
+
+
+def run(node: fx.Node, call: Any, values: list[Tensor]) -> Tensor:
+    """Run a call whose arguments are nodes on `values`, given in order."""
+    target, args, kwargs = call
+    remaining = iter(values)
+    args, kwargs = fx.node.map_arg((args, kwargs), lambda _: next(remaining))
+    return target(*args, **kwargs)
+
+
+def prove(call: Call, tensors: list[Tensor], strategy: Strategy, *, bound: float = 1e-12) -> None:
+    """Raise AssertionError unless `strategy` gives the unsharded value and gradients."""
+    floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+    full = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    expected = run(call.node, (call.target, call.args, call.kwargs), full)
+    seed = torch.randn_like(expected) if expected.requires_grad else None
+    if seed is not None:
+        expected.backward(seed)
+    shards = [scatter(t, p, call.size) for t, p in zip(tensors, strategy.inputs, strict=True)]
+    seeds = scatter(seed.double(), gradient_placement(strategy.output), call.size) if seed is not None else []
+    local_call = localize(call, strategy, "tp")
+
+    def rank(r: int) -> tuple[Tensor, list[Tensor | None]]:
+        local = [s[r].requires_grad_(s[r].is_floating_point()) for s in shards]
+        value = run(call.node, local_call, local)
+        if seeds:
+            value.backward(seeds[r].to(value.dtype))
+        return value.detach(), [local[i].grad for i in floating]
+
+    results = run_ranks(call.size, rank)
+    for value in gather([result[0] for result in results], strategy.output):
+        torch.testing.assert_close(value, expected.detach(), rtol=bound, atol=bound)
+    for position, i in enumerate(floating):
+        parts = [result[1][position] for result in results]
+        if full[i].grad is None:
+            assert all(part is None for part in parts)
+            continue
+        for value in gather(parts, gradient_placement(strategy.inputs[i])):  # type: ignore[arg-type]
+            torch.testing.assert_close(value, full[i].grad, rtol=bound, atol=bound)

@@ -1,0 +1,156 @@
+"""One or more calls per op that has a placement rule: what the proof by execution runs.
+
+Integer and boolean tensors are made so that every op is well defined; sizes divide by 2 and by 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import ilm_compile.sharding  # noqa: F401 - registers ilm.attention
+
+aten, ilm = torch.ops.aten, torch.ops.ilm
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def x(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def positive(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, dtype=torch.float64) + 0.5
+
+
+def integers(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(high, shape)
+
+
+def mask(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape) > 0.4
+
+
+def call(*args: Any, **kwargs: Any) -> Arguments:
+    return args, kwargs
+
+
+UNARY = (
+    *("neg", "clone", "contiguous", "detach", "relu", "silu", "gelu", "tanh", "sigmoid", "exp"),
+    *("cos", "sin", "abs", "softplus", "leaky_relu", "erf", "square"),
+)
+POSITIVE = ("log", "rsqrt", "sqrt", "reciprocal")
+COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+BOOLEAN = (
+    *(aten.__and__.Tensor, aten.__or__.Tensor, aten.logical_and.default),
+    *(aten.logical_or.default, aten.bitwise_and.Tensor),
+)
+BROADCAST = (
+    *(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor),
+    *(aten.maximum.default, aten.minimum.default, aten.pow.Tensor_Tensor),
+)
+
+SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
+    **{getattr(aten, name).default: [lambda: call(x(4, 8))] for name in UNARY},
+    **{getattr(aten, name).default: [lambda: call(positive(4, 8))] for name in POSITIVE},
+    **{getattr(aten, n).Tensor: [lambda: call(x(4, 8), x(8))] for n in COMPARE},
+    **{getattr(aten, n).Scalar: [lambda: call(x(4, 8), 0.1)] for n in COMPARE},
+    **{op: [lambda: call(mask(4, 8), mask(8))] for op in BOOLEAN},
+    **{
+        op: [lambda: call(positive(4, 8), positive(4, 8)), lambda: call(positive(4, 1, 8), positive(4, 1))]
+        for op in BROADCAST
+    },
+    aten.mul.Scalar: [lambda: call(x(4, 8), 3.0)],
+    aten.div.Scalar: [lambda: call(x(4, 8), 3.0)],
+    aten.add.Scalar: [lambda: call(x(4, 8), 3.0)],
+    aten.sub.Scalar: [lambda: call(x(4, 8), 3.0)],
+    aten.rsub.Scalar: [lambda: call(x(4, 8), 3.0)],
+    aten.pow.Tensor_Scalar: [lambda: call(x(4, 8), 2)],
+    aten.pow.Scalar: [lambda: call(2.0, x(4, 8))],
+    aten.clamp.default: [lambda: call(x(4, 8), -0.5, 0.5)],
+    aten.to.dtype: [lambda: call(x(4, 8), torch.float32)],
+    aten.logical_not.default: [lambda: call(mask(4, 8))],
+    aten.bitwise_not.default: [lambda: call(mask(4, 8))],
+    aten.where.self: [lambda: call(mask(4, 8), x(4, 8), x(8))],
+    aten.where.ScalarOther: [lambda: call(mask(4, 8), x(4, 8), 1.0)],
+    aten.where.ScalarSelf: [lambda: call(mask(4, 8), 1.0, x(4, 8))],
+    aten.where.Scalar: [lambda: call(mask(4, 8), 1.0, 2.0)],
+    aten.masked_fill.Scalar: [lambda: call(x(4, 8), mask(4, 8), 1.0)],
+    aten.masked_fill.Tensor: [lambda: call(x(4, 8), mask(4, 8), x())],
+    aten.linear.default: [
+        lambda: call(x(2, 4, 8), x(12, 8)),
+        lambda: call(x(2, 4, 8), x(12, 8), x(12)),
+        lambda: call(x(4, 8), x(12, 8), x(12)),
+    ],
+    aten.matmul.default: [
+        lambda: call(x(2, 4, 8), x(8, 12)),
+        lambda: call(x(2, 4, 8), x(2, 8, 4)),
+        lambda: call(x(2, 2, 4, 8), x(2, 2, 8, 4)),
+        lambda: call(x(8), x(8, 4)),
+    ],
+    aten.mm.default: [lambda: call(x(4, 8), x(8, 12))],
+    aten.bmm.default: [lambda: call(x(2, 4, 8), x(2, 8, 4))],
+    aten.addmm.default: [lambda: call(x(12), x(4, 8), x(8, 12)), lambda: call(x(4, 12), x(4, 8), x(8, 12))],
+    aten.baddbmm.default: [lambda: call(x(2, 4, 4), x(2, 4, 8), x(2, 8, 4))],
+    aten.softmax.int: [lambda: call(x(4, 8), -1), lambda: call(x(4, 8), 0)],
+    aten.log_softmax.int: [lambda: call(x(4, 8), 1)],
+    aten.cumsum.default: [lambda: call(x(4, 8), 0)],
+    aten.rms_norm.default: [lambda: call(x(2, 4, 8), [8], x(8), 1e-5), lambda: call(x(2, 4, 8), [8])],
+    aten.layer_norm.default: [lambda: call(x(2, 4, 8), [8], x(8), x(8), 1e-5)],
+    aten.sum.default: [lambda: call(x(4, 8))],
+    aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
+    aten.mean.default: [lambda: call(x(4, 8))],
+    aten.mean.dim: [lambda: call(x(2, 4, 8), [-1], True), lambda: call(x(2, 4, 8), [0])],
+    aten.reshape.default: [
+        lambda: call(x(2, 4, 24), [2, 4, 3, 4, 2]),
+        lambda: call(x(2, 4, 3, 4, 2), [2, 4, 24]),
+        lambda: call(x(2, 4, 8), [8, 8]),
+        lambda: call(x(8, 8), [2, 4, 8]),
+        lambda: call(x(1, 4, 8), [4, 8]),
+        lambda: call(x(6, 4), [3, 8]),
+        lambda: call(x(4, 6), [6, 4]),
+        lambda: call(x(2, 4, 6), [2, 4, 1, 6]),
+    ],
+    aten.expand.default: [
+        lambda: call(x(2, 1, 8), [2, 4, 8]),
+        lambda: call(x(4, 8), [2, 4, 8]),
+    ],
+    aten.permute.default: [lambda: call(x(2, 4, 8), [2, 0, 1])],
+    aten.transpose.int: [lambda: call(x(2, 4, 8), 1, -1)],
+    aten.t.default: [lambda: call(x(4, 8))],
+    aten.unsqueeze.default: [lambda: call(x(4, 8), 1), lambda: call(x(4, 8), -1)],
+    aten.squeeze.dim: [lambda: call(x(4, 1, 8), 1), lambda: call(x(4, 2, 8), 1)],
+    aten.select.int: [lambda: call(x(4, 3, 8), 1, -1)],
+    aten.slice.Tensor: [
+        lambda: call(x(4, 8), 1, 0, 4),
+        lambda: call(x(4, 8), 1, 4, 2**63 - 1),
+        lambda: call(x(4, 8), 1, 0, 8, 2),
+        lambda: call(x(4, 8), 0, 1, 3),
+    ],
+    aten.cat.default: [lambda: call([x(4, 8), x(4, 4)], -1), lambda: call([x(2, 8), x(4, 8)], 0)],
+    aten.stack.default: [lambda: call([x(4, 8), x(4, 8)], 1)],
+    aten.embedding.default: [
+        lambda: call(x(8, 4), integers(8, 2, 6)),
+        lambda: call(x(8, 4), integers(8, 2, 6), 3),
+    ],
+    aten.cross_entropy_loss.default: [
+        lambda: call(x(6, 8), integers(8, 6)),
+        lambda: call(x(6, 8), integers(8, 6), None, 2, 3),
+        lambda: call(x(6, 8), integers(8, 6), None, 1, 3, 0.1),
+        lambda: call(x(6, 8), integers(8, 6), None, 0),
+    ],
+    ilm.attention.default: [
+        lambda: call(x(2, 6, 8, 4), x(2, 6, 4, 4), x(2, 6, 4, 4)),
+        lambda: call(
+            *(x(2, 6, 8, 4), x(2, 6, 4, 4), x(2, 6, 4, 4)),
+            torch.tensor([[0, 2, 6, 6], [0, 3, 4, 6]], dtype=torch.int32),
+        ),
+    ],
+    aten.scaled_dot_product_attention.default: [
+        lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), None, 0.0, True),
+        lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), mask(2, 1, 6, 6) | torch.eye(6).bool()),
+        lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), x(4, 6, 6)),
+        lambda: call(x(2, 8, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), None, 0.0, True, enable_gqa=True),
+    ],
+}

@@ -1,0 +1,94 @@
+"""The typed check refuses a program whose collectives are not what the rules ask for."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from ilm_compile.errors import PlacementError
+from ilm_compile.models import internlm2_tiny
+from ilm_compile.passes import TensorParallel, run_passes
+from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.placement import I, P, R, S
+from ilm_compile.program.plan import Plan
+from ilm_compile.program.trace import trace
+from ilm_compile.sharding import check_placements
+
+
+def sharded(sequence_parallel=False):
+    program = trace(internlm2_tiny(num_layers=1), plan=Plan(tp=2))
+    run_passes(program, [TensorParallel(size=2, sequence_parallel=sequence_parallel)])
+    return program
+
+
+def collective(program, src, dst):
+    return next(
+        node
+        for node in program.calls()
+        if node.target is redistribute and (node.kwargs["src"], node.kwargs["dst"]) == (src, dst)
+    )
+
+
+def retype(node, dst):
+    node.kwargs = {**node.kwargs, "dst": str(dst)}
+    node.meta["placement"] = dst
+
+
+def test_the_program_the_search_found_is_accepted():
+    check_placements(sharded())
+
+
+@pytest.mark.parametrize(("src", "dst"), [("P", "I"), ("I", "R")])
+def test_a_dropped_collective_is_refused(src, dst):
+    program = sharded()
+    node = collective(program, src, dst)
+    node.replace_all_uses_with(node.args[0])
+    program.graph.erase_node(node)
+    with pytest.raises(PlacementError, match="Is a collective missing"):
+        check_placements(program)
+
+
+def test_a_doubled_collective_is_refused():
+    program = sharded()
+    node = collective(program, "P", "I")
+    with program.graph.inserting_after(node):
+        twice = program.graph.node_copy(node)
+    node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+    twice.args = (node,)
+    with pytest.raises(PlacementError, match="typed P -> I, but the graph says I -> I"):
+        check_placements(program)
+
+
+@pytest.mark.parametrize(("src", "dst", "wrong"), [("P", "I", R), ("I", "R", I), ("P", "I", P)])
+def test_a_retyped_collective_is_refused(src, dst, wrong):
+    program = sharded()
+    retype(collective(program, src, dst), wrong)
+    with pytest.raises(PlacementError):
+        check_placements(program)
+
+
+def test_a_norm_weight_that_is_not_reduced_under_sequence_parallelism_is_refused():
+    program = sharded(sequence_parallel=True)
+    norm = next(n for n in program.calls() if "rms_norm" in n.name and n.args[2].kwargs)
+    weight = norm.args[2]
+    assert (weight.kwargs["src"], weight.kwargs["dst"]) == ("I", "R")
+    norm.replace_input_with(weight, weight.args[0])
+    with pytest.raises(PlacementError, match=re.escape("(S(1), I) does not give S(1)")):
+        check_placements(program)
+
+
+def test_a_partial_loss_is_refused():
+    program = sharded()
+    loss = program.graph.output_node().args[0][0]
+    loss.meta["placement"] = P
+    with pytest.raises(PlacementError):
+        check_placements(program)
+
+
+def test_a_wrong_shard_dimension_of_a_parameter_is_refused():
+    program = sharded()
+    node = next(n for n in program.graph.nodes if n.target == "layers.0.attention.wo.weight")
+    node.meta["placement"] = program.variables[node.target].placement = S(0)
+    with pytest.raises(PlacementError, match="has global shape"):
+        check_placements(program)

@@ -1,0 +1,73 @@
+"""Every placement rule is proven by executing it; a rule without a proof fails the suite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ilm_compile.program.placement import I, P, R, S
+from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+from ilm_compile.sharding import RULES, Strategy
+from tests.sharding.proof import all_strategies, make_call, prove
+from tests.sharding.samples import SAMPLES, aten, call, ilm, x
+
+# These stand for the sharded form of another op and are proven where that op becomes them.
+SHARDED_FORMS = {vocab_embedding, vocab_cross_entropy}
+CASES = [
+    pytest.param(target, make, id=f"{target}-{i}")
+    for target, makes in SAMPLES.items()
+    for i, make in enumerate(makes)
+]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("target", "make"), CASES)
+def test_every_strategy_equals_the_unsharded_op(target, make, size):
+    torch.manual_seed(0)
+    args, kwargs = make()
+    op_call, tensors = make_call(target, args, kwargs, size)
+    # Gradients of a cast to float32 pass through float32.
+    bound = 1e-5 if target is aten.to.dtype else 1e-12
+    for strategy in all_strategies(op_call):
+        prove(op_call, tensors, strategy, bound=bound)
+
+
+def test_every_rule_has_a_proof():
+    assert set(RULES) - SHARDED_FORMS == set(SAMPLES)
+
+
+# What Megatron-LM's plan is made of: op, which of its samples, and the strategy that must be offered.
+MEGATRON = [
+    (aten.linear.default, 0, Strategy((R, S(0)), S(2))),
+    (aten.linear.default, 0, Strategy((S(2), S(1)), P)),
+    (aten.linear.default, 1, Strategy((R, S(0), S(0)), S(2))),
+    (aten.linear.default, 1, Strategy((S(2), S(1), P), P)),
+    (aten.embedding.default, 0, Strategy((S(0), R), P)),
+    (aten.embedding.default, 0, Strategy((S(1), R), S(2))),
+    (aten.rms_norm.default, 0, Strategy((S(1), R), S(1))),
+    (aten.cross_entropy_loss.default, 0, Strategy((S(1), R), I)),
+    (ilm.attention.default, 0, Strategy((S(2),) * 3, S(2))),
+    (aten.reshape.default, 0, Strategy((S(2, (8, 8, 8)),), S(3))),
+    (aten.slice.Tensor, 0, Strategy((S(1, (4, 4)),), S(1))),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "sample", "strategy"), MEGATRON, ids=[f"{op}: {out}" for op, _, (_, out) in MEGATRON]
+)
+def test_the_strategies_megatron_needs_are_offered(target, sample, strategy):
+    args, kwargs = SAMPLES[target][sample]()
+    op_call, _ = make_call(target, args, kwargs, size=2)
+    assert strategy in all_strategies(op_call)
+
+
+def test_class_weights_keep_the_cross_entropy_whole():
+    args, kwargs = call(x(6, 8), torch.zeros(6).long(), x(8), 1)
+    op_call, _ = make_call(aten.cross_entropy_loss.default, args, kwargs, size=2)
+    assert all(not p.is_shard for s in all_strategies(op_call) for p in s.inputs)
+
+
+def test_a_wrong_strategy_is_not_proven():
+    op_call, tensors = make_call(aten.linear.default, *call(x(2, 4, 8), x(12, 8), x(12)), size=2)
+    with pytest.raises(AssertionError):
+        prove(op_call, tensors, Strategy((S(2), S(1), R), P))  # the bias would be counted twice
