@@ -38,7 +38,7 @@ from ilm_compile.sharding.strategy import (
     strategies,
     tensor_inputs,
 )
-from ilm_compile.sharding.transitions import Restrictions, allowed, transition_time
+from ilm_compile.sharding.transitions import Restrictions, allowed, token_dims, transition_time
 
 DTYPE = torch.bfloat16  # plans are made for training at scale, whatever the model's dtype is now
 MICROSECONDS = 1e6
@@ -138,7 +138,11 @@ class _Search:
         call = global_call(node, self.size)
         if node not in self.gradients:  # integers, masks, tables: cheap, the same everywhere
             return strategies(call, ())[:1]
-        return strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
+        options = strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
+        tokens = token_dims(shape, self.size)
+        if self.restrictions.sequence_parallel and tokens and not forward_flops(node):
+            options = [option for option in options if option.output.kind in "SP"] or options
+        return options
 
     def _wants(self, node: fx.Node, user: fx.Node) -> list[Placement]:
         if user.op == "output":
@@ -209,14 +213,17 @@ class _Search:
         shared: bool,
     ) -> None:
         node = producers[0]
+        is_activation = node in self.gradients
         by_source: dict[Placement, list[int]] = defaultdict(list)
         by_target: dict[Placement, list[int]] = defaultdict(list)
         for source in made:
             for target in needed:
-                if not allowed(self.program, node, source, target, self.size, self.restrictions):
+                if not allowed(
+                    self.program, node, source, target, self.size, self.restrictions, is_activation
+                ):
                     continue
                 seconds = len(producers) * transition_time(
-                    node, source, target, self.size, self.hardware, node in self.gradients
+                    node, source, target, self.size, self.hardware, is_activation
                 )
                 if shared and seconds:
                     flow = self._variable(0.0)

@@ -20,8 +20,8 @@ TIE = 1e-9  # seconds: of two equally cheap plans take the one with fewer transi
 class Restrictions:
     """What the user forbids the search.
 
-    `sequence_parallel`: True, partial sums leave by reduce-scatter only, so that what follows is
-    sharded over tokens; False, no activation is ever scattered. None leaves it to the cost.
+    `sequence_parallel`: True, activations are sharded over tokens wherever that is legal and are
+    gathered for a matrix product only; False, none is ever scattered. None leaves it to the cost.
     `parameters` fixes placements at rest by parameter name.
     """
 
@@ -48,8 +48,12 @@ def allowed(
     target: Placement,
     size: int,
     restrictions: Restrictions,
+    is_activation: bool,
 ) -> bool:
-    """Whether the value of `node` may be taken from `source` to `target`."""
+    """Whether the value of `node` may be taken from `source` to `target`.
+
+    `is_activation`: whether a gradient flows through it; the restrictions speak of activations.
+    """
     if source == target:
         return True
     shape = tuple(node.meta["val"].shape)
@@ -60,13 +64,23 @@ def allowed(
         return not source.is_shard and not target.is_shard  # at rest as the first user needs it
     if target == S(0) and len(shape) > (2 if is_float else 1):
         return False  # dimension 0 is the micro-batch: splitting that is data parallelism's
-    if len(shape) < 2 or not is_float:
+    if len(shape) < 2 or not is_activation:
         return True
     if restrictions.sequence_parallel is False:
         return source.is_shard or not target.is_shard
-    if restrictions.sequence_parallel and source.kind == "P" and not target.is_shard:
-        return not any(S(dim).divides(shape, size) for dim in range(1, len(shape) - 1))
+    tokens = token_dims(shape, size)
+    if restrictions.sequence_parallel and tokens:
+        return target.dim in tokens or (target.kind == "R" and source.dim in tokens)
     return True
+
+
+def token_dims(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Return the dimensions of an activation that may be sharded over tokens.
+
+    They lie between the micro-batch and the features; a matrix has its rows only.
+    """
+    dims = range(1, len(shape) - 1) if len(shape) > 2 else range(len(shape) - 1)
+    return tuple(dim for dim in dims if S(dim).divides(shape, size))
 
 
 def transition_time(
