@@ -102,6 +102,7 @@ def partition(
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
+    program.flops = model_flops(program.graph)
     run_passes(program, [*standard_passes(plan), *passes], callback=callback)
     return program
 
@@ -129,7 +130,7 @@ def parallelize(
         mesh,
         model,
         initializer=program.initializer,
-        model_flops=model_flops(program.graph),
+        model_flops=program.flops,
     )
 
 

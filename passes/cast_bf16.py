@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.parameter_free import parameter_free_nodes
-from ilm_compile.passes.precision import BF16, FP32, PRODUCT, called_name, precision_of
+from ilm_compile.passes.precision import BF16, FP32, MOVE, PRODUCT, called_name, precision_of
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
@@ -100,12 +100,13 @@ class _Caster:
         precision = precision_of(node, self.parameter_free)
         if node in self.parameter_free:
             return False
-        if node.target is _CAST and _dtype(node.all_input_nodes[0]) == node.args[1]:
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        if node.target is _CAST and (same := _already(node.all_input_nodes[0], node.args[1])):
+            node.replace_all_uses_with(same)
             self.program.graph.erase_node(node)
             return False
-        if precision.inputs is not None:
-            self._cast_inputs(node, precision.inputs)
+        wanted = BF16 if precision is MOVE and self._is_read_in_bf16(node) else precision.inputs
+        if wanted is not None:
+            self._cast_inputs(node, wanted)
         try:
             node.meta["val"] = _run_on_meta(node)
         except RuntimeError:  # one of the few ops that neither have a row nor promote their inputs
@@ -114,6 +115,12 @@ class _Caster:
         if precision.result is not None:
             self._cast_result(node, precision.result)
         return precision is PRODUCT
+
+    def _is_read_in_bf16(self, move: fx.Node) -> bool:
+        """Whether a value can be rounded before it moves between ranks, at half the bytes."""
+        is_partial = move.all_input_nodes[0].meta.get("placement") == P
+        readers = [precision_of(user, self.parameter_free) for user in move.users]
+        return not is_partial and all(reader.inputs == BF16 for reader in readers)
 
     def _cast_inputs(self, node: fx.Node, dtype: torch.dtype) -> None:
         for source in node.all_input_nodes:
@@ -131,9 +138,8 @@ class _Caster:
 
     def _cast(self, source: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
         """Return `source` in `dtype`, for the use of node `near`."""
-        origin = source.all_input_nodes[0] if source.target is _CAST else source
-        if _dtype(origin) == dtype == BF16 and _dtype(source) == FP32:
-            return origin  # there and back without rounding; float32 -> bf16 -> float32 rounds
+        if same := _already(source, dtype):
+            return same
         key = source, dtype, near.meta["region"]
         if key not in self.casts:
             with self.program.graph.inserting_before(near):
@@ -147,6 +153,19 @@ class _Caster:
             cast.meta["placement"] = source.meta["placement"]
         cast.meta["val"] = source.meta["val"].to(dtype)
         return cast
+
+
+def _already(source: fx.Node, dtype: Any) -> fx.Node | None:
+    """Return a node that holds `source` in `dtype` without a cast, if there is one.
+
+    bf16 -> float32 -> bf16 is exact and gives the original; float32 -> bf16 -> float32 rounds.
+    """
+    if _dtype(source) == dtype:
+        return source
+    if source.target is _CAST and _dtype(source) == FP32:
+        origin = source.all_input_nodes[0]
+        return origin if _dtype(origin) == dtype == BF16 else None
+    return None
 
 
 def _where_whole(node: fx.Node) -> list[fx.Node]:

@@ -11,9 +11,9 @@ from itertools import groupby
 
 from torch import fx
 
-from ilm_compile.cost import gradient_nodes
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.stage_module import Segment, build_stage
+from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.lowered import Boundary, LoweredProgram, Stage
 from ilm_compile.program.placement import I
 from ilm_compile.program.program import Program

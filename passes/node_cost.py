@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from ilm_compile.cost import Hardware, collective_time, gradient_nodes, node_time
+from ilm_compile.cost import Hardware, collective_time, node_time
 from ilm_compile.cost.nodes import value_bytes
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
+from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding

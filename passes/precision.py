@@ -27,6 +27,7 @@ NORM = Precision("norm: squares need the range, their mean the digits", inputs=F
 SOFTMAX = Precision("softmax and loss: differences and sums of exponentials", inputs=FP32)
 REDUCTION = Precision("reduction, power, exponential: errors add up", inputs=FP32)
 LOOKUP = Precision("lookup: the table stays as it is, the rows are rounded", result=BF16)
+MOVE = Precision("moved in bf16 if all its readers want that, else as it is")
 CAST = Precision("cast")
 FOLLOW = Precision("follows its inputs by torch's type promotion")
 EXACT = Precision("no parameter reaches it: rotary tables and masks stay exact")
@@ -59,6 +60,7 @@ PRECISIONS: dict[str, Precision] = {
     "aten::log": REDUCTION,
     "aten::embedding": LOOKUP,
     "vocab_embedding": LOOKUP,
+    "redistribute": MOVE,
     "aten::to": CAST,
 }
 

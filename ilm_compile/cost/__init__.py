@@ -4,7 +4,6 @@ from ilm_compile.cost.collectives import collective_bytes as collective_bytes
 from ilm_compile.cost.collectives import collective_time as collective_time
 from ilm_compile.cost.flops import backward_flops as backward_flops
 from ilm_compile.cost.flops import forward_flops as forward_flops
-from ilm_compile.cost.flops import gradient_nodes as gradient_nodes
 from ilm_compile.cost.flops import model_flops as model_flops
 from ilm_compile.cost.hardware import HARDWARE as HARDWARE
 from ilm_compile.cost.hardware import Hardware as Hardware

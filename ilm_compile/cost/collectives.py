@@ -13,6 +13,7 @@ from ilm_compile.cost.hardware import Hardware
 from ilm_compile.errors import PlanError
 from ilm_compile.program.traffic import SENT
 
+
 def collective_bytes(kind: str, num_bytes: float, size: int) -> float:
     """Return the bytes that each of `size` ranks sends (for p2p: that the sender sends).
 

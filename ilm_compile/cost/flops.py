@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx
 
-from ilm_compile.cost.nodes import op_name, tensors
+from ilm_compile.cost.nodes import op_name
+from ilm_compile.program.gradients import gradient_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,26 +107,6 @@ def backward_flops(node: fx.Node, *, requires_grad: Collection[fx.Node] | None =
         return 0
     wanted = [o for o in rule.operands(node) if requires_grad is None or o in requires_grad]
     return min(len(wanted), 2) * rule.forward(node)
-
-
-def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes through which a gradient flows: trained parameters and what they lead to."""
-    module = graph.owning_module
-    parameters: dict[str, nn.Parameter] = (
-        dict(module.named_parameters(remove_duplicate=False)) if module else {}
-    )
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            leaf = parameters.get(str(node.target), node.meta.get("val"))
-            is_found = isinstance(leaf, Tensor) and leaf.requires_grad
-        else:
-            differentiable = any(tensor.is_floating_point() for tensor in tensors(node))
-            inputs_found = not found.isdisjoint(node.all_input_nodes)
-            is_found = differentiable and inputs_found and op_name(node) not in _CUTS
-        if is_found:
-            found.add(node)
-    return found
 
 
 def model_flops(graph: fx.Graph) -> int:

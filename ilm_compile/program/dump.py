@@ -10,7 +10,6 @@ from torch import fx
 from ilm_compile.program.program import Program
 
 
-
 def dump(program: Program) -> str:
     """Return the graph as Python text, one line a node, grouped by stage, region and module."""
     names = {n: f"self.{n.target}" if n.op == "get_attr" else n.name for n in program.graph.nodes}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program
 from ilm_compile.program.traffic import Message, traffic
 
@@ -21,10 +22,11 @@ def explain(program: Program) -> str:
     lines = [f"plan: {_plan(program)}", ""]
     lines += [f"- {sentence}" for sentence in program.decisions]
     lines += [f"! {sentence}" for sentence in program.warnings]
+    gradients = gradient_nodes(program.graph)
     for regions in _distinct(program):
         lines += ["", _title(program, regions)]
         lines += _table(_parameter_rows(program, regions[0]))
-        rows = list(_collective_rows(program, regions[0]))
+        rows = list(_collective_rows(program, regions[0], gradients))
         lines += _table([("collective", "type", "forward", "backward", "because"), *rows]) if rows else []
     return "\n".join(lines) + "\n"
 
@@ -39,11 +41,12 @@ def _plan(program: Program) -> str:
 
 def _distinct(program: Program) -> list[list[int]]:
     """Return the regions, those that hold the same rows together."""
+    gradients = gradient_nodes(program.graph)
     alike: dict[object, list[int]] = defaultdict(list)
     for index, region in enumerate(program.regions):
-        parameters = [(name, *rest) for name, *rest in _parameter_rows(program, index)]
-        calls = [str(node.target) for node in _nodes(program, index)]
-        alike[(region.is_block, repr(parameters), repr(calls))].append(index)
+        collectives = [row[1:4] for row in _collective_rows(program, index, gradients)]
+        key = (region.is_block, repr(_parameter_rows(program, index)), repr(collectives))
+        alike[key].append(index)
     return list(alike.values())
 
 
@@ -67,9 +70,11 @@ def _parameter_rows(program: Program, region: int) -> list[tuple[str, ...]]:
     return [("parameter", "shape", "placement"), *rows.values()] if rows else []
 
 
-def _collective_rows(program: Program, region: int) -> Iterator[tuple[str, ...]]:
+def _collective_rows(
+    program: Program, region: int, gradients: set[fx.Node]
+) -> Iterator[tuple[str, ...]]:
     for node in _nodes(program, region):
-        messages = traffic(node, program.plan.tp)
+        messages = traffic(node, program.plan.tp, has_gradient=node in gradients)
         if not messages:
             continue
         typed = node.target is redistribute

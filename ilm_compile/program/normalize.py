@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ilm_compile.errors import TraceError
@@ -49,6 +49,11 @@ def normalize(
     root = nn.Module()
     for name, fqn in signature.inputs_to_lifted_tensor_constants.items():
         constant = exported.constants[fqn]
+        if constant.is_meta:
+            raise TraceError(
+                f"trace: the model makes a constant of shape {tuple(constant.shape)} in its forward, on "
+                "its inputs' device; its value is lost when tracing without data. Make it a buffer"
+            )
         attributes[name] = f"constant_{len(variables)}"
         variables[attributes[name]] = Variable(
             attributes[name], tuple(constant.shape), constant.dtype, False, False, persistent=False
@@ -221,6 +226,19 @@ def _pieces(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     return pieces
 
 
+def _slice(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if node.meta["val"].shape == args[0].meta["val"].shape and (len(args) < 5 or args[4] == 1):
+        return args[0]
+    return run.emit(node, node.target, args, kwargs)
+
+
+def _transpose(
+    run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    order = list(reversed(range(args[0].meta["val"].dim())))
+    return run.emit(node, aten.permute.default, (args[0], order))
+
+
 def _unbind(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     dim %= x.meta["val"].dim()
@@ -240,7 +258,7 @@ _LOWERINGS: dict[Any, Lower] = {
         + (aten.unflatten.int, aten.view_as.default, aten.reshape_as.default),
         _reshape,
     ),
-    **dict.fromkeys((aten.expand.default, aten.expand_as.default), _expand),
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _expand),
     **dict.fromkeys(
         (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default)
         + (aten.type_as.default,),
@@ -251,4 +269,6 @@ _LOWERINGS: dict[Any, Lower] = {
         _pieces,
     ),
     aten.unbind.int: _unbind,
+    aten.slice.Tensor: _slice,
+    aten.numpy_T.default: _transpose,
 }

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Placement:
     __repr__ = __str__
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Placement:
         """Return the placement written as `text`, for example ``"P"`` or ``"S(1)"``."""
         match = _TEXT.fullmatch(text)
@@ -86,7 +86,7 @@ R = Placement("R")
 P = Placement("P")
 
 
-def S(dim: int, segments: Sequence[int] = ()) -> Placement:  # noqa: N802 - reads as a type
+def S(dim: int, segments: Sequence[int] = ()) -> Placement:
     """Return the placement sharded on dimension `dim`; one segment is no segment."""
     return Placement("S", dim, tuple(segments) if len(segments) > 1 else ())
 

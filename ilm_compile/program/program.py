@@ -85,7 +85,8 @@ class Program:
     decisions: list[str] = field(default_factory=list)  # what was done and why, for explain()
     warnings: list[str] = field(default_factory=list)
     pass_log: list[str] = field(default_factory=list)
-    initializer: Callable[..., Tensor] | None = None
+    initializer: Callable[..., Tensor] | None = None  # of parameters on the meta device
+    flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice
 
     @property
     def graph(self) -> fx.Graph:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.constants import KeepConstants
 from ilm_compile.program.loss import normalize_loss
 from ilm_compile.program.normalize import normalize
 from ilm_compile.program.plan import Plan
@@ -48,7 +49,8 @@ def trace(
     fakes = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in inputs.items()}
     variables = _read_variables(model)
     try:
-        exported = torch.export.export(wrapper, (fakes,), strict=False)
+        with KeepConstants():
+            exported = torch.export.export(wrapper, (fakes,), strict=False)
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
     graph_module, output_names = normalize(exported, variables, list(inputs), output_names[-1])

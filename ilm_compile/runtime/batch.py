@@ -46,10 +46,10 @@ class BatchLayout:
             expected = (rows * self.num_slices, *spec.shape[1:])
             if tuple(tensor.shape) != expected or tensor.dtype != spec.dtype:
                 raise BatchError(
-                    f"batch: expected {name} of shape {expected} and dtype {spec.dtype} (the global "
-                    f"batch: {rows} rows x {self.num_microbatches} micro-batches x {self.dp.size} "
-                    f"data-parallel ranks), got {tuple(tensor.shape)} and {tensor.dtype}; give "
-                    "batches of this shape or compile for other example_inputs"
+                    f"batch: expected {name} of shape {expected} and dtype {spec.dtype}, got "
+                    f"{tuple(tensor.shape)} and {tensor.dtype}; a global batch has {rows} rows x "
+                    f"{self.num_microbatches} micro-batches x {self.dp.size} data-parallel ranks: "
+                    "give it that many, or compile for other example_inputs"
                 )
 
     def own(self, batch: Batch, name: str) -> Tensor:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# torch 2.13 renamed these two and warns about the old names, the only ones that 2.11 knows.
+all_gather_single: Callable[..., Any] = (
+    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
+reduce_scatter_single: Callable[..., Any] = (
+    dist.reduce_scatter_single
+    if hasattr(dist, "reduce_scatter_single")
+    else dist.reduce_scatter_tensor
+)
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -45,13 +57,13 @@ class ProcessGroupCommunicator:
 
     def all_gather(self, x: Tensor) -> Tensor:
         result = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(result, x.contiguous(), group=self.group)
+        all_gather_single(result.view(-1), x.contiguous().view(-1), group=self.group)
         self.stats["all_gather"].add(result)
         return result
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         result = x.new_empty(x.shape[1:])
-        dist.reduce_scatter_tensor(result, x.contiguous(), group=self.group)
+        reduce_scatter_single(result.view(-1), x.contiguous().view(-1), group=self.group)
         self.stats["reduce_scatter"].add(x)
         return result
 
@@ -63,10 +75,13 @@ class ProcessGroupCommunicator:
 
 
 class SingleCommunicator:
-    """An axis of one rank: every collective is the identity."""
+    """An axis of one rank: every collective is the identity, and nothing is moved."""
 
     rank = 0
     size = 1
+
+    def __init__(self) -> None:
+        self.stats: dict[str, Traffic] = {}
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         return x.clone()
@@ -79,3 +94,12 @@ class SingleCommunicator:
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return x.clone()
+
+
+def communicator_over(
+    group: dist.ProcessGroup | None,
+) -> ProcessGroupCommunicator | SingleCommunicator:
+    """The communicator of a mesh axis with this group, None or of one rank for no others."""
+    if group is None or group.size() == 1:
+        return SingleCommunicator()
+    return ProcessGroupCommunicator(group)

@@ -1,8 +1,9 @@
 """Initial values of parameters and buffers, one at a time, the same bits under every plan.
 
 A value comes from the first that has it: the user's real tensor; the model's own
-``initial_parameter(name, rows=, seed=)``; or, for any other model on the meta device, the module
-that owns the tensor, rebuilt on the CPU on its own and initialised there as its constructor would.
+``initializer(name, rows=(start, stop) or None, seed=seed)``, which gives the float32 values of rows
+start to stop; or, for any other model on the meta device, the module that owns the tensor, rebuilt
+on the CPU on its own and initialised there as its constructor would.
 The random numbers of a rebuilt module depend on the seed and the module's name only.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,16 +23,18 @@ from ilm_compile.program.program import Variable
 
 
 class InitialValues:
-    """Reads or computes the values of `model`, which may lie on the meta device in part or whole."""
+    """Reads or computes the values of `model`, which may be on the meta device in part or whole."""
 
-    def __init__(self, model: nn.Module, *, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, seed: int, initializer: Callable[..., Tensor] | None = None
+    ) -> None:
         self._model = model
         self._seed = seed
         self._tensors: dict[str, Tensor] = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
-        self._initializer = getattr(model, "initial_parameter", None)
+        self._initializer = initializer
         self._rebuilt: tuple[str, dict[str, Tensor]] = ("", {})
 
     def shard(self, variable: Variable, *, rank: int, size: int) -> Tensor:
@@ -39,35 +43,39 @@ class InitialValues:
         May alias the user's tensor. At most one full variable is in memory at a time.
         """
         placement, name = variable.placement, variable.name
-        is_drawn = self._tensors[name].is_meta and variable.is_parameter and self._initializer
-        if is_drawn and placement.dim == 0 and not placement.segments:
+        initializer = self._initializer_of(variable)
+        if initializer is not None and placement.dim == 0 and not placement.segments:
             rows = variable.shape[0] // size
-            part = self._initializer(name, rows=(rank * rows, (rank + 1) * rows), seed=self._seed)
-            return part.to(variable.dtype)  # type: ignore[no-any-return]
-        full = self._full(name, is_parameter=variable.is_parameter).to(variable.dtype)
+            part = initializer(name, rows=(rank * rows, (rank + 1) * rows), seed=self._seed)
+            return part.to(variable.dtype)
+        full = self._full(variable).to(variable.dtype)
         return split_shards(full, placement, size)[rank] if placement.is_shard else full
 
     def checksums(self) -> dict[str, float]:
-        """A number for each real tensor that tells different values apart (not an exact hash)."""
+        """The sum of each real tensor, to tell models of different random numbers apart."""
         return {
-            name: tensor.detach().double().abs().sum().item() + tensor.detach().double().sum().item()
+            name: tensor.detach().double().sum().item()
             for name, tensor in self._tensors.items()
             if not tensor.is_meta
         }
 
-    def _full(self, name: str, *, is_parameter: bool) -> Tensor:
-        tensor = self._tensors[name]
-        if not tensor.is_meta:
-            return tensor.detach()
-        if is_parameter and self._initializer is not None:
-            value: Tensor = self._initializer(name, seed=self._seed)
-            return value
+    def _initializer_of(self, variable: Variable) -> Callable[..., Tensor] | None:
+        """The model's own initialiser, if `variable` is a parameter without a value."""
+        is_wanted = variable.is_parameter and self._tensors[variable.name].is_meta
+        return self._initializer if is_wanted else None
+
+    def _full(self, variable: Variable) -> Tensor:
+        name = variable.name
+        if not self._tensors[name].is_meta:
+            return self._tensors[name].detach()
+        if (initializer := self._initializer_of(variable)) is not None:
+            return initializer(name, seed=self._seed)
         path, _, leaf = name.rpartition(".")
         if self._rebuilt[0] != path or not self._rebuilt[1]:
             self._rebuilt = (path, self._rebuild(path))
         value = self._rebuilt[1][leaf]
         if not _is_written(value):
-            kind = "parameter" if is_parameter else "buffer"
+            kind = "parameter" if variable.is_parameter else "buffer"
             owner = type(self._model.get_submodule(path)).__name__
             raise IlmCompileError(
                 f"initial values: the model is on the meta device and nothing computes the {kind} "
@@ -93,11 +101,11 @@ class InitialValues:
             table.update({name: owned[name] for name in table if name in owned})  # type: ignore[misc]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(_hash(self._seed, path))
-            if hasattr(owner, "reset_parameters"):
-                owner.reset_parameters()
+            if callable(reset_parameters := getattr(owner, "reset_parameters", None)):
+                reset_parameters()
             init_weights = getattr(self._model, "_init_weights", None)
             parts = path.split(".") if path else []
-            while init_weights is not None:
+            while callable(init_weights):
                 init_weights(owner)
                 if not parts:
                     break

@@ -33,8 +33,8 @@ def fill(
         value = local_value(variables[name], values, mesh)
         if value.shape != meta.shape:
             raise ProgramError(
-                f"materialize: stage {stage.index} expects {name} of shape {tuple(meta.shape)}, the "
-                f"model gives {tuple(value.shape)} for tp rank {mesh.tp.rank} of {mesh.tp.size}"
+                f"materialize: stage {stage.index} expects {name} of shape {tuple(meta.shape)}, "
+                f"the model gives {tuple(value.shape)} for tp rank {mesh.tp.rank} of {mesh.tp.size}"
             )
         if isinstance(meta, nn.Parameter):
             value = nn.Parameter(value, requires_grad=meta.requires_grad)
@@ -53,8 +53,8 @@ def finish(stage: Stage, device: torch.device) -> None:
     for module, attribute, tensor in _tensors(stage.module):
         if tensor.is_meta:
             raise ProgramError(
-                f"materialize: {attribute} of {type(module).__name__} in stage {stage.index} got no "
-                "value; every tensor of a stage must be among its variables"
+                f"materialize: {attribute} of {type(module).__name__} in stage {stage.index} got "
+                "no value; every tensor of a stage must be among its variables"
             )
         if tensor.device != device:
             setattr(module, attribute, tensor.to(device))

@@ -19,7 +19,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
-DEFAULT_TIMEOUT_S = 300.0
+DEFAULT_TIMEOUT_S = "300"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class Mesh:
 
     device_mesh has the dims ("pp", "dp", "tp"). parameter_mesh has the dims ("tp", "dp") and
     covers the ranks of this pipeline rank: parameters are cut for tp first and then for dp.
-    timeout_s: seconds after which a collective that a rank does not join becomes an error.
+    timeout: after which a collective that a rank does not join becomes an error.
     """
 
     pp: Axis
     dp: Axis
     tp: Axis
     device: torch.device
-    timeout_s: float = DEFAULT_TIMEOUT_S
+    timeout: timedelta = timedelta(seconds=float(DEFAULT_TIMEOUT_S))
     device_mesh: DeviceMesh | None = None
     parameter_mesh: DeviceMesh | None = None
 
@@ -72,16 +72,17 @@ class Mesh:
         plan: Plan,
         *,
         device: torch.device | str | None = None,
-        timeout_s: float | None = None,
+        timeout: timedelta | None = None,
     ) -> Self:
         """Lay the processes of this job out for `plan`, joining the process group if need be.
 
         dp takes the ranks that tp and pp leave. device: this rank's GPU if there is one and the
-        process group is not gloo, else the CPU. timeout_s: 300 unless the environment variable
-        ILM_COMPILE_TIMEOUT_S says otherwise. Raises `PlanError` when the world does not fit.
+        process group is not gloo, else the CPU. timeout: 5 minutes unless the environment
+        variable ILM_COMPILE_TIMEOUT_S says otherwise. Raises `PlanError` if the world does not fit.
         """
-        if timeout_s is None:
-            timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
+        if timeout is None:
+            seconds = os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S)
+            timeout = timedelta(seconds=float(seconds))
         started = dist.is_initialized() or "WORLD_SIZE" in os.environ
         world_size = dist.get_world_size() if dist.is_initialized() else _world_size()
         _check_world(plan, started, world_size)
@@ -89,8 +90,7 @@ class Mesh:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         if not started:
-            return cls(pp=Axis(), dp=Axis(), tp=Axis(), device=place, timeout_s=timeout_s)
-        timeout = timedelta(seconds=timeout_s)
+            return cls(pp=Axis(), dp=Axis(), tp=Axis(), device=place, timeout=timeout)
         if not dist.is_initialized():
             backend = "nccl" if place.type == "cuda" else "gloo"
             bound = place if place.type == "cuda" else None
@@ -105,7 +105,7 @@ class Mesh:
             dp=dp,
             tp=tp,
             device=place,
-            timeout_s=timeout_s,
+            timeout=timeout,
             device_mesh=DeviceMesh.from_group(
                 groups, place.type, mesh=layout, mesh_dim_names=("pp", "dp", "tp")
             ),
@@ -126,7 +126,7 @@ class Mesh:
         for dp in range(self.dp.size):
             for tp in range(self.tp.size):
                 ranks = [self.rank_at(pp, dp, tp) for pp in pp_ranks]
-                group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s))
+                group = dist.new_group(ranks, timeout=self.timeout)
                 if self.rank in ranks:
                     mine = group
         return mine

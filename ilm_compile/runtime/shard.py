@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
@@ -19,6 +18,7 @@ from torch.distributed.tensor import Shard as DTensorShard
 from ilm_compile.program.communicator import Communicator
 from ilm_compile.program.placement import Placement, join_shards, split_shards
 from ilm_compile.program.program import Variable
+from ilm_compile.runtime.communicator import all_gather_single
 from ilm_compile.runtime.mesh import Axis, Mesh
 
 
@@ -66,9 +66,7 @@ class Shard:
         if own is not None:
             own.add_(grad)
         else:
-            self.public.grad = _public(
-                grad, self.variable, mesh, is_dp_sharded=self.is_dp_sharded
-            )
+            self.public.grad = _public(grad, self.variable, mesh, is_dp_sharded=self.is_dp_sharded)
 
     def full(self, local: Tensor, mesh: Mesh, tp: Communicator) -> Tensor:
         """The full tensor of which each rank holds `local`: collective over dp and tp."""
@@ -90,7 +88,7 @@ class Shard:
 
 
 def gather(local: Tensor, placement: Placement, tp: Communicator) -> Tensor:
-    """The full value of a tensor with this placement on the tp axis; collective if it is sharded."""
+    """The full value of a tensor with this placement on the tp axis; collective if not on all."""
     if placement.kind == "P":
         return tp.all_reduce(local)
     if not placement.is_shard or tp.size == 1:
@@ -103,7 +101,7 @@ def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
     padded = local.new_zeros((-(-rows // axis.size), *local.shape[1:]))
     padded[: local.shape[0]] = local
     stacked = padded.new_empty((axis.size * padded.shape[0], *padded.shape[1:]))
-    dist.all_gather_into_tensor(stacked, padded, group=axis.group)
+    all_gather_single(stacked, padded, group=axis.group)
     return stacked[:rows]
 
 

@@ -93,13 +93,13 @@ def _find_problem(full: Mapping[str, Tensor], variables: list[Variable]) -> str:
     names = {alias: v for v in variables for alias in (v.name, *v.aliases)}
     if set(full) != set(names):
         missing, unexpected = sorted(set(names) - set(full)), sorted(set(full) - set(names))
-        return f"expected the {len(names)} names of the model, missing {missing}, unexpected {unexpected}"
+        return f"expected the names of the model, missing {missing}, unexpected {unexpected}"
     for name, variable in names.items():
         shape, dtype = tuple(full[name].shape), full[name].dtype
         if shape != variable.shape or dtype != variable.dtype:
             return f"{name}: expected {variable.shape} {variable.dtype}, got {shape} {dtype}"
         if name != variable.name and not torch.equal(full[name], full[variable.name]):
-            return f"{name} and {variable.name} are one tensor in the model, got two different values"
+            return f"{name} and {variable.name} are one tensor in the model, got two values"
     return ""
 
 

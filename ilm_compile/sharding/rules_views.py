@@ -10,10 +10,11 @@ one of its dimension, that dimension is sharded in segments: this is how InternL
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule
+from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, placement_of, rule
 
 
 class Factor(NamedTuple):
@@ -154,25 +155,33 @@ def slicing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     for out in wanted:
         if out.is_shard and out.dim != dim:
             yield Strategy((out,), out)
-    segments = _segments(call, dim)
-    if step == 1 and len(segments) > 1:
-        ends = [sum(segments[: i + 1]) for i in range(len(segments))]
-        inside = [n for n, stop in zip(segments, ends, strict=True) if start < stop <= end]
-        if sum(inside) == end - start:
-            yield Strategy((S(dim, segments),), S(dim, inside))
+    if step == 1:
+        for out in wanted:
+            for segments in _segmentations(call, dim, start, end, out):
+                yield Strategy((S(dim, segments),), out)
     yield Strategy((P,), P)
 
 
-def _segments(call: Call, dim: int) -> list[int]:
-    source = call.node.args[0]
-    cuts = {0, call.shapes[0][dim]}
-    for user in source.users:  # type: ignore[union-attr]
+def _segmentations(
+    call: Call, dim: int, start: int, end: int, out: Placement
+) -> Iterator[list[int]]:
+    """Yield the ways to cut the whole dimension so that this slice of it is placed as `out`.
+
+    The slice's own segments lie between `start` and `end`. What lies outside is cut where the other
+    slices of the same value cut it, or where it is cut already.
+    """
+    source: Any = call.node.args[0]
+    placed = placement_of(source)
+    cuts = set(accumulate(placed.segments)) if placed.dim == dim else set()
+    for user in source.users:
         if user.target is call.target and user.args[0] is source:
-            sibling, start, end, step = slice_bounds(global_call(user, call.size))
-            if sibling == dim and step == 1:
-                cuts |= {start, end}
-    edges = sorted(cuts)
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+            sibling, *bounds, step = slice_bounds(global_call(user, call.size))
+            cuts |= set(bounds) if sibling == dim and step == 1 else set()
+    if not out.is_shard or out.dim != dim or end - start == call.shapes[0][dim]:
+        return
+    inner = {start, *(start + n for n in accumulate(out.segments or (end - start,)))}
+    edges = sorted({0, call.shapes[0][dim]} | inner | {c for c in cuts if not start < c < end})
+    yield [b - a for a, b in zip(edges, edges[1:], strict=False)]
 
 
 @rule(aten.cat.default)

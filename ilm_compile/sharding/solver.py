@@ -25,13 +25,13 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 from torch import fx
 
-from ilm_compile.cost import HARDWARE, Hardware, forward_flops, gradient_nodes, node_time
+from ilm_compile.cost import HARDWARE, Hardware, forward_flops, node_time
 from ilm_compile.errors import PlanError
+from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.strategy import (
-
     Strategy,
     global_call,
     plain_placements,
@@ -42,6 +42,7 @@ from ilm_compile.sharding.transitions import Restrictions, allowed, token_dims, 
 
 DTYPE = torch.bfloat16  # plans are made for training at scale, whatever the model's dtype is now
 MICROSECONDS = 1e6
+PARTIAL = 1e-6  # seconds, against carrying a partial sum through further ops
 TOLERANCE = 1e-6  # of the repeated share, above HiGHS's own
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -166,8 +167,11 @@ class _Search:
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
             for backward in directions
         )
-        flops = forward_flops(node) * (shards == 1)
-        return len(nodes) * sum(times), len(nodes) * flops / self.flops_total
+        flops = forward_flops(node)
+        # Sums are made whole where they arise: in low precision, partial ones drift apart.
+        kept_partial = PARTIAL * (option.output.kind == "P" and not flops)
+        repeated = flops * (shards == 1) / self.flops_total
+        return len(nodes) * (sum(times) + kept_partial), len(nodes) * repeated
 
     def _variable(self, seconds: float, repeated: float = 0.0, *, integral: bool = False) -> int:
         self.costs.append(seconds * MICROSECONDS)

@@ -7,7 +7,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from torch.utils.flop_counter import FlopCounterMode
 
 import ilm_compile.kernels.attention  # noqa: F401  registers torch.ops.ilm.attention
-from ilm_compile.cost import backward_flops, forward_flops, gradient_nodes, model_flops
+from ilm_compile.cost import backward_flops, forward_flops, model_flops
+from ilm_compile.program.gradients import gradient_nodes
 from tests.cost.graphs import (
     BATCH,
     FFN,

@@ -1,0 +1,56 @@
+"""Constants that a model makes in its forward, kept in the graph as values and not as tensors.
+
+A program is traced on the meta device, where ``torch.tensor(5.0, device=x.device)`` and the index
+list of ``x[:, [-2]]`` would become tensors without data. Here they become fills and slices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class KeepConstants(TorchFunctionMode):
+    """While active, writes constants as ops that carry their value."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and _is_numbers(args[0]):
+            return _filled(args[0], kwargs)
+        if func is torch.Tensor.__getitem__:
+            args = (args[0], _without_lists(args[0], args[1]))
+        return func(*args, **kwargs)
+
+
+def _is_numbers(data: Any) -> bool:
+    if isinstance(data, (list, tuple)):
+        return bool(data) and all(map(_is_numbers, data))
+    return isinstance(data, (bool, int, float))
+
+
+def _filled(data: Any, options: dict[str, Any]) -> Tensor:
+    if isinstance(data, (list, tuple)):
+        return torch.stack([_filled(item, options) for item in data])
+    return torch.full((), data, **options)
+
+
+def _without_lists(x: Tensor, index: Any) -> Any:
+    """Return `index` with every list of integers as a slice (of one) or a tensor of fills."""
+    if not isinstance(index, tuple):
+        return index if not isinstance(index, list) or not _is_numbers(index) else _picked(x, index)
+    plain = all(entry is None or isinstance(entry, (slice, list, type(...))) for entry in index)
+    lists = sum(isinstance(entry, list) for entry in index)
+    if not lists or not plain:
+        return index
+    return tuple(_picked(x, e, lists == 1) if isinstance(e, list) else e for e in index)
+
+
+def _picked(x: Tensor, entry: list[int], alone: bool = True) -> Any:
+    if alone and len(entry) == 1 and not isinstance(entry[0], bool):
+        return slice(entry[0], entry[0] + 1 or None)
+    return _filled(entry, {"device": x.device})

@@ -1,0 +1,34 @@
+"""Which values of a graph a gradient flows through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+CUTS = {torch.ops.aten.detach.default}
+
+
+def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes through which a gradient flows: trained parameters and what they lead to."""
+    module = graph.owning_module
+    parameters: dict[str, nn.Parameter] = (
+        dict(module.named_parameters(remove_duplicate=False)) if module else {}
+    )
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            leaf = parameters.get(str(node.target), node.meta.get("val"))
+            is_found = isinstance(leaf, Tensor) and leaf.requires_grad
+        else:
+            is_float = any(value.is_floating_point() for value in _tensors(node.meta.get("val")))
+            is_found = (
+                is_float and node.target not in CUTS and not found.isdisjoint(node.all_input_nodes)
+            )
+        if is_found:
+            found.add(node)
+    return found
+
+
+def _tensors(val: object) -> list[Tensor]:
+    values = val if isinstance(val, (list, tuple)) else [val]
+    return [value for value in values if isinstance(value, Tensor)]

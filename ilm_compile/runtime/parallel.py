@@ -1,0 +1,241 @@
+"""`Parallel`: this rank's part of a compiled model, ready to train.
+
+What `ilm_compile.parallelize` returns. It knows a lowered program, a schedule and a mesh, and
+nothing of how they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.communicator import set_communicators
+from ilm_compile.program.lowered import LoweredProgram
+from ilm_compile.program.program import Variable
+from ilm_compile.runtime import norm, state
+from ilm_compile.runtime.batch import Batch, BatchLayout
+from ilm_compile.runtime.communicator import Traffic, communicator_over
+from ilm_compile.runtime.executor import Executor, StepResult
+from ilm_compile.runtime.initial_values import InitialValues
+from ilm_compile.runtime.mesh import Mesh
+from ilm_compile.runtime.mode import set_training
+from ilm_compile.runtime.parameters import Parameters
+from ilm_compile.runtime.shard import Shard, gather
+from ilm_compile.schedule import Schedule
+
+LABELS = "labels"
+LOGITS = "logits"
+Result = Tensor | None | tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Parallel:
+    """One rank of a parallel run.
+
+    model: where the initial values come from; its real tensors are copied, meta ones initialised
+    from ``lowered.plan.seed``. It must be the same on every rank. initializer: gives the value of a
+    parameter that is on meta (`InitialValues`); None for models without one. model_flops: forward
+    and backward operations of one micro-batch of the whole model, if known.
+    """
+
+    def __init__(
+        self,
+        lowered: LoweredProgram,
+        schedule: Schedule,
+        mesh: Mesh,
+        model: nn.Module,
+        *,
+        initializer: Callable[..., Tensor] | None = None,
+        model_flops: float | None = None,
+    ) -> None:
+        values = InitialValues(model, seed=lowered.plan.seed, initializer=initializer)
+        _check_same_model(values, mesh)
+        self.mesh = mesh
+        self.schedule = schedule
+        self.plan = lowered.plan
+        self._tp = communicator_over(mesh.tp.group)
+        set_communicators({"tp": self._tp})
+        self._variables = lowered.variables
+        self._parameters = Parameters(lowered, schedule, mesh, values)
+        # Counts and losses are float32 at least: bfloat16 cannot hold the number 257.
+        dtypes = {v.dtype for v in lowered.variables.values() if v.is_parameter}
+        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._target_counts = lowered.target_counts
+        self._layout = BatchLayout(
+            inputs=lowered.inputs,
+            num_microbatches=schedule.num_microbatches,
+            dp=mesh.dp,
+        )
+        # Of the global batch.
+        self.model_flops = None if model_flops is None else model_flops * self._layout.num_slices
+        last = lowered.stages[-1]
+        self._output_names = last.outputs[1:]
+        self._output_placements = lowered.output_placements[1:]
+        self._has_outputs = schedule.stage_to_rank[last.index] == mesh.pp.rank
+        self._stages = [
+            stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
+        ]
+        used = {name for stage in self._stages for name in stage.batch_inputs}
+        self._batch_inputs = used - set(lowered.target_counts)
+        self.executor = Executor(lowered.stages, schedule, mesh, self._parameters.syncs)
+
+    def execute_schedule(
+        self,
+        batch: Batch,
+        *,
+        forward_only: bool = False,
+        return_loss: bool = True,
+        return_output_label: bool = False,
+    ) -> Result:
+        """Run forward and backward of the global batch, adding to the gradients.
+
+        batch: every input of the model by name, with the rows of all micro-batches of all
+        data-parallel ranks, the same on every rank. Returns the loss of the global batch, a scalar
+        equal on every rank, or None if not `return_loss`. With `return_output_label` returns
+        (outputs, labels, loss): the logits of this data-parallel rank's rows and their labels, both
+        None except on the last pipeline stage. Raises `BatchError` for another batch than the
+        program was compiled for.
+        """
+        self._layout.check(batch)
+        set_communicators({"tp": self._tp})
+        self._parameters.follow()
+        inputs = self._layout.split(batch, self._batch_inputs, self.mesh.device)
+        result = self.executor.run(
+            inputs | self._count_targets(batch),
+            loss_gradient=1 / self._layout.num_slices,
+            forward_only=forward_only,
+            keep_outputs=return_output_label,
+        )
+        if not forward_only:
+            self._parameters.collect_gradients()
+        loss = self._global_loss(result) if return_loss else None
+        if not return_output_label:
+            return loss
+        if not self._has_outputs:
+            return None, None, loss
+        labels = self._layout.own(batch, LABELS) if LABELS in batch else None
+        return self._outputs(result), labels, loss
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for shard in self._parameters.shards.values():
+            shard.public.grad = None
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters as DTensors, under the names of the model's `named_parameters`.
+
+        They share memory with what the stages compute with: change them in place. A tied parameter
+        is yielded by every rank that holds it. Without torch.distributed they are plain tensors.
+        """
+        for shard in self._parameters.parameters():
+            assert isinstance(shard.public, nn.Parameter)
+            yield shard.variable.name, shard.public
+
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of the gradients of all parameters of all ranks: a float64 scalar."""
+        shards = [s for s in self._parameters.parameters() if self._parameters.counts(s)]
+        return norm.global_norm(
+            [grad for shard in shards if (grad := shard.gradient()) is not None], self.mesh
+        )
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients so that their norm is at most `max_norm`; returns it as it was."""
+        total = self.grad_norm()
+        shards = self._parameters.parameters()
+        norm.clip([g for s in shards if (g := s.gradient()) is not None], total, max_norm)
+        return total
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer, whole, on the CPU of rank 0; empty elsewhere.
+
+        Collective. Names (aliases of tied tensors included) and layout are the user's.
+        """
+        full = self._gather(self._saved(), gradients=False)
+        return {
+            alias: full[v.name] for v in self._saved() if full for alias in (v.name, *v.aliases)
+        }
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every gradient, whole, on the CPU of rank 0; empty elsewhere. Collective."""
+        trained = [v for v in self._variables.values() if v.is_parameter]
+        names = state.names_with_gradient(self._parameters, trained, self.mesh)
+        return self._gather([v for v in trained if v.name in names], gradients=True)
+
+    def load_state_dict(self, full: Mapping[str, Tensor]) -> None:
+        """Load what `full_state_dict` gives. Collective; only rank 0's argument counts.
+
+        Raises `IlmCompileError` on every rank, before anything is changed, for missing or
+        unexpected names, other shapes or other dtypes.
+        """
+        state.load_full(full, self._saved(), self._parameters, self.mesh)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training (dropout on), or to evaluation if not `mode`."""
+        for stage in self._stages:
+            set_training(stage.module, mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation: dropout off."""
+        return self.train(False)
+
+    def traffic(self) -> dict[str, Traffic]:
+        """What this rank has moved so far: tp collectives by kind, and "p2p" sends (bytes only)."""
+        return {**self._tp.stats, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
+
+    def _saved(self) -> list[Variable]:
+        return [v for v in self._variables.values() if v.is_parameter or v.persistent]
+
+    def _gather(self, variables: list[Variable], *, gradients: bool) -> dict[str, Tensor]:
+        def pick(shard: Shard) -> Tensor:
+            grad = shard.gradient() if gradients else shard.local
+            return torch.zeros_like(shard.local) if grad is None else grad
+
+        return state.gather_full(variables, self._parameters, self.mesh, self._tp, pick)
+
+    def _count_targets(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """For each loss the number of targets per micro-batch, as every micro-batch's input."""
+        counts: dict[str, list[Tensor]] = {}
+        for name, graph in self._target_counts.items():
+            value = self._layout.count_targets(batch, graph) / self._layout.num_slices
+            tensor = torch.tensor(value, dtype=self._dtype, device=self.mesh.device)
+            counts[name] = [tensor] * self._layout.num_microbatches
+        return counts
+
+    def _global_loss(self, result: StepResult) -> Tensor:
+        """The mean loss of all micro-batches, in float64 for a float64 model, else in float32."""
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.tp.rank == 0 and result.losses:
+            total += torch.stack(result.losses).double().sum() / self._layout.num_slices
+        if self.mesh.is_distributed:
+            dist.all_reduce(total)
+        return total.to(self._dtype)
+
+    def _outputs(self, result: StepResult) -> Tensor | None:
+        """The logits of all micro-batches, whole; the first output where none has that name."""
+        if not self._output_names:
+            return None
+        index = self._output_names.index(LOGITS) if LOGITS in self._output_names else 0
+        local = torch.cat([outputs[index] for outputs in result.outputs])
+        return gather(local, self._output_placements[index], self._tp)
+
+
+def _check_same_model(values: InitialValues, mesh: Mesh) -> None:
+    """Raise on every rank if the ranks were given models with different weights."""
+    sums = values.checksums()
+    if not mesh.is_distributed or not sums:
+        return
+    own = torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)
+    extremes = torch.stack([own, -own])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    different = (extremes[0] != -extremes[1]).nonzero().flatten().tolist()
+    if different:
+        name = list(sums)[different[0]]
+        raise IlmCompileError(
+            f"parallelize: expected the same model on every rank, got different values of {name}; "
+            "call torch.manual_seed before building the model, or build it on the meta device"
+        )

@@ -1,0 +1,136 @@
+"""The promise: loss and every gradient under a plan equal the single-device model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ilm_compile
+from ilm_compile import models
+from tests.support.promote import promoted_float32
+
+SEQ, VOCAB = 16, 512
+TINY = {"num_layers": 4, "max_seq_len": SEQ}
+
+
+def hf_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=VOCAB,
+        )
+    )
+
+
+def hf_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_embd=64, n_layer=4, n_head=8, vocab_size=VOCAB, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return GPT2LMHeadModel(config)
+
+
+MODELS = {
+    "internlm": lambda: models.internlm_tiny(**TINY),
+    "internlm2": lambda: models.internlm2_tiny(**TINY),
+    "llama": hf_llama,
+    "gpt2": hf_gpt2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under one plan."""
+
+    model: str
+    plan: dict[str, Any] = field(default_factory=dict)
+    dp: int = 1
+
+    def __str__(self) -> str:
+        return "-".join([self.model, *(f"{k}{v}" for k, v in self.plan.items()), f"dp{self.dp}"])
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of a case; `worst` names the parameter with the largest gradient error."""
+
+    loss: float
+    gradient: float
+    worst: str
+
+
+def make_model(name: str) -> nn.Module:
+    """Return the model in float64, the same on every rank, with no parameter left at zero or one."""
+    torch.manual_seed(0)
+    model = MODELS[name]().double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=torch.float64) * 0.05)
+    return model
+
+
+def make_batch(rows: int) -> dict[str, Tensor]:
+    """Return a global batch whose rows have very unequal numbers of targets."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, VOCAB, (rows, SEQ), generator=generator)
+    labels = torch.randint(0, VOCAB, (rows, SEQ), generator=generator)
+    for row in range(rows):
+        labels[row, : (row * 5) % (SEQ - 1)] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def reference(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return loss and gradients of the untransformed model on the whole batch."""
+    model.zero_grad()
+    options = {"use_cache": False} if hasattr(model, "config") and hasattr(model, "generate") else {}
+    result = model(**batch, **options)
+    loss = result if isinstance(result, Tensor) else result.loss
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+def compare(loss: Tensor, expected: Tensor, got: dict[str, Tensor], want: dict[str, Tensor]) -> Errors:
+    """Return relative errors, a gradient's measured against no less than 1e-5 of the global norm."""
+    floor = 1e-5 * torch.stack([g.norm() for g in want.values()]).norm()
+    errors = {n: float((got[n] - g).norm() / torch.maximum(g.norm(), floor)) for n, g in want.items()}
+    worst = max(errors, key=errors.__getitem__)
+    return Errors(float((loss - expected).abs() / expected.abs()), errors[worst], worst)
+
+
+def run_case(case: Case) -> tuple[Errors | None, float]:
+    """Run one case on this rank; returns the errors on rank 0, and the loss."""
+    micro_batch = 2
+    with promoted_float32():
+        model = make_model(case.model)
+        example = {name: ((micro_batch, SEQ), torch.int64) for name in ("input_ids", "labels")}
+        parallel = ilm_compile.parallelize(model, example_inputs=example, **case.plan)
+        batch = make_batch(micro_batch * parallel.plan.num_microbatches * case.dp)
+        loss = parallel.execute_schedule(batch)
+        gradients = parallel.full_gradients()
+        if not gradients:
+            return None, float(loss)
+        return compare(loss, *_swap(reference(model, batch), gradients)), float(loss)
+
+
+def _swap(
+    expected: tuple[Tensor, dict[str, Tensor]], got: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    return expected[0], got, expected[1]
+
+
+def run_cases(rank: int, cases: list[Case]) -> list[tuple[str, Errors | None, float | str]]:
+    """Run all cases in turn in one world."""
+    return [(str(case), *run_case(case)) for case in cases]
