@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ilm_compile.errors import TraceError
 from ilm_compile.program.constants import KeepConstants
+from ilm_compile.program.functional import functionalize
 from ilm_compile.program.loss import normalize_loss
 from ilm_compile.program.normalize import normalize
 from ilm_compile.program.plan import Plan
@@ -50,7 +51,9 @@ def trace(
     variables = _read_variables(model)
     try:
         with KeepConstants():
-            exported = torch.export.export(wrapper, (fakes,), strict=False)
+            exported = functionalize(torch.export.export(wrapper, (fakes,), strict=False))
+    except TraceError:
+        raise
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
     graph_module, output_names = normalize(exported, variables, list(inputs), output_names[-1])

@@ -76,10 +76,10 @@ class Parallel:
         self._output_names = last.outputs[1:]
         self._output_placements = lowered.output_placements[1:]
         self._has_outputs = schedule.stage_to_rank[last.index] == mesh.pp.rank
-        self._stages = [
+        self.stages = [
             stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
         ]
-        used = {name for stage in self._stages for name in stage.batch_inputs}
+        used = {name for stage in self.stages for name in stage.batch_inputs}
         self._batch_inputs = used - set(lowered.target_counts)
         self.executor = Executor(lowered.stages, schedule, mesh, self._parameters.syncs)
 
@@ -175,7 +175,7 @@ class Parallel:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training (dropout on), or to evaluation if not `mode`."""
-        for stage in self._stages:
+        for stage in self.stages:
             set_training(stage.module, mode)
         return self
 

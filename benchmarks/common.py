@@ -1,0 +1,121 @@
+"""What the benchmarks share: processes, data, and the facts that make a figure repeatable."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ilm_compile import models
+from ilm_compile.models.causal_lm import CausalLM
+
+THREADS = "OMP_NUM_THREADS"
+
+
+def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) -> list[Any]:
+    """The results of `function(*arguments)` by rank, run in processes that torchrun's agent starts.
+
+    function: a module-level function of an importable module. Each process computes on one thread,
+    unless the environment sets OMP_NUM_THREADS. Raises torch's `ChildFailedError` if a rank fails.
+    """
+    os.environ.setdefault(THREADS, "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.05,
+        start_method="spawn",
+    )
+    # By name: a function of a module that is run as a script would be sent as one of "__main__".
+    module = function.__module__
+    if module == "__main__":
+        module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+    results = elastic_launch(config, _call)(module, function.__qualname__, arguments)
+    return [results[rank] for rank in range(num_processes)]
+
+
+def _call(module: str, name: str, arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(int(os.environ[THREADS]))
+    return getattr(importlib.import_module(module), name)(*arguments)
+
+
+def make_model(preset: str, overrides: dict[str, Any], *, device: str = "meta") -> CausalLM:
+    """The model of a preset of `ilm_compile.models`, with some config fields changed."""
+    with torch.device(device):
+        model: CausalLM = getattr(models, preset)(**overrides)
+    return model
+
+
+def random_batch(rows: int, seq_len: int, vocab_size: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """A global batch of random tokens, each row's labels being its next tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator)
+    return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def circumstances() -> dict[str, Any]:
+    """When, where and with what a figure was measured."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", _main_module(), *sys.argv[1:]]),
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads_per_process": int(os.environ.get(THREADS, "1")),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with the circumstances it was measured under."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"circumstances": circumstances(), **content}, indent=2) + "\n")
+
+
+def _main_module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).name
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), "")
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a + if files differ from it; None outside a checkout."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
