@@ -147,7 +147,7 @@ class Contest:
             first, last = stage.index == 0, not stage.sent
             columns = (self.inputs[name][0] for name in stage.batch_inputs)
             inputs = list(columns) if first else [_meta(b) for b in stage.received]
-            outputs = [torch.empty((), device="meta")] if last else [_meta(b) for b in stage.sent]
+            outputs = [torch.empty((), device="meta", requires_grad=True)] if last else [_meta(b) for b in stage.sent]
             stages.append(
                 pipelining.PipelineStage(
                     _TorchStage(stage, self.inputs),
@@ -240,4 +240,5 @@ def _random(boundaries: Sequence[Boundary]) -> list[Tensor]:
 
 
 def _meta(boundary: Boundary) -> Tensor:
-    return torch.empty(boundary.shape, dtype=boundary.dtype, device="meta")
+    value = torch.empty(boundary.shape, dtype=boundary.dtype, device="meta")
+    return value.requires_grad_(boundary.requires_grad)

@@ -1,15 +1,15 @@
 """Tensor parallelism: shard weights and activations over the "tp" axis.
 
 Which placements are legal is the rule table's business, which of them are cheapest the solver's
-(`ilm_compile.sharding`); this pass carries the solution out. It inserts the collectives, makes sizes
-rank-local and swaps in the vocabulary-parallel ops. Nothing is decided by names.
+(`ilm_compile.sharding`); this pass carries the solution out. It inserts the collectives, makes
+sizes rank-local and swaps in the vocabulary-parallel ops. Nothing is decided by names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -42,7 +42,7 @@ class TensorParallel(Pass):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise PlanError(f"tensor-parallel: expected a positive number of ranks, got {self.size}")
+            raise PlanError(f"tensor-parallel: size must be positive, got {self.size}")
 
     def apply(self, program: Program) -> None:
         """Solve for the placements and rewrite the graph."""
@@ -130,7 +130,7 @@ def _insert(
     early = source.kind == "P"
     point = program.graph.inserting_after(value) if early else program.graph.inserting_before(user)
     with point:
-        arguments = {"src": str(source), "dst": str(target), "axis": AXIS}
+        arguments: dict[str, Any] = {"src": str(source), "dst": str(target), "axis": AXIS}
         node = program.graph.create_node("call_function", redistribute, (value,), arguments, name)
     shape = target.local_shape(source.global_shape(value.meta["val"].shape, size), size)
     node.meta.update(
@@ -147,7 +147,7 @@ def _reduce_loss(
     program: Program, collectives: dict[tuple[fx.Node, Placement], fx.Node], size: int
 ) -> None:
     output = program.graph.output_node()
-    loss, *rest = output.args[0]  # type: ignore[misc]
+    loss, *rest = program.outputs
     if loss.meta["placement"] != I:
         loss = collectives.get((loss, I)) or _insert(program, loss, I, output, size)
     output.args = ((loss, *rest),)

@@ -19,8 +19,9 @@ def check_structure(program: Program) -> None:
     for node in program.graph.nodes:
         for problem in _problems(program, node):
             raise ProgramError(f"check: {problem} at {program.where(node)}")
-    if len(program.graph.output_node().args[0]) != len(program.output_names):  # type: ignore[arg-type]
-        raise ProgramError(f"check: expected the outputs {program.output_names}, got another number")
+    if len(program.outputs) != len(program.output_names):
+        got = [node.name for node in program.outputs]
+        raise ProgramError(f"check: expected the outputs {program.output_names}, got {got}")
 
 
 def _problems(program: Program, node: fx.Node) -> list[str]:
@@ -29,7 +30,7 @@ def _problems(program: Program, node: fx.Node) -> list[str]:
         found.append(f"{node.op} is not allowed, only call_function; inline the call")
     if node.op == "call_function":
         if not isinstance(node.target, torch._ops.OpOverload) and node.target not in FUNCTIONS:
-            found.append(f"{node.target} is neither an op nor a typed collective; register it as an op")
+            found.append(f"{node.target} is no op and no typed collective; register it as an op")
         if not 0 <= node.meta.get("region", -1) < len(program.regions):
             found.append("no region; copy the meta of a neighbour")
     if node.op == "get_attr" and node.target not in program.variables:

@@ -38,7 +38,7 @@ def _all_gather(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -
 
 def _reduce_scatter(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
     if dst.dim == 0 and not dst.segments:
-        return comm.reduce_scatter(x.contiguous().unflatten(0, (comm.size, -1)))
+        return comm.reduce_scatter(x.reshape(comm.size, -1, *x.shape[1:]))
     return comm.reduce_scatter(torch.stack(split_shards(x, dst, comm.size)))
 
 
@@ -95,7 +95,7 @@ class _Redistribute(torch.autograd.Function):
         return TRANSITIONS[src.kind, dst.kind][1](x, comm, src, dst)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         comm, src, dst = ctx.move
         return TRANSITIONS[src.kind, dst.kind][2](grad, comm, dst, src), None, None, None
 

@@ -17,7 +17,11 @@ class KeepConstants(TorchFunctionMode):
     """While active, writes constants as ops that carry their value."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.tensor and args and _is_numbers(args[0]):

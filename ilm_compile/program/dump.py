@@ -13,7 +13,8 @@ from ilm_compile.program.program import Program
 def dump(program: Program) -> str:
     """Return the graph as Python text, one line a node, grouped by stage, region and module."""
     names = {n: f"self.{n.target}" if n.op == "get_attr" else n.name for n in program.graph.nodes}
-    inputs = ", ".join(f"{n.target}: {_type(n)}" for n in program.graph.find_nodes(op="placeholder"))
+    placeholders = program.graph.find_nodes(op="placeholder")
+    inputs = ", ".join(f"{node.target}: {_type(node)}" for node in placeholders)
     lines = [f"def forward(self, {inputs}):"]
     heading = None
     for node in program.graph.nodes:

@@ -12,6 +12,8 @@ from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program
 from ilm_compile.program.traffic import Message, traffic
 
+HEADINGS = ("collective", "type", "forward", "backward", "because")
+
 
 def explain(program: Program) -> str:
     """Return the plan, the decisions of each pass, and a table per distinct block.
@@ -27,7 +29,7 @@ def explain(program: Program) -> str:
         lines += ["", _title(program, regions)]
         lines += _table(_parameter_rows(program, regions[0]))
         rows = list(_collective_rows(program, regions[0], gradients))
-        lines += _table([("collective", "type", "forward", "backward", "because"), *rows]) if rows else []
+        lines += _table([HEADINGS, *rows]) if rows else []
     return "\n".join(lines) + "\n"
 
 
@@ -80,7 +82,8 @@ def _collective_rows(
         typed = node.target is redistribute
         kind = f"{node.kwargs['src']} -> {node.kwargs['dst']}" if typed else "inside the loss"
         columns = (_sent([m for m in messages if m.backward == back]) for back in (False, True))
-        yield (program.source(node).module_path or "top level", kind, *columns, node.meta.get("reason", ""))
+        where = program.source(node).module_path or "top level"
+        yield (where, kind, *columns, node.meta.get("reason", ""))
 
 
 def _sent(messages: list[Message]) -> str:
@@ -99,7 +102,5 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     if not rows:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    padded = ([cell.ljust(n) for cell, n in zip(row, widths, strict=True)] for row in rows)
+    return ["  " + "  ".join(cells).rstrip() for cells in padded]

@@ -24,7 +24,8 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
             f"trace: {blocked} is used under torch.no_grad in a model that also has in-place ops "
             "(x += y, x.mul_()); write these as x = x + y, or use .detach() instead of no_grad"
         )
-    return exported.run_decompositions({})
+    result: ExportedProgram = exported.run_decompositions({})
+    return result
 
 
 def _calls(module: torch.nn.Module) -> Iterator[fx.Node]:

@@ -1,7 +1,7 @@
 """What `lower` makes of a program: one module per pipeline stage, and what passes between them.
 
-This is the whole interface between the compiler and the runtime: the runtime needs nothing else, and
-anything that fills these fields can be run by it.
+This is the whole interface between the compiler and the runtime: the runtime needs nothing else,
+and anything that fills these fields can be run by it.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ def normalize(
     """
     signature = exported.graph_signature
     if signature.buffers_to_mutate:
-        written = sorted(name.removeprefix("model.") for name in signature.buffers_to_mutate.values())
+        written = sorted(n.removeprefix("model.") for n in signature.buffers_to_mutate.values())
         raise TraceError(
-            f"trace: the forward pass writes to the buffers {written}; a pipelined step has no single "
-            "place for such state. Compute the value in the forward, or update it outside"
+            f"trace: the forward pass writes to the buffers {written}; a pipelined step has no "
+            "single place for such state. Compute the value in the forward, or update it outside"
         )
     owners = {alias: v.name for v in variables.values() for alias in (v.name, *v.aliases)}
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -51,8 +51,9 @@ def normalize(
         constant = exported.constants[fqn]
         if constant.is_meta:
             raise TraceError(
-                f"trace: the model makes a constant of shape {tuple(constant.shape)} in its forward, on "
-                "its inputs' device; its value is lost when tracing without data. Make it a buffer"
+                f"trace: the model makes a constant of shape {tuple(constant.shape)} in its "
+                "forward, on its inputs' device; tracing without data loses its value. Make it a "
+                "buffer"
             )
         attributes[name] = f"constant_{len(variables)}"
         variables[attributes[name]] = Variable(
@@ -122,7 +123,8 @@ class _Normalizer:
             return self._inline_wrapper(node, owner)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
         if node.target is operator.getitem:
-            return args[0][args[1]]  # every list-returning op is a Python list by now
+            pieces: Any = args[0]  # an op that returns a list has become a Python list by now
+            return pieces[args[1]]
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
         lower = _LOWERINGS.get(node.target)
         if lower is not None:
@@ -137,16 +139,16 @@ class _Normalizer:
         if gradients and node.args[2]:
             raise TraceError(
                 f"trace: the model turns autocast on ({_source(node)}); remove it and ask for "
-                "dtype=torch.bfloat16, which puts the same casts into the graph where they can be seen"
+                "dtype=torch.bfloat16, which puts the casts into the graph where they can be seen"
             )
-        body = self.values[next(a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")]
-        operands = [a for a in node.args[position + 1 :]]
-        for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
+        body = self.values[node.args[position]]  # type: ignore[index]
+        inputs = body.graph.find_nodes(op="placeholder")
+        for placeholder, operand in zip(inputs, node.args[position + 1 :], strict=True):
             self.values[placeholder] = fx.node.map_arg(operand, self._value)
         outputs = self.inline(body.graph, body)
         if gradients or node.args[0]:
             return outputs
-        return [self.emit(node, aten.detach.default, (out,), {}, out.meta["val"]) for out in outputs]
+        return [self.emit(node, aten.detach.default, (o,), {}, o.meta["val"]) for o in outputs]
 
     def emit(
         self, origin: fx.Node, target: Any, args: Any, kwargs: Any = None, val: Any = None
@@ -154,8 +156,9 @@ class _Normalizer:
         """Append a call that stands for (part of) `origin` and return it."""
         if not isinstance(target, torch._ops.OpOverload):
             raise TraceError(
-                f"trace: the graph calls {target} ({_source(origin)}), which is no ATen or registered "
-                "op; higher-order control flow (torch.cond, flex_attention) is not supported"
+                f"trace: the graph calls {target} ({_source(origin)}), which is no ATen and no "
+                "registered op; higher-order control flow (torch.cond, flex_attention) is not "
+                "supported"
             )
         name = target._schema.name.split("::")[1].strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs or {}, name)
@@ -171,8 +174,8 @@ _WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (Tr
 def _source(node: fx.Node) -> Source:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.startswith("  File")]
-    user = [f for f in frames if "/torch/" not in f]
+    lines = (node.meta.get("stack_trace") or "").splitlines()
+    user = [line for line in lines if line.startswith("  File") and "/torch/" not in line]
     location = ""
     if user:
         _, file, rest = user[-1].split('"', 2)
@@ -248,26 +251,27 @@ def _unbind(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     ]
 
 
+_RESHAPES = (
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int),
+    *(aten.flatten.using_ints, aten.view_as.default, aten.reshape_as.default),
+)
+_EXPANDS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+_CASTS = (
+    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other),
+    *(aten._to_copy.default, aten.type_as.default),
+)
+_SPLITS = (
+    *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default),
+)
 _LOWERINGS: dict[Any, Lower] = {
     aten._assert_tensor_metadata.default: _nothing,
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,
     aten.dropout.default: _dropout,
-    **dict.fromkeys(
-        (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
-        + (aten.unflatten.int, aten.view_as.default, aten.reshape_as.default),
-        _reshape,
-    ),
-    **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _expand),
-    **dict.fromkeys(
-        (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default)
-        + (aten.type_as.default,),
-        _cast,
-    ),
-    **dict.fromkeys(
-        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes),
-        _pieces,
-    ),
+    **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys(_EXPANDS, _expand),
+    **dict.fromkeys(_CASTS, _cast),
+    **dict.fromkeys(_SPLITS, _pieces),
     aten.unbind.int: _unbind,
     aten.slice.Tensor: _slice,
     aten.numpy_T.default: _transpose,

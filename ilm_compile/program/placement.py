@@ -55,7 +55,8 @@ class Placement:
         """Return the placement written as `text`, for example ``"P"`` or ``"S(1)"``."""
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(f"placement: expected I, R, P, S(dim) or S(dim, segments=...), got {text!r}")
+            expected = "I, R, P, S(dim) or S(dim, segments=(...))"
+            raise ValueError(f"placement: expected {expected}, got {text!r}")
         if match["kind"]:
             return Placement(match["kind"])
         sizes = tuple(int(size) for size in (match["segments"] or "").split(",") if size.strip())
@@ -94,18 +95,19 @@ def S(dim: int, segments: Sequence[int] = ()) -> Placement:
 def split_shards(full: Tensor, placement: Placement, size: int) -> list[Tensor]:
     """Return the shard of each of `size` ranks of `full`."""
     dim = placement.dim
-    parts = full.split(list(placement.segments), dim) if placement.segments else (full,)
+    sizes = placement.segments or (full.shape[dim],)
+    parts = torch.split(full, list(sizes), dim)
     chunks = [part.chunk(size, dim) for part in parts]
     return [_concatenate([chunk[rank] for chunk in chunks], dim) for rank in range(size)]
 
 
 def join_shards(shards: Sequence[Tensor], placement: Placement) -> Tensor:
-    """Return the full tensor whose rank-local shards are `shards`: the inverse of `split_shards`."""
+    """Return the full tensor that `split_shards` cuts into `shards`."""
     size, dim = len(shards), placement.dim
     if not placement.segments:
         return _concatenate(list(shards), dim)
     local = [segment // size for segment in placement.segments]
-    columns = zip(*(shard.split(local, dim) for shard in shards), strict=True)
+    columns = zip(*(torch.split(shard, local, dim) for shard in shards), strict=True)
     return _concatenate([piece for column in columns for piece in column], dim)
 
 

@@ -39,7 +39,8 @@ class Plan:
                 raise PlanError(f"plan: {name} must be a positive integer, got {value!r}")
         if not 0 <= self.checkpoint <= 1:
             raise PlanError(
-                f"plan: checkpoint must be False, True or a fraction in [0, 1], got {self.checkpoint!r}"
+                "plan: checkpoint must be False, True or a fraction in [0, 1], got "
+                f"{self.checkpoint!r}"
             )
         if self.dtype not in DTYPES:
             raise PlanError(f"plan: dtype must be one of {DTYPES}, got {self.dtype!r}")
@@ -47,8 +48,8 @@ class Plan:
             raise PlanError(f"plan: zero must be 1 or 3, got {self.zero!r}")
         if self.num_chunks > 1 and self.pp == 1:
             raise PlanError(
-                f"plan: num_chunks={self.num_chunks} needs pp > 1, got pp=1; model chunks interleave "
-                "the stages of several pipeline ranks"
+                f"plan: num_chunks={self.num_chunks} needs pp > 1, got pp=1; model chunks "
+                "interleave the stages of several pipeline ranks"
             )
 
     @property

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -61,7 +62,7 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """About a transformer block: the unit of recompute and of FSDP. `recompute` marks the former."""
+    """About a transformer block: the unit of FSDP, and of recompute if it is marked so."""
 
     name: str
     is_block: bool = False
@@ -92,6 +93,12 @@ class Program:
     def graph(self) -> fx.Graph:
         """The torch.fx graph."""
         return self.graph_module.graph
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The values the program returns, the loss first."""
+        found: Any = self.graph.output_node().args[0]
+        return tuple(found)
 
     def calls(self) -> Iterator[fx.Node]:
         """Yield the call_function nodes in order."""

@@ -11,7 +11,7 @@ import copy
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ def trace(
     `TraceError` when the model cannot be captured as one static graph.
     """
     inputs = _read_inputs(model, example_inputs)
-    output_names: list[list[str]] = []
-    wrapper = _WithLoss(_on_meta(model).train(), loss_fn, output_names.append)
+    recorded: list[list[str]] = []
+    wrapper = _WithLoss(_on_meta(model).train(), loss_fn, recorded.append)
     fakes = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in inputs.items()}
     variables = _read_variables(model)
     try:
@@ -56,7 +56,7 @@ def trace(
         raise
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
-    graph_module, output_names = normalize(exported, variables, list(inputs), output_names[-1])
+    graph_module, output_names = normalize(exported, variables, list(inputs), recorded[-1])
     program = Program(
         graph_module=graph_module,
         plan=plan or Plan(),
@@ -113,7 +113,7 @@ def _named_outputs(result: Any) -> dict[str, Tensor]:
     if loss is None or loss.dim() != 0:
         raise TraceError(
             "trace: expected the model to return a scalar loss when given labels, got outputs "
-            f"{ {name: tuple(t.shape) for name, t in tensors.items()} if loss is None else tuple(loss.shape)}; "
+            f"{ {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)} }; "
             "pass loss_fn=lambda outputs, labels: ..., or labels among the example_inputs"
         )
     return {"loss": loss, **tensors}
@@ -124,9 +124,9 @@ def _read_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> dict
         if not hasattr(model, "example_inputs"):
             raise TraceError(
                 f"trace: {type(model).__name__} has no example_inputs(); pass example_inputs="
-                "{'input_ids': ((micro_batch, seq), torch.int64), 'labels': ((micro_batch, seq), torch.int64)}"
+                "{'input_ids': ((micro_batch, seq), torch.int64), 'labels': (...)}"
             )
-        example_inputs = model.example_inputs()
+        example_inputs = cast(ExampleInputs, model.example_inputs())  # type: ignore[operator]
     inputs = {
         name: Input(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else Input(tuple(v[0]), v[1])
         for name, v in example_inputs.items()
@@ -141,7 +141,7 @@ def _read_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> dict
 
 
 def _read_variables(model: nn.Module) -> dict[str, Variable]:
-    """Return parameters and buffers by their first name; later names of a tensor are its aliases."""
+    """Return parameters and buffers by their first name; further names are aliases."""
     first: dict[int, str] = {}
     variables: dict[str, Variable] = {}
     persistent = set(model.state_dict(keep_vars=True))
@@ -184,10 +184,10 @@ def _explain(model: nn.Module, error: Exception) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     where = _user_frame(error)
     return (
-        f"trace: {type(model).__name__} cannot be captured as one static graph{where}: {first.strip()}\n"
-        "torch.export follows shapes, not values: branch on shapes or configuration only, and replace "
-        "`if tensor:` and tensor.item() by torch.where or arithmetic. torch.export's full reason is "
-        "chained to this error."
+        f"trace: {type(model).__name__} cannot be captured as one static graph{where}: "
+        f"{first.strip()}\ntorch.export follows shapes, not values: branch on shapes or "
+        "configuration only, and replace `if tensor:` and tensor.item() by torch.where or "
+        "arithmetic. torch.export's full reason is chained to this error."
     )
 
 

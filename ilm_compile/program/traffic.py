@@ -50,7 +50,8 @@ def traffic(node: fx.Node, size: int, *, has_gradient: bool = True) -> list[Mess
         logits = node.args[0].meta["val"]  # type: ignore[union-attr]
         row = _bytes(logits) // logits.shape[-1]
         stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
-        return [Message("all_reduce", n * row * SENT["all_reduce"](size), False) for n in (1, stacked)]
+        sent = SENT["all_reduce"](size)
+        return [Message("all_reduce", n * row * sent, False) for n in (1, stacked)]
     return []
 
 

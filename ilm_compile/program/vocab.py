@@ -1,4 +1,4 @@
-"""Vocabulary-parallel ends of a language model: embedding and cross entropy over a sharded vocabulary.
+"""Vocabulary-parallel ends of a language model: embedding and cross entropy.
 
 Both keep the vocabulary dimension sharded throughout: the embedding leaves a partial sum, and the
 cross entropy reduces three numbers per token instead of gathering the logits. The offset of this
@@ -59,7 +59,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return loss.masked_fill(~counted, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         softmax, column, here, counted = ctx.saved_tensors
         onehot = here.to(softmax.dtype).unsqueeze(-1) * (1 - ctx.smoothing)
         result = softmax.scatter_add(-1, column, -onehot)
@@ -69,7 +69,12 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 
 def vocab_cross_entropy(
-    logits: Tensor, target: Tensor, reduction: int, ignore_index: int, label_smoothing: float, axis: str
+    logits: Tensor,
+    target: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    axis: str,
 ) -> Tensor:
     """Return the cross entropy of logits whose vocabulary is sharded; the logits are not gathered.
 

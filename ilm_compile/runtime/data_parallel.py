@@ -8,6 +8,7 @@ once a step, in the last backward of each stage.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, zero: int) -> None:
             f"{sorted(map(str, dtypes))}; give the model one dtype (dtype=torch.bfloat16 keeps "
             "float32 parameters and casts in the graph) or use dp=1"
         )
+    # The graphs write to no tensor in place, which is what FSDP warns of when it meets a view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3)
 
 

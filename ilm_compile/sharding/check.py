@@ -1,8 +1,8 @@
 """The typed check: every placement in a program follows from its inputs by the rules.
 
 It trusts nothing but the rule table: not the search, not the passes that ran since. A collective
-that was dropped, doubled or retyped, a wrong shard dimension, a norm weight whose gradient would not
-be reduced under sequence parallelism: each leaves some node whose placements no rule allows.
+that was dropped, doubled or retyped, a wrong shard dimension, a norm weight whose gradient would
+not be reduced under sequence parallelism: each leaves some node whose placements no rule allows.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ def check_placements(program: Program) -> None:
 
 
 def _placeholder(program: Program, node: fx.Node, size: int) -> str | None:
-    return None if placement_of(node) == I else f"expected an input to be I, got {placement_of(node)}"
+    placement = placement_of(node)
+    return None if placement == I else f"expected an input to be I, got {placement}"
 
 
 def _attribute(program: Program, node: fx.Node, size: int) -> str | None:
     variable = program.variables[str(node.target)]
     placement = placement_of(node)
     if placement != variable.placement or placement.kind not in "IS":
-        return f"expected {variable.name} to be I or sharded as {variable.placement}, got {placement}"
+        expected = f"I or {variable.placement}"
+        return f"expected {variable.name} to be {expected}, got {placement}"
     if global_shape(node, size) != variable.shape:
         return f"{variable.name} has global shape {global_shape(node, size)}, not {variable.shape}"
     return None
@@ -77,10 +79,10 @@ def _redistribute(node: fx.Node, size: int) -> str | None:
 
 
 def _output(program: Program, node: fx.Node, size: int) -> str | None:
-    loss = node.args[0][0]  # type: ignore[index]
-    if placement_of(loss) != I:  # type: ignore[arg-type]
-        return f"expected the loss to be I, got {placement_of(loss)}; it is not fully reduced"  # type: ignore[arg-type]
-    return None
+    placement = placement_of(program.outputs[0])
+    if placement == I:
+        return None
+    return f"expected the loss to be I, got {placement}; it is not fully reduced"
 
 
 _PROBLEMS = {

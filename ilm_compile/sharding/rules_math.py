@@ -7,7 +7,8 @@ contracted letter the output is P, and so is an added bias: it must be counted o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
@@ -110,7 +111,7 @@ def product(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 # Ops that mix values along some dimensions and are independent along the others: which dimensions
 # of the first input they mix. Further inputs (norm weights) lie along mixed dimensions: R.
-_MIXING = {
+_MIXING: dict[Any, Callable[[Call], Iterable[int]]] = {
     aten.softmax.int: lambda call: [call.args[1]],
     aten.log_softmax.int: lambda call: [call.args[1]],
     aten.cumsum.default: lambda call: [call.args[1]],

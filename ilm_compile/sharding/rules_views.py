@@ -1,16 +1,16 @@
 """Rules of views: ops that rename, split, merge, repeat or pick dimensions and compute nothing.
 
 A reshape is read as a common refinement of its two shapes: a row of factors whose consecutive
-products give the input's dimensions and, grouped otherwise, the output's. Sharding one factor shards
-the input dimension and the output dimension that contain it. Where the factor is not the outermost
-one of its dimension, that dimension is sharded in segments: this is how InternLM's Wqkv, rows
-(three heads dim), is sharded by heads.
+products give the input's dimensions and, grouped otherwise, the output's. Sharding one factor
+shards the input dimension and the output dimension that contain it. Where the factor is not the
+outermost one of its dimension, that dimension is sharded in segments: this is how InternLM's Wqkv,
+rows (three heads dim), is sharded by heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from ilm_compile.program.placement import P, Placement, R, S
@@ -181,7 +181,7 @@ def _segmentations(
         return
     inner = {start, *(start + n for n in accumulate(out.segments or (end - start,)))}
     edges = sorted({0, call.shapes[0][dim]} | inner | {c for c in cuts if not start < c < end})
-    yield [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    yield [b - a for a, b in pairwise(edges)]
 
 
 @rule(aten.cat.default)

@@ -1,8 +1,8 @@
 """The search: the cheapest legal placements, as an integer program over one copy of each block.
 
-Each cluster of equal calls picks one strategy of its rule, each parameter one placement at rest, and
-each value that is needed in another placement than it was made in pays for the collective, once for
-all who need it, forward and backward. Costs are seconds on the given hardware: the roofline for
+Each cluster of equal calls picks one strategy of its rule, each parameter one placement at rest,
+and each value that is needed in another placement than it was made in pays for the collective, once
+for all who need it, forward and backward. Costs are seconds on the given hardware: the roofline for
 calls, the alpha-beta model for collectives. It runs twice: first for the least share of weights and
 of FLOPs that every rank repeats, then for time among the plans that reach it. So whatever can be
 divided is divided, at any size: the search chooses how, not whether.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -134,8 +135,8 @@ class _Search:
         if node.op == "get_attr":
             variable = self.program.variables[str(node.target)]
             shards = {w for w in wanted if w.is_shard and w.divides(shape, self.size)}
-            options = [I, *sorted(shards, key=str)] if variable.is_parameter else [I]
-            return [Strategy((), p) for p in self.restrictions.parameter(variable.name, options)]
+            at_rest = [I, *sorted(shards, key=str)] if variable.is_parameter else [I]
+            return [Strategy((), p) for p in self.restrictions.parameter(variable.name, at_rest)]
         call = global_call(node, self.size)
         if node not in self.gradients:  # integers, masks, tables: cheap, the same everywhere
             return strategies(call, ())[:1]
@@ -185,13 +186,13 @@ class _Search:
         for node in self.program.calls():
             for position, value in enumerate(tensor_inputs(node)):
                 consumers[self.clusters[value]][self.clusters[node], position] = None
-        loss = self.program.graph.output_node().args[0][0]  # type: ignore[index]
+        loss = self.program.outputs[0]
         for producer, edges in consumers.items():
             made = self._by_placement(first[producer], self.choices[producer], lambda s: s.output)
             paid: dict[tuple[Placement, Placement], int] = {}
             for consumer, position in edges:
                 needed = self._by_placement(
-                    first[consumer], self.choices[consumer], lambda s, i=position: s.inputs[i]
+                    first[consumer], self.choices[consumer], partial(_input, position)
                 )
                 self._edge(self.members[producer], made, needed, paid, shared=len(edges) > 1)
         made = self._by_placement(
@@ -271,6 +272,10 @@ class _Search:
             )
         solution: Vector = result.x
         return solution
+
+
+def _input(position: int, strategy: Strategy) -> Placement:
+    return strategy.inputs[position]
 
 
 def _weight(program: Program, node: fx.Node) -> int:

@@ -86,7 +86,7 @@ def global_shape(node: fx.Node, size: int) -> tuple[int, ...]:
 def _global_slice(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> tuple[Any, ...]:
     source, placement = inputs[0], placement_of(inputs[0])
     x, dim, *bounds = node.args
-    if placement.is_shard and bounds and placement.dim == dim % source.meta["val"].dim():  # type: ignore[operator]
+    if placement.is_shard and bounds and placement.dim == dim % source.meta["val"].dim():
         bounds[:2] = [bound * size for bound in bounds[:2]]  # type: ignore[operator]
     return (x, dim, *bounds)
 

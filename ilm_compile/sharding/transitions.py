@@ -91,7 +91,7 @@ def transition_time(
     hardware: Hardware,
     has_gradient: bool,
 ) -> float:
-    """Return the seconds of taking `node`'s value from `source` to `target`, and its gradient back."""
+    """Return the seconds of taking a value from `source` to `target`, and its gradient back."""
     if source == target:
         return 0.0
     val = node.meta["val"]

@@ -122,7 +122,7 @@ def test_recompute_runs_blocks_twice(num_stages: int, fraction: float, num_recom
     with CountCalls() as count:
         outputs, staged_grads = staged_outputs_and_grads(lowered, model, batch)
     assert count.calls["aten.silu.default"] == 4 + num_recomputed
-    assert count.calls["aten.cos.default"] == num_stages  # the clones are not recomputed
+    assert count.calls["aten.cos.default"] <= num_stages  # clones are not recomputed
     assert_equal({"loss": outputs["loss"], **staged_grads}, {"loss": loss, **grads})
 
 

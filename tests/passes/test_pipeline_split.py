@@ -77,6 +77,28 @@ def test_blocks_are_cut_at_the_residual_stream_only() -> None:
     assert {(len(s.sent), s.sent[0].shape) for s in lowered.stages[:-1]} == {(1, (2, SEQ, HIDDEN))}
 
 
+def test_cut_among_views_falls_between_blocks() -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.linear(x)).transpose(0, 1)
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Turning() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.blocks[0](x)).sum()
+
+    program = trace(Turned(), example_inputs={"x": ((3, 4, 4), torch.float32)})
+    run_passes(program, [PipelineSplit(num_stages=2)])
+    assert block_stages(program) == {"blocks.0": {0}, "blocks.1": {1}}
+
+
 def test_large_vocabulary_leaves_fewer_blocks_to_the_last_stage() -> None:
     model = TinyTransformer(num_blocks=8, vocab=2000)
     stages = block_stages(split(model, 2, "cpu"))

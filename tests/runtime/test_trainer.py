@@ -69,7 +69,7 @@ def test_ten_steps_end_in_the_same_weights(world4: World, plan: Plan, tied: bool
 
 def train_with_torch_optimizer(rank: int) -> float:
     """An optimizer that knows nothing of us, on the DTensors, with its own zero_grad."""
-    plan = Plan(tp=2, num_microbatches=2)
+    plan = Plan(tp=2, pp=2, num_microbatches=2)
     parallel = make_parallel(plan, make_model())
     optimizer = torch.optim.AdamW([p for _, p in parallel.named_parameters()], lr=LR)
     batch = make_batch(2 * ROWS)
@@ -80,7 +80,7 @@ def train_with_torch_optimizer(rank: int) -> float:
     return loss.item()
 
 
-def test_any_torch_optimizer_works_on_the_named_parameters(world2: World) -> None:
+def test_any_torch_optimizer_works_on_the_named_parameters(world4: World) -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     for _ in range(3):
@@ -88,12 +88,12 @@ def test_any_torch_optimizer_works_on_the_named_parameters(world2: World) -> Non
         loss = model(**make_batch(2 * ROWS))
         loss.backward()
         optimizer.step()
-    assert world2.run(train_with_torch_optimizer) == pytest.approx([loss.item()] * 2, rel=1e-10)
+    assert world4.run(train_with_torch_optimizer) == pytest.approx([loss.item()] * 4, rel=1e-10)
 
 
 def step_on_infinity(rank: int) -> tuple[float, int, float, bool]:
     """The gradient of one parameter of one rank overflows."""
-    parallel = make_parallel(Plan(pp=2, num_microbatches=2), make_model())
+    parallel = make_parallel(Plan(pp=4, num_microbatches=2), make_model())
     trainer = Trainer(parallel, lr=LR, lr_scheduler=halving)
     before = [p.detach().clone() for _, p in parallel.named_parameters()]
     trainer.execute_schedule(make_batch(2 * ROWS))
@@ -106,8 +106,8 @@ def step_on_infinity(rank: int) -> tuple[float, int, float, bool]:
     return norm, trainer.num_skipped_steps, trainer.optimizer.param_groups[0]["lr"], unchanged
 
 
-def test_a_norm_that_is_not_finite_skips_the_step_on_all_ranks(world2: World) -> None:
-    for norm, skipped, lr, unchanged in world2.run(step_on_infinity):
+def test_a_norm_that_is_not_finite_skips_the_step_on_all_ranks(world4: World) -> None:
+    for norm, skipped, lr, unchanged in world4.run(step_on_infinity):
         assert not math.isfinite(norm)
         assert (skipped, lr, unchanged) == (1, LR, True)
 

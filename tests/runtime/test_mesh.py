@@ -1,0 +1,75 @@
+"""Who sits where, and worlds that do not fit the plan."""
+
+from datetime import timedelta
+
+import pytest
+
+from ilm_compile.errors import PlanError
+from ilm_compile.program.plan import Plan
+from ilm_compile.runtime import Mesh
+from tests.support.world import World, WorldError
+
+
+def coordinates(rank: int, plan: Plan) -> tuple[tuple[int, int], ...]:
+    mesh = Mesh.create(plan)
+    assert mesh.rank == rank
+    assert [mesh.device_mesh.get_local_rank(name) for name in ("pp", "dp", "tp")] == [
+        axis.rank for axis in (mesh.pp, mesh.dp, mesh.tp)
+    ]
+    return tuple((axis.rank, axis.size) for axis in (mesh.pp, mesh.dp, mesh.tp))
+
+
+def test_tp_is_the_fastest_axis_and_pp_the_slowest(world4: World) -> None:
+    assert world4.run(coordinates, Plan(tp=2, pp=2)) == [
+        ((0, 2), (0, 1), (0, 2)),
+        ((0, 2), (0, 1), (1, 2)),
+        ((1, 2), (0, 1), (0, 2)),
+        ((1, 2), (0, 1), (1, 2)),
+    ]
+    assert world4.run(coordinates, Plan(tp=2)) == [
+        ((0, 1), (0, 2), (0, 2)),
+        ((0, 1), (0, 2), (1, 2)),
+        ((0, 1), (1, 2), (0, 2)),
+        ((0, 1), (1, 2), (1, 2)),
+    ]
+
+
+def test_one_process_without_torchrun_has_no_group() -> None:
+    mesh = Mesh.create(Plan())
+    assert (mesh.world_size, mesh.rank, mesh.is_distributed) == (1, 0, False)
+
+
+def test_several_processes_must_be_started_by_torchrun() -> None:
+    command = "torchrun --nproc-per-node=4 script.py"
+    with pytest.raises(PlanError, match=f"tp=2, pp=2 needs 4 .* started by torchrun: {command}"):
+        Mesh.create(Plan(tp=2, pp=2))
+
+
+def wrong_world(rank: int) -> str:
+    with pytest.raises(PlanError) as info:
+        Mesh.create(Plan(tp=3, pp=2))
+    return str(info.value)
+
+
+def test_a_world_of_the_wrong_size_is_refused_with_one_that_works(world4: World) -> None:
+    for text in world4.run(wrong_world):
+        assert "a multiple of tp*pp = 3*2 = 6, got 4 processes" in text
+        assert "torchrun --nproc-per-node=6 script.py" in text
+
+
+def wait_alone(rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    mesh = Mesh.create(Plan(tp=4), timeout=timedelta(seconds=1))
+    if rank > 0:
+        dist.all_reduce(torch.zeros(1), group=mesh.tp.group)
+    else:
+        import time
+
+        time.sleep(30)
+
+
+def test_a_rank_that_hangs_ends_the_others_at_the_timeout(world4: World) -> None:
+    with pytest.raises(WorldError, match="(?i)timed out|timeout|connection"):
+        world4.run(wait_alone, timeout=20)
