@@ -47,6 +47,7 @@ class TensorParallel(Pass):
     def apply(self, program: Program) -> None:
         """Solve for the placements and rewrite the graph."""
         check_heads(program, self.size)
+        program.plan = program.plan.replace(tp=self.size)
         restrictions = Restrictions(
             sequence_parallel=self.sequence_parallel,
             parameters=tuple(self._embedding_placements(program)),

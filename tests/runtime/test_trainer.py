@@ -95,13 +95,13 @@ def step_on_infinity(rank: int) -> tuple[float, int, float, bool]:
     """The gradient of one parameter of one rank overflows."""
     parallel = make_parallel(Plan(pp=4, num_microbatches=2), make_model())
     trainer = Trainer(parallel, lr=LR, lr_scheduler=halving)
-    before = [p.detach().clone() for _, p in parallel.named_parameters()]
+    before = [p.to_local().detach().clone() for _, p in parallel.named_parameters()]
     trainer.execute_schedule(make_batch(2 * ROWS))
     if rank == 1:
         grads = [p.grad for _, p in parallel.named_parameters() if p.grad is not None]
         grads[0].fill_(torch.inf)
     norm = trainer.step()
-    after = [p.detach() for _, p in parallel.named_parameters()]
+    after = [p.to_local().detach() for _, p in parallel.named_parameters()]
     unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     return norm, trainer.num_skipped_steps, trainer.optimizer.param_groups[0]["lr"], unchanged
 

@@ -1,0 +1,161 @@
+"""The executor alone: hand-over on one rank, timeline, bytes, unused values, and dead processes."""
+
+import os
+import signal
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ilm_compile.errors import ScheduleError
+from ilm_compile.program.lowered import Boundary, Stage
+from ilm_compile.program.plan import Plan
+from ilm_compile.runtime import Mesh
+from ilm_compile.runtime.executor import Executor
+from ilm_compile.schedule import Action, Schedule, build, check, insert_comms
+from tests.runtime.handmade import (
+    HIDDEN,
+    ROWS,
+    SEQ,
+    lower_by_hand,
+    make_batch,
+    make_model,
+    make_parallel,
+)
+from tests.support.world import World, WorldError
+
+FLOAT64_BYTES = 8
+
+
+class First(nn.Module):
+    """Sends a value that the next stage uses and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.weight, x + self.weight
+
+
+class Second(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 5.0))
+
+    def forward(self, used: Tensor, unused: Tensor) -> tuple[Tensor]:
+        return ((used * self.weight).sum(),)
+
+
+def two_stages() -> tuple[Stage, Stage]:
+    crossing = (
+        Boundary("used", (3,), torch.float32, True),
+        Boundary("unused", (3,), torch.float32, True),
+    )
+    return (
+        Stage(0, First(), ("x",), (), crossing, (), {}),
+        Stage(1, Second(), (), crossing, (), ("loss",), {}),
+    )
+
+
+def schedule_of(*rows: str) -> Schedule:
+    actions = [[Action.parse(text) for text in row.split()] for row in rows]
+    return insert_comms(Schedule.from_rows("test", actions))
+
+
+def test_stages_on_one_rank_hand_over_in_memory() -> None:
+    stages = two_stages()
+    schedule = schedule_of("0F0 1F0 0F1 1F1 1B1 1B0 0B0 0B1")
+    check(schedule)
+    executor = Executor(stages, schedule, Mesh.create(Plan()))
+    x = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])]
+    result = executor.run({"x": x}, loss_gradient=0.5)
+    assert [loss.item() for loss in result.losses] == [60.0, 150.0]
+    assert stages[0].module.weight.grad.tolist() == [12.5, 17.5, 22.5]
+    assert stages[1].module.weight.grad.tolist() == [5.0, 7.0, 9.0]
+
+
+def test_a_split_backward_is_refused() -> None:
+    schedule = schedule_of("0F0 0B0 0W0")
+    module = nn.Identity()
+    stage = Stage(0, module, (), (), (), ("loss",), {})
+    with pytest.raises(ScheduleError, match="cannot run 0W0; expected forwards and whole backwards"):
+        Executor((stage,), schedule, Mesh.create(Plan()))
+
+
+def send_unused(rank: int) -> Any:
+    stages = two_stages()
+    schedule = build("1f1b", pp=2, num_microbatches=2)
+    executor = Executor(stages, schedule, Mesh.create(Plan(pp=2)))
+    x = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])]
+    executor.run({"x": x}, loss_gradient=0.5)
+    return stages[rank].module.weight.grad.tolist()
+
+
+def test_a_value_nobody_uses_gets_a_gradient_of_zero(world2: World) -> None:
+    assert world2.run(send_unused) == [[12.5, 17.5, 22.5], [5.0, 7.0, 9.0]]
+
+
+def record(rank: int, forward_only: bool) -> tuple[list[str], int]:
+    parallel = make_parallel(Plan(pp=2, num_microbatches=3), make_model())
+    parallel.executor.record_timeline = True
+    parallel.execute_schedule(make_batch(3 * ROWS), forward_only=forward_only)
+    timeline = parallel.executor.timeline
+    assert all(start <= end for _, start, end in timeline)
+    assert [start for _, start, _ in timeline] == sorted(start for _, start, _ in timeline)
+    return [text for text, _, _ in timeline], parallel.traffic()["p2p"].num_bytes
+
+
+def test_the_timeline_is_the_schedule(world2: World) -> None:
+    schedule = build("1f1b", pp=2, num_microbatches=3)
+    for rank, (texts, _) in enumerate(world2.run(record, False)):
+        actions = " ".join(text for text in texts if not text.startswith("wait")).split()
+        assert actions == [str(action) for action in schedule.actions[rank]]
+        waits = [text for text in texts if text.startswith("wait")]
+        assert len(waits) == 3, "one wait per received micro-batch"
+
+
+def test_bytes_sent_are_counted(world2: World) -> None:
+    x = ROWS * SEQ * HIDDEN * FLOAT64_BYTES
+    relayed = ROWS * SEQ * FLOAT64_BYTES
+    assert [sent for _, sent in world2.run(record, False)] == [3 * (x + relayed), 3 * x]
+    assert [sent for _, sent in world2.run(record, True)] == [3 * (x + relayed), 0]
+
+
+def die_in_a_backward(rank: int) -> None:
+    plan = Plan(pp=4, num_microbatches=4)
+    parallel = make_parallel(plan, make_model())
+    if rank == 2:
+        _, parameter = next(iter(parallel.named_parameters()))
+        stage = parallel.executor._runners[2].stage
+        hooked = stage.module.get_parameter("block_0.norm")
+        hooked.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGKILL))
+    parallel.execute_schedule(make_batch(4 * ROWS))
+
+
+def test_a_rank_killed_within_a_step_ends_the_others(world4: World) -> None:
+    with pytest.raises(WorldError, match=r"died with exit code -9|onnection|Socket closed"):
+        world4.run(die_in_a_backward, timeout=30)
+
+
+def hang_in_a_backward(rank: int) -> None:
+    import time
+
+    plan = Plan(pp=4, num_microbatches=4)
+    lowered = lower_by_hand(plan)
+    schedule = build("1f1b", pp=4, num_microbatches=4)
+    from ilm_compile.runtime import Parallel
+
+    mesh = Mesh.create(plan, timeout=timedelta(seconds=1))
+    parallel = Parallel(lowered, schedule, mesh, make_model())
+    if rank == 2:
+        hooked = lowered.stages[2].module.get_parameter("block_0.norm")
+        hooked.register_hook(lambda grad: time.sleep(60))
+    parallel.execute_schedule(make_batch(4 * ROWS))
+
+
+def test_a_rank_that_hangs_within_a_step_ends_the_others(world4: World) -> None:
+    with pytest.raises(WorldError, match="(?i)timed out|timeout|connection"):
+        world4.run(hang_in_a_backward, timeout=30)
