@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import pipelining
+from torch.nn import functional
 
-from benchmarks.common import make_model, random_batch
+from benchmarks.common import random_batch
 from ilm_compile.compile import make_plan, make_schedule, partition
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.models import internlm2_tiny
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import Boundary, LoweredProgram, Stage
 from ilm_compile.runtime import Mesh, Parallel
@@ -32,17 +33,38 @@ SCHEDULES: dict[str, tuple[Any, int]] = {
 }
 
 
+VOCAB_SIZE = 512
+
+
+class SmallestModel(nn.Module):
+    """Four blocks that compute next to nothing, so that what a step costs is what runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB_SIZE, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, VOCAB_SIZE)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def transformer() -> nn.Module:
+    """8 blocks of hidden size 512."""
+    return internlm2_tiny(num_layers=8, hidden_size=512, vocab_size=VOCAB_SIZE)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A model and a batch. rows: sequences per micro-batch. repeats: measured steps of each."""
+    """A model and a batch of `num_microbatches` times `rows` sequences."""
 
-    name: str
-    preset: str = "internlm2_tiny"
-    overrides: dict[str, Any] = field(default_factory=dict)
+    make_model: Callable[[], nn.Module]
     rows: int
     seq_len: int
-    num_microbatches: int
-    repeats: int
+    num_microbatches: int = 8
 
 
 class Contest:
@@ -57,8 +79,10 @@ class Contest:
             num_microbatches=workload.num_microbatches,
             schedule=schedule,
         )
-        model = make_model(workload.preset, workload.overrides)
-        example = model.example_inputs(workload.rows, workload.seq_len)
+        torch.manual_seed(0)
+        model = workload.make_model()
+        shape = (workload.rows, workload.seq_len)
+        example = {name: (shape, torch.int64) for name in ("input_ids", "labels")}
         program = partition(model, plan=plan, example_inputs=example)
         lowered = lower(program)
         mesh = Mesh.create(plan)
@@ -68,7 +92,7 @@ class Contest:
         )
         self.stages = [stage for stage in lowered.stages if stage.index % pp == mesh.pp.rank]
         self.batch = random_batch(
-            workload.rows * workload.num_microbatches, workload.seq_len, model.config.vocab_size
+            workload.rows * workload.num_microbatches, workload.seq_len, VOCAB_SIZE
         )
         self.inputs = self._microbatches(lowered)
         self._torch_schedule = self._make_torch_schedule(schedule, lowered)
@@ -203,36 +227,36 @@ class _TorchStage(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """Medians over the repeats, in seconds per step of this rank."""
+class Time:
+    """One step on this rank, in seconds. cpu: of all threads of the process, waiting is free."""
 
     wall: float
     cpu: float
 
 
-def measure(contest: Contest, names: Sequence[str], repeats: int, warmup: int = 2) -> dict[str, Times]:
-    """Run the named contestants in turn, A B C A B C ..., and return the times of each.
+def measure(
+    contest: Contest, names: Sequence[str], repeats: int, *, warmup: int = 2
+) -> dict[str, list[Time]]:
+    """Run the named contestants in turn, `repeats` times each, and return their times.
 
-    cpu: processor time of the whole process, so that waiting for the other rank is free, and the
-    threads that move the messages are not. Garbage is collected between the measured parts.
+    Each round begins with another contestant, and each step with all ranks at a barrier. Garbage is
+    collected between the measured parts.
     """
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    times: dict[str, list[Time]] = {name: [] for name in names}
     gc.disable()
     try:
-        for _ in range(warmup + repeats):
-            for name in names:
+        for turn in range(warmup + repeats):
+            first = turn % len(names)
+            for name in (*names[first:], *names[:first]):
                 contest.zero_grad()
                 gc.collect()
                 dist.barrier()
                 wall, cpu = time.perf_counter(), time.process_time()
                 getattr(contest, name)()
-                samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+                times[name].append(Time(time.perf_counter() - wall, time.process_time() - cpu))
     finally:
         gc.enable()
-    return {
-        name: Times(*(median(column[warmup:]) for column in zip(*rows, strict=True)))
-        for name, rows in samples.items()
-    }
+    return {name: values[warmup:] for name, values in times.items()}
 
 
 def _random(boundaries: Sequence[Boundary]) -> list[Tensor]:

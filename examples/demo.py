@@ -1,105 +1,217 @@
 """`make demo`: train one model twice, in four processes and in one, and compare.
 
 The four processes run `examples/train_internlm2.py` under torchrun. The one process runs the same
-model in a plain torch loop that shares nothing with the compiler: it is what four must equal.
+model in a plain torch loop that knows nothing of the compiler: it is what the four must equal.
 """
 
+import argparse
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file
+from torch import nn
 
 from examples import train_internlm2 as example
-from ilm_compile.models import InternLM2
-from ilm_compile.runtime import (
-    BatchIterator,
-    ByteTokenizer,
-    MetricsWriter,
-    Progress,
-    StepMetrics,
-    adamw,
-    lr_schedule,
-)
+from ilm_compile.runtime import ByteTokenizer, MetricsWriter, Progress, StepMetrics, adamw
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-OUT = Path("runs/demo")
 NUM_PROCESSES = 4
-PROMPTS = ("The for statement", "An object is")
 LOSS_GOAL = 2.5
 DIFFERENCE_GOAL = 1e-4
+PROMPTS = ("The for statement", "An object is")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two loss curves, one number per step; first and last: of the curve of many processes.
-
-    last is the mean of the last ten steps, because one step sees two pages of text only.
-    """
+    """Two loss curves, a number for each step."""
 
     single: list[float]
     parallel: list[float]
 
     @property
     def differences(self) -> list[float]:
+        """Relative to the single process."""
         pairs = zip(self.single, self.parallel, strict=True)
         return [abs(b - a) / abs(a) for a, b in pairs]
 
     @property
-    def first(self) -> float:
-        return self.parallel[0]
-
-    @property
-    def last(self) -> float:
+    def final_loss(self) -> float:
+        """The mean of the last ten steps: one step sees only a page of text."""
         tail = self.parallel[-10:]
         return sum(tail) / len(tail)
 
-    @property
-    def has_learned(self) -> bool:
-        return self.last < LOSS_GOAL
-
-    @property
-    def is_equal(self) -> bool:
-        return max(self.differences) <= DIFFERENCE_GOAL
-
 
 def train_in_processes(out: Path, num_steps: int) -> None:
-    """Run the example in NUM_PROCESSES processes; their output goes to this terminal."""
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    """Run the example in NUM_PROCESSES processes; what they print appears in this terminal."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": loopback,
-        "CUDA_VISIBLE_DEVICES": "",  # the demo is of four processes, with or without four GPUs
+        # Nothing leaves this machine.
+        "GLOO_SOCKET_IFNAME": next(n for _, n in socket.if_nameindex() if n.startswith("lo")),
+        # Processes of one kind everywhere, however many GPUs there are.
+        "CUDA_VISIBLE_DEVICES": "",
     }
-    launch = f"torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {NUM_PROCESSES}"
-    command = [sys.executable, "-m", *launch.split(), "-m", example.__name__, str(out), str(num_steps)]
-    subprocess.run(command, env=environment, check=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(NUM_PROCESSES)]
+    script = ["-m", example.__name__, "--out", str(out), "--steps", str(num_steps)]
+    subprocess.run(torchrun + script, env=environment, check=True)
 
 
 def train_in_one_process(out: Path, num_steps: int) -> None:
-    """The reference: the untransformed model, the whole batch at once, no compiler."""
-    model, data = example.make_model(), example.make_data()
-    batches = BatchIterator(data, global_batch_size=example.GLOBAL_BATCH)
+    """The reference: the model as it was written, the whole batch at once, a plain loop."""
+    model = example.make_model()
     optimizer = adamw(model.named_parameters(), lr=example.LR)
-    scheduler = lr_schedule(optimizer, **example.lr_steps(num_steps))
+    scheduler = example.learning_rate(optimizer, num_steps)
+    batches = example.make_batches()
     with MetricsWriter(out / "metrics.jsonl") as writer, Progress(num_steps) as progress:
-        for step, batch in zip(range(1, num_steps + 1), batches, strict=False):
-            start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
+        for step in range(1, num_steps + 1):
+            batch, lr, start = next(batches), scheduler.get_last_lr()[0], time.perf_counter()
             optimizer.zero_grad()
             loss = model(**batch)
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), example.MAX_GRAD_NORM)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), example.MAX_GRAD_NORM)
             optimizer.step()
             scheduler.step()
+            metrics = StepMetrics.measured(
+                step=step,
+                loss=loss.item(),
+                grad_norm=grad_norm.item(),
+                lr=lr,
+                num_tokens=batch["input_ids"].numel(),
+                model_flops=math.nan,
+                step_time_s=time.perf_counter() - start,
+                world_size=1,
+            )
+            writer.write(metrics)
+            progress.update(metrics)
+
+
+def compare(single: Path, parallel: Path) -> Comparison:
+    """Read the metrics that the two runs wrote."""
+    curves = (
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (single, parallel)
+    )
+    return Comparison(*curves)
+
+
+@torch.no_grad()
+def write_text(model: nn.Module, prompt: str, *, num_tokens: int = 160) -> str:
+    """Let the model go on after `prompt`, byte by byte, drawn at temperature 0.5, the same always."""
+    tokenizer, generator = ByteTokenizer(), torch.Generator().manual_seed(0)
+    tokens = tokenizer.encode(prompt)
+    for _ in range(num_tokens):
+        logits = model(torch.tensor([tokens[-example.SEQ_LEN :]]))[0, -1]
+        token = int(torch.multinomial((logits / 0.5).softmax(0), 1, generator=generator))
+        if token == tokenizer.end_of_document:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens)
+
+
+def table(comparison: Comparison, every: int) -> Table:
+    """Both losses side by side, for one step in `every`."""
+    result = Table("step", "one process", f"{NUM_PROCESSES} processes", "relative difference")
+    for column in result.columns:
+        column.justify = "right"
+    rows = zip(comparison.single, comparison.parallel, comparison.differences, strict=True)
+    for step, (single, parallel, difference) in enumerate(rows, start=1):
+        if step == 1 or step % every == 0 or step == len(comparison.single):
+            result.add_row(f"{step}", f"{single:.6f}", f"{parallel:.6f}", f"{difference:.1e}")
+    return result
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Draw both curves over each other, and below them how far they lie apart."""
+    steps = range(1, len(comparison.single) + 1)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    losses.plot(steps, comparison.single, linewidth=4, alpha=0.35, label="one process, plain torch")
+    label = f"{NUM_PROCESSES} processes, tp=2, pp=2, 1F1B"
+    losses.plot(steps, comparison.parallel, linewidth=1, color="black", label=label)
+    losses.set(ylabel="loss (nats per byte)", title="The same training, divided and undivided")
+    losses.legend()
+    differences.semilogy(steps, [max(d, 1e-9) for d in comparison.differences], color="tab:red")
+    differences.axhline(DIFFERENCE_GOAL, linestyle="--", color="gray", label="allowed")
+    differences.set(xlabel="step", ylabel="relative difference")
+    differences.legend()
+    figure.savefig(path, dpi=120)
+
+
+def show_texts(console: Console, before: Sequence[str], after: Sequence[str]) -> None:
+    """Print what the model wrote before and after training."""
+    for title, texts in (("before training", before), ("after training", after)):
+        # A model that knows nothing writes control characters, which a terminal would obey.
+        shown = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in t) for t in texts]
+        console.print(Panel(Text("\n\n".join(shown)), title=title, title_align="left"))
+
+
+def judge(console: Console, comparison: Comparison) -> bool:
+    """Print whether the two goals are met; returns whether both are."""
+    first, final, worst = comparison.parallel[0], comparison.final_loss, max(comparison.differences)
+    learned, equal = final < LOSS_GOAL, worst <= DIFFERENCE_GOAL
+    for good, text in (
+        (learned, f"loss {first:.2f} -> {final:.2f} (goal: below {LOSS_GOAL})"),
+        (equal, f"largest relative difference of the two curves {worst:.1e} (goal: {DIFFERENCE_GOAL:.0e})"),
+    ):
+        console.print(Text("ok      " if good else "MISSED  ", "green" if good else "bold red") + text)
+    return learned and equal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns 0 if both goals are met."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description="Train and compare.")
+    parser.add_argument("--steps", type=int, default=example.NUM_STEPS)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    options = parser.parse_args(argv)
+    out, num_steps = options.out, options.steps
+    torch.set_num_threads(1)  # as in each of the four processes
+    console = Console(highlight=False)
+    start = time.perf_counter()
+    for run in ("single", "parallel"):
+        (out / run).mkdir(parents=True, exist_ok=True)
+        (out / run / "metrics.jsonl").unlink(missing_ok=True)
+
+    model = example.make_model()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"A byte-level InternLM2 of {num_parameters:,} parameters learns the Python language "
+        f"reference in {num_steps} steps: first divided over {NUM_PROCESSES} processes, then undivided "
+        "in one. Same seed, same batches: the losses must be the same."
+    )
+    before = [write_text(model, prompt) for prompt in PROMPTS]
+    console.rule(f"1  {NUM_PROCESSES} processes: tensor parallel 2 x pipeline parallel 2, schedule 1F1B")
+    try:
+        train_in_processes(out / "parallel", num_steps)
+    except subprocess.CalledProcessError as error:
+        console.print(f"[bold red]The processes failed[/] (exit code {error.returncode}), see above.")
+        return 1
+    console.rule("2  One process: the same model in a plain torch loop")
+    train_in_one_process(out / "single", num_steps)
+
+    console.rule("3  Side by side")
+    comparison = compare(out / "single", out / "parallel")
+    console.print(table(comparison, every=max(1, num_steps // 12)))
+    plot(comparison, out / "loss.png")
+    model.load_state_dict(load_file(out / "parallel" / "weights.safetensors"))
+    show_texts(console, before, [write_text(model, prompt) for prompt in PROMPTS])
+    passed = judge(console, comparison)
+    console.print(f"\nIt took {time.perf_counter() - start:.0f} s. Curves: {out / 'loss.png'}")
+    console.print(f"Metrics: {out / 'single' / 'metrics.jsonl'}, {out / 'parallel' / 'metrics.jsonl'}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,11 @@
-"""Train a small InternLM2 on the Python language reference. In four processes, all on one machine:
+"""Train a small InternLM2 on the Python language reference, in four processes on one machine:
 
-    torchrun --standalone --nproc-per-node 4 -m examples.train_internlm2 runs/internlm2
+    torchrun --standalone --nproc-per-node 4 -m examples.train_internlm2 --out runs/internlm2
 
 The model is an ordinary nn.Module that knows nothing of processes; `parallelize` divides it.
 """
 
-import sys
+import argparse
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 import ilm_compile
-from ilm_compile import models
-from ilm_compile.runtime import BatchIterator, ByteTokenizer, PackedText
-from ilm_compile.runtime import documents_from_pydoc, lr_schedule, pack_documents
+from ilm_compile import models, runtime
 
 MICRO_BATCH, NUM_MICROBATCHES, SEQ_LEN = 2, 4, 128
-NUM_STEPS, LR, WARMUP = 300, 4e-3, 0.05
+NUM_STEPS, LR, MAX_GRAD_NORM = 300, 4e-3, 1.0
 
 
 def make_model() -> models.InternLM2:
@@ -27,34 +25,46 @@ def make_model() -> models.InternLM2:
         num_attention_heads=4,
         num_kv_attention_heads=2,
         mlp_ratio=2.0,
-        vocab_size=ByteTokenizer.vocab_size,
+        vocab_size=runtime.ByteTokenizer.vocab_size,
     )
 
 
-def make_data() -> PackedText:
-    return pack_documents(documents_from_pydoc(), seq_len=SEQ_LEN)
+def make_batches() -> runtime.BatchIterator:
+    """Endless batches of text, the same in every process; each process works on its part."""
+    text = runtime.pack_documents(runtime.documents_from_pydoc(), seq_len=SEQ_LEN)
+    return runtime.BatchIterator(text, global_batch_size=MICRO_BATCH * NUM_MICROBATCHES)
 
 
-def train(out: Path, *, num_steps: int = NUM_STEPS, tp: int = 2, pp: int = 2) -> None:
-    with torch.device("meta"):  # each process makes its own part only
+def learning_rate(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return runtime.lr_schedule(optimizer, warmup_steps=num_steps // 20, total_steps=num_steps)
+
+
+def train(out: Path, num_steps: int = NUM_STEPS, *, tp: int = 2, pp: int = 2) -> None:
+    with torch.device("meta"):  # no weights yet: each process makes those of its part
         model = make_model()
-    data = make_data()
     parallel = ilm_compile.parallelize(
         model,
         tp=tp,
         pp=pp,
         num_microbatches=NUM_MICROBATCHES,
         schedule="1f1b",
-        example_inputs=data.batch(torch.arange(MICRO_BATCH)),
+        example_inputs={name: x[:MICRO_BATCH] for name, x in next(make_batches()).items()},
     )
-    schedule = partial(lr_schedule, warmup_steps=int(num_steps * WARMUP), total_steps=num_steps)
-    trainer = ilm_compile.Trainer(parallel, lr=LR, lr_scheduler=schedule)
-    batches = BatchIterator(data, global_batch_size=MICRO_BATCH * NUM_MICROBATCHES)
-    trainer.fit(batches, num_steps, metrics_path=out / "metrics.jsonl")
-    weights = parallel.full_state_dict()  # as the model's own state_dict; empty but on rank 0
+    trainer = ilm_compile.Trainer(
+        parallel,
+        lr=LR,
+        lr_scheduler=partial(learning_rate, num_steps=num_steps),
+        max_grad_norm=MAX_GRAD_NORM,
+    )
+    trainer.fit(make_batches(), num_steps, metrics_path=out / "metrics.jsonl")
+    weights = parallel.full_state_dict()  # the names and shapes of the model; on rank 0 only
     if weights:
         save_file(weights, out / "weights.safetensors")
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/internlm2"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("runs/internlm2"))
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    options = parser.parse_args()
+    train(options.out, options.steps)

@@ -41,6 +41,7 @@ class Executor:
 
     stages: all of the program, of which those that the schedule puts on this rank are used.
     syncs: the gradient sync of each stage that is sharded over dp, by stage index.
+    channel: carries the messages between stages, torch.distributed's unless given.
     timeline: after a step with `record_timeline`, (action, start, end) in seconds; waiting for a
     message is an action of its own, "wait 1F0".
     """
@@ -51,11 +52,12 @@ class Executor:
         schedule: Schedule,
         mesh: Mesh,
         syncs: Mapping[int, GradientSync] | None = None,
+        channel: Channel | None = None,
     ) -> None:
         rank = mesh.pp.rank
         self.record_timeline = False
         self.timeline: list[tuple[str, float, float]] = []
-        self.channel = Channel(mesh.pp.group, mesh.device)
+        self.channel = channel or Channel(mesh.pp.group, mesh.device)
         self._syncs = syncs or {}
         self._runners = {
             stage.index: StageRunner(stage, schedule.num_microbatches)

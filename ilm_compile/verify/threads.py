@@ -65,25 +65,44 @@ def run_ranks(size: int, function: Callable[[int], T], axis: str = "tp") -> list
 
     The first exception of any rank is raised here; the other ranks are released from their meeting.
     """
-    group = ThreadGroup(size)
-    results: dict[int, T] = {}
+    return run_groups(1, size, lambda _, rank: function(rank), axis=axis)[0]
+
+
+def run_groups(
+    num_groups: int,
+    size: int,
+    function: Callable[[int, int], T],
+    *,
+    axis: str = "tp",
+    on_failure: Callable[[], None] = lambda: None,
+) -> list[list[T]]:
+    """Return ``function(group, rank)`` of every rank of `num_groups` groups of `size` ranks.
+
+    Only the ranks of one group meet in collectives. `on_failure` is called when a rank has failed,
+    to release those who wait for it elsewhere.
+    """
+    groups = [ThreadGroup(size) for _ in range(num_groups)]
+    results: dict[tuple[int, int], T] = {}
     failures: list[BaseException] = []
 
-    def body(rank: int) -> None:
+    def body(index: int, rank: int) -> None:
         try:
-            with communicators(**{axis: ThreadCommunicator(group, rank)}):
-                results[rank] = function(rank)
+            with communicators(**{axis: ThreadCommunicator(groups[index], rank)}):
+                results[index, rank] = function(index, rank)
         except threading.BrokenBarrierError:
             pass  # another rank failed; its exception is the one to report
         except BaseException as error:
             failures.append(error)
-            group.barrier.abort()
+            for group in groups:
+                group.barrier.abort()
+            on_failure()
 
-    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(size)]
+    places = [(index, rank) for index in range(num_groups) for rank in range(size)]
+    threads = [threading.Thread(target=body, args=place) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if failures:
         raise failures[0]
-    return [results[rank] for rank in range(size)]
+    return [[results[index, rank] for rank in range(size)] for index in range(num_groups)]

@@ -5,6 +5,7 @@ and invariant parameters, a frozen and an unused one, a buffer, a value relayed 
 and outputs beside the loss.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,9 +87,7 @@ def make_batch(rows: int, *, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels.masked_fill(ignored, -100)}
 
 
-def make_parallel(
-    plan: Plan, model: nn.Module, *, tied: bool = False, **keywords: Any
-) -> Parallel:
+def make_parallel(plan: Plan, model: nn.Module, *, tied: bool = False, **keywords: Any) -> Parallel:
     """This rank's part of `model` under `plan`."""
     schedule = build(
         plan.schedule,
@@ -98,7 +97,13 @@ def make_parallel(
     )
     check(schedule)
     lowered = lower_by_hand(plan, tied=tied)
-    return Parallel(lowered, schedule, Mesh.create(plan), model, **keywords)
+    return Parallel(lowered, schedule, make_mesh(plan.tp, plan.pp), model, **keywords)
+
+
+@cache
+def make_mesh(tp: int, pp: int) -> Mesh:
+    """The mesh of a plan; a process keeps it, because process groups are slow to make."""
+    return Mesh.create(Plan(tp=tp, pp=pp))
 
 
 def lower_by_hand(plan: Plan, *, tied: bool = False) -> LoweredProgram:

@@ -1,13 +1,11 @@
 """Who sits where, and worlds that do not fit the plan."""
 
-from datetime import timedelta
-
 import pytest
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import Mesh
-from tests.support.world import World, WorldError
+from tests.support.world import World
 
 
 def coordinates(rank: int, plan: Plan) -> tuple[tuple[int, int], ...]:
@@ -55,21 +53,3 @@ def test_a_world_of_the_wrong_size_is_refused_with_one_that_works(world4: World)
     for text in world4.run(wrong_world):
         assert "a multiple of tp*pp = 3*2 = 6, got 4 processes" in text
         assert "torchrun --nproc-per-node=6 script.py" in text
-
-
-def wait_alone(rank: int) -> None:
-    import torch
-    import torch.distributed as dist
-
-    mesh = Mesh.create(Plan(tp=4), timeout=timedelta(seconds=1))
-    if rank > 0:
-        dist.all_reduce(torch.zeros(1), group=mesh.tp.group)
-    else:
-        import time
-
-        time.sleep(30)
-
-
-def test_a_rank_that_hangs_ends_the_others_at_the_timeout(world4: World) -> None:
-    with pytest.raises(WorldError, match="(?i)timed out|timeout|connection"):
-        world4.run(wait_alone, timeout=20)

@@ -1,0 +1,57 @@
+"""Float64 runs of models that cast to float32 inside, so that parity can be checked to 1e-10."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_CASTS = {Tensor.float, Tensor.to, Tensor.type, torch.softmax, F.softmax, F.log_softmax}
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Drops the request for float32 from casts, and from softmax, of a float64 tensor."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _CASTS and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def promoted_float32() -> Iterator[None]:
+    """While it runs, float64 tensors stay float64 where the code asks for float32."""
+    with _KeepFloat64():
+        yield
+
+
+def to_float64(model: nn.Module) -> nn.Module:
+    """The model in float64, in place.
+
+    Rotary `inv_freq` buffers of Hugging Face models are made again from their config: those of a
+    float32 model carry float32 rounding, which 1e-10 would show.
+    """
+    model.double()
+    for module in model.modules():
+        if isinstance(getattr(module, "inv_freq", None), Tensor):
+            config: Any = module.config
+            head_dim = getattr(config, "head_dim", None)
+            head_dim = head_dim or config.hidden_size // config.num_attention_heads
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+            inv_freq = config.rope_parameters["rope_theta"] ** -exponents
+            module.inv_freq = inv_freq.to(module.inv_freq.device)
+    return model
