@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,13 @@ def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) ->
         monitor_interval=0.05,
         start_method="spawn",
     )
-    # By name: a function of a module that is run as a script would be sent as one of "__main__".
-    module = function.__module__
-    if module == "__main__":
-        module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
-    results = elastic_launch(config, _call)(module, function.__qualname__, arguments)
+    results = elastic_launch(config, _call)(function, arguments)
     return [results[rank] for rank in range(num_processes)]
 
 
-def _call(module: str, name: str, arguments: tuple[Any, ...]) -> Any:
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     torch.set_num_threads(int(os.environ[THREADS]))
-    return getattr(importlib.import_module(module), name)(*arguments)
+    return function(*arguments)
 
 
 def make_model(preset: str, overrides: dict[str, Any], *, device: str = "meta") -> CausalLM:
@@ -88,9 +84,10 @@ def circumstances() -> dict[str, Any]:
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with the circumstances it was measured under."""
+    """Write `content`, which may hold dataclasses, with the circumstances it was measured under."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"circumstances": circumstances(), **content}, indent=2) + "\n")
+    whole = {"circumstances": circumstances(), **content}
+    path.write_text(json.dumps(whole, indent=2, default=asdict) + "\n")
 
 
 def _main_module() -> str:

@@ -12,8 +12,10 @@ from ilm_compile.errors import PlanError as PlanError
 from ilm_compile.errors import ProgramError as ProgramError
 from ilm_compile.errors import ScheduleError as ScheduleError
 from ilm_compile.errors import TraceError as TraceError
+from ilm_compile.errors import VerificationError as VerificationError
 from ilm_compile.program.plan import Plan as Plan
 from ilm_compile.program.program import Program as Program
+from ilm_compile.prove import verify as verify
 from ilm_compile.runtime import Parallel as Parallel
 from ilm_compile.runtime import Trainer as Trainer
 

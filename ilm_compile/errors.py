@@ -29,5 +29,9 @@ class ScheduleError(IlmCompileError):
     """A pipeline schedule is incomplete, out of order or can deadlock."""
 
 
+class VerificationError(IlmCompileError):
+    """A compiled program does not train the model it was compiled from."""
+
+
 class BatchError(IlmCompileError):
     """A batch does not have the shapes or dtypes the program was compiled for."""

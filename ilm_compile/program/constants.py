@@ -46,15 +46,18 @@ def _filled(data: Any, options: dict[str, Any]) -> Tensor:
 def _without_lists(x: Tensor, index: Any) -> Any:
     """Return `index` with every list of integers as a slice (of one) or a tensor of fills."""
     if not isinstance(index, tuple):
-        return index if not isinstance(index, list) or not _is_numbers(index) else _picked(x, index)
-    plain = all(entry is None or isinstance(entry, (slice, list, type(...))) for entry in index)
-    lists = sum(isinstance(entry, list) for entry in index)
-    if not lists or not plain:
-        return index
-    return tuple(_picked(x, e, lists == 1) if isinstance(e, list) else e for e in index)
+        return _picked(x, index, True) if _is_list(index) else index
+    others = (entry for entry in index if not _is_list(entry))
+    plain = all(entry is None or isinstance(entry, (slice, type(...))) for entry in others)
+    alone = plain and sum(map(_is_list, index)) == 1
+    return tuple(_picked(x, entry, alone) if _is_list(entry) else entry for entry in index)
 
 
-def _picked(x: Tensor, entry: list[int], alone: bool = True) -> Any:
-    if alone and len(entry) == 1 and not isinstance(entry[0], bool):
+def _is_list(entry: Any) -> bool:
+    return isinstance(entry, list) and _is_numbers(entry)
+
+
+def _picked(x: Tensor, entry: list[Any], alone: bool) -> Any:
+    if alone and len(entry) == 1 and type(entry[0]) is int:
         return slice(entry[0], entry[0] + 1 or None)
     return _filled(entry, {"device": x.device})

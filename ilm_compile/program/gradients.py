@@ -29,6 +29,22 @@ def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def wanted_gradients(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes on a differentiable path from a trained parameter to the loss.
+
+    The loss is the first output.
+    """
+    differentiable = gradient_nodes(graph)
+    wanted: set[fx.Node] = set()
+    pending: list[fx.Node] = [graph.output_node().args[0][0]]  # type: ignore[index, list-item]
+    while pending:
+        node = pending.pop()
+        if node in differentiable and node not in wanted:
+            wanted.add(node)
+            pending += node.all_input_nodes
+    return wanted
+
+
 def _tensors(val: object) -> list[Tensor]:
     values = val if isinstance(val, (list, tuple)) else [val]
     return [value for value in values if isinstance(value, Tensor)]

@@ -53,7 +53,12 @@ def normalize_loss(program: Program) -> None:
 
 
 def _count_targets(target: fx.Node, ignore_index: int) -> fx.GraphModule | None:
-    """Return the graph from the inputs to the number of targets, None if it needs parameters."""
+    """Return the graph from the inputs to the number of targets.
+
+    None if it needs parameters, or if the targets are probabilities: those are averaged over rows.
+    """
+    if target.meta["val"].is_floating_point():
+        return None
     needed: dict[fx.Node, None] = {}
     pending = [target]
     while pending:

@@ -11,7 +11,9 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from ilm_compile.program.program import Source, Variable
 
 aten = torch.ops.aten
 Lower = Callable[["_Normalizer", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+
+_FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+)')
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<eval_with_key>")
 
 
 def normalize(
@@ -136,19 +141,21 @@ class _Normalizer:
 
     def _inline_wrapper(self, node: fx.Node, owner: nn.Module) -> list[Any]:
         gradients, position = _WRAPPERS[str(node.target)]
+        body = self.values[node.args[position]]  # type: ignore[index]
+        calls = [n for n in body.graph.nodes if n.op == "call_function"]
+        origin = calls[-1] if calls else node  # the wrapper itself has no source
         if gradients and node.args[2]:
             raise TraceError(
-                f"trace: the model turns autocast on ({_source(node)}); remove it and ask for "
+                f"trace: the model turns autocast on ({_source(origin)}); remove it and ask for "
                 "dtype=torch.bfloat16, which puts the casts into the graph where they can be seen"
             )
-        body = self.values[node.args[position]]  # type: ignore[index]
         inputs = body.graph.find_nodes(op="placeholder")
         for placeholder, operand in zip(inputs, node.args[position + 1 :], strict=True):
             self.values[placeholder] = fx.node.map_arg(operand, self._value)
         outputs = self.inline(body.graph, body)
         if gradients or node.args[0]:
             return outputs
-        return [self.emit(node, aten.detach.default, (o,), {}, o.meta["val"]) for o in outputs]
+        return [self.emit(origin, aten.detach.default, (o,), {}, o.meta["val"]) for o in outputs]
 
     def emit(
         self, origin: fx.Node, target: Any, args: Any, kwargs: Any = None, val: Any = None
@@ -160,9 +167,15 @@ class _Normalizer:
                 "registered op; higher-order control flow (torch.cond, flex_attention) is not "
                 "supported"
             )
+        val = origin.meta["val"] if val is None else val
+        if not isinstance(val, torch.Tensor):
+            raise TraceError(
+                f"trace: the graph calls {target} ({_source(origin)}), expected an op that returns "
+                "one tensor; use one that does, for example amax and argmax in place of max(dim)"
+            )
         name = target._schema.name.split("::")[1].strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs or {}, name)
-        node.meta["val"] = origin.meta["val"] if val is None else val
+        node.meta["val"] = val
         node.meta["source"] = _source(origin)
         return node
 
@@ -174,13 +187,14 @@ _WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (Tr
 def _source(node: fx.Node) -> Source:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    lines = (node.meta.get("stack_trace") or "").splitlines()
-    user = [line for line in lines if line.startswith("  File") and "/torch/" not in line]
-    location = ""
-    if user:
-        _, file, rest = user[-1].split('"', 2)
-        location = f"{file}:{rest.split('line ')[1].split(',')[0]}"
-    return Source(path.removeprefix("model").removeprefix("."), location)
+    frames = map(_FRAME.match, (node.meta.get("stack_trace") or "").splitlines())
+    lines = [f"{f['file']}:{f['line']}" for f in frames if f and is_users_file(f["file"])]
+    return Source(path.removeprefix("model").removeprefix("."), lines[-1] if lines else "")
+
+
+def is_users_file(filename: str) -> bool:
+    """Whether a stack frame in `filename` is the user's: not torch's, not of the capture."""
+    return not filename.startswith(_NOT_THE_USERS)
 
 
 def _input(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -215,6 +229,16 @@ def _cast(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 def _dropout(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, probability, training = args
     return run.emit(node, node.target, args) if probability and training else x
+
+
+def _native_dropout(
+    run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What functionalisation makes of dropout; the mask, its second result, is for backward."""
+    x, probability, training = args
+    val = node.meta["val"][0]
+    used = probability and training
+    return [run.emit(node, aten.dropout.default, args, val=val) if used else x, None]
 
 
 def _pieces(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -268,6 +292,7 @@ _LOWERINGS: dict[Any, Lower] = {
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,
     aten.dropout.default: _dropout,
+    aten.native_dropout.default: _native_dropout,
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(_EXPANDS, _expand),
     **dict.fromkeys(_CASTS, _cast),

@@ -78,8 +78,11 @@ class Placement:
         """Whether a value of global `shape` splits evenly over `size` ranks."""
         if not self.is_shard:
             return True
+        if self.dim >= len(shape):
+            return False
         parts = self.segments or (shape[self.dim],)
-        return self.dim < len(shape) and all(part % size == 0 and part > 0 for part in parts)
+        whole = sum(parts) == shape[self.dim]
+        return whole and all(part % size == 0 and part > 0 for part in parts)
 
 
 I = Placement("I")  # noqa: E741 - the field's name for it

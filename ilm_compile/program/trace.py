@@ -20,7 +20,7 @@ from ilm_compile.errors import TraceError
 from ilm_compile.program.constants import KeepConstants
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.loss import normalize_loss
-from ilm_compile.program.normalize import normalize
+from ilm_compile.program.normalize import is_users_file, normalize
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Program, Variable
 from ilm_compile.program.regions import find_regions
@@ -86,19 +86,27 @@ class _WithLoss(nn.Module):
         self.record = record  # told the names of the outputs; export undoes changes of attributes
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        arguments = dict(inputs)
-        labels = arguments.pop("labels") if self.loss_fn else None
-        # A key-value cache is state for generation: it would be a second output of every layer.
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
-            arguments["use_cache"] = False  # type: ignore[assignment]
-        result = self.model(**arguments)
-        if self.loss_fn is not None:
-            assert labels is not None
-            named = {"loss": self.loss_fn(result, labels)}
-        else:
-            named = _named_outputs(result)
+        named = call_model(self.model, inputs, self.loss_fn)
         self.record(list(named))
         return tuple(named.values())
+
+
+def call_model(
+    model: nn.Module, inputs: Mapping[str, Tensor], loss_fn: LossFn | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors that `model` gives for `inputs` by name, the loss first.
+
+    Raises `TraceError` if there is no scalar loss among them.
+    """
+    arguments: dict[str, Any] = dict(inputs)
+    labels = arguments.pop("labels") if loss_fn else None
+    # A key-value cache is state for generation: it would be a second output of every layer.
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+    result = model(**arguments)
+    if loss_fn is not None:
+        return {"loss": loss_fn(result, cast(Tensor, labels))}
+    return _named_outputs(result)
 
 
 def _named_outputs(result: Any) -> dict[str, Tensor]:
@@ -167,8 +175,6 @@ def _read_variables(model: nn.Module) -> dict[str, Variable]:
 
 def _on_meta(module: nn.Module) -> nn.Module:
     """Return a structural copy of `module` whose tensors are all on the meta device."""
-
-
     memo: dict[int, Any] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
         meta = torch.empty_like(tensor, device="meta")
@@ -193,13 +199,11 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 def _user_frame(error: BaseException) -> str:
     """Return the innermost line outside torch that the error passed through."""
-
-
     seen: BaseException | None = error
     frames: list[traceback.FrameSummary] = []
     while seen is not None:
         frames += traceback.extract_tb(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
-    outside = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
+    outside = [f for f in frames if is_users_file(f.filename)]
     user = [f for f in outside if f.name == "forward"] or outside
     return f" (at {user[-1].filename}:{user[-1].lineno}: {user[-1].line})" if user else ""

@@ -54,7 +54,7 @@ class InitialValues:
     def checksums(self) -> dict[str, float]:
         """The sum of each real tensor, to tell models of different random numbers apart."""
         return {
-            name: tensor.detach().double().sum().item()
+            name: tensor.detach().sum(dtype=torch.float64).nan_to_num().item()
             for name, tensor in self._tensors.items()
             if not tensor.is_meta
         }

@@ -37,7 +37,7 @@ class Mesh:
 
     device_mesh has the dims ("pp", "dp", "tp"). parameter_mesh has the dims ("tp", "dp") and
     covers the ranks of this pipeline rank: parameters are cut for tp first and then for dp.
-    timeout: after which a collective that a rank does not join becomes an error.
+    timeout: after which a collective that a rank does not join becomes an error. group: all ranks.
     """
 
     pp: Axis
@@ -45,6 +45,7 @@ class Mesh:
     tp: Axis
     device: torch.device
     timeout: timedelta = timedelta(seconds=float(DEFAULT_TIMEOUT_S))
+    group: dist.ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None
     parameter_mesh: DeviceMesh | None = None
 
@@ -60,7 +61,7 @@ class Mesh:
     @property
     def is_distributed(self) -> bool:
         """Whether there is a process group, even if only of one process."""
-        return self.device_mesh is not None
+        return self.group is not None
 
     def rank_at(self, pp: int, dp: int, tp: int) -> int:
         """The global rank at these coordinates."""
@@ -91,10 +92,13 @@ class Mesh:
             torch.cuda.set_device(place)
         if not started:
             return cls(pp=Axis(), dp=Axis(), tp=Axis(), device=place, timeout=timeout)
-        if not dist.is_initialized():
+        if dist.is_initialized():
+            everyone = dist.new_group(timeout=timeout)  # the default group keeps its own timeout
+        else:
             backend = "nccl" if place.type == "cuda" else "gloo"
             bound = place if place.type == "cuda" else None
             dist.init_process_group(backend, timeout=timeout, device_id=bound)
+            everyone = dist.group.WORLD
         dp_size = world_size // (plan.pp * plan.tp)
         layout = torch.arange(world_size).view(plan.pp, dp_size, plan.tp)
         axes = [_axis(layout, dim, timeout) for dim in range(3)]
@@ -106,6 +110,7 @@ class Mesh:
             tp=tp,
             device=place,
             timeout=timeout,
+            group=everyone,
             device_mesh=DeviceMesh.from_group(
                 groups, place.type, mesh=layout, mesh_dim_names=("pp", "dp", "tp")
             ),

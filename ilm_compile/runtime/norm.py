@@ -24,7 +24,7 @@ def global_norm(counted: Sequence[Tensor], mesh: Mesh) -> Tensor:
         norms = torch.stack(torch._foreach_norm(group, 2, dtype=wide))
         total += norms.double().square().sum()
     if mesh.is_distributed:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=mesh.group)
     return total.sqrt()
 
 

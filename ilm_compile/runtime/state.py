@@ -63,7 +63,7 @@ def names_with_gradient(parameters: Parameters, variables: list[Variable], mesh:
         own = parameters.shards.get(variable.name)
         flags[index] = int(own is not None and own.public.grad is not None)
     if mesh.is_distributed:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.group)
     return {v.name for v, flag in zip(variables, flags.tolist(), strict=True) if flag}
 
 
@@ -84,7 +84,7 @@ def load_full(
         else:
             value = torch.empty(variable.shape, dtype=variable.dtype, device=mesh.device)
         if mesh.is_distributed:
-            dist.broadcast(value, src=0)
+            dist.broadcast(value, src=0, group=mesh.group)
         if (own := parameters.shards.get(variable.name)) is not None:
             own.load(value, mesh)
 
@@ -109,9 +109,9 @@ def _broadcast_text(text: str, mesh: Mesh) -> str:
         return text
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=mesh.device)
     length = torch.tensor(len(data), device=mesh.device)
-    dist.broadcast(length, src=0)
+    dist.broadcast(length, src=0, group=mesh.group)
     if mesh.rank != 0:
         data = torch.empty(int(length), dtype=torch.uint8, device=mesh.device)
     if int(length):
-        dist.broadcast(data, src=0)
+        dist.broadcast(data, src=0, group=mesh.group)
     return bytes(data.tolist()).decode()

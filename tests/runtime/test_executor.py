@@ -82,9 +82,7 @@ def test_a_split_backward_is_refused() -> None:
     schedule = schedule_of("0F0 0B0 0W0")
     module = nn.Identity()
     stage = Stage(0, module, (), (), (), ("loss",), {})
-    with pytest.raises(
-        ScheduleError, match="cannot run 0W0; expected forwards and whole backwards"
-    ):
+    with pytest.raises(ScheduleError, match="cannot run 0W0; expected forwards and whole"):
         Executor((stage,), schedule, Mesh.create(Plan()))
 
 

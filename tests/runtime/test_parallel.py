@@ -1,4 +1,4 @@
-"""Real processes over gloo: the same loss and gradients as the model on one device, for every plan."""
+"""Real processes over gloo: loss and gradients of the model on one device, for every plan."""
 
 from typing import Any
 

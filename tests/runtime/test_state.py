@@ -127,5 +127,5 @@ def different_models(rank: int) -> None:
 
 
 def test_models_that_differ_between_ranks_are_refused(world4: World) -> None:
-    with pytest.raises(RuntimeError, match="expected the same model on every rank.*embed"):
+    with pytest.raises(RuntimeError, match=r"expected the same model on every rank.*embed"):
         world4.run(different_models)

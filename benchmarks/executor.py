@@ -1,0 +1,144 @@
+"""What our executor costs beside torch.distributed.pipelining's: `python -m benchmarks.executor`.
+
+Two processes on the CPU, one pipeline stage each (two with the interleaved schedule), over gloo. In
+one run and in turn, both executors run the same stage modules on the same micro-batches: see
+`benchmarks.contest`, which also checks that both leave the same gradients.
+
+Own cost (a model that computes next to nothing): processor time of a step, less that of a plain
+loop over the same stage computations on fixed tensors, without any message; per rank and
+micro-batch. Each step is compared with the loop of its own round, and the median over the rounds
+is told. Processor time is that of all threads of the process, so the threads that move messages
+count, and waiting for the other rank does not. "ours, whole" is `execute_schedule`, which also
+checks the batch, brings the loss to every rank and gives the gradients to the DTensors; torch's
+`step` does none of these.
+
+Step time (8 transformer blocks of hidden size 512, 16 sequences of 128 tokens): wall time of
+`execute_schedule` and of torch's `step`, per rank, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import launch, save_json
+from benchmarks.contest import SCHEDULES, Contest, SmallestModel, Workload, measure, transformer
+
+NUM_RANKS = 2
+RESULTS = Path(__file__).parent / "results"
+CONTESTANTS = {"theirs": "torch", "ours": "ours", "ours_whole": "ours, whole"}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure of one contestant on one rank, in seconds: median and quartiles."""
+
+    schedule: str
+    rank: int
+    contestant: str
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, schedule: str, rank: int, contestant: str, samples: Sequence[float]) -> Figure:
+        lower, _, upper = quantiles(samples, n=4)
+        return cls(schedule, rank, contestant, median(samples), lower, upper)
+
+
+def own_cost_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Figure]:
+    """The processor seconds per micro-batch that each contestant adds to the plain loop."""
+    contest = Contest(workload, schedule)
+    contest.check_equal()
+    times = measure(contest, [*CONTESTANTS, "loop"], repeats)
+    return [
+        Figure.of(
+            schedule,
+            contest.parallel.mesh.rank,
+            name,
+            [
+                (step.cpu - loop.cpu) / workload.num_microbatches
+                for step, loop in zip(times[name], times["loop"], strict=True)
+            ],
+        )
+        for name in CONTESTANTS
+    ]
+
+
+def step_time_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Figure]:
+    """The wall seconds of a whole step, ours through `execute_schedule`."""
+    contest = Contest(workload, schedule)
+    contest.check_equal()
+    names = ["theirs", "ours_whole"]
+    times = measure(contest, names, repeats)
+    return [
+        Figure.of(schedule, contest.parallel.mesh.rank, name, [time.wall for time in times[name]])
+        for name in names
+    ]
+
+
+def collect(function: Any, workload: Workload, repeats: int) -> list[Figure]:
+    """The figures of all schedules and ranks."""
+    return [
+        figure
+        for schedule in SCHEDULES
+        for figures in launch(function, NUM_RANKS, workload, schedule, repeats)
+        for figure in figures
+    ]
+
+
+def show(figures: Sequence[Figure], title: str, console: Console) -> None:
+    """Print the figures in milliseconds, with each one's ratio to torch's."""
+    table = Table(title=title)
+    table.add_column("schedule")
+    for column in ("rank", "executor", "median ms", "quartiles ms", "ratio to torch"):
+        table.add_column(column, justify="right")
+    theirs = {(f.schedule, f.rank): f for f in figures if f.contestant == "theirs"}
+    for figure in figures:
+        table.add_row(
+            figure.schedule,
+            str(figure.rank),
+            CONTESTANTS[figure.contestant],
+            f"{figure.median * 1e3:.3f}",
+            f"{figure.lower * 1e3:.3f} - {figure.upper * 1e3:.3f}",
+            f"{figure.median / theirs[figure.schedule, figure.rank].median:.2f}",
+            end_section=figure.contestant == "ours_whole",
+        )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.executor", description=__doc__)
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=80, help="measured steps, own cost")
+    parser.add_argument("--step-repeats", type=int, default=10, help="measured steps, step time")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    date = datetime.now(UTC).date().isoformat()
+    output = options.output or RESULTS / f"executor-{date}.json"
+    console = Console()
+
+    smallest = Workload(make_model=SmallestModel, rows=1, seq_len=16)
+    own = collect(own_cost_on_rank, smallest, options.repeats)
+    show(own, "Own cost per rank and micro-batch (processor time)", console)
+    real = Workload(make_model=transformer, rows=2, seq_len=128)
+    steps = collect(step_time_on_rank, real, options.step_repeats)
+    show(steps, "Step time (wall): hidden 512, 8 blocks, 16 x 128 tokens, 8 micro-batches", console)
+    save_json(output, {"own_cost_s": own, "step_time_s": steps})
+    console.print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    # What ranks return is pickled under the name of its module, which must not be "__main__".
+    from benchmarks.executor import main as run
+
+    run()

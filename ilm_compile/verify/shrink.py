@@ -1,0 +1,116 @@
+"""A small model with the structure of a big one, so that a proof of the big one's plan takes seconds.
+
+Sizes shrink, structure stays: the number of query heads per key-value head, which counts the tensor
+parallel size divides and which not, every distinct kind of layer, and enough layers for the plan's
+stages. Sizes are read from the model's configuration by the names in the tables below; a model
+without such a configuration is verified as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from ilm_compile.errors import PlanError
+
+HEAD_DIM = 8
+MAX_PARAMETERS = 20_000_000  # of a model that is verified unshrunk
+
+LAYERS = ("num_layers", "num_hidden_layers", "n_layer", "n_layers")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+KV_HEADS = ("num_kv_attention_heads", "num_key_value_heads", "num_kv_heads")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+FFN = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+VOCAB = ("vocab_size",)
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def shrink(model: nn.Module, *, tp: int, num_stages: int) -> nn.Module:
+    """Return a small real model of `model`'s class in float64, or `model` itself in float64.
+
+    The weights are random, with no norm weight left at one and no bias at zero. Raises `PlanError`
+    if the model is too large to verify and cannot be shrunk.
+    """
+    config = getattr(model, "config", None)
+    small = _shrunk(config, tp, num_stages) if config is not None else None
+    if small is None:
+        size = sum(p.numel() for p in model.parameters())
+        if size > MAX_PARAMETERS or any(p.is_meta for p in model.parameters()):
+            raise PlanError(
+                f"verify: {type(model).__name__} has {size:,} parameters and no .config to shrink "
+                "it by; pass a small real model of the same structure"
+            )
+        result = copy.deepcopy(model)
+    else:
+        result = type(model)(small)
+    result = result.double().train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in result.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise, alpha=0.05)
+    return result
+
+
+def _shrunk(config: Any, tp: int, num_stages: int) -> Any | None:
+    """Return a copy of `config` with small sizes, None if it names no layers, heads or width."""
+    layers, heads, hidden = (_first(config, names) for names in (LAYERS, HEADS, HIDDEN))
+    if layers is None or heads is None or hidden is None:
+        return None
+    num_heads = getattr(config, heads)
+    kv = _first(config, KV_HEADS)
+    num_kv = (getattr(config, kv) if kv else None) or num_heads
+    small_kv = _like(num_kv, tp)
+    small_heads = small_kv * (num_heads // num_kv)
+    changes: dict[str, Any] = {heads: small_heads, layers: _num_layers(config, layers, num_stages)}
+    if kv:
+        changes[kv] = small_kv
+    changes.update({n: small_heads * HEAD_DIM for n in HIDDEN if getattr(config, n, None)})
+    changes.update({n: 2 * small_heads * HEAD_DIM for n in FFN if _is_size(config, n)})
+    changes.update({n: _like(getattr(config, n), tp) * 16 for n in VOCAB})
+    changes.update({n: 64 for n in POSITIONS if _is_size(config, n)})
+    if getattr(config, "head_dim", None) and not dataclasses.is_dataclass(config):
+        changes["head_dim"] = HEAD_DIM
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        known = {field.name for field in dataclasses.fields(config)}
+        return dataclasses.replace(config, **{n: v for n, v in changes.items() if n in known})
+    return _changed(config, changes)
+
+
+def _changed(config: Any, changes: dict[str, Any]) -> Any:
+    """Return a Hugging Face configuration made anew, so that what it derives fits the changes."""
+    values = {**config.to_dict(), **changes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", -1):
+            values[name] = value[: changes.get("num_hidden_layers", len(value))]
+        if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
+            values[name] = 0.0
+    return type(config).from_dict(values)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if _is_size(config, name)), None)
+
+
+def _is_size(config: Any, name: str) -> bool:
+    value = getattr(config, name, None)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _like(count: int, tp: int) -> int:
+    """Return a small count that `tp` divides if and only if it divides `count`."""
+    if count % tp == 0:
+        return tp
+    return count if count < tp else tp + count % tp
+
+
+def _num_layers(config: Any, name: str, num_stages: int) -> int:
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_types", None) or []
+    kinds = kinds if all(isinstance(kind, str) for kind in kinds) else []
+    distinct = max((kinds.index(kind) for kind in kinds), default=0) + 1
+    needed = max(2, distinct, -(-num_stages // 2))
+    return min(int(getattr(config, name)), needed)

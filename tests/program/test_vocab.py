@@ -1,0 +1,168 @@
+"""The vocabulary-parallel ends equal F.embedding and F.cross_entropy, values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ilm_compile.program.placement import S, join_shards, split_shards
+from ilm_compile.program.vocab import MEAN, SUM, vocab_cross_entropy, vocab_embedding
+from ilm_compile.verify.threads import run_ranks
+
+VOCAB, HIDDEN, TOKENS = 12, 5, 9
+NO_PADDING = -1  # ATen's encoding of padding_idx=None
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+def sharded_embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int, size: int, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum of the ranks' parts, and the gradient of the whole weight."""
+    shards = split_shards(weight, S(0), size)
+
+    def rank(r: int) -> tuple[Tensor, Tensor]:
+        local = shards[r].clone().requires_grad_()
+        part = vocab_embedding(local, indices, padding_idx, "tp")
+        part.backward(grad)
+        assert local.grad is not None
+        return part.detach(), local.grad
+
+    parts, grads = zip(*run_ranks(size, rank), strict=True)
+    return torch.stack(parts).sum(0), join_shards(grads, S(0))
+
+
+@pytest.mark.parametrize("padding_idx", [NO_PADDING, 0, 4, 11])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_embedding(size: int, padding_idx: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([[0, 4, 11, 5], [4, 2, 7, 0]])
+    expected = torch.ops.aten.embedding(weight, indices, padding_idx)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    value, weight_grad = sharded_embedding(weight.detach(), indices, padding_idx, size, grad)
+    assert weight.grad is not None
+    close(value, expected.detach())
+    close(weight_grad, weight.grad)
+
+
+def test_rows_of_other_ranks_are_zero() -> None:
+    indices = torch.tensor([0, VOCAB - 1])
+    shards = split_shards(torch.ones(VOCAB, HIDDEN), S(0), 2)
+    parts = run_ranks(2, lambda rank: vocab_embedding(shards[rank], indices, NO_PADDING, "tp"))
+    assert [part.sum(-1).tolist() for part in parts] == [[HIDDEN, 0], [0, HIDDEN]]
+
+
+def sharded_loss(
+    logits: Tensor, target: Tensor, size: int, reduction: int, ignore_index: int, smoothing: float
+) -> tuple[list[Tensor], Tensor]:
+    """The loss on every rank, and the gradient of the whole logits."""
+    shards = split_shards(logits, S(1), size)
+
+    def rank(r: int) -> tuple[Tensor, Tensor]:
+        local = shards[r].clone().requires_grad_()
+        loss = vocab_cross_entropy(local, target, reduction, ignore_index, smoothing, "tp")
+        (3 * loss).backward()
+        assert local.grad is not None
+        return loss.detach(), local.grad
+
+    losses, grads = zip(*run_ranks(size, rank), strict=True)
+    return list(losses), join_shards(grads, S(1))
+
+
+def check_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    size: int = 2,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+) -> None:
+    whole = logits.clone().requires_grad_()
+    expected = F.cross_entropy(
+        whole,
+        target,
+        reduction={MEAN: "mean", SUM: "sum"}[reduction],
+        ignore_index=ignore_index,
+        label_smoothing=smoothing,
+    )
+    (3 * expected).backward()
+    losses, gradient = sharded_loss(logits, target, size, reduction, ignore_index, smoothing)
+    assert whole.grad is not None
+    for loss in losses:
+        close(loss, expected.detach())
+    close(gradient, whole.grad)
+
+
+def random_logits(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(TOKENS, VOCAB, dtype=dtype, generator=generator)
+    return logits, torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("reduction", [MEAN, SUM], ids=["mean", "sum"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_cross_entropy(size: int, reduction: int, ignore_index: int, smoothing: float) -> None:
+    logits, target = random_logits()
+    target[::4] = ignore_index
+    check_loss(
+        logits,
+        target,
+        size=size,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        smoothing=smoothing,
+    )
+
+
+@pytest.mark.parametrize("scale", [1e3, -1e3, 1e5])
+def test_large_logits_do_not_overflow(scale: float) -> None:
+    logits, target = random_logits()
+    check_loss(logits * scale, target)
+    losses, gradient = sharded_loss(logits * scale, target, 2, MEAN, -100, 0.0)
+    assert torch.isfinite(losses[0])
+    assert torch.isfinite(gradient).all()
+
+
+def test_logits_that_are_large_on_one_rank_only() -> None:
+    logits, target = random_logits()
+    logits[:, VOCAB // 2 :] += 2000.0
+    check_loss(logits, target)
+
+
+@pytest.mark.parametrize("reduction", [MEAN, SUM], ids=["mean", "sum"])
+def test_no_target_at_all_is_what_torch_makes_of_it(reduction: int) -> None:
+    logits, target = random_logits()
+    check_loss(logits, torch.full_like(target, -100), reduction=reduction)
+
+
+def test_targets_of_one_rank_only() -> None:
+    logits, target = random_logits()
+    check_loss(logits, target % (VOCAB // 4), size=4)
+
+
+def test_loss_keeps_the_dtype_of_the_logits() -> None:
+    logits, target = random_logits(torch.float32)
+    losses, gradient = sharded_loss(logits, target, 2, MEAN, -100, 0.1)
+    assert (losses[0].dtype, gradient.dtype) == (torch.float32, torch.float32)
+
+
+def test_backward_twice_gives_the_same_gradient() -> None:
+    logits, target = random_logits()
+    shards = split_shards(logits, S(1), 2)
+
+    def rank(r: int) -> tuple[Tensor, Tensor]:
+        local = shards[r].clone().requires_grad_()
+        loss = vocab_cross_entropy(local, target, MEAN, -100, 0.1, "tp")
+        (first,) = torch.autograd.grad(loss, local, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, local)
+        return first, second
+
+    for first, second in run_ranks(2, rank):
+        assert torch.equal(first, second)
