@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,8 @@ from torch import nn
 
 from ilm_compile.cost import model_flops
 from ilm_compile.errors import PlanError
-from ilm_compile.passes import (
-    ActivationCheckpoint,
-    CastBF16,
-    Interleave,
-    Pass,
-    PassReport,
-    PipelineSplit,
-    TensorParallel,
-    lower,
-    run_passes,
-)
+from ilm_compile.passes import Pass, PassReport, lower, run_passes
+from ilm_compile.passes import standard_passes as standard_passes
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
@@ -63,31 +54,13 @@ def make_schedule(plan: Plan) -> Any:
     )
 
 
-def standard_passes(plan: Plan) -> list[Pass]:
-    """Return the passes that `plan` asks for; the manager puts them in order."""
-    passes: list[Pass] = [
-        TensorParallel(
-            size=plan.tp,
-            sequence_parallel=plan.sequence_parallel,
-            embed_split_hidden=plan.embed_split_hidden,
-        )
-    ]
-    if plan.dtype:
-        passes.append(CastBF16())
-    passes += [
-        ActivationCheckpoint(fraction=plan.checkpoint),
-        PipelineSplit(num_stages=plan.num_stages),
-        Interleave(pp=plan.pp, num_chunks=plan.num_chunks),
-    ]
-    return passes
-
-
 def partition(
     model: nn.Module,
     *,
     example_inputs: ExampleInputs | None = None,
     loss_fn: LossFn | None = None,
     passes: Sequence[Pass] = (),
+    disable: Collection[str] = (),
     callback: Callable[[PassReport], None] | None = None,
     plan: Plan | str | Path | None = None,
     **keywords: Any,
@@ -96,14 +69,14 @@ def partition(
 
     Keywords are the fields of `Plan`: tp, pp, num_chunks, num_microbatches, schedule,
     sequence_parallel, embed_split_hidden, checkpoint, dtype (torch.bfloat16), zero, seed. `passes`
-    are run beside the standard ones, in the order their requirements give; `example_inputs` and
-    `loss_fn` as in `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
+    are run beside the standard ones, in the order their requirements give, those
+    named in `disable` are left out; `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
     `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
     program.flops = model_flops(program.graph)
-    run_passes(program, [*standard_passes(plan), *passes], callback=callback)
+    run_passes(program, [*standard_passes(plan), *passes], disable=disable, callback=callback)
     return program
 
 

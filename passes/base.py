@@ -20,7 +20,9 @@ class Pass(ABC):
     """Base of all passes. Options are fields, validated in ``__post_init__`` (`PlanError`).
 
     `requires` are facts that must hold before (see ``Program.facts``), `ensures` those that hold
-    after. `after` names facts whose pass must have run first if it runs at all. `numerics` says
+    after. `after` names facts whose pass must have run first if it runs at all, `before` facts
+    whose pass must not have run yet (``{"sharded"}``: the pass works on the unsharded program, and
+    the search for placements sees what it wrote). `numerics` says
     whether the program still computes the same: "preserving" up to the relative `tolerance` (0.0:
     bit for bit), or "changing", and then `tolerance` is what to expect.
     """
@@ -28,6 +30,7 @@ class Pass(ABC):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     after: ClassVar[frozenset[str]] = frozenset()
+    before: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
     numerics: ClassVar[Literal["preserving", "changing"]] = "preserving"
     tolerance: ClassVar[float] = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,19 @@ import networkx as nx
 from ilm_compile.errors import PlanError, ProgramError
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.check import check_structure
+from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program
+from ilm_compile.program.traffic import traffic
 from ilm_compile.sharding.check import check_placements
 
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """What one pass did: its time, and the nodes it `added` to and `removed` from the graph."""
+    """What one pass did: its time, the nodes it `added` to and `removed` from the graph.
+
+    `communication_before` and `communication_after` are the bytes that each tp rank sends per
+    micro-batch, forward and backward. `str` gives it as one line.
+    """
 
     name: str
     seconds: float
@@ -26,6 +32,25 @@ class PassReport:
     nodes_after: int
     added: tuple[str, ...]
     removed: tuple[str, ...]
+    communication_before: float
+    communication_after: float
+
+    def __str__(self) -> str:
+        sent = " -> ".join(f"{n:,.0f}" for n in (self.communication_before, self.communication_after))
+        return (
+            f"{self.name}: {self.seconds * 1e3:.1f} ms, {self.nodes_before} -> {self.nodes_after} "
+            f"nodes (+{len(self.added)}, -{len(self.removed)}), {sent} bytes sent per micro-batch"
+        )
+
+
+def communication_bytes(program: Program) -> float:
+    """Return the bytes that each tp rank sends per micro-batch, forward and backward."""
+    gradients = gradient_nodes(program.graph)
+    return sum(
+        message.num_bytes
+        for node in program.calls()
+        for message in traffic(node, program.plan.tp, has_gradient=node in gradients)
+    )
 
 
 def check_program(program: Program) -> None:
@@ -39,16 +64,19 @@ def run_passes(
     program: Program,
     passes: Sequence[Pass],
     *,
+    disable: Collection[str] = (),
     callback: Callable[[PassReport], None] | None = None,
     check: Callable[[Program], None] = check_program,
 ) -> None:
     """Run `passes` on `program`, in the order that their requirements give.
 
-    Calls `callback` after each pass and its check. Raises `PlanError` if no order satisfies all
-    requirements, or if a pass refuses the program; `ProgramError` naming the pass if it fails or
-    leaves a program that does not pass the `check`.
+    `disable` names passes to leave out. Calls `callback` after each pass and its check. Raises
+    `PlanError` if a name is unknown, if no order satisfies all requirements, or if a pass refuses
+    the program; `ProgramError` naming the pass if it fails or leaves a program that does not pass
+    the `check`.
     """
-    for step in order_passes(passes, program.facts):
+    sent = communication_bytes(program)
+    for step in order_passes(_enabled(passes, disable), program.facts):
         before = {node: node.name for node in program.graph.nodes}
         start = time.perf_counter()
         _run(step, program, check)
@@ -61,6 +89,8 @@ def run_passes(
             nodes_after=len(after),
             added=tuple(name for node, name in after.items() if node not in before),
             removed=tuple(name for node, name in before.items() if node not in after),
+            communication_before=sent,
+            communication_after=(sent := communication_bytes(program)),
         )
         program.pass_log.append(
             f"{step.name}: {len(before)} -> {len(after)} nodes "
@@ -74,7 +104,8 @@ def order_passes(passes: Sequence[Pass], facts: Set[str] = frozenset()) -> list[
     """Return `passes` sorted so that each finds its requirements met, given `facts` at the start.
 
     Passes that do not depend on each other keep the order in which they were given. Raises
-    `PlanError` for two passes of one name, a requirement nobody meets, or a circle.
+    `PlanError` for two passes of one name, a requirement nobody meets, one that comes too late, or
+    a circle.
     """
     positions = {step.name: position for position, step in enumerate(passes)}
     if len(positions) < len(passes):
@@ -89,6 +120,13 @@ def order_passes(passes: Sequence[Pass], facts: Set[str] = frozenset()) -> list[
             if not providers and fact in step.requires - facts:
                 raise PlanError(_unmet(step, fact))
             graph.add_edges_from((name, step.name) for name in providers if name != step.name)
+        if late := sorted(step.before & facts):
+            raise PlanError(
+                f"passes: {step.name} must run before {late}, which the program is already; give "
+                "it to the same partition() or run_passes() as the pass that ensures it"
+            )
+        followers = [other.name for other in passes if step.before & other.ensures]
+        graph.add_edges_from((step.name, name) for name in followers)
     try:
         names = list(nx.lexicographical_topological_sort(graph, key=positions.__getitem__))
     except nx.NetworkXUnfeasible:
@@ -98,6 +136,15 @@ def order_passes(passes: Sequence[Pass], facts: Set[str] = frozenset()) -> list[
             "remove one of these requirements"
         ) from None
     return [passes[positions[name]] for name in names]
+
+
+def _enabled(passes: Sequence[Pass], disable: Collection[str]) -> list[Pass]:
+    if isinstance(disable, str):
+        raise PlanError(f"passes: disable must be a collection of names, got {disable!r}")
+    names = [step.name for step in passes]
+    if unknown := sorted(set(disable) - set(names)):
+        raise PlanError(f"passes: cannot disable {unknown}; the passes of this plan are {names}")
+    return [step for step in passes if step.name not in disable]
 
 
 def _run(step: Pass, program: Program, check: Callable[[Program], None]) -> None:

@@ -86,7 +86,8 @@ def wrap(program: Program, node: fx.Node, function: Function) -> fx.Node:
     point, like = _after(program, node)
     (name,) = inspect.signature(function).parameters
     graph = trace_function(function, {name: _without_data(node.meta["val"])})
-    new = _inline(program, graph, {name: node}, point, like)
+    new = _inline(program, graph, {name: node}, point, like, node.meta.get("placement"))
+    _refuse_other_type(program, node, new)
     node.replace_all_uses_with(new, delete_user_cb=users.__contains__)
     return new
 
@@ -216,19 +217,24 @@ def _inline(
 
 
 def _take_over(program: Program, old: fx.Node, new: fx.Node) -> fx.Node:
-    """Give `new` the users of `old`, which is erased. Raises `ProgramError` if they differ."""
+    """Give `new` the users of `old`, which is erased."""
+    _refuse_other_type(program, old, new)
+    old.replace_all_uses_with(new)
+    program.graph.erase_node(old)
+    return new
+
+
+def _refuse_other_type(program: Program, old: fx.Node, new: fx.Node) -> None:
     for what, before, after in (
         ("shape", tuple(old.meta["val"].shape), tuple(new.meta["val"].shape)),
+        ("dtype", old.meta["val"].dtype, new.meta["val"].dtype),
         ("placement", old.meta.get("placement"), new.meta.get("placement")),
     ):
         if before != after:
             raise ProgramError(
-                f"replace: expected {what} {before}, as {program.where(old)} has, got {after} from "
-                f"{new.target}"
+                f"rewrite: expected {what} {before}, as {program.where(old)} has, got {after} from "
+                f"{new.target}; whoever uses the value relies on it"
             )
-    old.replace_all_uses_with(new)
-    program.graph.erase_node(old)
-    return new
 
 
 def _place(program: Program, node: fx.Node, wanted: Placement | None) -> None:

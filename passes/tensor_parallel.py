@@ -15,13 +15,13 @@ from torch import fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
+from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.sharding import RULES, Restrictions, Strategy, solve
 from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.rules_model import HEAD_DIM
-from ilm_compile.sharding.strategy import Call, aten, global_call, tensor_inputs
+from ilm_compile.sharding.strategy import Call, aten, global_call
 
 AXIS = "tp"
 
@@ -46,7 +46,7 @@ class TensorParallel(Pass):
 
     def apply(self, program: Program) -> None:
         """Solve for the placements and rewrite the graph."""
-        check_heads(program, self.size)
+        fit_heads(program, self.size)
         program.plan = program.plan.replace(tp=self.size)
         restrictions = Restrictions(
             sequence_parallel=self.sequence_parallel,
@@ -75,22 +75,6 @@ class TensorParallel(Pass):
             weight = node.args[0]
             if weight.op == "get_attr":
                 yield str(weight.target), S(1 if self.embed_split_hidden else 0)
-
-
-def check_heads(program: Program, size: int) -> None:
-    """Raise `PlanError` unless `size` divides the heads of every attention in `program`."""
-    for node in program.calls():
-        if node.target not in HEAD_DIM:
-            continue
-        dim = HEAD_DIM[node.target]
-        heads, kv_heads = (int(n.meta["val"].shape[dim]) for n in tensor_inputs(node)[:2])
-        for kind, count in (("attention heads", heads), ("key-value heads", kv_heads)):
-            if count % size:
-                both = [n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0]
-                raise PlanError(
-                    f"tensor-parallel: tp={size} does not divide the {count} {kind} of "
-                    f"{program.where(node)}; use one of tp={both}"
-                )
 
 
 def _rewrite(node: fx.Node, call: Call, strategy: Strategy) -> None:

@@ -65,7 +65,8 @@ class _VocabCrossEntropy(torch.autograd.Function):
         result = softmax.scatter_add(-1, column, -onehot)
         if ctx.smoothing:
             result -= ctx.smoothing / ctx.vocab
-        return result.mul_((grad * counted).unsqueeze(-1)), None, None, None, None
+        counted_grad = grad.masked_fill(~counted, 0.0)  # no product: 0 * nan, of no targets, is nan
+        return result.mul_(counted_grad.unsqueeze(-1)), None, None, None, None
 
 
 def vocab_cross_entropy(

@@ -1,0 +1,66 @@
+"""More tensor-parallel ranks than key-value heads: repeat the heads so that each rank has one.
+
+With tp=8 and 4 key-value heads, each head is repeated twice, next to itself: the query heads that
+rank r holds then find their key and value head on rank r. The repeated values are what HF's
+`repeat_kv` makes, cut by the search to the part a rank needs; the gradient of a repeated head is
+the sum over its copies.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import Any
+
+from torch import fx
+
+from ilm_compile.errors import PlanError
+from ilm_compile.program.program import Program
+from ilm_compile.sharding.rules_model import HEAD_DIM
+from ilm_compile.sharding.strategy import aten, tensor_inputs
+
+
+def fit_heads(program: Program, size: int) -> None:
+    """Make every attention in `program` divisible by heads over `size` ranks.
+
+    Raises `PlanError` unless `size` divides the number of query heads.
+    """
+    for node in list(program.calls()):
+        if node.target not in HEAD_DIM:
+            continue
+        dim = HEAD_DIM[node.target] % node.meta["val"].dim()
+        query, key, value = tensor_inputs(node)[:3]
+        heads, kv_heads = (int(n.meta["val"].shape[dim]) for n in (query, key))
+        if heads % size:
+            usable = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise PlanError(
+                f"tensor-parallel: tp={size} does not divide the {heads} attention heads of "
+                f"{program.where(node)}; use one of tp={usable}"
+            )
+        repeats = lcm(kv_heads, size) // kv_heads
+        if repeats > 1:
+            node.args = (
+                query,
+                *(_repeat(program, v, node, dim, repeats) for v in (key, value)),
+                *node.args[3:],
+            )
+            program.decisions.append(
+                f"tensor-parallel: each of the {kv_heads} key-value heads of "
+                f"{program.source(node).module_path} is repeated {repeats} times for tp={size}"
+            )
+
+
+def _repeat(program: Program, value: fx.Node, user: fx.Node, dim: int, repeats: int) -> fx.Node:
+    shape = list(value.meta["val"].shape)
+    expanded = [*shape[: dim + 1], repeats, *shape[dim + 1 :]]
+    merged = [*shape[:dim], shape[dim] * repeats, *shape[dim + 1 :]]
+    steps: list[tuple[Any, Any, list[int]]] = [
+        (aten.unsqueeze.default, dim + 1, [*shape[: dim + 1], 1, *shape[dim + 1 :]]),
+        (aten.expand.default, expanded, expanded),
+        (aten.reshape.default, merged, merged),
+    ]
+    with program.graph.inserting_before(user):
+        for target, argument, result in steps:
+            val = value.meta["val"].new_empty(result)
+            value = program.graph.call_function(target, (value, argument))
+            value.meta.update(val=val, source=program.source(user), region=user.meta["region"])
+    return value
