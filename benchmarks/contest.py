@@ -171,7 +171,11 @@ class Contest:
             first, last = stage.index == 0, not stage.sent
             columns = (self.inputs[name][0] for name in stage.batch_inputs)
             inputs = list(columns) if first else [_meta(b) for b in stage.received]
-            outputs = [torch.empty((), device="meta", requires_grad=True)] if last else [_meta(b) for b in stage.sent]
+            outputs = (
+                [torch.empty((), device="meta", requires_grad=True)]
+                if last
+                else [_meta(b) for b in stage.sent]
+            )
             stages.append(
                 pipelining.PipelineStage(
                     _TorchStage(stage, self.inputs),

@@ -68,10 +68,10 @@ def partition(
     """Return `model` as a partitioned program; one process, no torch.distributed, meta is enough.
 
     Keywords are the fields of `Plan`: tp, pp, num_chunks, num_microbatches, schedule,
-    sequence_parallel, embed_split_hidden, checkpoint, dtype (torch.bfloat16), zero, seed. `passes`
-    are run beside the standard ones, in the order their requirements give, those
-    named in `disable` are left out; `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
-    `ScheduleError` if the plan does not fit it.
+    sequence_parallel, embed_split_hidden, constraints (parameter name or glob to Shard(dim)),
+    checkpoint, dtype (torch.bfloat16), zero, seed. `passes` are run beside the standard ones, in
+    the order their requirements give, without those named in `disable`; `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the model cannot
+    be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ilm_compile.compile import make_plan, make_schedule, partition, standard_passes
+from ilm_compile.compile import make_plan, make_schedule, partition
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.passes import Pass, lower, order_passes, run_passes
+from ilm_compile.passes import Pass, lower, order_passes, run_passes, standard_passes
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace

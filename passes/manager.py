@@ -36,10 +36,10 @@ class PassReport:
     communication_after: float
 
     def __str__(self) -> str:
-        sent = " -> ".join(f"{n:,.0f}" for n in (self.communication_before, self.communication_after))
         return (
             f"{self.name}: {self.seconds * 1e3:.1f} ms, {self.nodes_before} -> {self.nodes_after} "
-            f"nodes (+{len(self.added)}, -{len(self.removed)}), {sent} bytes sent per micro-batch"
+            f"nodes (+{len(self.added)}, -{len(self.removed)}), {self.communication_before:,.0f} "
+            f"-> {self.communication_after:,.0f} bytes sent per micro-batch"
         )
 
 

@@ -80,14 +80,23 @@ def trace_function(function: Function, arguments: Mapping[str, Any]) -> fx.Graph
 
     Tensor arguments become placeholders of their names, in order; all others are built in.
     """
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    tensors = {n: v.to("meta") for n, v in arguments.items() if isinstance(v, Tensor)}
     others = {name: value for name, value in arguments.items() if name not in tensors}
     variables: dict[str, Variable] = {}
     name = getattr(function, "__name__", "function")
-    with KeepConstants():
-        module = _Called(function, others)
-        exported = functionalize(torch.export.export(module, (tensors,), strict=False))
-    module, _ = normalize(exported, variables, list(tensors), ("result",))
+    try:
+        with KeepConstants():
+            called = _Called(function, others)
+            exported = functionalize(torch.export.export(called, (tensors,), strict=False))
+    except ProgramError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{key} {list(t.shape)} {t.dtype}" for key, t in tensors.items())
+        raise ProgramError(
+            f"pattern: {name} cannot be traced with {shapes}: {error}\nGive a parameter that needs "
+            "another shape or dtype an example of it: def pattern(x, w=torch.empty(4))"
+        ) from error
+    module, _ = normalize(exported, variables, list(tensors), ["result"])
     if variables:
         raise ProgramError(
             f"pattern: {name} makes tensors of its own from data; expected a function of its "
@@ -121,8 +130,7 @@ class _Matcher:
         parameters = inspect.signature(pattern).parameters.values()
         blank = inspect.Parameter.empty
         examples = {
-            p.name: torch.empty(4, 4, device="meta") if p.default is blank else p.default
-            for p in parameters
+            p.name: torch.empty(4, 4) if p.default is blank else p.default for p in parameters
         }
         graph = trace_function(pattern, examples)
         self.scalars = {n: v for n, v in examples.items() if not isinstance(v, Tensor)}
@@ -160,11 +168,11 @@ class _Matcher:
             elif isinstance(got, fx.Node):
                 yield from self._unify_nodes(wanted, got, {**found, wanted: got})
         elif name := self._scalar(wanted):
-            if _kind(got) is _kind(wanted) and found.get(name, got) == got:
+            if _kind(got) is _kind(wanted) and _is_equal(found.get(name, got), got):
                 yield {**found, name: got}
         elif isinstance(wanted, (list, tuple)) and isinstance(got, (list, tuple)):
             yield from self._unify_all(wanted, got, found)
-        elif wanted == got and isinstance(wanted, bool) == isinstance(got, bool):
+        elif _is_equal(wanted, got):
             yield found
 
     def _unify_nodes(self, wanted: fx.Node, got: fx.Node, found: Found) -> Iterator[Found]:
@@ -188,7 +196,7 @@ class _Matcher:
     def _scalar(self, value: Any) -> str | None:
         """Return the parameter whose example `value` is."""
         for name, example in self.scalars.items():
-            if _kind(value) is _kind(example) and value == example:
+            if _is_equal(value, example):
                 return name
         return None
 
@@ -198,6 +206,12 @@ def _kind(value: Any) -> type:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float
     return list if isinstance(value, (list, tuple)) else type(value)
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    if _kind(a) is not _kind(b):
+        return False
+    return list(a) == list(b) if _kind(a) is list else bool(a == b)
 
 
 def _arguments(node: fx.Node) -> list[Any]:

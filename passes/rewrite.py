@@ -121,7 +121,7 @@ def replace(
             name: _without_data(value.meta["val"]) if isinstance(value, fx.Node) else value
             for name, value in inputs.items()
         }
-        key = repr([(n, v, v.stride() if isinstance(v, Tensor) else ()) for n, v in examples.items()])
+        key = repr([(v, v.stride()) if isinstance(v, Tensor) else v for v in examples.values()])
         if key not in traced:
             traced[key] = trace_function(replacement, examples)
         wanted = match.output.meta.get("placement")
@@ -170,9 +170,11 @@ def _after(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _first_user(program: Program, node: fx.Node) -> fx.Node:
-    for user in program.graph.nodes:
-        if user in node.users and user.op == "call_function":
-            return user
+    users = set(node.users)
+    found: fx.Node
+    for found in program.graph.nodes:
+        if found in users and found.op == "call_function":
+            return found
     raise ProgramError(f"rewrite: no call uses {program.where(node)}, so it has no region")
 
 
@@ -186,8 +188,10 @@ def _insert(
     wanted: Placement | None = None,
 ) -> fx.Node:
     """Insert a call before `point` with the metadata of `like`; see `_place` for `wanted`."""
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else target.__name__
+    name = name.split("::")[-1].strip("_")
     with program.graph.inserting_before(point):
-        node = program.graph.call_function(target, args, kwargs)
+        node = program.graph.create_node("call_function", target, args, kwargs, name)
     node.meta.update({key: like.meta[key] for key in KEPT if key in like.meta})
     node.meta["val"] = _run_without_data(node, program.plan.tp)
     if "sharded" in program.facts:
@@ -204,7 +208,7 @@ def _inline(
     wanted: Placement | None = None,
 ) -> fx.Node:
     """Insert the calls of a traced function before `point` and return its result."""
-    result: Any = graph.output_node().args[0][0]  # type: ignore[index]
+    result: fx.Node = graph.output_node().args[0][0]  # type: ignore[index, assignment]
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -8,6 +8,9 @@ that stage run the file's functions, with the tensors they hold:
     import stage_0                            # from the folder
     stage_0.install(lowered.stages[0].module)
     breakpoint()                              # now `step` goes through stage_0.py line by line
+
+Ops that create a tensor are bound to a GPU when a stage is filled with its weights, so for a run on
+GPUs save the stages afterwards.
 """
 
 from __future__ import annotations
@@ -47,10 +50,11 @@ def save_sources(lowered: LoweredProgram, folder: str | Path) -> list[Path]:
 def _source(stage: Stage, num_stages: int) -> str:
     """Return the text of one file."""
     graphs = {p: m for p, m in stage.module.named_modules() if isinstance(m, fx.GraphModule)}
+    graphs[""] = graphs.pop("")  # the stage calls its regions: it comes last
     names = {path: _function_name(path) for path in graphs}
     names_used: dict[str, Any] = {}
     functions = []
-    for path, module in reversed(graphs.items()):  # the stage, which calls the regions, comes last
+    for path, module in graphs.items():
         code = module.graph.python_code("self")
         text = code.src.strip().replace("def forward(", f"def {names[path]}(", 1)
         functions.append("\n".join(_with_comments(text, module.graph)))

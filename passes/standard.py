@@ -18,6 +18,7 @@ def standard_passes(plan: Plan) -> list[Pass]:
             size=plan.tp,
             sequence_parallel=plan.sequence_parallel,
             embed_split_hidden=plan.embed_split_hidden,
+            constraints=plan.constraints,
         )
     ]
     if plan.dtype:

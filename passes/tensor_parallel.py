@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import fx
@@ -22,6 +24,7 @@ from ilm_compile.program.program import Program
 from ilm_compile.sharding import RULES, Restrictions, Strategy, solve
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.strategy import Call, aten, global_call
+from ilm_compile.sharding.why import Reasons
 
 AXIS = "tp"
 
@@ -38,6 +41,7 @@ class TensorParallel(Pass):
     size: int
     sequence_parallel: bool | None = None
     embed_split_hidden: bool | None = None
+    constraints: tuple[tuple[str, str], ...] = ()  # parameter name or glob, and its placement
     hardware: str = "h100"
 
     def __post_init__(self) -> None:
@@ -48,11 +52,15 @@ class TensorParallel(Pass):
         """Solve for the placements and rewrite the graph."""
         fit_heads(program, self.size)
         program.plan = program.plan.replace(tp=self.size)
+        if self.size == 1:
+            program.decisions.append("tensor-parallel: tp=1, every value is whole on its rank")
+            return
         restrictions = Restrictions(
             sequence_parallel=self.sequence_parallel,
-            parameters=tuple(self._embedding_placements(program)),
+            parameters=(*self._constraints(program), *self._embedding_placements(program)),
         )
         solution = solve(program, self.size, restrictions=restrictions, hardware=self.hardware)
+        program.reasons = Reasons(solution)
         calls = {node: global_call(node, self.size) for node in solution.strategies}
         for node, placement in solution.placements.items():
             node.meta["placement"] = placement
@@ -65,8 +73,20 @@ class TensorParallel(Pass):
             _rewrite(node, calls[node], strategy)
             _redistribute_inputs(program, node, strategy, collectives, self.size)
         _reduce_loss(program, collectives, self.size)
-        program.decisions += _decisions(program, solution.seconds, self.size, len(collectives))
+        seconds = solution.answer.seconds
+        program.decisions += _decisions(program, seconds, self.size, len(collectives))
         program.warnings += _unsharded(program, self.size)
+
+    def _constraints(self, program: Program) -> Iterable[tuple[str, Placement]]:
+        names = list(program.parameters())
+        for pattern, placement in self.constraints:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = get_close_matches(pattern, names, n=3, cutoff=0.3)
+                raise PlanError(
+                    f"tensor-parallel: the constraint {pattern!r} matches no parameter; "
+                    f"did you mean one of {near}?"
+                )
+            yield pattern, Placement.parse(placement)
 
     def _embedding_placements(self, program: Program) -> Iterable[tuple[str, Placement]]:
         if self.embed_split_hidden is None:

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 
 from torch import fx
 
 from ilm_compile.program.collectives import redistribute
-from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program
-from ilm_compile.program.traffic import Message, traffic
+from ilm_compile.program.step_traffic import collectives, predicted_traffic
+from ilm_compile.program.traffic import Message, Traffic
 
+Row = tuple[str, ...]
 HEADINGS = ("collective", "type", "forward", "backward", "because")
 
 
 def explain(program: Program) -> str:
-    """Return the plan, the decisions of each pass, and a table per distinct block.
+    """Return the plan, the decisions of each pass, what a step sends, and a table per distinct block.
 
-    A table lists the parameters with their placement, and the collectives with the bytes that each
-    rank sends per micro-batch, forward and backward.
+    A block's tables list the parameters with their placement, and the collectives with the bytes
+    that each rank sends per micro-batch, forward and backward.
     """
     lines = [f"plan: {_plan(program)}", ""]
     lines += [f"- {sentence}" for sentence in program.decisions]
     lines += [f"! {sentence}" for sentence in program.warnings]
-    gradients = gradient_nodes(program.graph)
-    for regions in _distinct(program):
+    lines += ["", "bytes that each rank sends per step, predicted:"]
+    lines += _table(_step_rows(program))
+    tables = _tables(program)
+    for regions in _alike(program, tables):
+        parameters, sent = tables[regions[0]]
         lines += ["", _title(program, regions)]
-        lines += _table(_parameter_rows(program, regions[0]))
-        rows = list(_collective_rows(program, regions[0], gradients))
-        lines += _table([HEADINGS, *rows]) if rows else []
+        lines += _table([("parameter", "shape", "placement"), *parameters]) if parameters else []
+        lines += _table([HEADINGS, *sent]) if sent else []
     return "\n".join(lines) + "\n"
 
 
@@ -41,13 +43,41 @@ def _plan(program: Program) -> str:
     return f"{' '.join(parts)}; one micro-batch is {shapes}"
 
 
-def _distinct(program: Program) -> list[list[int]]:
+def _step_rows(program: Program) -> list[Row]:
+    steps = predicted_traffic(program)
+    kinds = sorted({kind for step in steps for kind in step} - {"p2p"}) + ["p2p"]
+    rows = [
+        (f"pipeline rank {rank}", *(_total(step.get(kind, Traffic())) for kind in kinds))
+        for rank, step in enumerate(steps)
+    ]
+    return [("", *kinds), *rows]
+
+
+def _total(traffic: Traffic) -> str:
+    calls = f" in {traffic.calls} calls" if traffic.calls else ""
+    return f"{traffic.num_bytes:,} B{calls}" if traffic.num_bytes else "-"
+
+
+def _tables(program: Program) -> list[tuple[list[Row], list[Row]]]:
+    """Return, for each region, the rows of its parameters and of its collectives."""
+    nodes: list[list[fx.Node]] = [[] for _ in program.regions]
+    for node in program.calls():
+        nodes[node.meta["region"]].append(node)
+    sent = collectives(program)
+    return [
+        (
+            _parameter_rows(program, region, nodes[region]),
+            [_collective_row(program, n, sent[n]) for n in nodes[region] if n in sent],
+        )
+        for region in range(len(nodes))
+    ]
+
+
+def _alike(program: Program, tables: list[tuple[list[Row], list[Row]]]) -> list[list[int]]:
     """Return the regions, those that hold the same rows together."""
-    gradients = gradient_nodes(program.graph)
     alike: dict[object, list[int]] = defaultdict(list)
-    for index, region in enumerate(program.regions):
-        collectives = [row[1:4] for row in _collective_rows(program, index, gradients)]
-        key = (region.is_block, repr(_parameter_rows(program, index)), repr(collectives))
+    for index, (parameters, sent) in enumerate(tables):
+        key = (program.regions[index].is_block, repr(parameters), repr([r[1:4] for r in sent]))
         alike[key].append(index)
     return list(alike.values())
 
@@ -57,33 +87,23 @@ def _title(program: Program, regions: list[int]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} alike)"
 
 
-def _nodes(program: Program, region: int) -> Iterator[fx.Node]:
-    return (node for node in program.calls() if node.meta["region"] == region)
-
-
-def _parameter_rows(program: Program, region: int) -> list[tuple[str, ...]]:
-    rows: dict[str, tuple[str, ...]] = {}
-    for node in _nodes(program, region):
+def _parameter_rows(program: Program, region: int, nodes: list[fx.Node]) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for node in nodes:
         for value in node.all_input_nodes:
             variable = program.variables.get(str(value.target)) if value.op == "get_attr" else None
             if variable is not None and variable.is_parameter:
                 name = variable.name.removeprefix(program.regions[region].name + ".")
                 rows[name] = (name, str(list(variable.shape)), str(variable.placement))
-    return [("parameter", "shape", "placement"), *rows.values()] if rows else []
+    return list(rows.values())
 
 
-def _collective_rows(
-    program: Program, region: int, gradients: set[fx.Node]
-) -> Iterator[tuple[str, ...]]:
-    for node in _nodes(program, region):
-        messages = traffic(node, program.plan.tp, has_gradient=node in gradients)
-        if not messages:
-            continue
-        typed = node.target is redistribute
-        kind = f"{node.kwargs['src']} -> {node.kwargs['dst']}" if typed else "inside the loss"
-        columns = (_sent([m for m in messages if m.backward == back]) for back in (False, True))
-        where = program.source(node).module_path or "top level"
-        yield (where, kind, *columns, node.meta.get("reason", ""))
+def _collective_row(program: Program, node: fx.Node, messages: list[Message]) -> Row:
+    typed = node.target is redistribute
+    kind = f"{node.kwargs['src']} -> {node.kwargs['dst']}" if typed else "inside the loss"
+    columns = (_sent([m for m in messages if m.backward == back]) for back in (False, True))
+    where = program.source(node).module_path or "top level"
+    return (where, kind, *columns, node.meta.get("reason", ""))
 
 
 def _sent(messages: list[Message]) -> str:
@@ -98,9 +118,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.4g} {unit}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    if not rows:
-        return []
+def _table(rows: list[Row]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = ([cell.ljust(n) for cell, n in zip(row, widths, strict=True)] for row in rows)
     return ["  " + "  ".join(cells).rstrip() for cells in padded]

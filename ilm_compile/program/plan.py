@@ -7,11 +7,13 @@ can be edited, compared and reused.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.placement import I, Placement, S
 
 DTYPES = (None, "bfloat16")
 
@@ -27,12 +29,14 @@ class Plan:
     schedule: str = "1f1b"
     sequence_parallel: bool | None = None  # None: decided by cost
     embed_split_hidden: bool | None = None  # embedding sharded by hidden size; None: by cost
+    constraints: tuple[tuple[str, str], ...] = ()  # parameter (or glob) to placement, "S(0)"
     checkpoint: bool | float = False  # fraction of the blocks that recompute their activations
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
     zero: int = 1  # 1: shard gradients and optimizer state over dp, 3: parameters too
     seed: int = 1024  # of the initial weights, when the model is on the meta device
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "constraints", _read_constraints(self.constraints))
         for name in ("tp", "pp", "num_chunks", "num_microbatches"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -73,3 +77,28 @@ class Plan:
         if unknown := sorted(set(changes) - set(known)):
             raise PlanError(f"plan: unknown option {unknown}, known are {known}")
         return replace(self, **changes)
+
+
+def _read_constraints(given: Any) -> tuple[tuple[str, str], ...]:
+    """Return constraints as pairs of text.
+
+    They may be a mapping, and the placements our own, their text, or torch.distributed.tensor's
+    Shard and Replicate.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else given
+    return tuple((str(pattern), str(_placement(pattern, value))) for pattern, value in pairs)
+
+
+def _placement(pattern: str, value: Any) -> Placement:
+    kind = type(value).__name__
+    if kind == "Shard":
+        return S(value.dim)
+    try:
+        found = I if kind == "Replicate" else Placement.parse(str(value))
+    except ValueError as error:
+        raise PlanError(f"plan: constraint {pattern!r}: {error}") from None
+    if found.kind not in "IS":
+        raise PlanError(
+            f"plan: constraint {pattern!r}: a parameter is I (replicated) or S(dim), got {found}"
+        )
+    return found

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.errors import PlanError
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.plan import Plan
 
@@ -69,6 +70,14 @@ class Region:
     recompute: bool = False
 
 
+class Reasons(Protocol):
+    """Knows why a parameter got its placement."""
+
+    def explain(self, name: str) -> str:
+        """Return the alternatives of parameter `name` and what they would have cost."""
+        ...
+
+
 @dataclass
 class Program:
     """A traced model on its way to `lower`. Passes mutate it; see the module docstring."""
@@ -87,6 +96,7 @@ class Program:
     warnings: list[str] = field(default_factory=list)
     pass_log: list[str] = field(default_factory=list)
     initializer: Callable[..., Tensor] | None = None  # of parameters on the meta device
+    reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice
 
     @property
@@ -129,8 +139,16 @@ class Program:
 
         return dump(self)
 
-    def explain(self) -> str:
-        """Return what was done to the model and why, as text."""
+    def explain(self, parameter: str | None = None) -> str:
+        """Return what was done to the model and why, as text.
+
+        Given the name of a `parameter`: what its placement could have been and what that would
+        have cost. Raises `PlanError` for an unknown name, or if the program is not sharded.
+        """
         from ilm_compile.program.explain import explain
 
-        return explain(self)
+        if parameter is None:
+            return explain(self)
+        if self.reasons is None:
+            raise PlanError("explain: the program is not sharded, so no placement was chosen")
+        return self.reasons.explain(parameter)

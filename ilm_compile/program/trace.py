@@ -45,6 +45,11 @@ def trace(
     `TraceError` when the model cannot be captured as one static graph.
     """
     inputs = _read_inputs(model, example_inputs)
+    if loss_fn is not None and "labels" not in inputs:
+        raise TraceError(
+            f"trace: expected labels among the example_inputs, got {list(inputs)}; "
+            "loss_fn(outputs, labels) takes them"
+        )
     recorded: list[list[str]] = []
     wrapper = _WithLoss(_on_meta(model).train(), loss_fn, recorded.append)
     fakes = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in inputs.items()}
@@ -105,7 +110,7 @@ def call_model(
         arguments["use_cache"] = False
     result = model(**arguments)
     if loss_fn is not None:
-        return {"loss": loss_fn(result, cast(Tensor, labels))}
+        result = {"loss": loss_fn(result, cast(Tensor, labels))}
     return _named_outputs(result)
 
 
@@ -120,8 +125,8 @@ def _named_outputs(result: Any) -> dict[str, Tensor]:
     loss = tensors.pop("loss", None)
     if loss is None or loss.dim() != 0:
         raise TraceError(
-            "trace: expected the model to return a scalar loss when given labels, got outputs "
-            f"{ {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)} }; "
+            "trace: expected the model to return a scalar loss when given labels, or loss_fn to "
+            f"return one, got outputs { {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)} }; "
             "pass loss_fn=lambda outputs, labels: ..., or labels among the example_inputs"
         )
     return {"loss": loss, **tensors}

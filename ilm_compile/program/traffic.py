@@ -7,6 +7,7 @@ count them, so that what `explain` predicts can be compared with a run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, fx
@@ -26,11 +27,33 @@ SENT: dict[str, Callable[[int], float]] = {
 }
 
 
+def sent_bytes(kind: str, num_bytes: int, size: int) -> int:
+    """Return the bytes each of `size` ranks sends, rounded, for a full tensor of `num_bytes`.
+
+    The full tensor is what an all-gather returns, what a reduce-scatter and an all-reduce take on
+    each rank, and for an all-to-all the tensor that the ranks hold together.
+    """
+    return round(num_bytes * SENT[kind](size))
+
+
+@dataclass(slots=True)
+class Traffic:
+    """A number of collectives, and the bytes that a rank sent in them."""
+
+    calls: int = 0
+    num_bytes: int = 0
+
+    def add(self, num_bytes: int, calls: int = 1) -> None:
+        """Count further calls, in which `num_bytes` were sent together."""
+        self.calls += calls
+        self.num_bytes += num_bytes
+
+
 class Message(NamedTuple):
     """One collective: its kind, the bytes each rank sends, and the direction it runs in."""
 
     kind: str
-    num_bytes: float
+    num_bytes: int
     backward: bool
 
 
@@ -50,20 +73,20 @@ def traffic(node: fx.Node, size: int, *, has_gradient: bool = True) -> list[Mess
         logits = node.args[0].meta["val"]  # type: ignore[union-attr]
         row = _bytes(logits) // logits.shape[-1]
         stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
-        sent = SENT["all_reduce"](size)
-        return [Message("all_reduce", n * row * sent, False) for n in (1, stacked)]
+        sent = (sent_bytes("all_reduce", n * row, size) for n in (1, stacked))
+        return [Message("all_reduce", num_bytes, False) for num_bytes in sent]
     return []
 
 
 def _messages(
-    move: Move, full: float, size: int, backward: bool, placements: list[Placement]
+    move: Move, full: int, size: int, backward: bool, placements: list[Placement]
 ) -> list[Message]:
     if move not in WIRE:
         return []
     kind = WIRE[move]
     if kind == "all_to_all" and len({p.dim for p in placements}) == 1:
         kind = "all_gather"  # other segments of one dim: gathered and cut again
-    return [Message(kind, full * SENT[kind](size), backward)]
+    return [Message(kind, sent_bytes(kind, full, size), backward)]
 
 
 def _bytes(val: Tensor) -> int:

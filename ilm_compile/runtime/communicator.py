@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ilm_compile.program.traffic import Traffic, sent_bytes
+
 # torch 2.13 renamed these two and warns about the old names, the only ones that 2.11 knows.
 all_gather_single: Callable[..., Any] = (
     dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -24,54 +26,43 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 @dataclass(slots=True)
-class Traffic:
-    """What was moved so far: calls, and bytes of the larger of input and result of each call."""
-
-    calls: int = 0
-    num_bytes: int = 0
-
-    def add(self, x: Tensor) -> None:
-        self.calls += 1
-        self.num_bytes += x.nbytes
-
-
-@dataclass(slots=True)
 class ProcessGroupCommunicator:
-    """The ranks of one process group. `stats` counts the traffic by kind of collective."""
+    """The ranks of one process group. `stats` counts what this rank sent, by kind of collective."""
 
     group: dist.ProcessGroup
     rank: int = field(init=False)
     size: int = field(init=False)
-    stats: dict[str, Traffic] = field(init=False)
+    stats: dict[str, Traffic] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rank, self.size = self.group.rank(), self.group.size()
-        kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-        self.stats = {kind: Traffic() for kind in kinds}
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         result = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(result, _OPS[op], group=self.group)
-        self.stats["all_reduce"].add(result)
+        self._count("all_reduce", result.nbytes)
         return result
 
     def all_gather(self, x: Tensor) -> Tensor:
         result = x.new_empty((self.size, *x.shape))
         all_gather_single(result.view(-1), x.contiguous().view(-1), group=self.group)
-        self.stats["all_gather"].add(result)
+        self._count("all_gather", result.nbytes)
         return result
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         result = x.new_empty(x.shape[1:])
         reduce_scatter_single(result.view(-1), x.contiguous().view(-1), group=self.group)
-        self.stats["reduce_scatter"].add(x)
+        self._count("reduce_scatter", x.nbytes)
         return result
 
     def all_to_all(self, x: Tensor) -> Tensor:
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(result, x.contiguous(), group=self.group)
-        self.stats["all_to_all"].add(x)
+        self._count("all_to_all", x.nbytes * self.size)
         return result
+
+    def _count(self, kind: str, full_bytes: int) -> None:
+        self.stats.setdefault(kind, Traffic()).add(sent_bytes(kind, full_bytes, self.size))
 
 
 class SingleCommunicator:

@@ -7,6 +7,7 @@ nothing of how they were made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -17,9 +18,10 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.communicator import set_communicators
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.program import Variable
+from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
 from ilm_compile.runtime.batch import Batch, BatchLayout
-from ilm_compile.runtime.communicator import Traffic, communicator_over
+from ilm_compile.runtime.communicator import communicator_over
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
@@ -184,8 +186,12 @@ class Parallel:
         return self.train(False)
 
     def traffic(self) -> dict[str, Traffic]:
-        """What this rank has moved so far: tp collectives by kind, and "p2p" sends (bytes only)."""
-        return {**self._tp.stats, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
+        """What this rank has sent so far: tp collectives by kind, and "p2p" between stages.
+
+        Of "p2p" the calls are not counted. What a step adds is `predicted_traffic` of the program.
+        """
+        sent = {kind: replace(traffic) for kind, traffic in self._tp.stats.items()}
+        return {**sent, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
 
     def _saved(self) -> list[Variable]:
         return [v for v in self._variables.values() if v.is_parameter or v.persistent]

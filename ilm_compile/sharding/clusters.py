@@ -8,7 +8,7 @@ of any depth is thus solved at the size of its distinct blocks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from torch import fx
 
@@ -17,8 +17,13 @@ from ilm_compile.program.program import Program
 Cluster = Hashable
 
 
-def cluster_nodes(program: Program) -> dict[fx.Node, Cluster]:
-    """Return the cluster of every node; nodes outside repeated blocks are alone in theirs."""
+def cluster_nodes(
+    program: Program, mark: Callable[[str], object] = lambda name: None
+) -> dict[fx.Node, Cluster]:
+    """Return the cluster of every node; nodes outside repeated blocks are alone in theirs.
+
+    Blocks are equal only if `mark` returns the same for their parameters' names.
+    """
     clusters: dict[fx.Node, Cluster] = {node: node for node in program.graph.nodes}
     blocks: dict[int, list[fx.Node]] = defaultdict(list)
     for node in program.calls():
@@ -26,7 +31,7 @@ def cluster_nodes(program: Program) -> dict[fx.Node, Cluster]:
             blocks[node.meta["region"]].append(node)
     for region, nodes in blocks.items():
         name = program.regions[region].name
-        signature = _signature(nodes, name)
+        signature = _signature(nodes, name, mark)
         for position, node in enumerate(nodes):
             clusters[node] = (signature, position)
             for value in node.all_input_nodes:
@@ -39,7 +44,7 @@ def _local(variable: str, block: str) -> str:
     return variable.removeprefix(block + ".")
 
 
-def _signature(nodes: list[fx.Node], block: str) -> int:
+def _signature(nodes: list[fx.Node], block: str, mark: Callable[[str], object]) -> int:
     """Return a number that repeats of this block share."""
     position = {node: i for i, node in enumerate(nodes)}
     external: dict[fx.Node, int] = {}
@@ -49,7 +54,7 @@ def _signature(nodes: list[fx.Node], block: str) -> int:
         if node in position:
             return f"%{position[node]}"
         if node.op == "get_attr":
-            return f"@{_local(str(node.target), block)}{shape}"
+            return f"@{_local(str(node.target), block)}{shape}{mark(str(node.target))}"
         return f"?{external.setdefault(node, len(external))}{shape}"
 
     rows = []

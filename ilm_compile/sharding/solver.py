@@ -16,14 +16,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 from torch import fx
 
 from ilm_compile.cost import HARDWARE, Hardware, forward_flops, node_time
@@ -32,6 +30,7 @@ from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
+from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
 from ilm_compile.sharding.strategy import (
     Strategy,
     global_call,
@@ -42,11 +41,7 @@ from ilm_compile.sharding.strategy import (
 from ilm_compile.sharding.transitions import Restrictions, allowed, token_dims, transition_time
 
 DTYPE = torch.bfloat16  # plans are made for training at scale, whatever the model's dtype is now
-MICROSECONDS = 1e6
 PARTIAL = 1e-6  # seconds, against carrying a partial sum through further ops
-TOLERANCE = 1e-6  # of the repeated share, above HiGHS's own
-
-Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +50,18 @@ class Solution:
 
     strategies: dict[fx.Node, Strategy]
     placements: dict[fx.Node, Placement]
-    seconds: float  # predicted time of a micro-batch, forward and backward
+    answer: Answer  # predicted seconds of a micro-batch, forward and backward
+    search: Search
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A value taken to another placement, and the predicted seconds in all repeats of a block."""
+
+    node: fx.Node
+    source: Placement
+    target: Placement
+    seconds: float
 
 
 def solve(
@@ -65,66 +71,58 @@ def solve(
 
     Raises `PlanError` when the restrictions leave no legal choice.
     """
-    return _Search(program, size, restrictions, HARDWARE[hardware]).run()
+    return Search(program, size, restrictions, HARDWARE[hardware]).run()
 
 
-@dataclass
-class _Rows:
-    """A sparse matrix under construction, row by row, with bounds."""
+class Search:
+    """The integer program of one graph; it outlives the search, to say what else was possible."""
 
-    entries: list[tuple[int, int, float]] = field(default_factory=list)
-    lower: list[float] = field(default_factory=list)
-    upper: list[float] = field(default_factory=list)
-
-    def add(self, terms: list[tuple[int, float]], lower: float, upper: float) -> None:
-        row = len(self.lower)
-        self.entries += [(row, column, value) for column, value in terms]
-        self.lower.append(lower)
-        self.upper.append(upper)
-
-
-class _Search:
     def __init__(
         self, program: Program, size: int, restrictions: Restrictions, hardware: Hardware
     ) -> None:
         self.program, self.size = program, size
         self.restrictions, self.hardware = restrictions, hardware
         self.gradients = gradient_nodes(program.graph)
-        self.clusters = cluster_nodes(program)
+        self.clusters = cluster_nodes(program, restrictions.fixed)
         self.members: dict[Cluster, list[fx.Node]] = defaultdict(list)
         for node, cluster in self.clusters.items():
             self.members[cluster].append(node)
-        self.choices: dict[Cluster, list[Strategy]] = {}
-        self.costs: list[float] = []  # microseconds
-        self.repeated: list[float] = []  # share of weights plus share of FLOPs
         self.weight_total, self.flops_total = _totals(program)
-        self.integral: list[int] = []
-        self.rows = _Rows()
-
-    def run(self) -> Solution:
-        for node in reversed(list(self.program.graph.nodes)):
+        self.choices: dict[Cluster, list[Strategy]] = {}
+        self.first: dict[Cluster, int] = {}  # column of a cluster's first choice
+        self.moves: dict[int, Move] = {}  # the placement changes behind the columns that cost time
+        self.problem = IntegerProgram()
+        for node in reversed(list(program.graph.nodes)):
             cluster = self.clusters[node]
             if node.op != "output" and cluster not in self.choices:
                 self.choices[cluster] = self._choices(node)
-        first: dict[Cluster, int] = {}
         for cluster, options in self.choices.items():
-            first[cluster] = len(self.costs)
-            for option in options:
-                self._variable(*self._call_cost(cluster, option), integral=True)
-            columns = range(first[cluster], len(self.costs))
-            self.rows.add([(column, 1.0) for column in columns], 1, 1)
-        self._edges(first)
-        picked = self._optimize()
-        chosen = {
-            cluster: next(o for i, o in enumerate(options) if picked[first[cluster] + i] > 0.5)
-            for cluster, options in self.choices.items()
-        }
+            costs = [self._call_cost(cluster, option) for option in options]
+            columns = [self.problem.variable(*cost, integral=True) for cost in costs]
+            self.first[cluster] = columns[0]
+            self.problem.row([(column, 1.0) for column in columns], 1, 1)
+        self._edges()
+
+    def run(self) -> Solution:
+        """Return the best solution. Raises `PlanError` if there is none."""
+        answer = self.problem.solve()
+        if answer is None:
+            raise PlanError(
+                f"tensor-parallel: no legal placement over size={self.size} ranks under "
+                f"{self.restrictions}; drop a restriction"
+            )
+        chosen = {cluster: self._chosen(cluster, answer.values) for cluster in self.choices}
         by_node = {node: chosen[c] for node, c in self.clusters.items() if node.op != "output"}
         return Solution(
             strategies={n: s for n, s in by_node.items() if n.op == "call_function"},
             placements={n: s.output for n, s in by_node.items()},
-            seconds=float(np.dot(picked, self.costs)) / MICROSECONDS,
+            answer=answer,
+            search=self,
         )
+
+    def _chosen(self, cluster: Cluster, values: Vector) -> Strategy:
+        start = self.first[cluster]
+        return next(o for i, o in enumerate(self.choices[cluster]) if values[start + i] > 0.5)
 
     def _choices(self, node: fx.Node) -> list[Strategy]:
         """Return what `node`'s cluster may choose from; those of its users are known already."""
@@ -174,13 +172,7 @@ class _Search:
         repeated = flops * (shards == 1) / self.flops_total
         return len(nodes) * (sum(times) + kept_partial), len(nodes) * repeated
 
-    def _variable(self, seconds: float, repeated: float = 0.0, *, integral: bool = False) -> int:
-        self.costs.append(seconds * MICROSECONDS)
-        self.repeated.append(repeated)
-        self.integral.append(int(integral))
-        return len(self.costs) - 1
-
-    def _edges(self, first: dict[Cluster, int]) -> None:
+    def _edges(self) -> None:
         """Tie every producer's choice to its consumers', at the price of the transitions."""
         consumers: dict[Cluster, dict[tuple[Cluster, int], None]] = defaultdict(dict)
         for node in self.program.calls():
@@ -188,24 +180,20 @@ class _Search:
                 consumers[self.clusters[value]][self.clusters[node], position] = None
         loss = self.program.outputs[0]
         for producer, edges in consumers.items():
-            made = self._by_placement(first[producer], self.choices[producer], lambda s: s.output)
+            made = self._by_placement(producer, lambda s: s.output)
             paid: dict[tuple[Placement, Placement], int] = {}
             for consumer, position in edges:
-                needed = self._by_placement(
-                    first[consumer], self.choices[consumer], partial(_input, position)
-                )
+                needed = self._by_placement(consumer, partial(_input, position))
                 self._edge(self.members[producer], made, needed, paid, shared=len(edges) > 1)
-        made = self._by_placement(
-            first[self.clusters[loss]], self.choices[self.clusters[loss]], lambda s: s.output
-        )
+        made = self._by_placement(self.clusters[loss], lambda s: s.output)
         self._edge([loss], made, {I: []}, {}, shared=False)
 
     def _by_placement(
-        self, start: int, options: list[Strategy], key: Callable[[Strategy], Placement]
+        self, cluster: Cluster, key: Callable[[Strategy], Placement]
     ) -> dict[Placement, list[int]]:
         grouped: dict[Placement, list[int]] = defaultdict(list)
-        for i, option in enumerate(options):
-            grouped[key(option)].append(start + i)
+        for i, option in enumerate(self.choices[cluster]):
+            grouped[key(option)].append(self.first[cluster] + i)
         return grouped
 
     def _edge(
@@ -231,47 +219,27 @@ class _Search:
                     node, source, target, self.size, self.hardware, is_activation
                 )
                 if shared and seconds:
-                    flow = self._variable(0.0)
+                    flow = self.problem.variable(0.0)
                     if (source, target) not in paid:
-                        paid[source, target] = self._variable(seconds)
-                    self.rows.add([(paid[source, target], 1.0), (flow, -1.0)], 0, np.inf)
+                        paid[source, target] = self._move(node, source, target, seconds)
+                    self.problem.row([(paid[source, target], 1.0), (flow, -1.0)], 0, np.inf)
                 else:
-                    flow = self._variable(seconds)
+                    flow = self._move(node, source, target, seconds)
                 by_source[source].append(flow)
                 by_target[target].append(flow)
         for source, columns in made.items():
             terms = [(f, 1.0) for f in by_source[source]] + [(x, -1.0) for x in columns]
-            self.rows.add(terms, 0, 0)
+            self.problem.row(terms, 0, 0)
         for target, columns in needed.items():
             total = 1.0 if not columns else 0.0
             terms = [(f, 1.0) for f in by_target[target]] + [(x, -1.0) for x in columns]
-            self.rows.add(terms, total, total)
+            self.problem.row(terms, total, total)
 
-    def _optimize(self) -> Vector:
-        least = self._minimize(self.repeated)
-        limit = float(np.dot(least, self.repeated))
-        terms = [(column, share) for column, share in enumerate(self.repeated) if share]
-        self.rows.add(terms, 0, limit + TOLERANCE)
-        return self._minimize(self.costs)
-
-    def _minimize(self, costs: list[float]) -> Vector:
-        rows, columns, values = zip(*self.rows.entries, strict=True)
-        shape = (len(self.rows.lower), len(self.costs))
-        matrix = csr_matrix((values, (rows, columns)), shape=shape)
-        result = milp(
-            costs,
-            integrality=self.integral,
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, self.rows.lower, self.rows.upper),
-            options={"mip_rel_gap": 0.0},
-        )
-        if result.x is None:
-            raise PlanError(
-                f"tensor-parallel: no legal placement over size={self.size} ranks under "
-                f"{self.restrictions}; drop a restriction ({result.message})"
-            )
-        solution: Vector = result.x
-        return solution
+    def _move(self, node: fx.Node, source: Placement, target: Placement, seconds: float) -> int:
+        column = self.problem.variable(seconds)
+        if source != target:
+            self.moves[column] = Move(node, source, target, seconds)
+        return column
 
 
 def _input(position: int, strategy: Strategy) -> Placement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import fx
 
@@ -22,23 +23,32 @@ class Restrictions:
 
     `sequence_parallel`: True, activations are sharded over tokens wherever that is legal and are
     gathered for a matrix product only; False, none is ever scattered. None leaves it to the cost.
-    `parameters` fixes placements at rest by parameter name.
+    `parameters` fixes placements at rest, by parameter name or glob pattern.
     """
 
     sequence_parallel: bool | None = None
     parameters: tuple[tuple[str, Placement], ...] = ()
 
+    def fixed(self, name: str) -> Placement | None:
+        """Return the placement that parameter `name` must have, None if it is free."""
+        return next((p for pattern, p in self.parameters if fnmatchcase(name, pattern)), None)
+
     def parameter(self, name: str, options: list[Placement]) -> list[Placement]:
-        """Return the options left for parameter `name`. Raises `PlanError` if none is."""
-        fixed = dict(self.parameters).get(name)
+        """Return the options left for parameter `name`. Raises `PlanError` if none is.
+
+        A dimension alone stands for any segments of it.
+        """
+        fixed = self.fixed(name)
         if fixed is None:
             return options
-        if fixed not in options:
+        any_segments = fixed.is_shard and not fixed.segments
+        left = [p for p in options if p == fixed or (any_segments and p.dim == fixed.dim)]
+        if not left:
             raise PlanError(
                 f"tensor-parallel: {name} cannot be {fixed}; by the rules of the ops that use it, "
                 f"it can be one of {options}"
             )
-        return [fixed]
+        return left
 
 
 def allowed(

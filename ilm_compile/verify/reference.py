@@ -24,7 +24,7 @@ def single_device_step(
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.zero_grad()
     loss = call_model(model, batch, loss_fn)["loss"]
-    loss.backward()
+    torch.autograd.backward(loss)
     used = {n: p for n, p in model.named_parameters() if p.grad is not None}
     gradients = {n: p.grad.clone() for n, p in used.items() if p.grad is not None}
     scale = clip_coefficient(gradients)

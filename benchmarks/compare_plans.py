@@ -1,0 +1,222 @@
+"""One model under several plans, in real processes: `python -m benchmarks.compare_plans`.
+
+Copy a row of `PLANS` for a plan of your own, or give your rows as a JSON file of the same form.
+Every plan trains the same steps on the same batches, in new processes; so does plain PyTorch, which
+the losses are compared with. What the columns say:
+
+step        median time of an optimizer step after the warm-up, of the slowest rank
+sent        bytes a rank sends in one step, by the ring algorithms, the most of any rank: every
+            collective that torch runs is counted, gradients, loss and gradient norm included
+memory      most bytes of tensors alive at once in a step, parameters and optimizer included, the
+            most of any rank (tensors, not what the process takes from the system)
+bubble      share of the pipeline's time without a forward or backward, from measured timelines;
+            "expected" is what the schedule says if a backward takes two forwards
+loss error  largest relative difference of a step's loss to that of plain PyTorch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import launch, save_json
+from benchmarks.plan_run import RankRun, Settings, measured_bubble, run_plain, run_plan
+from benchmarks.plots import plot_comparison, plot_timelines
+from ilm_compile.compile import make_plan, make_schedule
+from ilm_compile.program.plan import Plan
+from ilm_compile.schedule.timeline import timeline
+
+# The fields of `ilm_compile.Plan`, and dp, the number of data-parallel ranks.
+PLANS: dict[str, dict[str, Any]] = {
+    "single": {"num_microbatches": 4},
+    "tp2": {"tp": 2, "num_microbatches": 4},
+    "pp2 1f1b": {"pp": 2, "num_microbatches": 4},
+    "pp2 gpipe": {"pp": 2, "num_microbatches": 4, "schedule": "gpipe"},
+    "pp2 x 2 chunks": {
+        **{"pp": 2, "num_chunks": 2, "num_microbatches": 4},
+        "schedule": "interleaved_1f1b",
+    },
+    "pp2 checkpoint": {"pp": 2, "num_microbatches": 4, "checkpoint": True},
+    "tp2 pp2": {"tp": 2, "pp": 2, "num_microbatches": 4},
+    "dp2 zero1": {"dp": 2, "num_microbatches": 2, "zero": 1},
+    "dp2 zero3": {"dp": 2, "num_microbatches": 2, "zero": 3},
+}
+PLAIN = "plain PyTorch"
+DEFAULT_OVERRIDES = {"hidden_size": 256, "num_layers": 4}
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A row of the table; the units are in the names."""
+
+    name: str
+    plan: dict[str, Any]
+    num_processes: int
+    step_time_s: float
+    tokens_per_second: float
+    sent_bytes: int
+    sent_bytes_by_kind: dict[str, int]
+    peak_bytes: int
+    bubble: float
+    expected_bubble: float
+    loss_error: float
+    ranks: list[RankRun]
+
+
+def split_row(row: Mapping[str, Any]) -> tuple[Plan, int]:
+    """The plan of a row and the number of processes it needs."""
+    plan = make_plan(**{name: value for name, value in row.items() if name != "dp"})
+    return plan, plan.tp * plan.pp * row.get("dp", 1)
+
+
+def compare(name: str, row: dict[str, Any], settings: Settings, plain: RankRun) -> Comparison:
+    """Train under the plan `row` in processes of its own."""
+    plan, num_processes = split_row(row)
+    ranks: list[RankRun] = launch(run_plan, num_processes, settings, row)
+    schedule = make_schedule(plan)
+    steps = timeline(schedule.compute_only().actions, schedule.num_stages).values()
+    span = max(step.stop for step in steps) * schedule.num_ranks
+    return _summary(
+        name, row, settings, plain, ranks, measured_bubble(ranks), 1 - sum(map(len, steps)) / span
+    )
+
+
+def _summary(
+    name: str,
+    row: dict[str, Any],
+    settings: Settings,
+    plain: RankRun,
+    ranks: list[RankRun],
+    bubble: float,
+    expected_bubble: float,
+) -> Comparison:
+    step_time = median(map(max, zip(*(rank.step_times_s for rank in ranks), strict=True)))
+    most = max(ranks, key=lambda rank: sum(rank.sent_bytes.values()))
+    losses = zip(ranks[0].losses, plain.losses, strict=True)
+    return Comparison(
+        name=name,
+        plan=row,
+        num_processes=len(ranks),
+        step_time_s=step_time,
+        tokens_per_second=settings.rows * settings.seq_len / step_time,
+        sent_bytes=sum(most.sent_bytes.values()),
+        sent_bytes_by_kind=most.sent_bytes,
+        peak_bytes=max(rank.peak_bytes for rank in ranks),
+        bubble=bubble,
+        expected_bubble=expected_bubble,
+        loss_error=max(abs(loss - expected) / abs(expected) for loss, expected in losses),
+        ranks=ranks,
+    )
+
+
+def compare_all(
+    plans: Mapping[str, dict[str, Any]], settings: Settings, console: Console
+) -> list[Comparison]:
+    """Plain PyTorch first, then every plan, in the order given."""
+    for name, row in plans.items():
+        _, processes = split_row(row)
+        slices = row.get("num_microbatches", row.get("pp", 1)) * row.get("dp", 1)
+        if settings.rows % slices:
+            console.print(f"{name}: {settings.rows} rows are no multiple of {slices} micro-batches")
+            raise SystemExit(2)
+    num_microbatches = 4 if settings.rows % 4 == 0 else 1
+    plain: RankRun = launch(run_plain, 1, settings, num_microbatches)[0]
+    found = [_summary(PLAIN, {}, settings, plain, [plain], 0.0, 0.0)]
+    for name, row in plans.items():
+        console.print(f"running {name} ...", style="dim")
+        found.append(compare(name, row, settings, plain))
+    return found
+
+
+def show(comparisons: Sequence[Comparison], settings: Settings, console: Console) -> None:
+    """Print the table."""
+    table = Table(
+        title=f"{settings.preset} {settings.overrides}, {settings.rows} x {settings.seq_len} tokens"
+    )
+    table.add_column("plan", no_wrap=True)
+    for column in ("processes", "step ms", "tokens/s", "sent MiB", "memory MiB"):
+        table.add_column(column, justify="right")
+    for column in ("bubble", "expected", "loss error"):
+        table.add_column(column, justify="right")
+    for row in comparisons:
+        table.add_row(
+            row.name,
+            str(row.num_processes),
+            f"{row.step_time_s * 1e3:.1f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.sent_bytes / MIB:.2f}",
+            f"{row.peak_bytes / MIB:.1f}",
+            f"{row.bubble:.1%}",
+            f"{row.expected_bubble:.1%}",
+            f"{row.loss_error:.1e}",
+        )
+    console.print(table)
+    most = max(row.num_processes for row in comparisons)
+    if most > (os.cpu_count() or 1):
+        console.print(
+            f"{most} processes share {os.cpu_count()} cores: their times say nothing of the plan",
+            style="yellow",
+        )
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.compare_plans",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--plans", type=Path, help="JSON file of rows as in PLANS")
+    parser.add_argument("--only", action="append", help="name of a row to run; may be repeated")
+    parser.add_argument("--preset", default="internlm2_tiny", help="of ilm_compile.models")
+    parser.add_argument(
+        "--override",
+        action="append",
+        metavar="FIELD=VALUE",
+        help=f"config field of the preset; without any: {DEFAULT_OVERRIDES}",
+    )
+    parser.add_argument("--rows", type=int, default=16, help="sequences in the global batch")
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare_plans"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    plans = json.loads(options.plans.read_text()) if options.plans else PLANS
+    if options.only:
+        plans = {name: plans[name] for name in options.only}
+    given = (text.partition("=") for text in options.override or [])
+    settings = Settings(
+        preset=options.preset,
+        overrides={field: json.loads(value) for field, _, value in given} or DEFAULT_OVERRIDES,
+        rows=options.rows,
+        seq_len=options.seq_len,
+        steps=options.steps,
+    )
+    console = Console()
+    comparisons = compare_all(plans, settings, console)
+    show(comparisons, settings, console)
+    save_json(
+        options.output / "comparison.json", {"settings": settings, "comparisons": comparisons}
+    )
+    plot_comparison(comparisons, options.output / "comparison.png")
+    plot_timelines(comparisons, options.output / "timelines.png")
+    console.print(f"written to {options.output}/: comparison.json, comparison.png, timelines.png")
+
+
+if __name__ == "__main__":
+    # What ranks are sent is pickled under the name of its module, which must not be "__main__".
+    from benchmarks.compare_plans import main as run
+
+    run()

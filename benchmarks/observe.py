@@ -1,0 +1,99 @@
+"""What one step of a rank does, seen from outside: bytes of live tensors, and bytes it sends.
+
+`Observer` watches every torch op of its process, the collectives included. That is slow, so a step
+that is observed is not a step that is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ilm_compile.program.traffic import Traffic, sent_bytes
+
+c10d = torch.ops.c10d
+
+# Collective -> its kind, where its process group stands, and where the full tensor of `sent_bytes`.
+_COLLECTIVES: dict[Any, tuple[str, int, int]] = {
+    c10d.allreduce_.default: ("all_reduce", 1, 0),
+    c10d._allgather_base_.default: ("all_gather", 2, 0),
+    c10d._reduce_scatter_base_.default: ("reduce_scatter", 2, 1),
+    c10d.alltoall_base_.default: ("all_to_all", 2, 1),
+    c10d.broadcast_.default: ("broadcast", 1, 0),
+    c10d.send.default: ("p2p", 1, 0),
+}
+
+
+class Observer(TorchDispatchMode):
+    """A context manager. After it:
+
+    peak_bytes: the most bytes of tensors alive at the end of any op. Tensors that stood before are
+    counted too: parameters, gradients, optimizer state. What an op allocates and frees inside
+    itself is not seen.
+    sent: what this rank sent, by kind of collective, in the bytes of `sent_bytes`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self.sent: dict[str, Traffic] = {}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __enter__(self) -> Observer:
+        gc.collect()
+        for thing in gc.get_objects():
+            if isinstance(thing, Tensor):
+                self._watch(thing)
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _COLLECTIVES:
+            self._count(*_COLLECTIVES[func], args)
+        for thing in tree_leaves(result):
+            if isinstance(thing, Tensor):
+                self._watch(thing)
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes())
+        return result
+
+    def _watch(self, tensor: Tensor) -> None:
+        # Not the fake tensors of the compiler, nor DTensors, whose local tensors are seen themselves.
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        self._alive[id(storage)] = weakref.ref(storage)
+
+    def _live_bytes(self) -> int:
+        # Summed anew every time: FSDP frees memory by resizing storages that stay alive.
+        total, dead = 0, []
+        for key, reference in self._alive.items():
+            storage = reference()
+            if storage is None:
+                dead.append(key)
+            else:
+                total += storage.nbytes()
+        for key in dead:
+            del self._alive[key]
+        return total
+
+    def _count(self, kind: str, group: int, full: int, args: tuple[Any, ...]) -> None:
+        size = dist.ProcessGroup.unbox(args[group]).size()
+        num_bytes = sum(tensor.nbytes for tensor in tree_leaves(args[full]))
+        if kind == "all_to_all":
+            num_bytes *= size
+        self.sent.setdefault(kind, Traffic()).add(sent_bytes(kind, num_bytes, size))

@@ -1,0 +1,145 @@
+"""One rank of a run under one plan, and the same training in plain PyTorch to compare with."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ilm_compile
+from benchmarks.common import make_model, random_batch
+from benchmarks.observe import Observer
+from ilm_compile.runtime import adamw
+
+LEARNING_RATE = 1e-3
+MAX_GRAD_NORM = 1.0
+WARMUP_STEPS = 2
+TIMELINE_STEPS = 3
+_COMPUTE = re.compile(r"\d+[FB]\d+")
+
+Timeline = list[tuple[str, float, float]]  # (action, start, end), in seconds of one clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What all plans train: a model and a global batch of `rows` sequences of `seq_len` tokens."""
+
+    preset: str = "internlm2_tiny"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    rows: int = 16
+    seq_len: int = 64
+    steps: int = 5
+
+    def batches(self, count: int, vocab_size: int) -> list[dict[str, Tensor]]:
+        """The first `count` global batches, the same for every plan."""
+        return [
+            random_batch(self.rows, self.seq_len, vocab_size, seed=step) for step in range(count)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRun:
+    """What one rank measured.
+
+    step_times_s, losses: of the steps after the warm-up, of all steps. sent_bytes: of one step, by
+    kind of collective. peak_bytes: most bytes of live tensors in a step. timelines: of some steps.
+    """
+
+    step_times_s: list[float]
+    losses: list[float]
+    sent_bytes: dict[str, int]
+    peak_bytes: int
+    timelines: list[Timeline]
+
+
+def run_plan(settings: Settings, plan: dict[str, Any]) -> RankRun:
+    """Train under `plan` on this rank: first timed, then with the timeline on, then observed."""
+    num_slices = plan.get("num_microbatches", plan.get("pp", 1)) * plan.get("dp", 1)
+    keywords = {name: value for name, value in plan.items() if name != "dp"}
+    model = make_model(settings.preset, settings.overrides)
+    parallel = ilm_compile.parallelize(
+        model,
+        example_inputs=model.example_inputs(settings.rows // num_slices, settings.seq_len),
+        **keywords,
+    )
+    trainer = ilm_compile.Trainer(parallel, lr=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
+    num_steps = WARMUP_STEPS + settings.steps
+    batches = settings.batches(num_steps + 1, model.config.vocab_size)
+    history = trainer.fit(batches, num_steps, progress=False)
+    parallel.executor.record_timeline = True
+    timelines: list[Timeline] = []
+    for _ in range(TIMELINE_STEPS):
+        trainer.fit(batches[-1:], 1, progress=False)
+        timelines.append(parallel.executor.timeline)
+    parallel.executor.record_timeline = False
+    with Observer() as observer:
+        trainer.fit(batches[-1:], 1, progress=False)
+    return RankRun(
+        step_times_s=[metrics.step_time_s for metrics in history[WARMUP_STEPS:]],
+        losses=[metrics.loss for metrics in history],
+        sent_bytes={kind: traffic.num_bytes for kind, traffic in observer.sent.items()},
+        peak_bytes=observer.peak_bytes,
+        timelines=timelines,
+    )
+
+
+def run_plain(settings: Settings, num_microbatches: int) -> RankRun:
+    """The same training without ilm_compile: the model, its loss, backward and AdamW."""
+    model = make_model(settings.preset, settings.overrides, device="cpu")
+    optimizer = adamw(model.named_parameters(), lr=LEARNING_RATE)
+    num_steps = WARMUP_STEPS + settings.steps
+    batches = settings.batches(num_steps + 1, model.config.vocab_size)
+
+    def step(batch: dict[str, Tensor]) -> float:
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        columns = [batch[name].chunk(num_microbatches) for name in ("input_ids", "labels")]
+        for input_ids, labels in zip(*columns, strict=True):
+            loss = model(input_ids, labels=labels) / num_microbatches
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        return total.item()
+
+    times, losses = [], []
+    for batch in batches[:num_steps]:
+        start = time.perf_counter()
+        losses.append(step(batch))
+        times.append(time.perf_counter() - start)
+    with Observer() as observer:
+        step(batches[-1])
+    return RankRun(
+        step_times_s=times[WARMUP_STEPS:],
+        losses=losses,
+        sent_bytes={},
+        peak_bytes=observer.peak_bytes,
+        timelines=[],
+    )
+
+
+def is_compute(action: str) -> bool:
+    """Whether an action of a timeline is a forward or a backward."""
+    return _COMPUTE.fullmatch(action) is not None
+
+
+def measured_bubble(ranks: Sequence[RankRun]) -> float:
+    """The share of the schedule's time in which a rank neither ran a forward nor a backward.
+
+    Over all ranks, from the first action of any to the last of any; the median over the recorded
+    steps. Collectives inside a forward (tp, dp) count as compute.
+    """
+    return median(map(_bubble, zip(*(rank.timelines for rank in ranks), strict=True)))
+
+
+def _bubble(timelines: Sequence[Timeline]) -> float:
+    events = [event for timeline in timelines for event in timeline]
+    span = max(end for _, _, end in events) - min(start for _, start, _ in events)
+    busy = sum(end - start for action, start, end in events if is_compute(action))
+    return 1 - busy / (span * len(timelines))

@@ -1,0 +1,111 @@
+"""What a whole training step puts on the wire, predicted from the program alone.
+
+A run counts the same (`Parallel.traffic`), and the two are equal to the byte. Not predicted, and
+not counted: gradients summed over dp or between tied copies, and the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
+
+from ilm_compile.program.boundaries import stage_boundaries, stage_of
+from ilm_compile.program.communicator import ShapeCommunicator, communicators
+from ilm_compile.program.gradients import gradient_nodes, wanted_gradients
+from ilm_compile.program.lowered import Boundary
+from ilm_compile.program.program import Program
+from ilm_compile.program.traffic import Message, Traffic, traffic
+
+
+def predicted_traffic(program: Program) -> tuple[dict[str, Traffic], ...]:
+    """Return, for each pipeline rank, what one of its ranks sends per step, by kind.
+
+    Kinds are those of the collectives, and "p2p" for messages between stages, whose calls are not
+    counted. Raises `ProgramError` for a program that `lower` would refuse.
+    """
+    plan = program.plan
+    steps: tuple[dict[str, Traffic], ...] = tuple({} for _ in range(plan.pp))
+    stages = stage_of(program)
+    for node, messages in collectives(program).items():
+        for message in messages:
+            step = steps[stages[node] % plan.pp].setdefault(message.kind, Traffic())
+            step.add(message.num_bytes * plan.num_microbatches, plan.num_microbatches)
+    received = stage_boundaries(program)
+    for rank, step in enumerate(steps):
+        step["p2p"] = Traffic()
+        for stage in range(rank, len(received), plan.pp) if plan.pp > 1 else ():
+            sent = received[stage + 1].values() if stage + 1 < len(received) else ()
+            values = [*sent, *(b for b in received[stage].values() if b.requires_grad)]
+            num_bytes = sum(map(_boundary_bytes, values)) * plan.num_microbatches
+            step["p2p"].add(num_bytes, calls=0)
+    return steps
+
+
+def collectives(program: Program) -> dict[fx.Node, list[Message]]:
+    """Return what each call of `program` sends per micro-batch, for those that send anything.
+
+    A block that is recomputed runs its collectives once more in backward.
+    """
+    wanted = wanted_gradients(program.graph)
+    again = set(_run_again(program, wanted))
+    found = {}
+    for node in stage_of(program):
+        messages = traffic(node, program.plan.tp, has_gradient=node in wanted)
+        if node in again:
+            messages += [m._replace(backward=True) for m in messages if not m.backward]
+        if messages:
+            found[node] = messages
+    return found
+
+
+def _run_again(program: Program, wanted: set[fx.Node]) -> Iterator[fx.Node]:
+    """Yield the nodes that a backward computes once more.
+
+    torch.utils.checkpoint stops as soon as it has what the backward needs, so what follows the last
+    op that keeps a tensor is not run again: the final reduction of a transformer block, usually.
+    """
+    graph_gradients = gradient_nodes(program.graph)
+    key = {n: (stage, n.meta["region"]) for n, stage in stage_of(program).items()}
+    for (_, region), group in groupby(key, key.__getitem__):
+        nodes = list(group)
+        if not program.regions[region].recompute or wanted.isdisjoint(nodes):
+            continue
+        while nodes and not _keeps(nodes[-1], graph_gradients, program.plan.tp):
+            nodes.pop()
+        yield from nodes
+
+
+def _keeps(node: fx.Node, gradients: set[fx.Node], size: int) -> bool:
+    """Whether autograd keeps a tensor for the backward of `node`; found out by running it."""
+    if node not in gradients:
+        return False
+    kept: list[Tensor] = []
+
+    def argument(source: fx.Node) -> Tensor:
+        val = source.meta["val"]
+        value = torch.empty(val.shape, dtype=val.dtype, device="meta")
+        return value.requires_grad_(source in gradients)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    arguments: Any = fx.node.map_arg((node.args, node.kwargs), argument)
+    # The program holds no call but ops and functions: the structural check sees to it.
+    target: Any = node.target
+    with (
+        torch.enable_grad(),
+        communicators(tp=ShapeCommunicator(size)),
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        target(*arguments[0], **arguments[1])
+    return bool(kept)
+
+
+def _boundary_bytes(boundary: Boundary) -> int:
+    return boundary.dtype.itemsize * torch.Size(boundary.shape).numel()
