@@ -124,11 +124,12 @@ def compare_all(
 ) -> list[Comparison]:
     """Plain PyTorch first, then every plan, in the order given."""
     for name, row in plans.items():
-        _, processes = split_row(row)
-        slices = row.get("num_microbatches", row.get("pp", 1)) * row.get("dp", 1)
-        if settings.rows % slices:
-            console.print(f"{name}: {settings.rows} rows are no multiple of {slices} micro-batches")
-            raise SystemExit(2)
+        num_slices = split_row(row).num_slices
+        if settings.rows % num_slices:
+            raise SystemExit(
+                f"{name}: expected --rows to be a multiple of its {num_slices} micro-batches, "
+                f"got {settings.rows}"
+            )
     num_microbatches = 4 if settings.rows % 4 == 0 else 1
     plain: RankRun = launch(run_plain, 1, settings, num_microbatches)[0]
     found = [_summary(PLAIN, {}, settings, plain, [plain], 0.0, 0.0)]

@@ -51,6 +51,7 @@ def lower(program: Program) -> LoweredProgram:
         target_counts=program.target_counts,
         stages=tuple(stages),
         output_placements=tuple(node.meta.get("placement", I) for node in outputs),
+        output_widths=dict(program.output_widths),
     )
     _check_variables(program, lowered)
     return lowered

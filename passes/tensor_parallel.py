@@ -18,6 +18,7 @@ from torch import fx
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.kv_heads import fit_heads
+from ilm_compile.passes.pad_vocabulary import pad_vocabulary
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.program import Program
@@ -51,6 +52,7 @@ class TensorParallel(Pass):
     def apply(self, program: Program) -> None:
         """Solve for the placements and rewrite the graph."""
         fit_heads(program, self.size)
+        pad_vocabulary(program, self.size)
         program.plan = program.plan.replace(tp=self.size)
         if self.size == 1:
             program.decisions.append("tensor-parallel: tp=1, every value is whole on its rank")

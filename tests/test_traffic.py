@@ -11,7 +11,7 @@ from torch import nn
 
 import ilm_compile
 from ilm_compile.program.program import Program
-from ilm_compile.program.step_traffic import predicted_traffic
+from ilm_compile.program.step_traffic import collectives, predicted_traffic
 from tests.support.equality import MODELS, SEQ, make_batch
 from tests.support.world import World
 
@@ -46,8 +46,8 @@ def make_model(name: str, frozen: tuple[str, ...] = ()) -> nn.Module:
 
 def predict(model: nn.Module, plan: dict[str, Any]) -> tuple[Program, list[dict[str, Any]]]:
     program = ilm_compile.partition(model, example_inputs=EXAMPLE, **plan)
-    steps = [{kind: asdict(sent) for kind, sent in step.items()} for step in predicted_traffic(program)]
-    return program, steps
+    steps = predicted_traffic(program)
+    return program, [{kind: asdict(sent) for kind, sent in step.items()} for step in steps]
 
 
 def count(
@@ -118,8 +118,6 @@ def test_explain_prints_the_totals(plan):
 def test_the_blocks_of_explain_add_up_to_its_totals():
     plan = {"tp": 2, "checkpoint": 0.5, "sequence_parallel": True}
     program, (step,) = predict(make_model("llama"), plan)
-    from ilm_compile.program.step_traffic import collectives
-
     messages = [m for found in collectives(program).values() for m in found]
     total = sum(sent["num_bytes"] for kind, sent in step.items() if kind != "p2p")
     assert sum(m.num_bytes for m in messages) == total

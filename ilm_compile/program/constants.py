@@ -46,7 +46,9 @@ def _filled(data: Any, options: dict[str, Any]) -> Tensor:
 def _without_lists(x: Tensor, index: Any) -> Any:
     """Return `index` with every list of integers as a slice (of one) or a tensor of fills."""
     if not isinstance(index, tuple):
-        return _picked(x, index, True) if _is_list(index) else index
+        # torch reads a list of lists as a tuple of lists, one for each dim.
+        flat = _is_list(index) and not any(isinstance(entry, (list, tuple)) for entry in index)
+        return _picked(x, index, True) if flat else index
     others = (entry for entry in index if not _is_list(entry))
     plain = all(entry is None or isinstance(entry, (slice, type(...))) for entry in others)
     alone = plain and sum(map(_is_list, index)) == 1

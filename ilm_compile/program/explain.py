@@ -16,7 +16,7 @@ HEADINGS = ("collective", "type", "forward", "backward", "because")
 
 
 def explain(program: Program) -> str:
-    """Return the plan, the decisions of each pass, what a step sends, and a table per distinct block.
+    """Return the plan, each pass's decisions, what a step sends, and a table per distinct block.
 
     A block's tables list the parameters with their placement, and the collectives with the bytes
     that each rank sends per micro-batch, forward and backward.
@@ -45,7 +45,7 @@ def _plan(program: Program) -> str:
 
 def _step_rows(program: Program) -> list[Row]:
     steps = predicted_traffic(program)
-    kinds = sorted({kind for step in steps for kind in step} - {"p2p"}) + ["p2p"]
+    kinds = [*sorted({kind for step in steps for kind in step} - {"p2p"}), "p2p"]
     rows = [
         (f"pipeline rank {rank}", *(_total(step.get(kind, Traffic())) for kind in kinds))
         for rank, step in enumerate(steps)

@@ -55,6 +55,7 @@ class LoweredProgram:
     target_counts: dict[str, fx.GraphModule]
     stages: tuple[Stage, ...]
     output_placements: tuple[Placement, ...]  # of the last stage's outputs, on the "tp" axis
+    output_widths: dict[str, int]  # as in `Program`
 
     def owners(self, name: str) -> tuple[int, ...]:
         """Return the stages that hold variable `name`; a tied parameter may have several."""

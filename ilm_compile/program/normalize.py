@@ -226,6 +226,15 @@ def _cast(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     return run.emit(node, aten.to.dtype, (args[0], dtype))
 
 
+def _copy(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``y[:, 0] = x`` writes: x in the shape and dtype of its place; copy has no backward."""
+    x, val = args[1], node.meta["val"]
+    if x.meta["val"].dtype != val.dtype:
+        cast = x.meta["val"].new_empty(x.meta["val"].shape, dtype=val.dtype)
+        x = run.emit(node, aten.to.dtype, (x, val.dtype), val=cast)
+    return _expand(run, node, (x,), {})
+
+
 def _dropout(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, probability, training = args
     return run.emit(node, node.target, args) if probability and training else x
@@ -291,6 +300,7 @@ _LOWERINGS: dict[Any, Lower] = {
     aten._assert_tensor_metadata.default: _nothing,
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,
+    aten.copy.default: _copy,
     aten.dropout.default: _dropout,
     aten.native_dropout.default: _native_dropout,
     **dict.fromkeys(_RESHAPES, _reshape),

@@ -49,7 +49,11 @@ class Input:
 
 @dataclass(slots=True)
 class Variable:
-    """A parameter or buffer of the user's model; `shape` is the full one."""
+    """A parameter or buffer of the user's model.
+
+    `shape` is the full one. The last `padding` rows of dimension 0 are the compiler's: zeros that
+    the user's model does not have.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -59,6 +63,23 @@ class Variable:
     persistent: bool = True
     aliases: tuple[str, ...] = ()  # further names of the same tensor (tied weights)
     placement: Placement = I
+    padding: int = 0
+
+    @property
+    def user_shape(self) -> tuple[int, ...]:
+        """The shape in the user's model."""
+        return (self.shape[0] - self.padding, *self.shape[1:]) if self.padding else self.shape
+
+    def pad(self, value: Tensor) -> Tensor:
+        """Return the user's `value` with the compiler's rows."""
+        if not self.padding:
+            return value
+        rows = value.new_zeros((self.padding, *value.shape[1:]))
+        return torch.cat([value, rows])
+
+    def unpad(self, value: Tensor) -> Tensor:
+        """Return a full `value` without the compiler's rows."""
+        return value[: self.user_shape[0]] if self.padding else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +112,8 @@ class Program:
     # receives "targets per micro-batch" (see `ilm_compile.program.loss`).
     target_counts: dict[str, fx.GraphModule]
     output_names: tuple[str, ...] = ("loss",)
+    # The last dimension of outputs that are wider in the program than the user's model gives them.
+    output_widths: dict[str, int] = field(default_factory=dict)
     facts: set[str] = field(default_factory=set)  # what the passes that ran have ensured
     decisions: list[str] = field(default_factory=list)  # what was done and why, for explain()
     warnings: list[str] = field(default_factory=list)

@@ -44,11 +44,12 @@ class InitialValues:
         """
         placement, name = variable.placement, variable.name
         initializer = self._initializer_of(variable)
-        if initializer is not None and placement.dim == 0 and not placement.segments:
+        is_plain = placement.dim == 0 and not placement.segments and not variable.padding
+        if initializer is not None and is_plain:
             rows = variable.shape[0] // size
             part = initializer(name, rows=(rank * rows, (rank + 1) * rows), seed=self._seed)
             return part.to(variable.dtype)
-        full = self._full(variable).to(variable.dtype)
+        full = variable.pad(self._full(variable).to(variable.dtype))
         return split_shards(full, placement, size)[rank] if placement.is_shard else full
 
     def checksums(self) -> dict[str, float]:

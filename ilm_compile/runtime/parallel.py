@@ -77,6 +77,7 @@ class Parallel:
         last = lowered.stages[-1]
         self._output_names = last.outputs[1:]
         self._output_placements = lowered.output_placements[1:]
+        self._output_widths = lowered.output_widths
         self._has_outputs = schedule.stage_to_rank[last.index] == mesh.pp.rank
         self.stages = [
             stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
@@ -227,7 +228,8 @@ class Parallel:
             return None
         index = self._output_names.index(LOGITS) if LOGITS in self._output_names else 0
         local = torch.cat([outputs[index] for outputs in result.outputs])
-        return gather(local, self._output_placements[index], self._tp)
+        whole = gather(local, self._output_placements[index], self._tp)
+        return whole[..., : self._output_widths.get(self._output_names[index])]
 
 
 def _check_same_model(values: InitialValues, mesh: Mesh) -> None:

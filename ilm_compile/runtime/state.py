@@ -37,7 +37,7 @@ def gather_full(
         if first != 0:
             full = _to_first(full, variable, first, mesh)
         if mesh.rank == 0 and full is not None:
-            gathered[variable.name] = full.detach().to("cpu", copy=True)
+            gathered[variable.name] = variable.unpad(full.detach()).to("cpu", copy=True)
     return gathered
 
 
@@ -80,7 +80,7 @@ def load_full(
         raise IlmCompileError(f"load_state_dict: {problem}; nothing was loaded")
     for variable in variables:
         if mesh.rank == 0:
-            value = full[variable.name].detach().to(mesh.device).contiguous()
+            value = variable.pad(full[variable.name].detach().to(mesh.device)).contiguous()
         else:
             value = torch.empty(variable.shape, dtype=variable.dtype, device=mesh.device)
         if mesh.is_distributed:
@@ -96,8 +96,8 @@ def _find_problem(full: Mapping[str, Tensor], variables: list[Variable]) -> str:
         return f"expected the names of the model, missing {missing}, unexpected {unexpected}"
     for name, variable in names.items():
         shape, dtype = tuple(full[name].shape), full[name].dtype
-        if shape != variable.shape or dtype != variable.dtype:
-            return f"{name}: expected {variable.shape} {variable.dtype}, got {shape} {dtype}"
+        if shape != variable.user_shape or dtype != variable.dtype:
+            return f"{name}: expected {variable.user_shape} {variable.dtype}, got {shape} {dtype}"
         if name != variable.name and not torch.equal(full[name], full[variable.name]):
             return f"{name} and {variable.name} are one tensor in the model, got two values"
     return ""

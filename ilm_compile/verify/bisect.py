@@ -99,7 +99,8 @@ def _run(program: Program, size: int, model: nn.Module, inputs: Mapping[str, Ten
         for name, tensor in full.items():
             variable = program.variables.get(name)
             place = variable.placement if variable else None
-            local = split_shards(tensor, place, size)[index] if place and place.is_shard else tensor
+            whole = variable.pad(tensor.detach()) if variable else tensor
+            local = split_shards(whole, place, size)[index] if place and place.is_shard else whole
             needs = variable is not None and variable.requires_grad
             tensors[name] = local.detach().clone().requires_grad_(needs)
         recorder = _Recorder(program.graph_module, tensors)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.lowered import LoweredProgram, Stage
@@ -25,6 +27,7 @@ from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.materialize import fill, finish, resolve
 from ilm_compile.runtime.mesh import Axis, Mesh
 from ilm_compile.runtime.optimizer import adamw
+from ilm_compile.runtime.p2p import Channel
 from ilm_compile.schedule import Schedule
 from ilm_compile.verify.mailroom import Mailroom, MailroomChannel
 from ilm_compile.verify.threads import run_groups
@@ -67,7 +70,7 @@ def emulate(
             if schedule.stage_to_rank[stage.index] == pp_rank
         ]
         channel = MailroomChannel(mailrooms[tp_rank], pp_rank)
-        executor = Executor(stages, schedule, mesh, channel=channel)
+        executor = Executor(stages, schedule, mesh, channel=cast(Channel, channel))
         losses = []
         for replica in range(dp):
             layout = BatchLayout(lowered.inputs, schedule.num_microbatches, Axis(replica, dp))
@@ -88,7 +91,13 @@ def emulate(
                 held.setdefault(name, []).append([resolve(stage, name) for stage in stages])
     parameters = {n: c for n, c in held.items() if lowered.variables[n].is_parameter}
     gradients = {n: _gradient(lowered.variables[n], c) for n, c in parameters.items()}
-    return Step(torch.stack(losses).mean(), gradients, _update(lowered, parameters, gradients))
+    weights = _update(lowered, parameters, gradients)
+    variables = lowered.variables
+    return Step(
+        torch.stack(losses).mean(),
+        {name: variables[name].unpad(gradient) for name, gradient in gradients.items()},
+        {name: variables[name].unpad(weight) for name, weight in weights.items()},
+    )
 
 
 def _fill(stage: Stage, lowered: LoweredProgram, values: InitialValues, mesh: Mesh) -> Stage:
@@ -147,7 +156,7 @@ def _update(
             for parameter, shard in zip(copies, shards, strict=True):
                 parameter.grad = shard.clone()
     named = [(n, tensor) for n, stages in parameters.items() for c in stages for tensor in c]
-    adamw(((n, p) for n, p in named if p.requires_grad), lr=LEARNING_RATE).step()
+    adamw(((n, cast(Parameter, p)) for n, p in named if p.requires_grad), lr=LEARNING_RATE).step()
     weights = {n: [_whole(lowered.variables[n], c) for c in s] for n, s in parameters.items()}
     for name, copies in weights.items():
         if any(not torch.equal(copies[0], other) for other in copies[1:]):

@@ -9,7 +9,6 @@ from torch.func import functional_call
 
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
-from tests.support.promote import promoted_float32
 
 Result = tuple[dict[str, Tensor], dict[str, Tensor]]
 FEATURES = 6
@@ -82,9 +81,8 @@ def assert_same(got: Result, expected: Result) -> None:
 
 
 def trace_and_compare(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Program:
-    """Trace `model`; its program must give the model's outputs and gradients, in float64."""
-    with promoted_float32():
-        program = trace(model, example_inputs=batch, **options)
-        expected = run_model(model, batch, options.get("loss_fn"))
+    """Trace `model`; its program must give the model's outputs and gradients."""
+    program = trace(model, example_inputs=batch, **options)
+    expected = run_model(model, batch, options.get("loss_fn"))
     assert_same(run_program(program, model, batch), expected)
     return program

@@ -39,7 +39,7 @@ KEPT: dict[str, Function] = {
     "two index lists of one": lambda m, x: x[[2], [5]],
     "index list beside a number": lambda m, x: x[0, [1, 2]],
     "index list beside a tensor": lambda m, x: x[torch.arange(2, device=x.device), [5, 4]],
-    "nested index list": lambda m, x: x[[[0, 1], [2, 3]]],
+    "nested index list": lambda m, x: x[:, [[0, 1], [2, 3]]],
 }
 
 
@@ -85,6 +85,11 @@ def test_model_keeps_its_constant() -> None:
 def test_constant_whose_value_is_lost_is_refused() -> None:
     with pytest.raises(TraceError, match=r"a constant of shape \(6,\) .* loses its value. Make it"):
         trace(Apply(lambda m, x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])))
+
+
+def test_list_of_lists_alone_is_refused() -> None:
+    with pytest.raises(TraceError, match="loses its value"):
+        trace(Apply(lambda m, x: x[[[0, 1], [2, 3]]]))
 
 
 def test_tensor_is_itself_again_after_tracing() -> None:

@@ -75,7 +75,7 @@ def test_no_call_names_a_device(name: str) -> None:
 
 
 WHOLE = {
-    "internlm": {"linear": 13, "embedding": 1, "rms_norm": 5, "attention": 2},
+    "internlm": {"linear": 11, "embedding": 1, "rms_norm": 5, "attention": 2},
     "internlm2": {"linear": 11, "embedding": 1, "rms_norm": 5, "attention": 2},
     "llama": {"linear": 15, "embedding": 1, "scaled_dot_product_attention": 2},
     "gpt2": {"linear": 1, "addmm": 8, "layer_norm": 5, "scaled_dot_product_attention": 2},
@@ -171,11 +171,12 @@ def write_a_slice(model: Apply, x: Tensor) -> Tensor:
     y = x * model.scale
     y[:, 1:3] = x[:, :2]
     y[0] = 0.0
+    y[:, 4] = x[:, 4].float()
     return y * y
 
 
 def write_through_a_view(model: Apply, x: Tensor) -> Tensor:
-    y = x.tanh()
+    y = x * 2
     y.view(2, -1)[1].mul_(model.scale.repeat(2))
     return y * y
 
@@ -235,7 +236,7 @@ def in_place_and_no_grad(model: Apply, x: Tensor) -> Tensor:
     return y * z
 
 
-HERE = r".*test_dialect.py:\d+"
+HERE = r".*execute.py:\d+"  # the line of the innermost forward
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ from ilm_compile.program.trace import trace
 from tests.program.execute import trace_and_compare
 from tests.program.samples import FIELDS, MODELS, build
 from tests.support.models import random_tokens, randomize_
+from tests.support.promote import promoted_float32
 from tests.support.tiny_model import SEQ, VOCAB, TinyTransformer
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_the_models(name: str) -> None:
-    trace_and_compare(*build(name))
+    with promoted_float32():
+        trace_and_compare(*build(name))
 
 
 def test_packed_rows_too() -> None:
@@ -86,7 +88,8 @@ def test_loss_fn_may_take_a_mapping() -> None:
         return F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
 
     model, batch = build("gpt2")
-    trace_and_compare(model, batch, loss_fn=loss_fn)
+    with promoted_float32():
+        trace_and_compare(model, batch, loss_fn=loss_fn)
 
 
 @pytest.mark.parametrize("order", [("x", "labels"), ("labels", "x")])

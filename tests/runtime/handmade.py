@@ -117,6 +117,7 @@ def lower_by_hand(plan: Plan, *, tied: bool = False) -> LoweredProgram:
         target_counts={"num_targets": _count_targets()},
         stages=stages,
         output_placements=(I, I, I),
+        output_widths={},
     )
 
 
