@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -23,6 +24,7 @@ from ilm_compile import models
 from ilm_compile.models.causal_lm import CausalLM
 
 THREADS = "OMP_NUM_THREADS"
+RESULTS = Path(__file__).parent / "results"
 
 
 def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) -> list[Any]:
@@ -81,6 +83,11 @@ def circumstances() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
+
+
+def make_console() -> Console:
+    """A console for tables: as wide as the terminal, or wide enough where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,22 +18,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import launch, save_json
-from benchmarks.plan_run import RankRun, Settings, measured_bubble, run_plain, run_plan
+from benchmarks.common import launch, make_console, save_json
+from benchmarks.comparison import Comparison, compare, summary
+from benchmarks.plan_run import RankRun, Row, Settings, run_plain
 from benchmarks.plots import plot_comparison, plot_timelines
-from ilm_compile.compile import make_plan, make_schedule
-from ilm_compile.program.plan import Plan
-from ilm_compile.schedule.timeline import timeline
 
 # The fields of `ilm_compile.Plan`, and dp, the number of data-parallel ranks.
 PLANS: dict[str, dict[str, Any]] = {
@@ -51,91 +48,24 @@ PLANS: dict[str, dict[str, Any]] = {
     "dp2 zero3": {"dp": 2, "num_microbatches": 2, "zero": 3},
 }
 PLAIN = "plain PyTorch"
+PLAIN_MICROBATCHES = 4
 DEFAULT_OVERRIDES = {"hidden_size": 256, "num_layers": 4}
 MIB = 2**20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A row of the table; the units are in the names."""
-
-    name: str
-    plan: dict[str, Any]
-    num_processes: int
-    step_time_s: float
-    tokens_per_second: float
-    sent_bytes: int
-    sent_bytes_by_kind: dict[str, int]
-    peak_bytes: int
-    bubble: float
-    expected_bubble: float
-    loss_error: float
-    ranks: list[RankRun]
-
-
-def split_row(row: Mapping[str, Any]) -> tuple[Plan, int]:
-    """The plan of a row and the number of processes it needs."""
-    plan = make_plan(**{name: value for name, value in row.items() if name != "dp"})
-    return plan, plan.tp * plan.pp * row.get("dp", 1)
-
-
-def compare(name: str, row: dict[str, Any], settings: Settings, plain: RankRun) -> Comparison:
-    """Train under the plan `row` in processes of its own."""
-    plan, num_processes = split_row(row)
-    ranks: list[RankRun] = launch(run_plan, num_processes, settings, row)
-    schedule = make_schedule(plan)
-    steps = timeline(schedule.compute_only().actions, schedule.num_stages).values()
-    span = max(step.stop for step in steps) * schedule.num_ranks
-    return _summary(
-        name, row, settings, plain, ranks, measured_bubble(ranks), 1 - sum(map(len, steps)) / span
-    )
-
-
-def _summary(
-    name: str,
-    row: dict[str, Any],
-    settings: Settings,
-    plain: RankRun,
-    ranks: list[RankRun],
-    bubble: float,
-    expected_bubble: float,
-) -> Comparison:
-    step_time = median(map(max, zip(*(rank.step_times_s for rank in ranks), strict=True)))
-    most = max(ranks, key=lambda rank: sum(rank.sent_bytes.values()))
-    losses = zip(ranks[0].losses, plain.losses, strict=True)
-    return Comparison(
-        name=name,
-        plan=row,
-        num_processes=len(ranks),
-        step_time_s=step_time,
-        tokens_per_second=settings.rows * settings.seq_len / step_time,
-        sent_bytes=sum(most.sent_bytes.values()),
-        sent_bytes_by_kind=most.sent_bytes,
-        peak_bytes=max(rank.peak_bytes for rank in ranks),
-        bubble=bubble,
-        expected_bubble=expected_bubble,
-        loss_error=max(abs(loss - expected) / abs(expected) for loss, expected in losses),
-        ranks=ranks,
-    )
-
-
-def compare_all(
-    plans: Mapping[str, dict[str, Any]], settings: Settings, console: Console
-) -> list[Comparison]:
+def compare_all(rows: Sequence[Row], settings: Settings, console: Console) -> list[Comparison]:
     """Plain PyTorch first, then every plan, in the order given."""
-    for name, row in plans.items():
-        num_slices = split_row(row).num_slices
-        if settings.rows % num_slices:
+    for row in rows:
+        if settings.rows % row.num_slices:
             raise SystemExit(
-                f"{name}: expected --rows to be a multiple of its {num_slices} micro-batches, "
-                f"got {settings.rows}"
+                f"{row.name}: expected --rows to be a multiple of its {row.num_slices} "
+                f"micro-batches, got {settings.rows}"
             )
-    num_microbatches = 4 if settings.rows % 4 == 0 else 1
-    plain: RankRun = launch(run_plain, 1, settings, num_microbatches)[0]
-    found = [_summary(PLAIN, {}, settings, plain, [plain], 0.0, 0.0)]
-    for name, row in plans.items():
-        console.print(f"running {name} ...", style="dim")
-        found.append(compare(name, row, settings, plain))
+    plain: RankRun = launch(run_plain, 1, settings, math.gcd(settings.rows, PLAIN_MICROBATCHES))[0]
+    found = [summary(Row(PLAIN, {}), settings, plain, [plain])]
+    for row in rows:
+        console.print(f"running {row.name} ...", style="dim")
+        found.append(compare(row, settings, plain))
     return found
 
 
@@ -149,20 +79,20 @@ def show(comparisons: Sequence[Comparison], settings: Settings, console: Console
         table.add_column(column, justify="right")
     for column in ("bubble", "expected", "loss error"):
         table.add_column(column, justify="right")
-    for row in comparisons:
+    for comparison in comparisons:
         table.add_row(
-            row.name,
-            str(row.num_processes),
-            f"{row.step_time_s * 1e3:.1f}",
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.sent_bytes / MIB:.2f}",
-            f"{row.peak_bytes / MIB:.1f}",
-            f"{row.bubble:.1%}",
-            f"{row.expected_bubble:.1%}",
-            f"{row.loss_error:.1e}",
+            comparison.row.name,
+            str(comparison.row.num_processes),
+            f"{comparison.step_time_s * 1e3:.1f}",
+            f"{comparison.tokens_per_second:,.0f}",
+            f"{comparison.sent_bytes / MIB:.2f}",
+            f"{comparison.peak_bytes / MIB:.1f}",
+            f"{comparison.bubble:.1%}",
+            f"{comparison.expected_bubble:.1%}",
+            f"{comparison.loss_error:.1e}",
         )
     console.print(table)
-    most = max(row.num_processes for row in comparisons)
+    most = max(comparison.row.num_processes for comparison in comparisons)
     if most > (os.cpu_count() or 1):
         console.print(
             f"{most} processes share {os.cpu_count()} cores: their times say nothing of the plan",
@@ -205,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seq_len=options.seq_len,
         steps=options.steps,
     )
-    console = Console()
-    comparisons = compare_all(plans, settings, console)
+    console = make_console()
+    comparisons = compare_all([Row(name, row) for name, row in plans.items()], settings, console)
     show(comparisons, settings, console)
     save_json(
         options.output / "comparison.json", {"settings": settings, "comparisons": comparisons}

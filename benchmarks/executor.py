@@ -30,11 +30,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import launch, save_json
+from benchmarks.common import RESULTS, launch, make_console, save_json
 from benchmarks.contest import SCHEDULES, Contest, SmallestModel, Workload, measure, transformer
 
 NUM_RANKS = 2
-RESULTS = Path(__file__).parent / "results"
 CONTESTANTS = {"theirs": "torch", "ours": "ours", "ours_whole": "ours, whole"}
 
 
@@ -125,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     date = datetime.now(UTC).date().isoformat()
     output = options.output or RESULTS / f"executor-{date}.json"
-    console = Console()
+    console = make_console()
 
     smallest = Workload(make_model=SmallestModel, rows=1, seq_len=16)
     own = collect(own_cost_on_rank, smallest, options.repeats)

@@ -32,7 +32,7 @@ _COLLECTIVES: dict[Any, tuple[str, int, int]] = {
 }
 
 
-class Observer(TorchDispatchMode):
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context manager. After it:
 
     peak_bytes: the most bytes of tensors alive at the end of any op. Tensors that stood before are
@@ -42,7 +42,7 @@ class Observer(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self.sent: dict[str, Traffic] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -50,9 +50,8 @@ class Observer(TorchDispatchMode):
     def __enter__(self) -> Observer:
         gc.collect()
         for thing in gc.get_objects():
-            if isinstance(thing, Tensor):
-                self._watch(thing)
-        super().__enter__()
+            self._watch(thing)
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_dispatch__(
@@ -66,16 +65,18 @@ class Observer(TorchDispatchMode):
         if func in _COLLECTIVES:
             self._count(*_COLLECTIVES[func], args)
         for thing in tree_leaves(result):
-            if isinstance(thing, Tensor):
-                self._watch(thing)
+            self._watch(thing)
         self.peak_bytes = max(self.peak_bytes, self._live_bytes())
         return result
 
-    def _watch(self, tensor: Tensor) -> None:
-        # Not the fake tensors of the compiler, nor DTensors, whose local tensors are seen themselves.
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+    def _watch(self, thing: object) -> None:
+        # Not the compiler's fake tensors, nor DTensors: their local tensors are seen themselves.
+        if type(thing) not in (Tensor, nn.Parameter):
             return
-        storage = tensor.untyped_storage()
+        assert isinstance(thing, Tensor)
+        if thing.is_meta:
+            return
+        storage = thing.untyped_storage()
         self._alive[id(storage)] = weakref.ref(storage)
 
     def _live_bytes(self) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,13 +12,14 @@ from torch import Tensor, nn
 import ilm_compile
 from benchmarks.common import make_model, random_batch
 from benchmarks.observe import Observer
+from ilm_compile.compile import make_plan
+from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import adamw
 
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
 WARMUP_STEPS = 2
 TIMELINE_STEPS = 3
-_COMPUTE = re.compile(r"\d+[FB]\d+")
 
 Timeline = list[tuple[str, float, float]]  # (action, start, end), in seconds of one clock
 
@@ -43,6 +41,31 @@ class Settings:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A plan to run. fields: those of `ilm_compile.Plan`, and dp."""
+
+    name: str
+    fields: dict[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        return make_plan(**{name: value for name, value in self.fields.items() if name != "dp"})
+
+    @property
+    def dp(self) -> int:
+        return int(self.fields.get("dp", 1))
+
+    @property
+    def num_processes(self) -> int:
+        return self.plan.tp * self.plan.pp * self.dp
+
+    @property
+    def num_slices(self) -> int:
+        """Micro-batches of the global batch."""
+        return self.plan.num_microbatches * self.dp
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRun:
     """What one rank measured.
@@ -58,16 +81,11 @@ class RankRun:
     timelines: list[Timeline]
 
 
-def run_plan(settings: Settings, plan: dict[str, Any]) -> RankRun:
-    """Train under `plan` on this rank: first timed, then with the timeline on, then observed."""
-    num_slices = plan.get("num_microbatches", plan.get("pp", 1)) * plan.get("dp", 1)
-    keywords = {name: value for name, value in plan.items() if name != "dp"}
+def run_plan(settings: Settings, row: Row) -> RankRun:
+    """Train under a plan on this rank: first timed, then with the timeline on, then observed."""
     model = make_model(settings.preset, settings.overrides)
-    parallel = ilm_compile.parallelize(
-        model,
-        example_inputs=model.example_inputs(settings.rows // num_slices, settings.seq_len),
-        **keywords,
-    )
+    example = model.example_inputs(settings.rows // row.num_slices, settings.seq_len)
+    parallel = ilm_compile.parallelize(model, example_inputs=example, plan=row.plan)
     trainer = ilm_compile.Trainer(parallel, lr=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
     num_steps = WARMUP_STEPS + settings.steps
     batches = settings.batches(num_steps + 1, model.config.vocab_size)
@@ -122,24 +140,3 @@ def run_plain(settings: Settings, num_microbatches: int) -> RankRun:
         peak_bytes=observer.peak_bytes,
         timelines=[],
     )
-
-
-def is_compute(action: str) -> bool:
-    """Whether an action of a timeline is a forward or a backward."""
-    return _COMPUTE.fullmatch(action) is not None
-
-
-def measured_bubble(ranks: Sequence[RankRun]) -> float:
-    """The share of the schedule's time in which a rank neither ran a forward nor a backward.
-
-    Over all ranks, from the first action of any to the last of any; the median over the recorded
-    steps. Collectives inside a forward (tp, dp) count as compute.
-    """
-    return median(map(_bubble, zip(*(rank.timelines for rank in ranks), strict=True)))
-
-
-def _bubble(timelines: Sequence[Timeline]) -> float:
-    events = [event for timeline in timelines for event in timeline]
-    span = max(end for _, _, end in events) - min(start for _, start, _ in events)
-    busy = sum(end - start for action, start, end in events if is_compute(action))
-    return 1 - busy / (span * len(timelines))

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-from benchmarks.plan_run import is_compute  # noqa: E402
-
-if TYPE_CHECKING:
-    from benchmarks.compare_plans import Comparison
+from benchmarks.comparison import Comparison, is_compute
+from benchmarks.plan_run import Timeline
 
 MIB = 2**20
 COLORS = {"F": "#4878a8", "B": "#e08a3c"}
@@ -30,13 +25,12 @@ PANELS: dict[str, Callable[[Comparison], float]] = {
 
 def plot_comparison(comparisons: Sequence[Comparison], path: Path) -> None:
     """One panel of bars per figure, one bar per plan; the bubble the schedule implies as a mark."""
-    names = [row.name for row in comparisons]
-    figure, axes = plt.subplots(
-        1, len(PANELS), sharey=True, figsize=(14, 0.9 + 0.38 * len(names)), layout="constrained"
-    )
+    names = [comparison.row.name for comparison in comparisons]
+    figure = Figure(figsize=(14, 0.9 + 0.38 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
     for axis, (title, value) in zip(axes, PANELS.items(), strict=True):
         bars = axis.barh(names, [value(row) for row in comparisons], color=COLORS["F"])
-        axis.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=8)
+        axis.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
@@ -48,29 +42,27 @@ def plot_comparison(comparisons: Sequence[Comparison], path: Path) -> None:
 
 
 def plot_timelines(comparisons: Sequence[Comparison], path: Path) -> None:
-    """The forwards and backwards of the last recorded step, rank by rank, of each pipelined plan."""
-    rows = [row for row in comparisons if row.plan.get("pp", 1) > 1]
-    if not rows:
+    """The last recorded step of each pipelined plan: forwards and backwards, rank by rank."""
+    pipelined = [comparison for comparison in comparisons if comparison.row.plan.pp > 1]
+    if not pipelined:
         return
-    figure, axes = plt.subplots(
-        len(rows), squeeze=False, figsize=(12, 0.6 + 1.3 * len(rows)), layout="constrained"
-    )
-    for axis, row in zip(axes[:, 0], rows, strict=True):
-        timelines = [rank.timelines[-1] for rank in row.ranks]
+    figure = Figure(figsize=(12, 0.6 + 1.3 * len(pipelined)), layout="constrained")
+    axes = figure.subplots(len(pipelined), squeeze=False)[:, 0]
+    for axis, comparison in zip(axes, pipelined, strict=True):
+        timelines = [rank.timelines[-1] for rank in comparison.ranks]
         origin = min(start for timeline in timelines for _, start, _ in timeline)
         for rank, timeline in enumerate(timelines):
             _draw_rank(axis, rank, timeline, origin)
         axis.set_yticks(range(len(timelines)), [f"rank {rank}" for rank in range(len(timelines))])
         axis.invert_yaxis()
-        axis.set_title(f"{row.name}: bubble {row.bubble:.0%}", fontsize=10, loc="left")
+        title = f"{comparison.row.name}: bubble {comparison.bubble:.0%}"
+        axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("ms (blue: forward, orange: backward; stage and micro-batch as text)")
+    axes[-1].set_xlabel("ms (blue: forward, orange: backward; stage and micro-batch as text)")
     _save(figure, path)
 
 
-def _draw_rank(
-    axis: Any, rank: int, timeline: list[tuple[str, float, float]], origin: float
-) -> None:
+def _draw_rank(axis: Any, rank: int, timeline: Timeline, origin: float) -> None:
     for action, start, end in timeline:
         if not is_compute(action):
             continue
@@ -80,7 +72,6 @@ def _draw_rank(
         axis.text(left + width / 2, rank, action, ha="center", va="center", fontsize=6)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

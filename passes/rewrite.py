@@ -194,7 +194,7 @@ def _insert(
         node = program.graph.create_node("call_function", target, args, kwargs, name)
     node.meta.update({key: like.meta[key] for key in KEPT if key in like.meta})
     node.meta["val"] = _run_without_data(node, program.plan.tp)
-    if "sharded" in program.facts:
+    if "placement" in like.meta:
         _place(program, node, wanted)
     return node
 

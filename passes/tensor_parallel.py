@@ -22,9 +22,9 @@ from ilm_compile.passes.pad_vocabulary import pad_vocabulary
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.program import Program
-from ilm_compile.sharding import RULES, Restrictions, Strategy, solve
+from ilm_compile.sharding import Restrictions, Strategy, solve
 from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.strategy import Call, aten, global_call
+from ilm_compile.sharding.strategy import Call, aten, global_call, has_rule
 from ilm_compile.sharding.why import Reasons
 
 AXIS = "tp"
@@ -187,7 +187,7 @@ def _unsharded(program: Program, size: int) -> list[str]:
         variable = program.variables[str(node.target)]
         if variable.is_parameter and len(variable.shape) > 1 and not variable.placement.is_shard:
             user = next(iter(node.users))
-            why = "has no placement rule" if user.target not in RULES else "cannot be divided"
+            why = "cannot be divided" if has_rule(user.target) else "has no placement rule"
             found.append(
                 f"tensor-parallel: {variable.name} {variable.shape} stays replicated on all {size} "
                 f"ranks: {user.target} {why} at {program.where(user)}"

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from ilm_compile.errors import TraceError
 from ilm_compile.program.program import Source, Variable
+from ilm_compile.program.selections import SELECTIONS
 
 aten = torch.ops.aten
 Lower = Callable[["_Normalizer", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -131,6 +132,8 @@ class _Normalizer:
             pieces: Any = args[0]  # an op that returns a list has become a Python list by now
             return pieces[args[1]]
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
+        if node.target in SELECTIONS:
+            return SELECTIONS[node.target](self.emit, node, args, kwargs)
         lower = _LOWERINGS.get(node.target)
         if lower is not None:
             return lower(self, node, args, kwargs)
@@ -275,6 +278,17 @@ def _transpose(
     return run.emit(node, aten.permute.default, (args[0], order))
 
 
+def _histc(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Of integers it exists on CUDA only; the model was traced on neither device.
+    val = node.meta["val"]
+    if val.is_floating_point():
+        return run.emit(node, node.target, args, kwargs)
+    x = args[0].meta["val"]
+    real = run.emit(node, aten.to.dtype, (args[0], torch.float32), val=x.float())
+    counts = run.emit(node, node.target, (real, *args[1:]), kwargs, val.float())
+    return run.emit(node, aten.to.dtype, (counts, val.dtype), val=val)
+
+
 def _unbind(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     dim %= x.meta["val"].dim()
@@ -308,6 +322,7 @@ _LOWERINGS: dict[Any, Lower] = {
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_SPLITS, _pieces),
     aten.unbind.int: _unbind,
+    aten.histc.default: _histc,
     aten.slice.Tensor: _slice,
     aten.numpy_T.default: _transpose,
 }

@@ -33,14 +33,14 @@ def predicted_traffic(program: Program) -> tuple[dict[str, Traffic], ...]:
     stages = stage_of(program)
     for node, messages in collectives(program).items():
         for message in messages:
-            step = steps[stages[node] % plan.pp].setdefault(message.kind, Traffic())
-            step.add(message.num_bytes * plan.num_microbatches, plan.num_microbatches)
-    received = stage_boundaries(program)
+            sent = steps[stages[node] % plan.pp].setdefault(message.kind, Traffic())
+            sent.add(message.num_bytes * plan.num_microbatches, plan.num_microbatches)
+    received = [tuple(boundaries.values()) for boundaries in stage_boundaries(program)]
     for rank, step in enumerate(steps):
         step["p2p"] = Traffic()
         for stage in range(rank, len(received), plan.pp) if plan.pp > 1 else ():
-            sent = received[stage + 1].values() if stage + 1 < len(received) else ()
-            values = [*sent, *(b for b in received[stage].values() if b.requires_grad)]
+            values = [b for b in received[stage] if b.requires_grad]  # whose gradients go back
+            values += received[stage + 1] if stage + 1 < len(received) else ()
             num_bytes = sum(map(_boundary_bytes, values)) * plan.num_microbatches
             step["p2p"].add(num_bytes, calls=0)
     return steps

@@ -124,9 +124,10 @@ def _named_outputs(result: Any) -> dict[str, Tensor]:
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     loss = tensors.pop("loss", None)
     if loss is None or loss.dim() != 0:
+        shapes = {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)}
         raise TraceError(
             "trace: expected the model to return a scalar loss when given labels, or loss_fn to "
-            f"return one, got outputs { {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)} }; "
+            f"return one, got outputs {shapes}; "
             "pass loss_fn=lambda outputs, labels: ..., or labels among the example_inputs"
         )
     return {"loss": loss, **tensors}

@@ -2,6 +2,7 @@
 
 from ilm_compile.sharding import rules_math as _rules_math  # noqa: F401 - fill the table
 from ilm_compile.sharding import rules_model as _rules_model  # noqa: F401
+from ilm_compile.sharding import rules_select as _rules_select  # noqa: F401
 from ilm_compile.sharding import rules_views as _rules_views  # noqa: F401
 from ilm_compile.sharding.check import check_placements as check_placements
 from ilm_compile.sharding.solver import Solution as Solution

@@ -53,6 +53,20 @@ Rule = Callable[[Call, frozenset[Placement]], Iterator[Strategy]]
 RULES: dict[Any, Rule] = {}
 
 
+def rule_of(target: Any) -> Rule:
+    """Return the rule of an op, looked up by the op or by its name; one that yields nothing if none.
+
+    Names serve ops of other libraries, which exist only once these are imported.
+    """
+    schema = getattr(target, "_schema", None)
+    return RULES.get(target) or RULES.get(schema.name if schema else "") or _no_rule
+
+
+def has_rule(target: Any) -> bool:
+    """Whether an op has a placement rule."""
+    return rule_of(target) is not _no_rule
+
+
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule of each of `targets`."""
 
@@ -104,7 +118,7 @@ def strategies(call: Call, wanted: Iterable[Placement]) -> list[Strategy]:
     found = [Strategy((I,) * count, I)]
     if count:
         found.append(Strategy((R,) * count, R))
-    found += RULES.get(call.target, _no_rule)(call, frozenset(wanted))
+    found += rule_of(call.target)(call, frozenset(wanted))
     legal = (s for s in found if _divides(call, s))
     return list(dict.fromkeys(legal))
 

@@ -1,12 +1,12 @@
-"""`check_pass`: tries a pass on a zoo of small models and plans, and says whether it keeps its word.
+"""`check_pass`: tries a pass on a zoo of small models and plans: does it keep its word?
 
 Each case compiles a model, once with the pass alone and once per plan beside the standard passes,
 takes one training step of the result with all ranks emulated, and asks four things:
 
-* invariants   after every pass the program is in the dialect, and its placements follow by the rules;
-* equality     loss and every gradient are what the pass promises (see `_expected`);
-* determinism  a second run of the passes gives the same program;
-* time         of the pass itself.
+* invariants: after every pass the program is in the dialect, its placements follow by the rules;
+* equality: the loss and every gradient are what the pass promises (see `_Trial._expected`);
+* determinism: a second run of the passes gives the same program;
+* time: of the pass itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ilm_compile.errors import PlanError, VerificationError
+from ilm_compile.errors import IlmCompileError, PlanError, VerificationError
 from ilm_compile.passes import (
     Pass,
     PassReport,
@@ -43,7 +44,9 @@ ROWS, MICROBATCHES = 2, 2
 GRADIENT_FLOOR = 1e-5  # of the global norm: some gradients are zero in theory
 # What the order of sums may change, by the least precise dtype that a gradient flows through.
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-HEADINGS = ("model", "plan", "passes", "loss", "gradient", "allowed", "ms", "result")
+HEADINGS = (
+    *("model", "plan", "passes", "loss error", "gradient error", "allowed", "ms", "result"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +80,11 @@ class PassCheck:
 
     @property
     def failures(self) -> list[str]:
-        """One sentence per case that failed, and one if no case could be run."""
-        found = [f"{_title(c)}: {c.detail}" for c in self.cases if c.outcome == "failed"]
+        """A sentence per reason for which cases failed, and one if no case could be run."""
+        found = _reasons(self.cases, "failed")
         if not any(case.outcome == "ok" for case in self.cases) and not found:
-            reasons = dict.fromkeys(case.detail for case in self.cases)
-            found.append(f"no case was run: {'; '.join(reasons) or 'no models or plans given'}")
+            reason = self.cases[0].detail if self.cases else "no models or plans were given"
+            found.append(f"no case was run: {reason}")
         return found
 
     @property
@@ -99,10 +102,8 @@ class PassCheck:
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
         lines = [f"check_pass {self.name}: {'ok' if self.ok else 'FAILED'} ({self.seconds:.1f} s)"]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        refused = [
-            f"refused: {_title(c)}: {c.detail}" for c in self.cases if c.outcome == "refused"
-        ]
-        lines += ["", *self.failures, *refused] if self.failures or refused else []
+        notes = self.failures or [f"refused: {text}" for text in _reasons(self.cases, "refused")]
+        lines += ["", *notes] if notes else []
         if self.ok and not any(case.changed for case in self.cases):
             lines += ["", "the pass changed no program: this says little about it"]
         return "\n".join(lines)
@@ -161,8 +162,7 @@ class _Trial:
         fixed = {"model": self.name, "plan": label, "passes": passes}
         try:
             compiled = self._compile(plan, others)
-            if _text(compiled.program) != _text(self._compile(plan, others).program):
-                raise VerificationError("a second run of the passes gives another program")
+            _refuse_difference(compiled.program, self._compile(plan, others).program)
             found = self._take_step(compiled.program)
             if not others:
                 self.alone = found
@@ -171,7 +171,8 @@ class _Trial:
         except PlanError as error:
             return Case(**fixed, outcome="refused", detail=_first_line(error))  # type: ignore[arg-type]
         except Exception as error:  # whatever a pass does, the report goes on
-            detail = f"{type(error).__name__}: {_first_line(error)}"
+            kind = "" if isinstance(error, IlmCompileError) else f"{type(error).__name__}: "
+            detail = f"{kind}{_first_line(error)}"
             return Case(**fixed, outcome="failed", detail=detail)  # type: ignore[arg-type]
         worst = max(gradients, key=gradients.__getitem__)
         wrong = [f"loss is off by {loss:.1e}"] if not loss <= allowed else []
@@ -244,10 +245,21 @@ def _errors(found: Step, expected: Step) -> tuple[float, dict[str, float]]:
     """Return the relative errors of the loss and of each gradient."""
     loss = float((found.loss - expected.loss).abs() / expected.loss.abs())
     norm = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
-    return loss, {
-        name: float((found.gradients[name] - g).norm() / g.norm().clamp_min(GRADIENT_FLOOR * norm))
-        for name, g in expected.gradients.items()
-    }
+    errors = {}
+    for name, gradient in expected.gradients.items():
+        difference = found.gradients.get(name, torch.zeros_like(gradient)) - gradient
+        errors[name] = float(difference.norm() / gradient.norm().clamp_min(GRADIENT_FLOOR * norm))
+    return loss, errors
+
+
+def _refuse_difference(first: Program, second: Program) -> None:
+    lines = zip_longest(_text(first).splitlines(), _text(second).splitlines(), fillvalue="nothing")
+    for one, two in lines:
+        if one != two:
+            raise VerificationError(
+                f"a second run of the passes gives another program: {two.strip()} where there was "
+                f"{one.strip()}; do not iterate over sets or draw random numbers"
+            )
 
 
 def _rounding(program: Program) -> float:
@@ -270,14 +282,21 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def _title(case: Case) -> str:
-    return f"{case.model}, {case.passes if case.plan == '-' else case.plan}"
+def _reasons(cases: Sequence[Case], outcome: str) -> list[str]:
+    """Return a sentence per distinct detail of the cases of this outcome."""
+    titles: dict[str, list[str]] = {}
+    for case in cases:
+        if case.outcome == outcome:
+            where = case.passes if case.plan == "-" else case.plan
+            titles.setdefault(case.detail, []).append(f"{case.model} ({where})")
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {detail}"
+        for detail, names in titles.items()
+    ]
 
 
 def _row(case: Case) -> tuple[str, ...]:
-    if case.outcome != "ok" and case.allowed != case.allowed:  # NaN: it did not get so far
-        numbers = ("-", "-", "-", "-")
-    else:
-        errors = (case.loss_error, case.gradient_error, case.allowed)
-        numbers = (*(f"{value:.1e}" for value in errors), f"{case.seconds * 1e3:.1f}")
-    return (case.model, case.plan, case.passes, *numbers, case.outcome)
+    errors = (case.loss_error, case.gradient_error, case.allowed)
+    numbers = [f"{value:.1e}" for value in errors] + [f"{case.seconds * 1e3:.1f}"]
+    shown = ["-" if number == "nan" else number for number in numbers]
+    return (case.model, case.plan, case.passes, *shown, case.outcome)

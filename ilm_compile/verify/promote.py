@@ -12,6 +12,16 @@ from torch.overrides import TorchFunctionMode
 _CASTS = {Tensor.float, Tensor.to, Tensor.type, torch.softmax, F.softmax, F.log_softmax}
 
 
+_GROUPED = {f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f}
+
+
+def _grouped_mm(rows: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    """torch's grouped matrix product, which refuses float64."""
+    starts = [0, *offs.tolist()]
+    groups = zip(starts, starts[1:], weights, strict=False)
+    return torch.cat([rows[start:end] @ weight for start, end, weight in groups])
+
+
 class _KeepFloat64(TorchFunctionMode):
     """Drops the request for float32 from casts, and from softmax, of a float64 tensor."""
 
@@ -23,6 +33,8 @@ class _KeepFloat64(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _GROUPED and args[0].dtype == torch.float64:
+            return _grouped_mm(*args, **kwargs)
         if func in _CASTS and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]

@@ -38,6 +38,7 @@ class SkipModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)
+        nn.init.normal_(self.embed.weight, std=0.1)  # logits of ordinary size
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(HIDDEN),

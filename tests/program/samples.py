@@ -1,11 +1,14 @@
 """The models that the IR is tested on, in float64, with a batch for each."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from ilm_compile import models
+from ilm_compile.program.program import Program
+from ilm_compile.program.trace import trace
 from tests.support.models import hf_llama_like, random_tokens, randomize_
 from tests.support.promote import to_float64
 from tests.support.tiny_model import SEQ, VOCAB, TinyTransformer
@@ -40,3 +43,10 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     model = randomize_(to_float64(MODELS[name]()))
     input_ids, labels = random_tokens(2, SEQ, VOCAB)
     return model, {"input_ids": input_ids, "labels": labels}
+
+
+@cache
+def traced(name: str) -> Program:
+    """The model's program, for reading: tests share it."""
+    model, batch = build(name)
+    return trace(model, example_inputs=batch)

@@ -21,7 +21,9 @@ def test_parse_and_text_are_inverse(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "X", "S", "S()", "S(-1)", "S(1, (4, 2))", "I ", "P+R"])
 def test_other_text_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected I, R, P, S\(dim\) or S\(dim, segments=") as info:
+    with pytest.raises(
+        ValueError, match=r"expected I, R, P, S\(dim\) or S\(dim, segments="
+    ) as info:
         Placement.parse(text)
     assert f"got {text!r}" in str(info.value)
 

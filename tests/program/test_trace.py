@@ -157,7 +157,9 @@ class WithBuffers(nn.Module):
 
 def test_buffers_keep_their_aliases_and_persistence() -> None:
     program = trace_and_compare(WithBuffers(), {"x": torch.randn(2, 4, dtype=torch.float64)})
-    kept = {n: (v.aliases, v.persistent) for n, v in program.variables.items() if not v.is_parameter}
+    kept = {
+        n: (v.aliases, v.persistent) for n, v in program.variables.items() if not v.is_parameter
+    }
     assert kept == {"table": (("again",), True), "temporary": ((), False)}
 
 
@@ -193,17 +195,13 @@ def test_no_value_is_computed_nor_weight_copied() -> None:
 
 def test_model_is_traced_in_training_mode() -> None:
     program = trace(TinyTransformer(num_blocks=1, dropout=0.1).eval())
-    dropouts = program.graph.find_nodes(
-        op="call_function", target=torch.ops.aten.dropout.default
-    )
+    dropouts = program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
     assert [node.args[1:] for node in dropouts] == [(0.1, True)]
 
 
 def test_dropout_of_nothing_is_no_node() -> None:
     program = trace(TinyTransformer(num_blocks=1, dropout=0.0))
-    assert not program.graph.find_nodes(
-        op="call_function", target=torch.ops.aten.dropout.default
-    )
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
 
 
 def test_program_keeps_the_plan_and_the_initial_values() -> None:

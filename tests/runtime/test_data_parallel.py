@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
-from ilm_compile.runtime.data_parallel import shard, units
+from ilm_compile.runtime import Mesh
+from ilm_compile.runtime.data_parallel import GradientSync, shard, units
 from tests.runtime.handmade import lower_by_hand
+from tests.support.world import World
 
 
 def test_each_region_is_a_unit_and_the_stage_has_the_rest() -> None:
@@ -27,6 +30,30 @@ def test_regions_that_share_a_parameter_belong_to_the_stage() -> None:
     last = list(units(stage))[-1]
     assert last.module is stage.module
     assert set(last.names) == {"embed", "scale", "frozen"}
+
+
+def sum_over_ranks(rank: int, dtype: torch.dtype) -> float:
+    """Two micro-batches on each rank, reduced once; the gradient of a weight that sees 1 + rank."""
+    mesh = Mesh.create(Plan()).device_mesh
+    assert mesh is not None
+    module = nn.Linear(1, 1, bias=False, dtype=dtype)
+    shard(module, mesh["dp"], zero=1)
+    (weight,) = module.parameters()
+    sync = GradientSync(module, zero=1)
+    x = torch.full((1, 1), 1.0 + rank, dtype=dtype)
+    sync.defer()
+    module(x).sum().backward()
+    sync.resume()
+    module(x).sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    return weight.grad.full_tensor().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_summed_over_ranks_and_microbatches(
+    world2: World, dtype: torch.dtype
+) -> None:
+    assert world2.run(sum_over_ranks, dtype) == [6.0, 6.0]
 
 
 def test_a_region_of_two_dtypes_is_refused() -> None:

@@ -11,8 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
-from ilm_compile.runtime import StepMetrics, Trainer, adamw
-from tests.runtime.handmade import ROWS, SEQ, make_batch, make_model, make_parallel
+from ilm_compile.runtime import Mesh, Parallel, StepMetrics, Trainer, adamw
+from ilm_compile.schedule import Action, Schedule
+from tests.runtime.handmade import (
+    ROWS,
+    SEQ,
+    lower_by_hand,
+    make_batch,
+    make_model,
+    make_parallel,
+)
 from tests.support.world import World
 
 LR, MAX_NORM, NUM_STEPS = 1e-2, 0.05, 10
@@ -65,6 +73,23 @@ def test_ten_steps_end_in_the_same_weights(world4: World, plan: Plan, tied: bool
     rows = ROWS * plan.num_microbatches * (4 // (plan.tp * plan.pp))
     for name, expected in train_alone(rows, tied=tied).items():
         torch.testing.assert_close(state[name], expected, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_two_copies_of_a_tied_parameter_on_one_rank_stay_equal() -> None:
+    """Both stages on one rank: an optimizer sees the parameter once, and both stages follow."""
+    rows = [[Action.parse(text) for text in "0F0 1F0 1B0 0B0 0F1 1F1 1B1 0B1".split()]]
+    schedule = Schedule.from_rows("both", rows)
+    lowered = lower_by_hand(Plan(pp=2, num_microbatches=2), tied=True)
+    parallel = Parallel(lowered, schedule, Mesh.create(Plan()), make_model(tied=True))
+    assert [name for name, _ in parallel.named_parameters()].count("embed") == 1
+    trainer = Trainer(parallel, lr=LR, max_grad_norm=MAX_NORM)
+    for step in range(NUM_STEPS):
+        trainer.zero_grad()
+        trainer.execute_schedule(make_batch(2 * ROWS, seed=step))
+        trainer.step()
+    expected = train_alone(2 * ROWS, tied=True)
+    for name, value in parallel.full_state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-12, msg=name)
 
 
 def train_with_torch_optimizer(rank: int) -> float:

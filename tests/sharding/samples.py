@@ -78,6 +78,19 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     aten.where.Scalar: [lambda: call(mask(4, 8), 1.0, 2.0)],
     aten.masked_fill.Scalar: [lambda: call(x(4, 8), mask(4, 8), 1.0)],
     aten.masked_fill.Tensor: [lambda: call(x(4, 8), mask(4, 8), x())],
+    aten.index.Tensor: [
+        lambda: call(x(4, 8, 4), [integers(4, 6)]),
+        lambda: call(x(4, 8, 4), [None, integers(8, 2, 6)]),
+        lambda: call(x(4, 8, 4), [None, integers(8, 6), integers(4, 6)]),
+        lambda: call(x(4, 8, 4), [integers(4, 6), None, integers(4, 6)]),
+    ],
+    aten.gather.default: [
+        lambda: call(x(4, 8), 1, integers(8, 4, 6)),
+        lambda: call(x(4, 8), 0, integers(4, 2, 4)),
+    ],
+    "transformers::grouped_mm_fallback": [
+        lambda: call(x(6, 8), x(3, 8, 12), torch.tensor([2, 2, 6], dtype=torch.int32)),
+    ],
     aten.linear.default: [
         lambda: call(x(2, 4, 8), x(12, 8)),
         lambda: call(x(2, 4, 8), x(12, 8), x(12)),

@@ -12,7 +12,7 @@ from tests.sharding.proof import all_strategies, make_call, prove
 from tests.sharding.samples import SAMPLES, aten, call, ilm, x
 
 # These stand for the sharded form of another op and are proven where that op becomes them.
-SHARDED_FORMS = {vocab_embedding, vocab_cross_entropy}
+SHARDED_FORMS = {vocab_embedding, vocab_cross_entropy, "aten::_grouped_mm"}  # of the fallback
 CASES = [
     pytest.param(target, make, id=f"{target}-{i}")
     for target, makes in SAMPLES.items()
@@ -25,11 +25,21 @@ CASES = [
 def test_every_strategy_equals_the_unsharded_op(target, make, size):
     torch.manual_seed(0)
     args, kwargs = make()
+    target = resolve(target)
     op_call, tensors = make_call(target, args, kwargs, size)
     # Gradients of a cast to float32 pass through float32.
     bound = 1e-5 if target is aten.to.dtype else 1e-12
     for strategy in all_strategies(op_call):
         prove(op_call, tensors, strategy, bound=bound)
+
+
+def resolve(target):
+    """Return the op that a name of another library's op stands for."""
+    if not isinstance(target, str):
+        return target
+    library, name = target.split("::")
+    pytest.importorskip(f"{library}.integrations.moe")
+    return getattr(getattr(torch.ops, library), name).default
 
 
 def test_every_rule_has_a_proof():
