@@ -66,7 +66,7 @@ def measured_bubble(timelines: Sequence[Sequence[Timeline]]) -> float:
     or backward (tp, dp) count as compute.
     """
     steps = list(zip(*timelines, strict=True))
-    return median(map(_bubble, steps)) if steps else 0.0
+    return float(median(map(_bubble, steps))) if steps else 0.0
 
 
 def expected_bubble(plan: Plan) -> float:

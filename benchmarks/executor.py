@@ -19,7 +19,7 @@ Step time (8 transformer blocks of hidden size 512, 16 sequences of 128 tokens):
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -31,7 +31,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import RESULTS, launch, make_console, save_json
-from benchmarks.contest import SCHEDULES, Contest, SmallestModel, Workload, measure, transformer
+from benchmarks.contest import (
+    SCHEDULES,
+    Contest,
+    SmallestModel,
+    Time,
+    Workload,
+    measure,
+    transformer,
+)
 
 NUM_RANKS = 2
 CONTESTANTS = {"theirs": "torch", "ours": "ours", "ours_whole": "ours, whole"}
@@ -59,18 +67,21 @@ def own_cost_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Fi
     contest = Contest(workload, schedule)
     contest.check_equal()
     times = measure(contest, [*CONTESTANTS, "loop"], repeats)
-    return [
-        Figure.of(
-            schedule,
-            contest.parallel.mesh.rank,
-            name,
-            [
-                (step.cpu - loop.cpu) / workload.num_microbatches
-                for step, loop in zip(times[name], times["loop"], strict=True)
-            ],
-        )
-        for name in CONTESTANTS
-    ]
+    rank = contest.parallel.mesh.rank
+    return figures_against_loop(times, schedule, rank, workload.num_microbatches)
+
+
+def figures_against_loop(
+    times: Mapping[str, Sequence[Time]], schedule: str, rank: int, num_microbatches: int
+) -> list[Figure]:
+    """What each contestant's steps took more than the loop of the same round, per micro-batch."""
+    figures = []
+    for name, steps in times.items():
+        if name != "loop":
+            pairs = zip(steps, times["loop"], strict=True)
+            costs = [(step.cpu - loop.cpu) / num_microbatches for step, loop in pairs]
+            figures.append(Figure.of(schedule, rank, name, costs))
+    return figures
 
 
 def step_time_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Figure]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import ilm_compile
 from ilm_compile.errors import PlanError
 from ilm_compile.models import internlm2_tiny
-from ilm_compile.passes import Pass, PassReport, replace, wrap
+from ilm_compile.passes import Pass, PassReport, replace, run_passes, wrap
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.diff import diff
 from ilm_compile.program.placement import Placement
@@ -82,6 +82,7 @@ class SoftCap(Pass):
     """Keep logits within (-cap, cap): cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118)."""
 
     name: ClassVar[str] = "soft-cap"
+    before: ClassVar[frozenset[str]] = frozenset({"sharded"})
     numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
     tolerance: ClassVar[float] = 1e-2
 
@@ -113,7 +114,7 @@ def main() -> None:
 
     before = trace(model)
     after = copy_program(before)
-    ilm_compile.passes.run_passes(after, passes)
+    run_passes(after, passes)
     print(diff(before, after))
 
 

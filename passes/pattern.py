@@ -105,6 +105,21 @@ def trace_function(function: Function, arguments: Mapping[str, Any]) -> fx.Graph
     return module.graph
 
 
+def parameters_of(function: Function) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pattern or replacement. Raises `ProgramError` if it has no names."""
+    try:
+        found = inspect.signature(function).parameters
+    except ValueError:  # torch.tanh and other functions written in C
+        found = {}
+    anonymous = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if not found or any(p.kind in anonymous for p in found.values()):
+        raise ProgramError(
+            f"pattern: expected a function with named parameters, got {function}; write lambda x: "
+            "torch.tanh(x) for torch.tanh"
+        )
+    return found
+
+
 class _Called(nn.Module):
     """A function as a module, which is what torch.export takes."""
 
@@ -127,7 +142,7 @@ class _Matcher:
     """A traced pattern and the search for it, which backtracks over the orders of operands."""
 
     def __init__(self, pattern: Function) -> None:
-        parameters = inspect.signature(pattern).parameters.values()
+        parameters = parameters_of(pattern).values()
         blank = inspect.Parameter.empty
         examples = {
             p.name: torch.empty(4, 4) if p.default is blank else p.default for p in parameters

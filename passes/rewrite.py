@@ -9,7 +9,6 @@ data, and the placement from the rule of the op, by its inputs. Where no rule gi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
-from ilm_compile.passes.pattern import Function, Match, matches, trace_function
+from ilm_compile.passes.pattern import Function, Match, matches, parameters_of, trace_function
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
-from ilm_compile.program.placement import Placement
+from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
 from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.strategy import (
@@ -84,9 +83,8 @@ def wrap(program: Program, node: fx.Node, function: Function) -> fx.Node:
     """
     users = set(node.users)
     point, like = _after(program, node)
-    (name,) = inspect.signature(function).parameters
-    graph = trace_function(function, {name: _without_data(node.meta["val"])})
-    new = _inline(program, graph, {name: node}, point, like, node.meta.get("placement"))
+    graph = trace_function(lambda x: function(x), {"x": _without_data(node.meta["val"])})
+    new = _inline(program, graph, {"x": node}, point, like, node.meta.get("placement"))
     _refuse_other_type(program, node, new)
     node.replace_all_uses_with(new, delete_user_cb=users.__contains__)
     return new
@@ -145,7 +143,7 @@ def _refuse_escaping(program: Program, match: Match) -> None:
 
 
 def _select(replacement: Function, inputs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(replacement).parameters)
+    names = list(parameters_of(replacement))
     if unknown := [name for name in names if name not in inputs]:
         raise ProgramError(
             f"replace: the replacement takes {unknown}, which the pattern does not have; its "
@@ -248,6 +246,9 @@ def _place(program: Program, node: fx.Node, wanted: Placement | None) -> None:
         return
     size = program.plan.tp
     inputs = tuple(map(placement_of, tensor_inputs(node)))
+    if set(inputs) <= {I} or set(inputs) == {R}:  # every rank computes the same
+        node.meta["placement"] = R if inputs and inputs[0] == R else I
+        return
     shards = {placement for placement in inputs if placement.is_shard}
     dims = {Placement("S", dim) for dim in range(node.meta["val"].dim())}
     legal = []

@@ -72,7 +72,7 @@ def world_of_one(device: torch.device) -> Iterator[None]:
     """A process group that holds this process alone: NCCL on a GPU, gloo elsewhere."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     bound = torch.device("cuda", 0) if device.type == "cuda" else None
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
     try:
         yield

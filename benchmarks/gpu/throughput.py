@@ -94,7 +94,7 @@ def _eager(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> S
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32):
             loss: Tensor = model(**batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.item()

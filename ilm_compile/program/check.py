@@ -7,10 +7,11 @@ from torch import fx
 
 from ilm_compile.errors import ProgramError
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.program import Program
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 
-FUNCTIONS = {redistribute, vocab_embedding, vocab_cross_entropy}
+FUNCTIONS = {redistribute, seeded_dropout, vocab_embedding, vocab_cross_entropy}
 
 
 def check_structure(program: Program) -> None:

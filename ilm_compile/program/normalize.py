@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.dropout import SEED, attention_probabilities, seeded_dropout
 from ilm_compile.program.program import Source, Variable
 from ilm_compile.program.selections import SELECTIONS
 
@@ -160,6 +161,21 @@ class _Normalizer:
             return outputs
         return [self.emit(origin, aten.detach.default, (o,), {}, o.meta["val"]) for o in outputs]
 
+    def dropout(self, origin: fx.Node, x: fx.Node, probability: float) -> fx.Node:
+        """Append a dropout of `x` with a salt of its own, and the seed's placeholder if need be."""
+        found = [n for n in self.graph.find_nodes(op="placeholder") if n.target == SEED]
+        if found:
+            seed = found[0]
+        else:
+            with self.graph.inserting_after(list(self.graph.find_nodes(op="placeholder"))[-1]):
+                seed = self.graph.placeholder(SEED)
+            seed.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
+        salt = len(self.graph.find_nodes(op="call_function", target=seeded_dropout))
+        call = (x, seed, probability, salt, "I", "tp")
+        node = self.graph.create_node("call_function", seeded_dropout, call, name="dropout")
+        node.meta.update(val=x.meta["val"], source=_source(origin))
+        return node
+
     def emit(
         self, origin: fx.Node, target: Any, args: Any, kwargs: Any = None, val: Any = None
     ) -> fx.Node:
@@ -174,7 +190,7 @@ class _Normalizer:
         if not isinstance(val, torch.Tensor):
             raise TraceError(
                 f"trace: the graph calls {target} ({_source(origin)}), expected an op that returns "
-                "one tensor; use one that does, for example amax and argmax in place of max(dim)"
+                "one tensor; use ops that do, for example var and mean in place of var_mean"
             )
         name = target._schema.name.split("::")[1].strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs or {}, name)
@@ -240,7 +256,17 @@ def _copy(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 
 def _dropout(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, probability, training = args
-    return run.emit(node, node.target, args) if probability and training else x
+    return run.dropout(node, x, probability) if probability and training else x
+
+
+def _attention(
+    run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    probability = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if not probability:
+        return run.emit(node, node.target, args, kwargs)
+    weights, value = attention_probabilities(run.emit, node, args, kwargs)
+    return run.emit(node, aten.matmul.default, (run.dropout(node, weights, probability), value))
 
 
 def _native_dropout(
@@ -316,6 +342,7 @@ _LOWERINGS: dict[Any, Lower] = {
     aten.lift_fresh_copy.default: _input,
     aten.copy.default: _copy,
     aten.dropout.default: _dropout,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.native_dropout.default: _native_dropout,
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(_EXPANDS, _expand),

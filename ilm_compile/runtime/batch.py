@@ -68,6 +68,15 @@ class BatchLayout:
             for name in names
         }
 
+    def dropout_seeds(self, seed: int, step: int) -> list[Tensor]:
+        """A seed for each of this rank's micro-batches: a function of its place in the training.
+
+        Not of the plan, so that every plan drops the same elements.
+        """
+        first = self.dp.rank * self.num_microbatches
+        places = range(first, first + self.num_microbatches)
+        return [torch.tensor(hash((seed, step, place)) % 2**63) for place in places]
+
     def count_targets(self, batch: Batch, graph: fx.GraphModule) -> int:
         """The number of loss targets in the global batch, which every rank counts for itself."""
         names = [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]

@@ -74,8 +74,8 @@ class GradientSync:
         self._modules = [m for m in stage.modules() if isinstance(m, FSDPModule)]
         self._keep_parameters = zero == 1
         for module in self._modules:
-            # Both reach one module only. Without the second, float32 gradients are scaled inside the
-            # reduction (PREMUL_SUM), which gloo cannot do.
+            # Both reach one module only. Without the second, float32 gradients are scaled inside
+            # the reduction (PREMUL_SUM), which gloo cannot do.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.runtime.materialize import graph_modules
 
 aten = torch.ops.aten
@@ -20,6 +21,7 @@ _DROPOUT: dict[Any, tuple[int, str, object]] = {
     aten.native_dropout.default: (2, "train", False),
     aten.feature_dropout.default: (2, "train", False),
     aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
+    seeded_dropout: (2, "probability", 0.0),
 }
 _TRAINING_ARGUMENTS = "training_arguments"  # in node.meta: (args, kwargs) as they were traced
 

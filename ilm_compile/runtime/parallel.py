@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.communicator import set_communicators
+from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
@@ -57,8 +58,10 @@ class Parallel:
         values = InitialValues(model, seed=lowered.plan.seed, initializer=initializer)
         _check_same_model(values, mesh)
         self.mesh = mesh
+        self.num_steps = 0  # training steps executed; dropout masks depend on it
         self.schedule = schedule
         self.plan = lowered.plan
+        self.inputs = lowered.inputs  # of one micro-batch, by name
         self._tp = communicator_over(mesh.tp.group)
         set_communicators({"tp": self._tp})
         self._variables = lowered.variables
@@ -83,7 +86,7 @@ class Parallel:
             stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
         ]
         used = {name for stage in self.stages for name in stage.batch_inputs}
-        self._batch_inputs = used - set(lowered.target_counts)
+        self._batch_inputs = used - set(lowered.target_counts) - {SEED}
         self.executor = Executor(lowered.stages, schedule, mesh, self._parameters.syncs)
 
     def execute_schedule(
@@ -108,12 +111,13 @@ class Parallel:
         self._parameters.follow()
         inputs = self._layout.split(batch, self._batch_inputs, self.mesh.device)
         result = self.executor.run(
-            inputs | self._count_targets(batch),
+            inputs | self._count_targets(batch) | self._seeds(),
             loss_gradient=1 / self._layout.num_slices,
             forward_only=forward_only,
             keep_outputs=return_output_label,
         )
         if not forward_only:
+            self.num_steps += 1
             self._parameters.collect_gradients()
         loss = self._global_loss(result) if return_loss else None
         if not return_output_label:
@@ -203,6 +207,10 @@ class Parallel:
             return torch.zeros_like(shard.local) if grad is None else grad
 
         return state.gather_full(variables, self._parameters, self.mesh, self._tp, pick)
+
+    def _seeds(self) -> dict[str, list[Tensor]]:
+        """The dropout seed of each micro-batch: of its place in the training, not in the plan."""
+        return {SEED: self._layout.dropout_seeds(self.plan.seed, self.num_steps)}
 
     def _count_targets(self, batch: Batch) -> dict[str, list[Tensor]]:
         """For each loss the number of targets per micro-batch, as every micro-batch's input."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.placement import P
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
@@ -50,10 +51,15 @@ def _cross_entropy(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return vocab_cross_entropy, (*call.args[:2], reduction, ignore_index, smoothing, axis), {}
 
 
+def _dropout(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    return call.target, (*call.args[:4], str(strategy.output), axis), {}
+
+
 _REWRITES: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {
     aten.reshape.default: _sizes,
     aten.expand.default: _sizes,
     aten.slice.Tensor: _slice,
     aten.embedding.default: _embedding,
     aten.cross_entropy_loss.default: _cross_entropy,
+    seeded_dropout: _dropout,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
+from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.loss import SUM
 from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
@@ -69,6 +70,15 @@ def scaled_dot_product_attention(call: Call, wanted: frozenset[Placement]) -> It
     for dim in range(len(call.shape) - 2):
         masks = (aligned(shape, call.shape, S(dim)) for shape in call.shapes[3:])
         yield Strategy((S(dim), S(dim), S(dim), *masks), S(dim))
+
+
+@rule(seeded_dropout)
+def dropout(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded as wanted, since the mask is cut like the value; linear for a given mask."""
+    for out in wanted:
+        if out.is_shard:
+            yield Strategy((out, R), out)
+    yield Strategy((P, R), P)
 
 
 # The dimension of the query and of the key that counts heads.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ilm_compile.errors import PlacementError
+from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.placement import join_shards, split_shards
 from ilm_compile.program.program import Variable
@@ -116,6 +117,7 @@ def _inputs(
     for name, graph in lowered.target_counts.items():
         count = layout.count_targets(batch, graph) / layout.num_slices
         inputs[name] = [torch.tensor(count, dtype=torch.float64)] * layout.num_microbatches
+    inputs[SEED] = layout.dropout_seeds(lowered.plan.seed, 0)
     return inputs
 
 

@@ -48,6 +48,9 @@ def shrink(model: nn.Module, *, tp: int, num_stages: int) -> nn.Module:
     else:
         result = type(model)(small)
     result = result.double().train()
+    for module in result.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the plain model would drop other elements
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in result.parameters():

@@ -87,6 +87,7 @@ def test_constant_whose_value_is_lost_is_refused() -> None:
         trace(Apply(lambda m, x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])))
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
 def test_list_of_lists_alone_is_refused() -> None:
     with pytest.raises(TraceError, match="loses its value"):
         trace(Apply(lambda m, x: x[[[0, 1], [2, 3]]]))

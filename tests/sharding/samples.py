@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import ilm_compile.sharding  # noqa: F401 - registers ilm.attention
+from ilm_compile.program.dropout import seeded_dropout
 
 aten, ilm = torch.ops.aten, torch.ops.ilm
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -91,6 +92,7 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     "transformers::grouped_mm_fallback": [
         lambda: call(x(6, 8), x(3, 8, 12), torch.tensor([2, 2, 6], dtype=torch.int32)),
     ],
+    seeded_dropout: [lambda: call(x(4, 8), torch.tensor(5), 0.5, 0, "I", "tp")],
     aten.linear.default: [
         lambda: call(x(2, 4, 8), x(12, 8)),
         lambda: call(x(2, 4, 8), x(12, 8), x(12)),

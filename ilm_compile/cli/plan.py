@@ -1,0 +1,32 @@
+"""The options that make up a plan, and the plan they make."""
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from ilm_compile.compile import make_plan
+from ilm_compile.errors import PlanError
+from ilm_compile.program.plan import Plan
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of `Plan` that changes the program."""
+    plan = parser.add_argument_group("plan", "An option left out is as in --plan, or as in Plan.")
+    plan.add_argument("--plan", type=Path, metavar="FILE", help="JSON to start from")
+    for name in ("tp", "pp", "num-chunks", "num-microbatches"):
+        plan.add_argument(f"--{name}", type=int, metavar="N")
+    plan.add_argument("--schedule", help="1f1b, gpipe or interleaved_1f1b")
+    plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
+    plan.add_argument("--embed-split-hidden", action=argparse.BooleanOptionalAction)
+    plan.add_argument("--checkpoint", type=float, metavar="FRACTION", help="of the blocks")
+    plan.add_argument("--dtype", help="of matmuls and attention: bfloat16")
+
+
+def read_plan(options: argparse.Namespace) -> Plan:
+    """The plan that the options describe."""
+    given = vars(options)
+    try:
+        return make_plan(options.plan, **{f.name: given.get(f.name) for f in fields(Plan)})
+    except json.JSONDecodeError as error:
+        raise PlanError(f"expected the JSON of a plan in {options.plan}: {error}") from error

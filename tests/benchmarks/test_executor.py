@@ -1,0 +1,86 @@
+"""The contest of two executors: same work, both measured, and what is made of the times."""
+
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.contest import Contest, SmallestModel, Time, Workload, measure
+from benchmarks.executor import Figure, figures_against_loop, show
+from ilm_compile.errors import IlmCompileError
+from tests.support.world import World
+
+WORKLOAD = Workload(make_model=SmallestModel, rows=1, seq_len=4, num_microbatches=4)
+
+
+def run_contest(rank: int, schedule: str) -> dict[str, Any]:
+    contest = Contest(WORKLOAD, schedule)
+    contest.check_equal()
+    times = measure(contest, ["ours", "ours_whole", "theirs", "loop"], 2, warmup=0)
+    contest.zero_grad()
+    contest.loop()
+    return {
+        "walls": {name: [time.wall for time in values] for name, values in times.items()},
+        "loop_gradients": len(contest.gradients()),
+        "parameters": sum(1 for s in contest.stages for _ in s.module.parameters()),
+        "stages": [stage.index for stage in contest.stages],
+    }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages"), [("1f1b", [[0], [1]]), ("interleaved_1f1b", [[0, 2], [1, 3]])]
+)
+def test_both_executors_do_the_same_work(
+    world2: World, schedule: str, stages: list[list[int]]
+) -> None:
+    found = world2.run(run_contest, schedule)
+    assert [rank["stages"] for rank in found] == stages
+    for rank in found:
+        assert all(len(walls) == 2 and min(walls) > 0 for walls in rank["walls"].values())
+        assert rank["loop_gradients"] == rank["parameters"]
+
+
+class Unequal(Contest):
+    """A contest whose second contestant computes something else."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def ours(self) -> None:
+        self.value = 1.0
+
+    def theirs(self) -> None:
+        self.value = 1.1
+
+    def zero_grad(self) -> None: ...
+
+    def gradients(self) -> list[Tensor]:
+        return [torch.tensor(self.value)]
+
+
+def test_unequal_work_is_no_contest() -> None:
+    with pytest.raises(IlmCompileError, match="expected the same gradients from both executors"):
+        Unequal().check_equal()
+
+
+def test_own_cost_is_what_a_step_takes_more_than_the_loop_of_its_round() -> None:
+    times = {
+        "loop": [Time(wall=1, cpu=1), Time(wall=1, cpu=5), Time(wall=1, cpu=1)],
+        "ours": [Time(wall=9, cpu=3), Time(wall=9, cpu=7), Time(wall=9, cpu=3)],
+    }
+    (figure,) = figures_against_loop(times, "1f1b", 0, num_microbatches=2)
+    assert (figure.contestant, figure.median, figure.lower, figure.upper) == ("ours", 1, 1, 1)
+
+
+def test_the_table_shows_ratios_to_torch() -> None:
+    figures = [
+        Figure("1f1b", 0, "theirs", median=0.004, lower=0.003, upper=0.005),
+        Figure("1f1b", 0, "ours", median=0.003, lower=0.003, upper=0.003),
+    ]
+    console = Console(record=True, width=100)
+    show(figures, "title", console)
+    text = console.export_text()
+    assert "3.000 - 5.000" in text
+    assert "0.75" in text
