@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -108,12 +109,12 @@ def compare(single: Path, parallel: Path) -> Comparison:
 
 @torch.no_grad()
 def write_text(model: nn.Module, prompt: str, *, num_tokens: int = 160) -> str:
-    """Let the model go on after `prompt`, byte by byte, drawn at temperature 0.5."""
+    """Let the model go on after `prompt`, byte by byte, drawn at temperature 0.7."""
     tokenizer, generator = ByteTokenizer(), torch.Generator().manual_seed(0)
     tokens = tokenizer.encode(prompt)
     for _ in range(num_tokens):
         logits = model(torch.tensor([tokens[-example.SEQ_LEN :]]))[0, -1]
-        token = int(torch.multinomial((logits / 0.5).softmax(0), 1, generator=generator))
+        token = int(torch.multinomial((logits / 0.7).softmax(0), 1, generator=generator))
         if token == tokenizer.end_of_document:
             break
         tokens.append(token)
@@ -145,7 +146,8 @@ def plot(comparison: Comparison, path: Path) -> None:
     differences.axhline(DIFFERENCE_GOAL, linestyle="--", color="gray", label="allowed")
     label = "of one step (not drawn where equal in every bit)"
     differences.semilogy(steps, comparison.differences, ".", color="tab:red", label=label)
-    differences.set(xlabel="step", ylabel="relative difference", ylim=(1e-8, 1e-2))
+    limits = (1e-8, max(1e-2, *comparison.differences))
+    differences.set(xlabel="step", ylabel="relative difference", ylim=limits)
     differences.legend()
     figure.savefig(path, dpi=120)
 
@@ -154,7 +156,7 @@ def show_texts(console: Console, before: list[str], after: list[str]) -> None:
     """Print what the model wrote before and after training."""
     for title, texts in (("before training", before), ("after training", after)):
         # A model that knows nothing writes control characters, which a terminal would obey.
-        shown = ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in t) for t in texts]
+        shown = [re.sub(r"[^ -~\n]", "?", text) for text in texts]
         console.print(Panel(Text("\n\n".join(shown)), title=title, title_align="left"))
 
 
@@ -164,9 +166,9 @@ def judge(console: Console, comparison: Comparison) -> bool:
     worst = max(comparison.differences)
     difference = f"largest relative difference of the two curves {worst:.1e}"
     verdicts = {
-        f"loss {first:.2f} -> {final:.2f} (goal: below {LOSS_GOAL})": final < LOSS_GOAL,
+        f"loss {first:.2f} -> {final:.2f} (below {LOSS_GOAL:g})": final < LOSS_GOAL,
         # Not `worst`: max() may pass over a NaN.
-        f"{difference} (goal: at most {DIFFERENCE_GOAL:.0e})": all(
+        f"{difference} (at most {DIFFERENCE_GOAL:.0e})": all(
             value <= DIFFERENCE_GOAL for value in comparison.differences
         ),
     }

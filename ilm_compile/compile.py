@@ -70,8 +70,9 @@ def partition(
     Keywords are the fields of `Plan`: tp, pp, num_chunks, num_microbatches, schedule,
     sequence_parallel, embed_split_hidden, constraints (parameter name or glob to Shard(dim)),
     checkpoint, dtype (torch.bfloat16), zero, seed. `passes` are run beside the standard ones, in
-    the order their requirements give, without those named in `disable`; `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the model cannot
-    be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
+    the order their requirements give, without those named in `disable`; `example_inputs` and
+    `loss_fn` as in `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
+    `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)

@@ -106,9 +106,9 @@ def trace_function(function: Function, arguments: Mapping[str, Any]) -> fx.Graph
 
 
 def parameters_of(function: Function) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a pattern or replacement. Raises `ProgramError` if it has no names."""
+    """Return the parameters by name. Raises `ProgramError` if `function` does not name them."""
     try:
-        found = inspect.signature(function).parameters
+        found: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
     except ValueError:  # torch.tanh and other functions written in C
         found = {}
     anonymous = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

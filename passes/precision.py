@@ -53,6 +53,7 @@ PRECISIONS: dict[str, Precision] = {
     "vocab_cross_entropy": SOFTMAX,
     "aten::pow": REDUCTION,
     "aten::mean": REDUCTION,
+    "partial_mean": REDUCTION,
     "aten::sum": REDUCTION,
     "aten::var": REDUCTION,
     "aten::rsqrt": REDUCTION,

@@ -9,9 +9,10 @@ from ilm_compile.errors import ProgramError
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.program import Program
+from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 
-FUNCTIONS = {redistribute, seeded_dropout, vocab_embedding, vocab_cross_entropy}
+FUNCTIONS = {redistribute, partial_mean, seeded_dropout, vocab_embedding, vocab_cross_entropy}
 
 
 def check_structure(program: Program) -> None:

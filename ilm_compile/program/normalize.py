@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from ilm_compile.errors import TraceError
 from ilm_compile.program.dropout import SEED, attention_probabilities, seeded_dropout
 from ilm_compile.program.program import Source, Variable
+from ilm_compile.program.repeats import REPEATS
 from ilm_compile.program.selections import SELECTIONS
 
 aten = torch.ops.aten
@@ -133,8 +134,8 @@ class _Normalizer:
             pieces: Any = args[0]  # an op that returns a list has become a Python list by now
             return pieces[args[1]]
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
-        if node.target in SELECTIONS:
-            return SELECTIONS[node.target](self.emit, node, args, kwargs)
+        if node.target in _FAMILIES:
+            return _FAMILIES[node.target](self.emit, node, args, kwargs)
         lower = _LOWERINGS.get(node.target)
         if lower is not None:
             return lower(self, node, args, kwargs)
@@ -199,6 +200,7 @@ class _Normalizer:
         return node
 
 
+_FAMILIES = SELECTIONS | REPEATS  # lowerings that stand in files of their own
 # Higher-order ops around a sub-graph: (whether gradients flow through, index of the sub-graph).
 _WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (True, 4)}
 
@@ -273,10 +275,7 @@ def _native_dropout(
     run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What functionalisation makes of dropout; the mask, its second result, is for backward."""
-    x, probability, training = args
-    val = node.meta["val"][0]
-    used = probability and training
-    return [run.emit(node, aten.dropout.default, args, val=val) if used else x, None]
+    return [_dropout(run, node, args, kwargs), None]
 
 
 def _pieces(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,10 @@ from typing import Any
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.placement import P
+from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+from ilm_compile.sharding.rules_convolution import CONVOLUTIONS
+from ilm_compile.sharding.rules_math import MEANS
 from ilm_compile.sharding.rules_views import slice_bounds
 from ilm_compile.sharding.strategy import Call, Strategy, aten
 
@@ -55,6 +58,21 @@ def _dropout(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return call.target, (*call.args[:4], str(strategy.output), axis), {}
 
 
+def _mean(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    if not strategy.inputs[0].is_shard or strategy.output != P:
+        return call.target, call.args, call.kwargs
+    dims = call.named("dim") or list(range(len(call.shapes[0])))
+    return partial_mean, (call.args[0], dims, bool(call.named("keepdim")), call.size), {}
+
+
+def _convolution(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    groups = call.named("groups")
+    if groups == 1 or strategy.output.dim != 1:
+        return call.target, call.args, call.kwargs
+    kwargs = {**call.kwargs, "groups": groups // call.size}
+    return call.target, call.args[:6], kwargs
+
+
 _REWRITES: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {
     aten.reshape.default: _sizes,
     aten.expand.default: _sizes,
@@ -62,4 +80,6 @@ _REWRITES: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {
     aten.embedding.default: _embedding,
     aten.cross_entropy_loss.default: _cross_entropy,
     seeded_dropout: _dropout,
+    **dict.fromkeys(MEANS, _mean),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
 }

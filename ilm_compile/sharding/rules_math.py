@@ -1,9 +1,4 @@
-"""Rules of pointwise ops, matrix products, norms and reductions.
-
-Matrix products are written as einsum letters. For a letter that the output keeps, inputs that carry
-it are sharded on it and the others are R, since their gradient is a sum over the shards. For a
-contracted letter the output is P, and so is an added bias: it must be counted once.
-"""
+"""Rules of pointwise ops, of ops that mix values along some dimensions, and of reductions."""
 
 from __future__ import annotations
 
@@ -11,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.program.reductions import partial_mean
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 # Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
@@ -20,7 +16,7 @@ POINTWISE = {
     "all": (aten.add.Tensor, aten.sub.Tensor),
     "first": (
         *(aten.neg.default, aten.clone.default, aten.contiguous.default, aten.detach.default),
-        *(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
+        *(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.zeros_like.default),
     ),
     "": (
         *(aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default),
@@ -36,6 +32,10 @@ POINTWISE = {
         *(aten.gt.Scalar, aten.ge.Scalar, aten.__and__.Tensor, aten.__or__.Tensor),
         *(aten.logical_not.default, aten.logical_and.default, aten.bitwise_not.default),
         *(aten.rsub.Scalar, aten.logical_or.default, aten.bitwise_and.Tensor),
+        *(aten.log1p.default, aten.expm1.default, aten.log_sigmoid.default, aten.relu6.default),
+        *(aten.hardtanh.default, aten.elu.default, aten.mish.default, aten.sign.default),
+        *(aten.clamp_min.default, aten.clamp_max.default, aten.remainder.Scalar),
+        *(aten.floor.default, aten.round.default, aten.ones_like.default, aten.full_like.default),
     ),
 }
 _LINEARITY = {target: kind for kind, targets in POINTWISE.items() for target in targets}
@@ -62,61 +62,21 @@ def aligned(shape: tuple[int, ...], out_shape: tuple[int, ...], out: Placement) 
     return R if broadcast else S(dim, out.segments)
 
 
-def _linear(call: Call) -> tuple[list[str], str]:
-    batch = "abcdefg"[: len(call.shape) - 1]
-    return [batch + "k", "nk", "n"][: len(call.shapes)], batch + "n"
-
-
-def _matmul(call: Call) -> tuple[list[str], str]:
-    left, right = call.shapes
-    batch = "abcdefg"[: len(left) - 2]
-    if len(right) == 2 and len(left) >= 2:
-        return [batch + "mk", "kn"], batch + "mn"
-    if len(left) == len(right) >= 3 and left[:-2] == right[:-2]:
-        return [batch + "mk", batch + "kn"], batch + "mn"
-    return ["", ""], ""
-
-
-# The einsum of each product, and the input that is added to it and not multiplied.
-_PRODUCTS = {
-    aten.linear.default: (_linear, 2),
-    aten.matmul.default: (_matmul, None),
-    aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None),
-    aten.bmm.default: (lambda call: (["amk", "akn"], "amn"), None),
-    aten.addmm.default: (lambda call: (["n", "mk", "kn"], "mn"), 0),
-    aten.baddbmm.default: (lambda call: (["amn", "amk", "akn"], "amn"), 0),
-}
-
-
-@rule(*_PRODUCTS)
-def product(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Shard on a letter of the einsum: column-wise, row-wise, or by batch and tokens."""
-    letters, added = _PRODUCTS[call.target]
-    inputs, output = letters(call)
-    if any(len(term) != len(shape) for term, shape in zip(inputs, call.shapes, strict=True)):
-        return
-    for out in wanted:
-        if out.is_shard:
-            letter = output[out.dim]
-            yield Strategy(
-                tuple(S(t.index(letter), out.segments) if letter in t else R for t in inputs), out
-            )
-    for letter in sorted(set("".join(inputs)) - set(output)):
-        yield Strategy(tuple(S(t.index(letter)) if letter in t else P for t in inputs), P)
-    for partial in range(len(inputs)):
-        if partial != added:
-            kinds = [P if i in (partial, added) else R for i in range(len(inputs))]
-            yield Strategy(tuple(kinds), P)
-
-
 # Ops that mix values along some dimensions and are independent along the others: which dimensions
 # of the first input they mix. Further inputs (norm weights) lie along mixed dimensions: R.
 _MIXING: dict[Any, Callable[[Call], Iterable[int]]] = {
     aten.softmax.int: lambda call: [call.args[1]],
     aten.log_softmax.int: lambda call: [call.args[1]],
     aten.cumsum.default: lambda call: [call.args[1]],
+    aten.cumprod.default: lambda call: [call.args[1]],
     aten.rms_norm.default: lambda call: range(-len(call.args[1]), 0),
     aten.layer_norm.default: lambda call: range(-len(call.args[1]), 0),
+    aten.tril.default: lambda call: (-2, -1),
+    aten.triu.default: lambda call: (-2, -1),
+    aten.flip.default: lambda call: call.args[1],
+    aten.roll.default: lambda call: call.argument(2, "dims") or range(len(call.shape)),
+    aten.pad.default: lambda call: range(-len(call.args[1]) // 2, 0),
+    aten.constant_pad_nd.default: lambda call: range(-len(call.args[1]) // 2, 0),
 }
 
 
@@ -129,13 +89,22 @@ def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
 
 
-@rule(aten.sum.default, aten.sum.dim_IntList, aten.mean.dim, aten.mean.default)
+SUMS = (aten.sum.default, aten.sum.dim_IntList)
+MEANS = (aten.mean.default, aten.mean.dim)
+_REDUCTIONS = (
+    *(*SUMS, *MEANS, aten.amax.default, aten.amin.default, aten.logsumexp.default),
+    *(aten.var.correction, aten.var.dim, aten.prod.dim_int, aten.linalg_vector_norm.default),
+)
+
+
+@rule(*_REDUCTIONS)
 def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded along a kept dimension; a sum over a sharded dimension is partial."""
+    """Sharded along a kept dimension; a sum or mean over a sharded dimension is partial."""
     rank = len(call.shapes[0])
-    dims = call.args[1] if len(call.args) > 1 and call.args[1] else range(rank)
+    given = call.named("dim")
+    dims = range(rank) if given in (None, []) else [given] if isinstance(given, int) else given
     reduced = sorted(dim % rank for dim in dims)
-    keepdim = bool(call.argument(2, "keepdim", False))
+    keepdim = bool(call.named("keepdim"))
     kept = [dim for dim in range(rank) if dim not in reduced]
     for out in wanted:
         if not out.is_shard:
@@ -143,6 +112,12 @@ def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         dim = out.dim if keepdim else kept[out.dim]
         if dim in kept:
             yield Strategy((S(dim, out.segments),), out)
-    if call.target in (aten.sum.default, aten.sum.dim_IntList):
+    if call.target in SUMS + MEANS:
         yield from (Strategy((S(dim),), P) for dim in reduced)
-    yield Strategy((P,), P)
+        yield Strategy((P,), P)
+
+
+@rule(partial_mean)
+def sharded_mean(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """One of the reduced dimensions is sharded by construction."""
+    yield from (Strategy((S(dim % len(call.shapes[0])),), P) for dim in call.args[1])

@@ -8,26 +8,44 @@ from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 
+def indexed_dims(
+    positions: list[int], shapes: tuple[tuple[int, ...], ...]
+) -> tuple[int, int] | None:
+    """Return where the indexed dimensions begin and how many replace them; None if scattered.
+
+    Index tensors on neighbouring dimensions are replaced by their broadcast shape; those on
+    dimensions that are not neighbours move it to the front.
+    """
+    if positions[-1] - positions[0] + 1 != len(positions):
+        return None
+    return positions[0], max(len(shape) for shape in shapes)
+
+
 @rule(aten.index.Tensor)
 def index(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded along a dimension that is not indexed; the indices are R.
-
-    For index tensors on neighbouring dimensions, whose broadcast shape takes the place of these.
-    """
-    indices = call.args[1]
-    rank = len(call.shapes[0])
-    positions = [i for i, entry in enumerate(indices) if entry is not None]
-    first, last = positions[0], positions[-1]
+    """Sharded along a dimension that is not indexed; the indices are R."""
+    positions = [i for i, entry in enumerate(call.args[1]) if entry is not None]
     rest = tuple(R for _ in call.shapes[1:])
     yield Strategy((P, *rest), P)
-    if len(positions) != last - first + 1:
+    found = indexed_dims(positions, call.shapes[1:])
+    if found is None:
         return
-    added = len(call.shape) - (rank - len(positions))
+    first, added = found
     for out in wanted:
         if not out.is_shard or first <= out.dim < first + added:
             continue
         dim = out.dim if out.dim < first else out.dim - added + len(positions)
         yield Strategy((S(dim, out.segments), *rest), out)
+
+
+@rule(aten.index_select.default)
+def index_select(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded along the dimensions that are not indexed."""
+    dim = call.args[1] % len(call.shape)
+    yield Strategy((P, R), P)
+    for out in wanted:
+        if out.is_shard and out.dim != dim:
+            yield Strategy((out, R), out)
 
 
 @rule(aten.gather.default)

@@ -48,7 +48,15 @@ class Call:
             return self.args[index]
         return self.kwargs.get(name, default)
 
+    def named(self, name: str) -> Any:
+        """Return the argument that an op's schema calls `name`, or its default; None if none is."""
+        for index, declared in enumerate(self.target._schema.arguments):
+            if declared.name == name:
+                return self.argument(index, name, declared.default_value)
+        return None
 
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Rule = Callable[[Call, frozenset[Placement]], Iterator[Strategy]]
 RULES: dict[Any, Rule] = {}
 
@@ -80,9 +88,9 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 def global_call(node: fx.Node, size: int) -> Call:
     """Return `node` as a call on global values, whether or not it was made rank-local already."""
     inputs = tensor_inputs(node)
-    kwargs = dict(node.kwargs)
     shapes = tuple(global_shape(value, size) for value in inputs)
-    args = _global_slice(node, inputs, size) if node.target is aten.slice.Tensor else node.args
+    restore = GLOBAL_ARGUMENTS.get(node.target, _as_they_are)
+    args, kwargs = restore(node, inputs, size)
     return Call(node, node.target, args, kwargs, shapes, global_shape(node, size), size)
 
 
@@ -97,12 +105,22 @@ def global_shape(node: fx.Node, size: int) -> tuple[int, ...]:
     return placement_of(node).global_shape(node.meta["val"].shape, size)
 
 
-def _global_slice(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> tuple[Any, ...]:
+def _as_they_are(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> Arguments:
+    return node.args, dict(node.kwargs)
+
+
+def _global_slice(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> Arguments:
     source, placement = inputs[0], placement_of(inputs[0])
     x, dim, *bounds = node.args
     if placement.is_shard and bounds and placement.dim == dim % source.meta["val"].dim():
         bounds[:2] = [bound * size for bound in bounds[:2]]  # type: ignore[operator]
-    return (x, dim, *bounds)
+    return (x, dim, *bounds), dict(node.kwargs)
+
+
+# How arguments that speak of local sizes are made global again; see `localize` for the other way.
+GLOBAL_ARGUMENTS: dict[Any, Callable[[fx.Node, tuple[fx.Node, ...], int], Arguments]] = {
+    aten.slice.Tensor: _global_slice,
+}
 
 
 def tensor_inputs(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -60,7 +60,7 @@ def emulate(
     Raises `ScheduleError` if a rank waits for a message that is never sent.
     """
     tp, pp = lowered.plan.tp, schedule.num_ranks
-    mailrooms = [Mailroom() for _ in range(tp)]
+    mailrooms = [Mailroom(pp) for _ in range(tp)]
     values = InitialValues(model, seed=lowered.plan.seed)
 
     def rank(pp_rank: int, tp_rank: int) -> tuple[list[Tensor], list[Stage]]:
@@ -77,6 +77,7 @@ def emulate(
             layout = BatchLayout(lowered.inputs, schedule.num_microbatches, Axis(replica, dp))
             inputs = _inputs(lowered, layout, stages, batch)
             losses += executor.run(inputs, loss_gradient=1 / layout.num_slices).losses
+        mailrooms[tp_rank].finish(pp_rank)
         return losses, stages
 
     def close() -> None:
@@ -84,6 +85,8 @@ def emulate(
             mailroom.close()
 
     ranks = run_groups(pp, tp, rank, on_failure=close)
+    for mailroom in mailrooms:
+        mailroom.check_empty()
     losses = [loss for group in ranks for loss in group[0][0]]
     held: dict[str, list[Copies]] = {}
     for group in ranks:

@@ -19,19 +19,22 @@ TIMEOUT_S = 60.0
 
 
 class Mailroom:
-    """All messages of a world, by (sender, receiver), in the order they were posted."""
+    """All messages of a world of `size` ranks, by (sender, receiver), in the order of posting."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.posted: dict[tuple[int, int], list[list[Tensor]]] = defaultdict(list)
         self.requested: dict[tuple[int, int], int] = defaultdict(int)
-        self.arrived = threading.Condition()
+        self.waiting: dict[int, tuple[int, int]] = {}  # receiver: (sender, number of the message)
+        self.finished: set[int] = set()
+        self.changed = threading.Condition()
         self.is_closed = False
 
     def post(self, sender: int, receiver: int, tensors: list[Tensor]) -> None:
         """Add a message; never blocks."""
-        with self.arrived:
+        with self.changed:
             self.posted[sender, receiver].append(tensors)
-            self.arrived.notify_all()
+            self.changed.notify_all()
 
     def request(self, sender: int, receiver: int) -> int:
         """Return the number of the message that this receive stands for."""
@@ -40,22 +43,52 @@ class Mailroom:
         return number
 
     def collect(self, sender: int, receiver: int, number: int) -> list[Tensor]:
-        """Return message `number`, once it was posted. Raises `ScheduleError` if it never is."""
-        line = self.posted[sender, receiver]
-        with self.arrived:
-            ready = self.arrived.wait_for(lambda: len(line) > number or self.is_closed, TIMEOUT_S)
-        if not ready or len(line) <= number:
-            raise ScheduleError(
-                f"emulation: pipeline rank {receiver} waits for message {number} of rank {sender}, "
-                "which was never sent"
-            )
+        """Return message `number`, once it was posted.
+
+        Raises `ScheduleError` if it never can be: every rank has finished or waits itself.
+        """
+        with self.changed:
+            self.waiting[receiver] = (sender, number)
+            line = self.posted[sender, receiver]
+            while len(line) <= number:
+                if self.is_closed or self._is_stuck() or not self.changed.wait(TIMEOUT_S):
+                    self.close()
+                    raise ScheduleError(
+                        f"emulation: pipeline rank {receiver} waits for message {number} of rank "
+                        f"{sender}, which was never sent"
+                    )
+            del self.waiting[receiver]
         return line[number]
+
+    def _is_stuck(self) -> bool:
+        """Whether nobody is left who could send anything."""
+        idle = self.finished | {
+            receiver
+            for receiver, (sender, number) in self.waiting.items()
+            if len(self.posted[sender, receiver]) <= number
+        }
+        return len(idle) == self.size
+
+    def finish(self, rank: int) -> None:
+        """Say that `rank` has come to its end and sends nothing more."""
+        with self.changed:
+            self.finished.add(rank)
+            self.changed.notify_all()
+
+    def check_empty(self) -> None:
+        """Raise `ScheduleError` if a message was sent that nobody received."""
+        for (sender, receiver), line in self.posted.items():
+            if (left := len(line) - self.requested[sender, receiver]) > 0:
+                raise ScheduleError(
+                    f"emulation: {left} messages of pipeline rank {sender} to rank {receiver} were "
+                    "never received"
+                )
 
     def close(self) -> None:
         """Release everyone who waits: a rank has failed."""
-        with self.arrived:
+        with self.changed:
             self.is_closed = True
-            self.arrived.notify_all()
+            self.changed.notify_all()
 
 
 class _Receipt:
@@ -66,9 +99,9 @@ class _Receipt:
 
     def wait(self) -> None:
         tensors = self.collect()
-        shapes = [[tuple(t.shape) for t in group] for group in (tensors, self.buffers)]
-        if shapes[0] != shapes[1]:
-            raise ScheduleError(f"emulation: expected a message of {shapes[1]}, got {shapes[0]}")
+        got, expected = ([(tuple(t.shape), t.dtype) for t in g] for g in (tensors, self.buffers))
+        if got != expected:
+            raise ScheduleError(f"emulation: expected a message of {expected}, got {got}")
         for buffer, tensor in zip(self.buffers, tensors, strict=True):
             buffer.copy_(tensor)
 
@@ -100,7 +133,8 @@ class MailroomChannel:
             tensors = [t.clone() for t in message.mailbox.take(message.microbatch)]
             self.mailroom.post(self.rank, message.peer, tensors)
             return
-        buffers = [torch.empty(b.shape, dtype=b.dtype) for b in message.boundaries]
+        # nan, so that a tensor that is used before it came is seen
+        buffers = [torch.full(b.shape, torch.nan, dtype=b.dtype) for b in message.boundaries]
         number = self.mailroom.request(message.peer, self.rank)
 
         def collect() -> list[Tensor]:

@@ -7,6 +7,7 @@ from torch import distributed as dist
 import ilm_compile
 from benchmarks.common import make_model, random_batch
 from benchmarks.observe import Observer
+from ilm_compile.runtime.communicator import all_gather_single, reduce_scatter_single
 from tests.support.world import World
 
 MIB = 2**20
@@ -56,8 +57,8 @@ def send_everything(rank: int) -> dict[str, int]:
     x = torch.zeros(8)  # 32 bytes
     with Observer() as observer:
         dist.all_reduce(x)
-        dist.all_gather_into_tensor(torch.empty(16), x)
-        dist.reduce_scatter_tensor(torch.empty(4), x)
+        all_gather_single(torch.empty(16), x)
+        reduce_scatter_single(torch.empty(4), x)
         dist.all_to_all_single(torch.empty(8), x)
         dist.send(x, 1) if rank == 0 else dist.recv(x, 0)
     return {kind: traffic.num_bytes for kind, traffic in observer.sent.items()}

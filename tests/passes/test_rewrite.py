@@ -1,6 +1,7 @@
 """Finding and rewriting calls: patterns, module paths, and metadata that stays complete."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from ilm_compile.errors import ProgramError
 from ilm_compile.models import internlm2_tiny
 from ilm_compile.passes import (
+    Pass,
     PipelineSplit,
     TensorParallel,
     check_program,
@@ -23,6 +25,7 @@ from ilm_compile.passes import (
     run_passes,
     wrap,
 )
+from ilm_compile.program.copy import copy_program
 from ilm_compile.program.placement import S
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
@@ -51,9 +54,15 @@ def traced(function: Make) -> Program:
 
 
 def decoder(*, tp: int = 1, stages: int = 1) -> Program:
+    return copy_program(_decoder(tp, stages))
+
+
+@cache
+def _decoder(tp: int, stages: int) -> Program:
     program = trace(internlm2_tiny(num_layers=2, **SIZES), plan=Plan(tp=tp))
-    passes = [TensorParallel(size=tp), PipelineSplit(num_stages=stages)]
-    run_passes(program, passes[: 1 + (stages > 1)] if tp > 1 else [])
+    passes: list[Pass] = [TensorParallel(size=tp)] if tp > 1 else []
+    passes += [PipelineSplit(num_stages=stages)] if stages > 1 else []
+    run_passes(program, passes)
     return program
 
 

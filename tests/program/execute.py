@@ -15,7 +15,7 @@ FEATURES = 6
 
 
 class Apply(nn.Module):
-    """A linear layer and then any function of itself and the layer's output; float64."""
+    """A linear layer, then any function of itself and the layer's output, then a sum; float64."""
 
     def __init__(self, function: Callable[["Apply", Tensor], Any]) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class Apply(nn.Module):
         self.scale = nn.Parameter(torch.linspace(0.5, 2.0, FEATURES, dtype=torch.float64))
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.function(self, self.linear(x)).sum()
-        return out
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        value = self.function(self, self.linear(x))
+        return {"loss": value.sum(), "value": value}
 
     def example_inputs(self) -> dict[str, Tensor]:
         """Four rows."""

@@ -95,6 +95,10 @@ FORMS: dict[str, tuple[Function, list[str]]] = {
     "type_as": (lambda m, x: x.int().type_as(x) * x, [*["aten.to.dtype"] * 2, "aten.mul.Tensor"]),
     "cast to its own dtype": (lambda m, x: x.to(torch.float64).double().type_as(x), []),
     "to its own device": (lambda m, x: x.to(x.device), []),
+    "last of all": (
+        lambda m, x: x.unbind(-1)[-1] * x.split(2, -1)[0][:, 1],
+        ["aten.select.int", "aten.slice.Tensor", "aten.select.int", "aten.mul.Tensor"],
+    ),
     "whole slice": (lambda m, x: x[:, :], []),
     "every second": (lambda m, x: x[::2], ["aten.slice.Tensor"]),
     "split": (lambda m, x: x.split(2, -1)[1], ["aten.slice.Tensor"]),
@@ -117,6 +121,14 @@ def test_form(function: Function, expected: list[str]) -> None:
     program = trace_and_compare(model, model.example_inputs())
     assert targets(program) == expected
     check_structure(program)
+
+
+def test_pieces_are_counted_from_the_front() -> None:
+    program = trace(Apply(lambda m, x: x.unbind(-1)[-1] * x.split(2, -1)[2][:, 1]))
+    call_args = {target_name(node): node.args[1:] for node in program.calls()}
+    assert call_args["aten.slice.Tensor"] == (1, 4, 6)
+    selects = program.graph.find_nodes(op="call_function", target=aten.select.int)
+    assert [node.args[1:] for node in selects] == [(1, 5), (1, 1)]
 
 
 def no_grad(model: Apply, x: Tensor) -> Tensor:
@@ -207,7 +219,7 @@ def test_composite_ops_stay_whole_beside_in_place_ops() -> None:
     program = trace(Apply(function))
     check_structure(program)
     assert [t for t in targets(program) if t not in ("aten.unsqueeze", "aten.slice.Tensor")] == [
-        *("aten.linear", "aten.add.Tensor", "aten.rms_norm", "aten.dropout"),
+        *("aten.linear", "aten.add.Tensor", "aten.rms_norm", "seeded_dropout"),
         "aten.scaled_dot_product_attention",
     ]
 

@@ -1,0 +1,13 @@
+"""A rank's part of a reduction over a sharded dimension, where the op alone would not give it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def partial_mean(x: Tensor, dims: list[int], keepdim: bool, size: int) -> Tensor:
+    """Return this rank's part of a mean over `dims`, one of which is sharded over `size` ranks.
+
+    The result has placement P.
+    """
+    return x.mean(dims, keepdim) / size

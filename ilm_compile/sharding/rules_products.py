@@ -1,0 +1,88 @@
+"""Rules of matrix products, from linear layers to einsum.
+
+A product is written as einsum letters. For a letter that the output keeps, inputs that carry it are
+sharded on it and the others are R, since their gradient is a sum over the shards. For a contracted
+letter the output is P, and so is an added bias: it must be counted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from string import ascii_letters
+
+from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
+
+
+def _linear(call: Call) -> tuple[list[str], str]:
+    batch = "abcdefg"[: len(call.shape) - 1]
+    return [batch + "k", "nk", "n"][: len(call.shapes)], batch + "n"
+
+
+def _matmul(call: Call) -> tuple[list[str], str]:
+    left, right = call.shapes
+    if min(len(left), len(right)) < 2:
+        return ["", ""], ""
+    batch = "abcdefg"[: len(call.shape) - 2]
+    ours, theirs = (batch[len(batch) + 2 - len(shape) :] for shape in call.shapes)
+    return [ours + "mk", theirs + "kn"], batch + "mn"
+
+
+def _einsum(call: Call) -> tuple[list[str], str]:
+    terms, arrow, output = str(call.args[0]).replace(" ", "").partition("->")
+    inputs = terms.split(",")
+    named = [len(term.replace("...", "")) for term in inputs]
+    repeated = any(len(set(term)) < len(term.replace("...", "")) for term in inputs)
+    if not arrow or repeated:
+        return [""] * len(inputs), ""
+    unused = [letter for letter in ascii_letters if letter not in terms]
+    free = max(len(shape) - n for shape, n in zip(call.shapes, named, strict=True))
+    spelled = []
+    for term, shape, n in zip(inputs, call.shapes, named, strict=True):
+        # Dimensions of "..." are aligned at their last one.
+        count = len(shape) - n
+        spelled.append(term.replace("...", "".join(unused[free - count : free])))
+    return spelled, output.replace("...", "".join(unused[:free]))
+
+
+# The einsum of each product, and the input that is added to it and not multiplied.
+_PRODUCTS = {
+    aten.linear.default: (_linear, 2),
+    aten.matmul.default: (_matmul, None),
+    aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None),
+    aten.bmm.default: (lambda call: (["amk", "akn"], "amn"), None),
+    aten.addmm.default: (lambda call: (["n", "mk", "kn"], "mn"), 0),
+    aten.baddbmm.default: (lambda call: (["amn", "amk", "akn"], "amn"), 0),
+    aten.einsum.default: (_einsum, None),
+}
+
+
+@rule(*_PRODUCTS)
+def product(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Shard on a letter of the einsum: column-wise, row-wise, or by batch and tokens."""
+    letters, added = _PRODUCTS[call.target]
+    inputs, output = letters(call)
+    if any(len(term) != len(shape) for term, shape in zip(inputs, call.shapes, strict=True)):
+        return
+    for out in wanted:
+        if out.is_shard:
+            letter, width = output[out.dim], call.shape[out.dim]
+            terms = zip(inputs, call.shapes, strict=True)
+            yield Strategy(tuple(_operand(t, shape, letter, width, out) for t, shape in terms), out)
+    for letter in sorted(set("".join(inputs)) - set(output)):
+        others = [P if i == added else R for i in range(len(inputs))]
+        terms_and_others = zip(inputs, others, strict=True)
+        sharded = [S(t.index(letter)) if letter in t else o for t, o in terms_and_others]
+        yield Strategy(tuple(sharded), P)
+    for partial in range(len(inputs)):
+        if partial != added:
+            kinds = [P if i in (partial, added) else R for i in range(len(inputs))]
+            yield Strategy(tuple(kinds), P)
+
+
+def _operand(
+    term: str, shape: tuple[int, ...], letter: str, width: int, out: Placement
+) -> Placement:
+    """Return how an operand is placed when `letter`, `width` wide, is sharded; R if it lacks it."""
+    dim = term.find(letter)
+    return S(dim, out.segments) if dim >= 0 and shape[dim] == width else R

@@ -1,0 +1,80 @@
+"""How far one training step is from another: loss, every gradient, every updated weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ilm_compile.verify.emulate import Step
+
+GRADIENT_FLOOR = 1e-5  # of the global norm: some gradients are zero in theory
+# AdamW's first step divides by the gradient: it magnifies the rounding of a tiny one.
+WEIGHT_SLACK = 100
+SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Relative errors of a step against the expected one; by parameter, gradients and weights."""
+
+    loss: float
+    gradients: dict[str, float]
+    weights: dict[str, float]
+
+    @property
+    def max_gradient(self) -> float:
+        """The largest error of a gradient."""
+        return max(self.gradients.values(), default=0.0)
+
+    @property
+    def max_weight(self) -> float:
+        """The largest error of an updated weight."""
+        return max(self.weights.values(), default=0.0)
+
+    def wrong_gradients(self, tolerance: float) -> list[str]:
+        """The parameters whose gradient is off by more than `tolerance`, in the model's order."""
+        return [name for name, error in self.gradients.items() if not error <= tolerance]
+
+    def is_equal(self, tolerance: float) -> bool:
+        """Whether everything agrees to `tolerance`."""
+        return not self.describe(tolerance)
+
+    def describe(self, tolerance: float) -> str:
+        """Return what is off by more than `tolerance`, in words; empty if nothing is."""
+        bounds = (
+            ("loss", {"": self.loss}, 1),
+            ("gradient of ", self.gradients, 1),
+            ("weight ", self.weights, WEIGHT_SLACK),
+        )
+        wrong = [
+            f"{kind}{name} by {error:.1e}"
+            for kind, errors, slack in bounds
+            for name, error in errors.items()
+            if not error <= slack * tolerance
+        ]
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        return ", ".join(wrong[:SHOWN]) + more
+
+
+def compare(step: Step, expected: Step) -> Comparison:
+    """Return the relative errors of `step`; a parameter that it lacks is off by infinity."""
+    norm = torch.stack([g.norm() for g in expected.gradients.values()]).norm()
+    return Comparison(
+        float((step.loss - expected.loss).abs() / expected.loss.abs()),
+        _errors(step.gradients, expected.gradients, GRADIENT_FLOOR * float(norm)),
+        _errors(step.weights, expected.weights, 1e-12),
+    )
+
+
+def _errors(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], floor: float
+) -> dict[str, float]:
+    return {
+        name: float((actual[name] - value).norm()) / max(float(value.norm()), floor)
+        if name in actual
+        else float("inf")
+        for name, value in expected.items()
+    }

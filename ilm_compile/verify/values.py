@@ -1,0 +1,61 @@
+"""The value check: what a program says of each value is what the op makes of its inputs.
+
+Passes write shapes and dtypes into ``node.meta["val"]``, and later passes, the stage boundaries and
+the cost model believe them. Here every call is run again without data. A cast that was left out, a
+size that is still the global one, a message buffer of the wrong dtype: each shows as a difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ilm_compile.errors import ProgramError
+from ilm_compile.program.communicator import ShapeCommunicator, communicators
+from ilm_compile.program.program import Program
+
+
+def check_values(program: Program) -> None:
+    """Raise `ProgramError` naming the node whose op does not give the shape and dtype recorded."""
+    with communicators(tp=ShapeCommunicator(program.plan.tp)), torch.no_grad():
+        for node in program.calls():
+            _check(program, node)
+
+
+def _check(program: Program, node: fx.Node) -> None:
+    try:
+        value = _run(node)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise ProgramError(
+            f"value check: {node.target} cannot run on ({_inputs(node)}) at {program.where(node)}: "
+            f"{reason}"
+        ) from None
+    if not isinstance(value, Tensor):
+        return
+    expected, found = _type(node.meta["val"]), _type(value)
+    if expected != found:
+        raise ProgramError(
+            f"value check: {node.target} of ({_inputs(node)}) gives {found}, but the program says "
+            f"{expected} at {program.where(node)}. Is a cast missing, or a size still global?"
+        )
+
+
+def _run(node: fx.Node) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _without_data)  # type: ignore[misc]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _without_data(node: fx.Node) -> Tensor:
+    value = node.meta["val"]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _inputs(node: fx.Node) -> str:
+    return ", ".join(_type(source.meta["val"]) for source in node.all_input_nodes)
+
+
+def _type(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
