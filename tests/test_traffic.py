@@ -36,9 +36,16 @@ PLANS = {
 }
 
 
+def gpt2_with_dropout() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": SEQ}
+    return GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+
+
 def make_model(name: str, frozen: tuple[str, ...] = ()) -> nn.Module:
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = (MODELS | {"gpt2-dropout": gpt2_with_dropout})[name]()
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(not any(word in path for word in frozen))
     return model
@@ -95,6 +102,16 @@ def test_no_gradient_is_predicted_for_frozen_parts(frozen, world2):
     _, rest = predict(make_model("llama", frozen), plan)
     assert sum(k["calls"] for k in rest[0].values()) < sum(k["calls"] for k in whole[0].values())
     check("llama", plan, world2, frozen)
+
+
+def test_a_dropout_at_the_end_of_a_block_makes_its_last_reduction_run_again(world2):
+    """The mask is kept for backward, so the recomputed block must get as far as the dropout."""
+    plan = {"tp": 2, "checkpoint": True}
+    _, (step,) = predict(make_model("gpt2-dropout"), plan)
+    _, (without,) = predict(make_model("gpt2"), plan)
+    per_block = [without["all_reduce"]["calls"] / 4, step["all_reduce"]["calls"] / 2]
+    assert per_block[1] > per_block[0]
+    check("gpt2-dropout", plan, world2)
 
 
 def test_every_step_adds_the_same(world2):

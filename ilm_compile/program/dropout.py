@@ -28,16 +28,21 @@ def seeded_dropout(
     x: rank-local, placed as `placement` on mesh axis `axis`. seed: int64 scalar on the CPU, of the
     micro-batch; `salt` tells the dropouts of a model apart.
     """
-    if x.is_meta:
-        return torch.empty_like(x)
-    place = Placement.parse(placement)
-    size = communicator(axis).size if place.is_shard else 1
-    generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), salt)) % 2**63)
-    shape = place.global_shape(x.shape, size)
-    kept = torch.rand(shape, generator=generator, device=x.device) >= probability
-    if place.is_shard:
-        kept = split_shards(kept, place, size)[communicator(axis).rank]
+    kept = _kept(x, seed, probability, salt, Placement.parse(placement), axis)
     return x * kept / (1 - probability) if probability < 1 else x * 0.0
+
+
+def _kept(
+    x: Tensor, seed: Tensor, probability: float, salt: int, placement: Placement, axis: str
+) -> Tensor:
+    """Return this rank's part of the mask."""
+    if x.is_meta:
+        return torch.empty_like(x, dtype=torch.bool)
+    size = communicator(axis).size if placement.is_shard else 1
+    generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), salt)) % 2**63)
+    shape = placement.global_shape(x.shape, size)
+    kept = torch.rand(shape, generator=generator, device=x.device) >= probability
+    return split_shards(kept, placement, size)[communicator(axis).rank] if size > 1 else kept
 
 
 def attention_probabilities(

@@ -45,7 +45,7 @@ _LINEARITY = {target: kind for kind, targets in POINTWISE.items() for target in 
 def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Output sharded as wanted; an input that is broadcast along that dimension is R."""
     for out in wanted:
-        if out.is_shard:
+        if out.is_shard and all(is_broadcast(shape, call.shape) for shape in call.shapes):
             yield Strategy(tuple(aligned(shape, call.shape, out) for shape in call.shapes), out)
     count = len(call.shapes)
     kind = _LINEARITY[call.target]
@@ -53,6 +53,12 @@ def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         yield Strategy((P, P), P)
     for index in {"each": range(count), "first": range(1)}.get(kind, range(0)):
         yield Strategy(tuple(P if i == index else R for i in range(count)), P)
+
+
+def is_broadcast(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> bool:
+    """Whether an operand of `shape` broadcasts to `out_shape`."""
+    pairs = zip(reversed(shape), reversed(out_shape), strict=False)
+    return len(shape) <= len(out_shape) and all(n in (1, out) for n, out in pairs)
 
 
 def aligned(shape: tuple[int, ...], out_shape: tuple[int, ...], out: Placement) -> Placement:

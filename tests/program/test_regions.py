@@ -98,5 +98,7 @@ def test_the_container_with_most_calls_is_the_one_of_the_blocks() -> None:
 
 
 def test_lists_inside_a_block_divide_it_no_further() -> None:
-    block = nn.ModuleList([nn.Sequential(*linears(2)), nn.Sequential(*linears(2))])
-    assert names_of(block, ["0", "1"]) == ["prologue", "layers.0", "layers.1", "epilogue"]
+    blocks = [nn.ModuleDict({"experts": nn.ModuleList(linears(2))}) for _ in range(2)]
+    calls = [f"{block}.experts.{expert}" for block in range(2) for expert in range(2)]
+    names = names_of(nn.ModuleList(blocks), calls)
+    assert names == ["prologue", "layers.0", "layers.1", "epilogue"]

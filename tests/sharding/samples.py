@@ -29,6 +29,10 @@ def integers(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(high, shape)
 
 
+def permutations(rows: int, n: int) -> torch.Tensor:
+    return torch.rand(rows, n).argsort(1)
+
+
 def mask(*shape: int) -> torch.Tensor:
     return torch.rand(*shape) > 0.4
 
@@ -39,9 +43,11 @@ def call(*args: Any, **kwargs: Any) -> Arguments:
 
 UNARY = (
     *("neg", "clone", "contiguous", "detach", "relu", "silu", "gelu", "tanh", "sigmoid", "exp"),
-    *("cos", "sin", "abs", "softplus", "leaky_relu", "erf", "square"),
+    *("cos", "sin", "abs", "softplus", "leaky_relu", "erf", "square", "log1p", "expm1"),
+    *("log_sigmoid", "relu6", "hardtanh", "elu", "mish", "sign", "floor", "round"),
+    *("zeros_like", "ones_like"),
 )
-POSITIVE = ("log", "rsqrt", "sqrt", "reciprocal")
+POSITIVE = ("log", "log1p", "rsqrt", "sqrt", "reciprocal")
 COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 BOOLEAN = (
     *(aten.__and__.Tensor, aten.__or__.Tensor, aten.logical_and.default),
@@ -53,7 +59,7 @@ BROADCAST = (
 )
 
 SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
-    **{getattr(aten, name).default: [lambda: call(x(4, 8))] for name in UNARY},
+    **{getattr(aten, name).default: [lambda: call(x(4, 8))] for name in UNARY if name != "log1p"},
     **{getattr(aten, name).default: [lambda: call(positive(4, 8))] for name in POSITIVE},
     **{getattr(aten, n).Tensor: [lambda: call(x(4, 8), x(8))] for n in COMPARE},
     **{getattr(aten, n).Scalar: [lambda: call(x(4, 8), 0.1)] for n in COMPARE},
@@ -70,6 +76,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     aten.pow.Tensor_Scalar: [lambda: call(x(4, 8), 2)],
     aten.pow.Scalar: [lambda: call(2.0, x(4, 8))],
     aten.clamp.default: [lambda: call(x(4, 8), -0.5, 0.5)],
+    aten.clamp_min.default: [lambda: call(x(4, 8), -0.5)],
+    aten.clamp_max.default: [lambda: call(x(4, 8), 0.5)],
+    aten.remainder.Scalar: [lambda: call(x(4, 8), 0.3)],
+    aten.full_like.default: [lambda: call(x(4, 8), 3.0)],
     aten.to.dtype: [lambda: call(x(4, 8), torch.float32)],
     aten.logical_not.default: [lambda: call(mask(4, 8))],
     aten.bitwise_not.default: [lambda: call(mask(4, 8))],
@@ -89,6 +99,38 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(4, 8), 1, integers(8, 4, 6)),
         lambda: call(x(4, 8), 0, integers(4, 2, 4)),
     ],
+    aten.index_select.default: [lambda: call(x(4, 8), 1, integers(8, 6))],
+    aten.slice_scatter.default: [
+        lambda: call(x(4, 8), x(4, 3), 1, 2, 5),
+        lambda: call(x(4, 8), x(2, 8), 0, 1, 3),
+    ],
+    aten.select_scatter.default: [
+        lambda: call(x(4, 8, 4), x(4, 4), 1, 3),
+        lambda: call(x(4, 8, 4), x(8, 4), 0, -1),
+    ],
+    aten.scatter.src: [lambda: call(x(4, 8), 1, permutations(4, 8), x(4, 8))],
+    aten.scatter.value: [lambda: call(x(4, 8), 1, permutations(4, 8)[:, :3], 1.0)],
+    aten.scatter_add.default: [
+        lambda: call(x(4, 8), 1, integers(8, 4, 6), x(4, 6)),
+        lambda: call(x(4, 8), 0, integers(4, 2, 8), x(2, 8)),
+    ],
+    aten.index_add.default: [lambda: call(x(4, 8), 0, integers(4, 6), x(6, 8))],
+    aten.index_copy.default: [lambda: call(x(4, 8), 1, torch.tensor([5, 2]), x(4, 2))],
+    aten.index_put.default: [
+        lambda: call(x(4, 8, 4), [torch.tensor([3, 1])], x(2, 8, 4)),
+        lambda: call(x(4, 8, 4), [None, integers(8, 2, 6)], x(4), True),
+        lambda: call(x(4, 8, 4), [None, integers(8, 6), integers(4, 6)], x(4, 6), True),
+        lambda: call(x(4, 8, 4), [integers(4, 6), None, integers(4, 6)], x(6, 8), True),
+    ],
+    aten.conv1d.default: [
+        lambda: call(x(4, 8, 6), x(8, 1, 3), x(8), [1], [2], [1], 8),
+        lambda: call(x(4, 8, 6), x(8, 1, 3), groups=8),
+        lambda: call(x(4, 8, 6), x(16, 2, 3), x(16), groups=4),
+        lambda: call(x(4, 8, 6), x(12, 8, 3), x(12)),
+    ],
+    aten.conv1d.padding: [lambda: call(x(4, 8, 6), x(8, 1, 3), x(8), [1], "same", [1], 8)],
+    aten.conv2d.default: [lambda: call(x(4, 8, 6, 6), x(12, 8, 3, 3), x(12))],
+    aten.conv2d.padding: [lambda: call(x(4, 8, 6, 6), x(8, 1, 3, 3), None, [1], "same", [1], 8)],
     "transformers::grouped_mm_fallback": [
         lambda: call(x(6, 8), x(3, 8, 12), torch.tensor([2, 2, 6], dtype=torch.int32)),
     ],
@@ -103,19 +145,45 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(2, 4, 8), x(2, 8, 4)),
         lambda: call(x(2, 2, 4, 8), x(2, 2, 8, 4)),
         lambda: call(x(8), x(8, 4)),
+        lambda: call(x(2, 4, 4, 8), x(4, 8, 4)),
+        lambda: call(x(4, 1, 4, 8), x(1, 4, 8, 4)),
     ],
     aten.mm.default: [lambda: call(x(4, 8), x(8, 12))],
+    aten.einsum.default: [
+        lambda: call("bshd,bthd->bhst", [x(2, 3, 4, 8), x(2, 5, 4, 8)]),
+        lambda: call("...k,nk->...n", [x(2, 4, 8), x(12, 8)]),
+        lambda: call("...hk,kn->...n", [x(2, 4, 8), x(8, 12)]),
+        lambda: call("abc,c->ab", [x(2, 4, 8), x(8)]),
+        lambda: call("ij,j,jk->ik", [x(4, 8), x(8), x(8, 4)]),
+    ],
     aten.bmm.default: [lambda: call(x(2, 4, 8), x(2, 8, 4))],
     aten.addmm.default: [lambda: call(x(12), x(4, 8), x(8, 12)), lambda: call(x(4, 12), x(4, 8), x(8, 12))],
     aten.baddbmm.default: [lambda: call(x(2, 4, 4), x(2, 4, 8), x(2, 8, 4))],
     aten.softmax.int: [lambda: call(x(4, 8), -1), lambda: call(x(4, 8), 0)],
     aten.log_softmax.int: [lambda: call(x(4, 8), 1)],
     aten.cumsum.default: [lambda: call(x(4, 8), 0)],
+    aten.cumprod.default: [lambda: call(x(4, 8), 0)],
+    aten.tril.default: [lambda: call(x(4, 8, 8), -1)],
+    aten.triu.default: [lambda: call(x(4, 8, 8))],
+    aten.flip.default: [lambda: call(x(4, 8), [1])],
+    aten.roll.default: [lambda: call(x(4, 8), [1], [0]), lambda: call(x(4, 8), [1])],
+    aten.pad.default: [lambda: call(x(4, 8, 8), [1, 2]), lambda: call(x(4, 8, 8), [0, 0, 3, 0])],
+    aten.constant_pad_nd.default: [lambda: call(x(4, 8, 8), [1, -2], 1.0)],
     aten.rms_norm.default: [lambda: call(x(2, 4, 8), [8], x(8), 1e-5), lambda: call(x(2, 4, 8), [8])],
     aten.layer_norm.default: [lambda: call(x(2, 4, 8), [8], x(8), x(8), 1e-5)],
     aten.sum.default: [lambda: call(x(4, 8))],
     aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
     aten.mean.default: [lambda: call(x(4, 8))],
+    aten.amax.default: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [0], True)],
+    aten.amin.default: [lambda: call(x(2, 4, 8), [-1])],
+    aten.logsumexp.default: [lambda: call(x(2, 4, 8), [-1], True)],
+    aten.var.correction: [lambda: call(x(2, 4, 8), [-1], correction=0, keepdim=True)],
+    aten.var.dim: [lambda: call(x(2, 4, 8), [-1], False, True), lambda: call(x(2, 4, 8), [1])],
+    aten.prod.dim_int: [lambda: call(x(2, 4, 8), 1), lambda: call(x(2, 4, 8), -1, True)],
+    aten.linalg_vector_norm.default: [
+        lambda: call(x(2, 4, 8), 2, [-1], True),
+        lambda: call(x(2, 4, 8), 2, [1]),
+    ],
     aten.mean.dim: [lambda: call(x(2, 4, 8), [-1], True), lambda: call(x(2, 4, 8), [0])],
     aten.reshape.default: [
         lambda: call(x(2, 4, 24), [2, 4, 3, 4, 2]),

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from ilm_compile.program.placement import I, P, R, S
+from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.sharding import RULES, Strategy
 from tests.sharding.proof import all_strategies, make_call, prove
 from tests.sharding.samples import SAMPLES, aten, call, ilm, x
 
 # These stand for the sharded form of another op and are proven where that op becomes them.
-SHARDED_FORMS = {vocab_embedding, vocab_cross_entropy, "aten::_grouped_mm"}  # of the fallback
+SHARDED_FORMS = {partial_mean, vocab_embedding, vocab_cross_entropy, "aten::_grouped_mm"}
 CASES = [
     pytest.param(target, make, id=f"{target}-{i}")
     for target, makes in SAMPLES.items()
