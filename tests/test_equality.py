@@ -71,7 +71,9 @@ def check(case, world):
     assert {other_loss for _, _, other_loss in results} == {loss}
 
 
-@pytest.mark.parametrize("plan", [{"tp": 2, "pp": 2}, {"pp": 4}, {"pp": 4, "num_chunks": 2}], ids=str)
+@pytest.mark.parametrize(
+    "plan", [{"tp": 2, "pp": 2}, {"pp": 4}, {"pp": 4, "num_chunks": 2}], ids=str
+)
 @pytest.mark.parametrize("model", ["internlm2", "gpt2"])
 def test_ten_adamw_steps_end_in_the_same_weights(model, plan, world4):
     """GPT-2's tied embedding lives on the first and the last stage and must stay one weight."""

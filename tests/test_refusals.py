@@ -64,12 +64,22 @@ INPUTS = {"x": ((2, 4), torch.float32), "labels": ((2,), torch.int64)}
             ScheduleError,
             r"num_microbatches=9.*8",
         ),
-        (models.internlm2_tiny, {"pp": 2, "num_chunks": 2, "schedule": "1f1b"}, ScheduleError, "interleaved_1f1b"),
+        (
+            models.internlm2_tiny,
+            {"pp": 2, "num_chunks": 2, "schedule": "1f1b"},
+            ScheduleError,
+            "interleaved_1f1b",
+        ),
         (models.internlm2_tiny, {"schedule": "2f2b"}, ScheduleError, r"2f2b.*1f1b"),
         (models.internlm2_tiny, {"tp": 0}, PlanError, "tp must be a positive integer, got 0"),
         (models.internlm2_tiny, {"num_chunks": 2}, PlanError, "num_chunks=2 needs pp > 1"),
         (models.internlm2_tiny, {"checkpoint": 1.5}, PlanError, r"fraction in \[0, 1\], got 1.5"),
-        (models.internlm2_tiny, {"dtype": torch.float16}, PlanError, "dtype must be None or torch.bfloat16"),
+        (
+            models.internlm2_tiny,
+            {"dtype": torch.float16},
+            PlanError,
+            "dtype must be None or torch.bfloat16",
+        ),
         (models.internlm2_tiny, {"zero": 2}, PlanError, "zero must be 1 or 3, got 2"),
         (models.internlm2_tiny, {"tensor": 2}, PlanError, r"unknown option \['tensor'\]"),
         (
@@ -79,7 +89,12 @@ INPUTS = {"x": ((2, 4), torch.float32), "labels": ((2,), torch.int64)}
             r"(?s)Branching cannot be captured .*test_refusals.py:\d+: if logits.sum\(\) > 0",
         ),
         (Counting, {"example_inputs": INPUTS}, TraceError, r"writes to the buffers \['calls'\]"),
-        (Headless, {"example_inputs": INPUTS}, TraceError, "expected the model to return a scalar loss"),
+        (
+            Headless,
+            {"example_inputs": INPUTS},
+            TraceError,
+            "expected the model to return a scalar loss",
+        ),
         (Headless, {}, TraceError, r"Headless has no example_inputs\(\); pass example_inputs="),
         (
             Headless,
@@ -102,7 +117,9 @@ def test_parallelize_outside_torchrun_says_how_to_start():
 @pytest.fixture(scope="module")
 def alone():
     inputs = {name: ((2, 64), torch.int64) for name in ("input_ids", "labels")}
-    return ilm_compile.parallelize(models.internlm2_tiny(), example_inputs=inputs, num_microbatches=3)
+    return ilm_compile.parallelize(
+        models.internlm2_tiny(), example_inputs=inputs, num_microbatches=3
+    )
 
 
 def batch(rows=6, seq=64, dtype=torch.int64, names=("input_ids", "labels")):

@@ -14,25 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.placement import Placement, join_shards, split_shards
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.threads import run_ranks
 
-Values = dict[str, tuple[Tensor, Tensor | None]]  # by node name: the value and its gradient
+Parts = list[Tensor]  # by rank
+Values = dict[str, tuple[Parts, list[Tensor | None]]]  # by node name: the value and its gradient
+FACTOR = 1e-8  # how well a wrong value must be a multiple of the right one to be called one
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first node whose value or gradient differs, and by how much (relative)."""
+    """The first node whose value or gradient differs: by how much (relative), and how.
+
+    `how` says what can be told of the wrong value: a multiple of the right one, or another on each
+    rank. `beside` lists the nodes next to it that the traced graph does not have.
+    """
 
     node: str
     where: str
     what: str
     error: float
+    how: str = ""
+    beside: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"the first {self.what} that differs is that of {self.where}, by {self.error:.1e}"
+        text = f"the first {self.what} that differs is that of {self.where}, by {self.error:.1e}"
+        text += f", {self.how}" if self.how else ""
+        return text + (f"; next to it stands {', '.join(self.beside)}" if self.beside else "")
 
 
 def first_difference(
@@ -49,22 +60,57 @@ def first_difference(
     """
     expected = _run(traced, 1, model, inputs)
     actual = _run(program, program.plan.tp, model, inputs)
-    nodes = [node for node in program.calls() if node.name in expected and node.name in actual]
+    nodes = [node for node in program.graph.nodes if node.name in expected and node.name in actual]
     for what, index, order in (("value", 0, nodes), ("gradient", 1, nodes[::-1])):
         for node in order:
-            error = _error(actual[node.name][index], expected[node.name][index])
+            right, parts = expected[node.name][index][0], actual[node.name][index]
+            if right is None or any(part is None for part in parts):
+                continue
+            partial = "P" if what == "value" else "R"
+            whole = _join([p for p in parts if p is not None], placement_of(node), partial)
+            error = _error(whole, right)
             if error > tolerance:
-                return Difference(node.name, program.where(node), what, error)
+                near = node.all_input_nodes if what == "value" else list(node.users)
+                beside = tuple(_describe(n) for n in near if n.name not in expected)
+                where = program.where(node)
+                return Difference(node.name, where, what, error, _how(whole, right), beside)
     return None
 
 
-def _error(actual: Tensor | None, expected: Tensor | None) -> float:
-    if actual is None or expected is None or not expected.is_floating_point():
-        return 0.0
+def _describe(node: fx.Node) -> str:
+    kind = f" {node.kwargs['src']} -> {node.kwargs['dst']}" if node.target is redistribute else ""
+    return f"{node.name}{kind}"
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    actual = _without_padding(actual, expected)
     if actual.shape != expected.shape:
         return float("inf")
+    if not expected.is_floating_point():
+        return float((actual != expected).any())
     scale = max(float(expected.norm()), 1e-12)
     return float((actual.double() - expected.double()).norm()) / scale
+
+
+def _how(actual: Tensor, expected: Tensor) -> str:
+    """Return "it is twice ..." where that is what is wrong."""
+    actual = _without_padding(actual, expected)
+    if actual.shape != expected.shape:
+        return f"it has shape {list(actual.shape)}, expected {list(expected.shape)}"
+    norm = expected.double().square().sum()
+    if not expected.is_floating_point() or not norm > 0:
+        return ""
+    factor = (actual.double() * expected.double()).sum() / norm
+    rest = (actual.double() - factor * expected.double()).norm() / norm.sqrt()
+    return f"it is {float(factor):.6g} times what it should be" if rest < FACTOR else ""
+
+
+def _without_padding(actual: Tensor, expected: Tensor) -> Tensor:
+    """Return `actual` without the classes that a padded vocabulary adds at the end."""
+    if actual.dim() == expected.dim():
+        for dim, size in enumerate(expected.shape):
+            actual = actual.narrow(dim, 0, min(size, actual.shape[dim]))
+    return actual
 
 
 class _Recorder(fx.Interpreter):
@@ -77,7 +123,8 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
-            return self.tensors[str(n.target)]
+            value = self.seen[n.name] = self.tensors[str(n.target)]
+            return value
         value = super().run_node(n)
         if isinstance(value, Tensor) and n.op == "call_function":
             if value.requires_grad:
@@ -87,7 +134,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _run(program: Program, size: int, model: nn.Module, inputs: Mapping[str, Tensor]) -> Values:
-    """Return every node's full value and gradient, gathered over `size` ranks."""
+    """Return every node's value and gradient on each of `size` ranks."""
     full = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     full.update(
         {n: b for n, b in program.graph_module.named_buffers() if n not in full and not b.is_meta}
@@ -108,20 +155,13 @@ def _run(program: Program, size: int, model: nn.Module, inputs: Mapping[str, Ten
         return recorder.seen
 
     ranks = run_ranks(size, rank)
-    nodes = {node.name: node for node in program.calls()}
-    return {name: _gather(nodes[name], [seen[name] for seen in ranks]) for name in ranks[0]}
+    return {
+        name: ([seen[name].detach() for seen in ranks], [seen[name].grad for seen in ranks])
+        for name in ranks[0]
+    }
 
 
-def _gather(node: fx.Node, parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    placement = placement_of(node)
-    grads = [part.grad for part in parts]
-    whole = _join([part.detach() for part in parts], placement, {"P"})
-    if any(grad is None for grad in grads):
-        return whole, None
-    return whole, _join([grad for grad in grads if grad is not None], placement, {"R"})
-
-
-def _join(parts: list[Tensor], placement: Placement, partial: set[str]) -> Tensor:
+def _join(parts: Parts, placement: Placement, partial: str) -> Tensor:
     if placement.is_shard:
         return join_shards(parts, placement)
-    return torch.stack(parts).sum(0) if placement.kind in partial else parts[0]
+    return torch.stack(parts).sum(0) if placement.kind == partial else parts[0]

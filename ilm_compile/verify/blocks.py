@@ -2,13 +2,11 @@
 
 The search may place a small model's values in another way than a big one's, and a pass may treat a
 block of the big model in its own way. So the blocks of the program that would be launched are
-compared with those of the program that was stepped: same ops, same placements, same casts, wired
-the same; only sizes may differ.
+compared with those of the program that was stepped: same ops, same placements, wired the same; only
+sizes and casts may differ (a step is taken in float64, where casts vanish).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +14,9 @@ from torch import fx
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
+
+CAST = torch.ops.aten.to.dtype
+OUTSIDE = (-1, 0)  # the position of a value that no region makes
 
 
 def uncovered(program: Program, small: Program) -> list[str]:
@@ -29,6 +30,8 @@ def _signatures(program: Program) -> dict[str, str]:
     lines: dict[int, list[str]] = {}
     position: dict[fx.Node, tuple[int, int]] = {}
     for node in program.calls():
+        if node.target is CAST:
+            continue
         region = lines.setdefault(node.meta["region"], [])
         position[node] = node.meta["region"], len(region)
         region.append(_line(program, node, position))
@@ -39,17 +42,19 @@ def _line(program: Program, node: fx.Node, position: dict[fx.Node, tuple[int, in
     region = node.meta["region"]
 
     def source(value: fx.Node) -> str:
+        while value.target is CAST:
+            (value,) = value.all_input_nodes
         kind = _placement(value.meta.get("placement"))
         if value.op == "get_attr":
             return f"{str(value.target).rsplit('.', 1)[-1]}:{kind}"
-        where, index = position.get(value, (-1, 0))
+        where, index = position.get(value, OUTSIDE)
         return f"{index}:{kind}" if where == region else f"outside:{kind}"
 
-    words = [str(node.target), _placement(node.meta.get("placement"))]
+    name = getattr(node.target, "__name__", str(node.target))
+    words = [name, _placement(node.meta.get("placement"))]
     words += [source(value) for value in node.all_input_nodes]
     if node.target is redistribute:
         words += [_placement(Placement.parse(str(node.kwargs[key]))) for key in ("src", "dst")]
-    words += [str(a) for a in _leaves((node.args, node.kwargs)) if isinstance(a, torch.dtype)]
     return " ".join(words)
 
 
@@ -58,8 +63,3 @@ def _placement(placement: Placement | None) -> str:
         return "I"
     return f"S({placement.dim})" if placement.is_shard else placement.kind
 
-
-def _leaves(arguments: Any) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_aggregate(arguments, found.append)
-    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -143,7 +142,8 @@ class Trial:
             step = self._run(exact(program) if self._is_rounded else program, schedule)
             found = compare(step, self.expected)
             if wrong := found.describe(TOLERANCE):
-                return f"not equal to the single-device model: {wrong}", _distance(step, self.launched)
+                message = f"not equal to the single-device model: {wrong}"
+                return message, _distance(step, self.launched)
             if self._is_rounded:
                 step = self._run(program, schedule)
         except Exception as error:

@@ -57,7 +57,8 @@ class Report:
         width = max((len(check.name) for check in self.checks), default=0)
         for check in self.checks:
             mark = "ok    " if check.ok else "FAILED"
-            lines.append(f"  {mark}  {check.name.ljust(width)}  {check.seconds:6.2f} s  {check.detail}")
+            name = check.name.ljust(width)
+            lines.append(f"  {mark}  {name}  {check.seconds:6.2f} s  {check.detail}")
         lines += ["", *self.failures] if self.failures else []
         verdict = "equal to the single-device model" if self.ok else "NOT equal: do not launch"
         return "\n".join([*lines, f"verdict: {verdict} ({self.seconds:.1f} s)"])

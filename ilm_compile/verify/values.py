@@ -30,7 +30,7 @@ def _check(program: Program, node: fx.Node) -> None:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise ProgramError(
-            f"value check: {node.target} cannot run on ({_inputs(node)}) at {program.where(node)}: "
+            f"value check: {_name(node)} cannot run on ({_inputs(node)}) at {program.where(node)}: "
             f"{reason}"
         ) from None
     if not isinstance(value, Tensor):
@@ -38,13 +38,13 @@ def _check(program: Program, node: fx.Node) -> None:
     expected, found = _type(node.meta["val"]), _type(value)
     if expected != found:
         raise ProgramError(
-            f"value check: {node.target} of ({_inputs(node)}) gives {found}, but the program says "
+            f"value check: {_name(node)} of ({_inputs(node)}) gives {found}, but the program says "
             f"{expected} at {program.where(node)}. Is a cast missing, or a size still global?"
         )
 
 
 def _run(node: fx.Node) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _without_data)  # type: ignore[misc]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _without_data)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -55,6 +55,10 @@ def _without_data(node: fx.Node) -> Tensor:
 
 def _inputs(node: fx.Node) -> str:
     return ", ".join(_type(source.meta["val"]) for source in node.all_input_nodes)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _type(value: Tensor) -> str:

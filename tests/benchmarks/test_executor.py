@@ -76,8 +76,8 @@ def test_own_cost_is_what_a_step_takes_more_than_the_loop_of_its_round() -> None
 
 def test_the_table_shows_ratios_to_torch() -> None:
     figures = [
-        Figure("1f1b", 0, "theirs", median=0.004, lower=0.003, upper=0.005),
-        Figure("1f1b", 0, "ours", median=0.003, lower=0.003, upper=0.003),
+        Figure("1f1b", 0, "theirs", "cpu", median=0.004, lower=0.003, upper=0.005),
+        Figure("1f1b", 0, "ours", "cpu", median=0.003, lower=0.003, upper=0.003),
     ]
     console = Console(record=True, width=100)
     show(figures, "title", console)

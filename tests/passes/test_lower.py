@@ -1,7 +1,6 @@
 """Lowered programs compute what the model computes: loss and every gradient, in any division."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -85,13 +84,6 @@ class CountCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls[str(func)] = self.calls.get(str(func), 0) + 1
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def seed(value: int) -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        yield
 
 
 def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The proof of a sharding rule: run the op on every rank and compare with the unsharded op.
 
-Inputs are cut, copied or split into random partial sums as a strategy says; each rank, a thread, runs
-the rank-local call; values and gradients are put together again as the placements say.
+Inputs are cut, copied or split into random partial sums as a strategy says; each rank, a thread,
+runs the rank-local call; values and gradients are put together again as the placements say.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from ilm_compile.sharding.strategy import Call, global_call, plain_placements
 from ilm_compile.verify.threads import run_ranks
 
 
-def make_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[Call, list[Tensor]]:
+def make_call(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> tuple[Call, list[Tensor]]:
     """Return the call as the rules see it, and its tensor inputs."""
     graph = fx.Graph()
     tensors: list[Tensor] = []
@@ -45,7 +47,11 @@ def all_strategies(call: Call) -> list[Strategy]:
     """Return every strategy of the rule, with segmented outputs of two shapes asked for too."""
     wanted = plain_placements(call.shape, call.size)
     for dim, n in enumerate(call.shape):
-        for parts in ((n // 2, n - n // 2), (n // 4, n - n // 4), (n // 3, n // 3, n - 2 * (n // 3))):
+        for parts in (
+            (n // 2, n - n // 2),
+            (n // 4, n - n // 4),
+            (n // 3, n // 3, n - 2 * (n // 3)),
+        ):
             if S(dim, parts).divides(call.shape, call.size):
                 wanted.add(S(dim, parts))
     return strategies(call, wanted)
@@ -95,7 +101,11 @@ def prove(call: Call, tensors: list[Tensor], strategy: Strategy, *, bound: float
     if seed is not None:
         expected.backward(seed)
     shards = [scatter(t, p, call.size) for t, p in zip(tensors, strategy.inputs, strict=True)]
-    seeds = scatter(seed.double(), gradient_placement(strategy.output), call.size) if seed is not None else []
+    seeds = (
+        scatter(seed.double(), gradient_placement(strategy.output), call.size)
+        if seed is not None
+        else []
+    )
     local_call = localize(call, strategy, "tp")
 
     def rank(r: int) -> tuple[Tensor, list[Tensor | None]]:

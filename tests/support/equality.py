@@ -35,7 +35,13 @@ def hf_gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_embd=64, n_layer=4, n_head=8, vocab_size=VOCAB, n_positions=64, bos_token_id=0, eos_token_id=0
+        n_embd=64,
+        n_layer=4,
+        n_head=8,
+        vocab_size=VOCAB,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     return GPT2LMHeadModel(config)
@@ -71,7 +77,7 @@ class Errors:
 
 
 def make_model(name: str) -> nn.Module:
-    """Return the model in float64, the same on every rank, with no parameter left at zero or one."""
+    """Return the model in float64, the same on every rank, no parameter left at zero or one."""
     torch.manual_seed(0)
     model = MODELS[name]().double().train()
     with torch.no_grad():
@@ -93,7 +99,9 @@ def make_batch(rows: int) -> dict[str, Tensor]:
 def reference(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return loss and gradients of the untransformed model on the whole batch."""
     model.zero_grad()
-    options = {"use_cache": False} if hasattr(model, "config") and hasattr(model, "generate") else {}
+    options = (
+        {"use_cache": False} if hasattr(model, "config") and hasattr(model, "generate") else {}
+    )
     result = model(**batch, **options)
     loss = result if isinstance(result, Tensor) else result.loss
     loss.backward()
@@ -102,10 +110,14 @@ def reference(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[
     return loss.detach(), gradients
 
 
-def compare(loss: Tensor, expected: Tensor, got: dict[str, Tensor], want: dict[str, Tensor]) -> Errors:
-    """Return relative errors, a gradient's measured against no less than 1e-5 of the global norm."""
+def compare(
+    loss: Tensor, expected: Tensor, got: dict[str, Tensor], want: dict[str, Tensor]
+) -> Errors:
+    """Return relative errors; gradients are measured against at least 1e-5 of the global norm."""
     floor = 1e-5 * torch.stack([g.norm() for g in want.values()]).norm()
-    errors = {n: float((got[n] - g).norm() / torch.maximum(g.norm(), floor)) for n, g in want.items()}
+    errors = {
+        n: float((got[n] - g).norm() / torch.maximum(g.norm(), floor)) for n, g in want.items()
+    }
     worst = max(errors, key=errors.__getitem__)
     return Errors(float((loss - expected).abs() / expected.abs()), errors[worst], worst)
 

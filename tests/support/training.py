@@ -14,7 +14,7 @@ from tests.support.promote import promoted_float32
 
 
 def train_and_compare(rank: int, case: Case, num_steps: int) -> tuple[float, float]:
-    """Return the largest relative difference of a weight after `num_steps`, and that of tied copies.
+    """Return the largest relative difference of a weight after the steps, and of tied copies.
 
     The first is 0 on ranks other than 0, which do not see the full weights.
     """
@@ -36,7 +36,9 @@ def train_and_compare(rank: int, case: Case, num_steps: int) -> tuple[float, flo
         trained = parallel.full_state_dict()
     copies = _tied_difference(dict(parallel.named_parameters()))
     expected = model.state_dict()
-    differences = [float((trained[n] - w).norm() / w.norm()) for n, w in expected.items() if n in trained]
+    differences = [
+        float((trained[n] - w).norm() / w.norm()) for n, w in expected.items() if n in trained
+    ]
     return max(differences, default=0.0), copies
 
 

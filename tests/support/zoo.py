@@ -1,0 +1,125 @@
+"""Small Hugging Face causal language models, of every architecture that transformers knows.
+
+A small configuration is made from an architecture's default one: sizes are recognised by their
+names (`SIZES`), dropout is off, and what does not fit then is set by hand (`CHANGES`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+SEQ, VOCAB = 16, 512
+LAYERS = 2
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, EXPERTS = 64, 8, 4, 8, 128, 4
+
+_NAMES: dict[int | str, str] = {
+    "layers": "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks "
+    "num_decoder_layers num_encoder_layers depth",
+    HIDDEN: "hidden_size n_embd d_model word_embed_proj_dim embedding_size emb_dim embedding_dim "
+    "attention_hidden_size dim_model input_embedding_size output_embedding_size lru_width embed_dim "
+    "vocab_size_per_layer_input max_position_embeddings n_positions n_ctx max_seq_len "
+    "context_length model_max_length max_target_positions attn_hidden_size",
+    FFN: "intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
+    "shared_intermediate_size shared_expert_intermediate_size intermediate_size_mlp dim_ff dff d_inner "
+    "ffn_hidden_size expert_ffn_hidden_size moe_shared_expert_intermediate_size feed_forward_size "
+    "dense_intermediate_size block_ffn_dim mamba_d_ssm shared_experts_intermediate_size attention_head_size",
+    HEADS: "num_attention_heads n_head n_heads num_heads decoder_attention_heads index_n_heads "
+    "encoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads attention_heads "
+    "swa_num_attention_heads n_mamba_heads mamba_n_heads mamba_num_heads linear_num_value_heads "
+    "linear_num_heads head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim "
+    "index_head_dim dim_head linear_key_head_dim linear_value_head_dim linear_head_dim d_head "
+    "global_head_dim sliding_window sliding_window_size attention_chunk_size window_size "
+    "local_attention attention_window_size attention_head_dim",
+    KV_HEADS: "num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads n_routed_experts "
+    "linear_num_key_heads num_experts num_local_experts moe_num_experts rotary_dim",
+    SEQ: "mamba_d_head mamba_head_dim chunk_size mamba_chunk_size index_topk kv_lora_rank q_lora_rank o_lora_rank",
+    2: "num_experts_per_tok moe_topk num_experts_per_token moe_k",
+    1: "n_group topk_group num_expert_group n_shared_experts num_shared_experts "
+    "moe_num_shared_experts first_k_dense_replace",
+    VOCAB: "vocab_size decoder_vocab_size unpadded_vocab_size",
+}
+SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
+TOKENS = {"pad": 0, "bos": 1, "eos": 2}
+
+# What the sizes leave inconsistent, by model type.
+CHANGES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0},
+        "ffn_config": {
+            **{"hidden_size": HIDDEN, "ffn_hidden_size": FFN},
+            **{"moe_num_experts": EXPERTS, "moe_top_k": 2},
+        },
+    },
+    "dots1": {"n_routed_experts": EXPERTS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 2 * HEAD_DIM},
+    "zamba": {"layer_types": ["linear_attention", "hybrid"]},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def architectures() -> list[str]:
+    """Return the class names of all causal language models of transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()), key=str.lower)
+
+
+def small_model(architecture: str, **changes: Any) -> nn.Module:
+    """Return a small float64 model, the same each time, no parameter at its initial value."""
+    import transformers
+
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class(**small_values(model_class.config_class, **changes))
+    if getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = model_class(config).double().train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def small_values(config_class: Any, *, layers: int = LAYERS, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a small configuration of `config_class`, with `changes` to it."""
+    default = config_class()
+    given = default.to_dict()
+    kinds = {name: _kinds(given, name) for name in ("layer_types", "mlp_layer_types")}
+    layers = max(layers, *map(len, kinds.values()))
+    values: dict[str, Any] = {"pad_token_id": 0}
+    for name, value in given.items():
+        if name in SIZES and isinstance(value, int):
+            size = SIZES[name]
+            values[name] = layers if size == "layers" else size
+        elif kinds.get(name):
+            values[name] = [kinds[name][i * len(kinds[name]) // layers] for i in range(layers)]
+        elif "drop" in name and isinstance(value, float):
+            values[name] = 0.0
+        elif name.endswith("_token_id") and isinstance(value, int | list):
+            values[name] = TOKENS.get(name.removesuffix("_token_id"), 3)
+        elif name in default.sub_configs and getattr(default, name) is not None:
+            values[name] = small_values(type(getattr(default, name)), layers=layers)
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]  # each has a key of its own
+    return {**values, **CHANGES.get(config_class.model_type, {}), **changes}
+
+
+def _kinds(config: dict[str, Any], name: str) -> list[str]:
+    """Return the distinct kinds of layers that a configuration lists, in order."""
+    return list(dict.fromkeys(config.get(name) or []))
