@@ -56,6 +56,7 @@ def plot_timelines(comparisons: Sequence[Comparison], path: Path) -> None:
         axis.set_yticks(range(len(timelines)), [f"rank {rank}" for rank in range(len(timelines))])
         axis.invert_yaxis()
         title = f"{comparison.row.name}: bubble {comparison.bubble:.0%}"
+        axis.set_xlim(left=0)
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("ms (blue: forward, orange: backward; stage and micro-batch as text)")

@@ -145,7 +145,7 @@ class Progress:
     def update(self, metrics: StepMetrics) -> None:
         """Show a finished step; `metrics.step` counts from 1."""
         if self._bar is not None:
-            description = metrics.summary()
+            description = f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s"
             self._bar.update(self._task, completed=metrics.step, description=description)
         elif self._shown and self._is_due(metrics.step):
             line = f"step {metrics.step}/{self._total_steps}  {metrics.summary()}"

@@ -19,8 +19,8 @@ def run(rank: int) -> Samples:
 
 def samples(ours: list[float], theirs: list[float]) -> Samples:
     return {
-        "ours": Sample(wall=ours, cpu=[1.0], loss=2.0, grad_norm=3.0),
-        "dtensor": Sample(wall=theirs, cpu=[1.0], loss=2.0, grad_norm=3.0),
+        "ours": Sample(wall=ours, cpu=[1.0, 2.0], loss=2.0, grad_norm=3.0),
+        "dtensor": Sample(wall=theirs, cpu=[2.0, 4.0], loss=2.0, grad_norm=3.0),
     }
 
 
@@ -39,6 +39,7 @@ def test_a_step_takes_as_long_as_its_slower_rank() -> None:
     assert (ours.median_s, ours.fastest_s, ours.ratio_to_ours) == (2.0, 2.0, 1.0)
     assert (theirs.median_s, theirs.fastest_s) == (3.0, 2.0)
     assert theirs.ratio_to_ours == 1.5  # of 3/2, 2/2 and 8/4
+    assert theirs.processor_ratio == 2.0
 
 
 @pytest.mark.parametrize("what", ["loss", "grad_norm"])
