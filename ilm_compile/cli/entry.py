@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ilm_compile.cli import convert, explain, prepare_data, train
+from ilm_compile.cli import convert, explain, prepare_data, train, verify
 from ilm_compile.errors import IlmCompileError
 
 COMMANDS = {
     "explain": explain,
+    "verify": verify,
     "train": train,
     "prepare-data": prepare_data,
     "convert": convert,

@@ -5,9 +5,9 @@ Runs in one process and computes nothing: ilm-compile explain internlm2_7b --tp 
 
 import argparse
 
-import torch
 from torch import nn
 
+from ilm_compile.cli.inputs import add_input_arguments, read_inputs
 from ilm_compile.cli.model import add_model_argument, load_model
 from ilm_compile.cli.plan import add_plan_arguments, read_plan
 from ilm_compile.compile import partition
@@ -23,8 +23,7 @@ TRACE = "trace"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_model_argument(parser)
-    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens a row, if not the model's")
-    parser.add_argument("--rows", type=int, metavar="N", help="of one micro-batch; with --seq-len")
+    add_input_arguments(parser)
     parser.add_argument(
         "--after", metavar="PASS", help=f"stop after this pass; {TRACE}: before the first"
     )
@@ -35,23 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Partition and print."""
     plan = read_plan(options)
-    inputs = _example_inputs(options.rows, options.seq_len)
+    inputs = read_inputs(options)
     model = load_model(options.model)
     if options.after is None:
         program = partition(model, example_inputs=inputs, plan=plan)
     else:
         program = _partition_until(options.after, model, inputs, plan)
     print(program.dump() if options.dump else program.explain(), end="")
-
-
-def _example_inputs(rows: int | None, seq_len: int | None) -> ExampleInputs | None:
-    """Those of a causal language model, or None: those that the model itself names."""
-    if seq_len is None:
-        if rows is not None:
-            raise IlmCompileError(f"explain: --rows {rows} needs --seq-len beside it")
-        return None
-    shape = (1 if rows is None else rows, seq_len)
-    return {"input_ids": (shape, torch.int64), "labels": (shape, torch.int64)}
 
 
 def _partition_until(

@@ -1,7 +1,8 @@
 """Constants that a model makes in its forward, kept in the graph as values and not as tensors.
 
 A program is traced on the meta device, where ``torch.tensor(5.0, device=x.device)`` and the index
-list of ``x[:, [-2]]`` would become tensors without data. Here they become fills and slices.
+list of ``x[:, [-2]]`` would become tensors without data. Here they become fills and slices. Constants
+made without a device are made on the CPU and keep their data: they become buffers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class KeepConstants(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.tensor and args and _is_numbers(args[0]):
+        if func is torch.tensor and kwargs.get("device") is not None and _is_numbers(args[0]):
             return _filled(args[0], kwargs)
         if func is torch.Tensor.__getitem__:
             args = (args[0], _without_lists(args[0], args[1]))

@@ -57,6 +57,8 @@ def normalize(
     root = nn.Module()
     for name, fqn in signature.inputs_to_lifted_tensor_constants.items():
         constant = exported.constants[fqn]
+        if not constant.numel():
+            constant = torch.empty_like(constant, device="cpu")  # nothing was lost
         if constant.is_meta:
             raise TraceError(
                 f"trace: the model makes a constant of shape {tuple(constant.shape)} in its "
@@ -314,6 +316,26 @@ def _histc(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     return run.emit(node, aten.to.dtype, (counts, val.dtype), val=val)
 
 
+def _cat(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Without the empty vectors that torch lets pass among tensors of any rank."""
+    rank = node.meta["val"].dim()
+    kept = [x for x in args[0] if x.meta["val"].dim() == rank]
+    if len(kept) == 1:
+        return kept[0]
+    return run.emit(node, node.target, (kept, *args[1:]), kwargs)
+
+
+def _broadcast(
+    run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    expanded = []
+    for x, val in zip(args[0], node.meta["val"], strict=True):
+        same = x.meta["val"].shape == val.shape
+        call = (x, list(val.shape))
+        expanded.append(x if same else run.emit(node, aten.expand.default, call, val=val))
+    return expanded
+
+
 def _unbind(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     dim %= x.meta["val"].dim()
@@ -347,6 +369,8 @@ _LOWERINGS: dict[Any, Lower] = {
     **dict.fromkeys(_EXPANDS, _expand),
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_SPLITS, _pieces),
+    aten.cat.default: _cat,
+    aten.broadcast_tensors.default: _broadcast,
     aten.unbind.int: _unbind,
     aten.histc.default: _histc,
     aten.slice.Tensor: _slice,

@@ -6,7 +6,9 @@ neighbours on one node, and pipeline stages, which exchange least, lie furthest 
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
@@ -98,6 +100,7 @@ class Mesh:
             backend = "nccl" if place.type == "cuda" else "gloo"
             bound = place if place.type == "cuda" else None
             dist.init_process_group(backend, timeout=timeout, device_id=bound)
+            atexit.register(_leave)
             everyone = dist.group.WORLD
         dp_size = world_size // (plan.pp * plan.tp)
         layout = torch.arange(world_size).view(plan.pp, dp_size, plan.tp)
@@ -135,6 +138,16 @@ class Mesh:
                 if self.rank in ranks:
                     mine = group
         return mine
+
+
+def _leave() -> None:
+    """Leave the process group at a normal exit: torn down with the interpreter, gloo may abort.
+
+    After an exception it is left as it is, since leaving could wait for ranks that are gone.
+    """
+    failed = getattr(sys, "last_value", None) is not None
+    if dist.is_initialized() and not failed:
+        dist.destroy_process_group()
 
 
 def _axis(layout: torch.Tensor, dim: int, timeout: timedelta) -> Axis:

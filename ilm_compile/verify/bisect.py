@@ -22,6 +22,7 @@ from ilm_compile.verify.threads import run_ranks
 
 Parts = list[Tensor]  # by rank
 Values = dict[str, tuple[Parts, list[Tensor | None]]]  # by node name: the value and its gradient
+TINY = 1e-5  # of all gradients' norm: one that small may be zero in theory, and rounding in fact
 FACTOR = 1e-8  # how well a wrong value must be a multiple of the right one to be called one
 
 
@@ -29,8 +30,8 @@ FACTOR = 1e-8  # how well a wrong value must be a multiple of the right one to b
 class Difference:
     """The first node whose value or gradient differs: by how much (relative), and how.
 
-    `how` says what can be told of the wrong value: a multiple of the right one, or another on each
-    rank. `beside` lists the nodes next to it that the traced graph does not have.
+    `how` says what can be told of the wrong value. `beside` lists the nodes next to it that the
+    traced graph does not have.
     """
 
     node: str
@@ -61,6 +62,7 @@ def first_difference(
     expected = _run(traced, 1, model, inputs)
     actual = _run(program, program.plan.tp, model, inputs)
     nodes = [node for node in program.graph.nodes if node.name in expected and node.name in actual]
+    floor = TINY * _norm([parts[0] for _, parts in expected.values()])
     for what, index, order in (("value", 0, nodes), ("gradient", 1, nodes[::-1])):
         for node in order:
             right, parts = expected[node.name][index][0], actual[node.name][index]
@@ -68,7 +70,7 @@ def first_difference(
                 continue
             partial = "P" if what == "value" else "R"
             whole = _join([p for p in parts if p is not None], placement_of(node), partial)
-            error = _error(whole, right)
+            error = _error(whole, right, floor if what == "gradient" else 1e-12)
             if error > tolerance:
                 near = node.all_input_nodes if what == "value" else list(node.users)
                 beside = tuple(_describe(n) for n in near if n.name not in expected)
@@ -82,23 +84,27 @@ def _describe(node: fx.Node) -> str:
     return f"{node.name}{kind}"
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+def _norm(tensors: list[Tensor | None]) -> float:
+    return float(torch.stack([t.norm() for t in tensors if t is not None]).norm())
+
+
+def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
     actual = _without_padding(actual, expected)
     if actual.shape != expected.shape:
         return float("inf")
     if not expected.is_floating_point():
         return float((actual != expected).any())
-    scale = max(float(expected.norm()), 1e-12)
+    scale = max(float(expected.norm()), floor)
     return float((actual.double() - expected.double()).norm()) / scale
 
 
 def _how(actual: Tensor, expected: Tensor) -> str:
-    """Return "it is twice ..." where that is what is wrong."""
+    """Return what can be told of a wrong value: another shape, or a multiple of the right one."""
     actual = _without_padding(actual, expected)
     if actual.shape != expected.shape:
         return f"it has shape {list(actual.shape)}, expected {list(expected.shape)}"
     norm = expected.double().square().sum()
-    if not expected.is_floating_point() or not norm > 0:
+    if not expected.is_floating_point() or expected.numel() == 1 or not norm > 0:
         return ""
     factor = (actual.double() * expected.double()).sum() / norm
     rest = (actual.double() - factor * expected.double()).norm() / norm.sqrt()

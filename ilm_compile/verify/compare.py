@@ -34,6 +34,12 @@ class Comparison:
         """The largest error of an updated weight."""
         return max(self.weights.values(), default=0.0)
 
+    def summary(self) -> str:
+        """Return the largest errors as text."""
+        return (
+            f"loss {self.loss:.0e}, gradient {self.max_gradient:.0e}, weight {self.max_weight:.0e}"
+        )
+
     def wrong_gradients(self, tolerance: float) -> list[str]:
         """The parameters whose gradient is off by more than `tolerance`, in the model's order."""
         return [name for name, error in self.gradients.items() if not error <= tolerance]

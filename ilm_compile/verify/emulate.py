@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ilm_compile.errors import PlacementError
+from ilm_compile.errors import PlacementError, ProgramError
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.placement import join_shards, split_shards
@@ -126,6 +126,12 @@ def _inputs(
 
 def _gradient(variable: Variable, stages: list[Copies]) -> Tensor:
     """Return the full gradient of a parameter, summed over the stages that hold it."""
+    frozen = [number for number, copies in enumerate(stages, 1) if not copies[0].requires_grad]
+    if 0 < len(frozen) < len(stages):
+        raise ProgramError(
+            f"emulation: {variable.name} is held by {len(stages)} stages, and copy {frozen[0]} gets "
+            "no gradient; each copy of a tied parameter must get the sum of the gradients of all"
+        )
     parts = [_whole(variable, [_grad(tensor) for tensor in copies]) for copies in stages]
     return torch.stack(parts).sum(0)
 

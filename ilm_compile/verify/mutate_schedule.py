@@ -33,14 +33,16 @@ def swap_micro_batches(schedule: Schedule) -> Iterator[Place]:
     for rank, row in enumerate(schedule.actions):
         for first, second in pairwise(range(schedule.num_microbatches)):
             words = f"{first} and {second} on rank {rank}"
-            yield f"{words}, messages too", _with_row(
-                schedule, rank, _relabelled(row, first, second)
+            yield (
+                f"{words}, messages too",
+                _with_row(schedule, rank, _relabelled(row, first, second)),
             )
             for kind in (Kind.F, Kind.B):
                 stage = next(a.stage for a in row if a.kind is kind)
                 ends = (Action(stage, kind, first), Action(stage, kind, second))
-                yield f"{words}, {ends[0]} and {ends[1]} only", _with_row(
-                    schedule, rank, _swapped(row, *ends)
+                yield (
+                    f"{words}, {ends[0]} and {ends[1]} only",
+                    _with_row(schedule, rank, _swapped(row, *ends)),
                 )
 
 
@@ -56,8 +58,9 @@ def drop_action(schedule: Schedule, wanted: Callable[[Action], bool]) -> Iterato
     for rank, row in enumerate(schedule.actions):
         for position, action in enumerate(row):
             if wanted(action):
-                yield f"{action} on rank {rank}", _with_row(
-                    schedule, rank, (*row[:position], *row[position + 1 :])
+                yield (
+                    f"{action} on rank {rank}",
+                    _with_row(schedule, rank, (*row[:position], *row[position + 1 :])),
                 )
 
 
@@ -92,8 +95,9 @@ def swap_messages(schedule: Schedule) -> Iterator[Place]:
         for kind in (Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B):
             same = [action for action in row if action.kind is kind]
             for first, second in pairwise(same):
-                yield f"{first} and {second} on rank {rank}", _with_row(
-                    schedule, rank, _swapped(row, first, second)
+                yield (
+                    f"{first} and {second} on rank {rank}",
+                    _with_row(schedule, rank, _swapped(row, first, second)),
                 )
 
 
@@ -111,8 +115,9 @@ def backward_first(schedule: Schedule) -> Iterator[Place]:
         for action in row:
             if action.kind is Kind.F:
                 backward = replace(action, kind=Kind.B)
-                yield f"{backward} before {action} on rank {rank}", _with_row(
-                    schedule, rank, _swapped(row, action, backward)
+                yield (
+                    f"{backward} before {action} on rank {rank}",
+                    _with_row(schedule, rank, _swapped(row, action, backward)),
                 )
 
 

@@ -84,9 +84,7 @@ def program_mutants(program: Program, *, limit: int | None = None) -> Iterator[M
 def schedule_mutants(schedule: Schedule, *, limit: int | None = None) -> Iterator[Mutant]:
     """Yield the faults that apply to `schedule`, at most `limit` of a kind, evenly spread."""
 
-    def make(
-        wrong: Schedule, program: Program, schedule: Schedule
-    ) -> tuple[Program, Schedule]:
+    def make(wrong: Schedule, program: Program, schedule: Schedule) -> tuple[Program, Schedule]:
         return program, wrong
 
     for kind, places in mutate_schedule.KINDS.items():

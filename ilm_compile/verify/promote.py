@@ -22,6 +22,12 @@ def _grouped_mm(rows: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> 
     return torch.cat([rows[start:end] @ weight for start, end, weight in groups])
 
 
+def _overflows(fill_value: Any, **options: Any) -> bool:
+    """Whether a number, such as the least of float64, is too large for the default dtype."""
+    limit = torch.finfo(torch.get_default_dtype()).max
+    return isinstance(fill_value, float) and limit < abs(fill_value) < float("inf")
+
+
 class _KeepFloat64(TorchFunctionMode):
     """Drops the request for float32 from casts, and from softmax, of a float64 tensor."""
 
@@ -35,6 +41,8 @@ class _KeepFloat64(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _GROUPED and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **kwargs)
+        if func is torch.full and "dtype" not in kwargs and _overflows(*args[1:], **kwargs):
+            kwargs["dtype"] = torch.float64
         if func in _CASTS and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]

@@ -23,12 +23,14 @@ class Report:
     """The result of `ilm_compile.verify`.
 
     Errors are relative, in float64; NaN where a check did not get that far. `failures` says for
-    each failed check what differs, since which pass and from which node on.
+    each failed check what differs, since which pass and from which node on; `warnings`, what was
+    not proven as far as the rest.
     """
 
     title: str
     checks: list[Check] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     max_loss_error: float = float("nan")
     max_grad_error: float = float("nan")
     max_weight_error: float = float("nan")
@@ -59,6 +61,7 @@ class Report:
             mark = "ok    " if check.ok else "FAILED"
             name = check.name.ljust(width)
             lines.append(f"  {mark}  {name}  {check.seconds:6.2f} s  {check.detail}")
+        lines += [f"  warning  {text}" for text in self.warnings]
         lines += ["", *self.failures] if self.failures else []
         verdict = "equal to the single-device model" if self.ok else "NOT equal: do not launch"
         return "\n".join([*lines, f"verdict: {verdict} ({self.seconds:.1f} s)"])

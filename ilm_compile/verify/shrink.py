@@ -1,4 +1,4 @@
-"""A small model with the structure of a big one, so that a proof of the big one's plan takes seconds.
+"""A small model with the structure of a big one, so that a proof of its plan takes seconds.
 
 Sizes shrink, structure stays: the number of query heads per key-value head, which counts the tensor
 parallel size divides and which not, every distinct kind of layer, and enough layers for the plan's
@@ -29,14 +29,14 @@ VOCAB = ("vocab_size",)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
-def shrink(model: nn.Module, *, tp: int, num_stages: int) -> nn.Module:
+def shrink(model: nn.Module, *, tp: int, num_stages: int, keep_dropout: bool = False) -> nn.Module:
     """Return a small real model of `model`'s class in float64, or `model` itself in float64.
 
-    The weights are random, with no norm weight left at one and no bias at zero. Raises `PlanError`
-    if the model is too large to verify and cannot be shrunk.
+    The weights are random, with no norm weight left at one and no bias at zero; dropout is off
+    unless it is kept. Raises `PlanError` if the model is too large to verify and cannot be shrunk.
     """
     config = getattr(model, "config", None)
-    small = _shrunk(config, tp, num_stages) if config is not None else None
+    small = _shrunk(config, tp, num_stages, keep_dropout) if config is not None else None
     if small is None:
         size = sum(p.numel() for p in model.parameters())
         if size > MAX_PARAMETERS or any(p.is_meta for p in model.parameters()):
@@ -49,6 +49,9 @@ def shrink(model: nn.Module, *, tp: int, num_stages: int) -> nn.Module:
         result = type(model)(small)
     result = result.double().train()
     for module in result.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and not keep_dropout:
+            module.p = 0.0
+    for module in result.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the plain model would drop other elements
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +62,7 @@ def shrink(model: nn.Module, *, tp: int, num_stages: int) -> nn.Module:
     return result
 
 
-def _shrunk(config: Any, tp: int, num_stages: int) -> Any | None:
+def _shrunk(config: Any, tp: int, num_stages: int, keep_dropout: bool) -> Any | None:
     """Return a copy of `config` with small sizes, None if it names no layers, heads or width."""
     layers, heads, hidden = (_first(config, names) for names in (LAYERS, HEADS, HIDDEN))
     if layers is None or heads is None or hidden is None:
@@ -76,21 +79,24 @@ def _shrunk(config: Any, tp: int, num_stages: int) -> Any | None:
     changes.update({n: 2 * small_heads * HEAD_DIM for n in FFN if _is_size(config, n)})
     changes.update({n: _like(getattr(config, n), tp) * 16 for n in VOCAB})
     changes.update({n: 64 for n in POSITIONS if _is_size(config, n)})
-    if getattr(config, "head_dim", None) and not dataclasses.is_dataclass(config):
-        changes["head_dim"] = HEAD_DIM
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        known = {field.name for field in dataclasses.fields(config)}
-        return dataclasses.replace(config, **{n: v for n, v in changes.items() if n in known})
-    return _changed(config, changes)
+    if hasattr(config, "to_dict"):
+        return _hugging_face(config, changes, keep_dropout)
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return None
+    known = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{n: v for n, v in changes.items() if n in known})
 
 
-def _changed(config: Any, changes: dict[str, Any]) -> Any:
+def _hugging_face(config: Any, changes: dict[str, Any], keep_dropout: bool) -> Any:
     """Return a Hugging Face configuration made anew, so that what it derives fits the changes."""
-    values = {**config.to_dict(), **changes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    values = {**config.to_dict(), **changes, **tokens}
+    if values.get("head_dim"):
+        values["head_dim"] = HEAD_DIM
     for name, value in values.items():
         if isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", -1):
             values[name] = value[: changes.get("num_hidden_layers", len(value))]
-        if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
+        if isinstance(value, float) and "drop" in name and not keep_dropout:
             values[name] = 0.0
     return type(config).from_dict(values)
 

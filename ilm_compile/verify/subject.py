@@ -30,8 +30,10 @@ class Subject:
     """A small float64 model of the structure of `program`'s, under the same plan.
 
     Nothing that the search decided for the big model is left to it again: the parameters of the
-    small one are placed like those of the big one. Dropout is off. `dp`: data-parallel ranks.
-    Raises `PlanError` if the model cannot be shrunk.
+    small one are placed like those of the big one. `dp`: data-parallel ranks. is_random: dropout
+    stays on, and the step is compared with the same program on one rank, which draws the same
+    numbers; else it is off, and the step is compared with the plain model's. Raises `PlanError` if
+    the model cannot be shrunk.
     """
 
     def __init__(
@@ -42,20 +44,18 @@ class Subject:
         loss_fn: LossFn | None,
         passes: Sequence[Pass],
         dp: int,
+        is_random: bool = False,
     ) -> None:
         plan = program.plan
         with promoted_float32():
-            self.model = shrink(model, tp=plan.tp, num_stages=plan.num_stages)
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
+            self.model = shrink(
+                model, tp=plan.tp, num_stages=plan.num_stages, keep_dropout=is_random
+            )
         self.traced = self.model if plan.dtype is None else copy.deepcopy(self.model).float()
         self.inputs = small_inputs(program.inputs, plan.tp)
         self.plan = plan.replace(constraints=(*plan.constraints, *_placements(program, self.model)))
-        self.loss_fn, self.passes, self.dp = loss_fn, tuple(passes), dp
-        self.batch = random_batch(
-            self.inputs, plan.num_microbatches * dp, _vocabulary(self.model)
-        )
+        self.loss_fn, self.passes, self.dp, self.is_random = loss_fn, tuple(passes), dp, is_random
+        self.batch = random_batch(self.inputs, plan.num_microbatches * dp, _vocabulary(self.model))
 
     def compile(self, plan: Plan) -> Program:
         """Return the small model partitioned under `plan`."""
@@ -76,7 +76,10 @@ class Subject:
         return emulate(lowered, schedule, self.model, batch, dp=self.dp), lowered
 
     def expected(self, batch: Mapping[str, Tensor]) -> Step:
-        """Return the same step of the plain model."""
+        """Return the same step of the plain model, or of the program on one rank."""
+        if self.is_random:
+            plan = Plan(num_microbatches=self.plan.num_microbatches, seed=self.plan.seed)
+            return self.step(self.compile(plan.replace(dtype=self.plan.dtype)), batch)[0]
         with promoted_float32():
             return single_device_step(self.model, batch, self.loss_fn)
 
@@ -86,7 +89,8 @@ class Subject:
         values = {name: self.batch[name][: i.shape[0]] for name, i in self.inputs.items()}
         for node in traced.graph.find_nodes(op="placeholder"):
             if node.target not in values:  # numbers of targets, seeds
-                values[str(node.target)] = torch.ones_like(node.meta["val"], device="cpu")
+                spec = node.meta["val"]
+                values[str(node.target)] = torch.ones(spec.shape, dtype=spec.dtype)
         for step in order_passes([*standard_passes(self.plan), *self.passes], program.facts):
             run_passes(program, [step])
             found = first_difference(

@@ -19,10 +19,10 @@ _NAMES: dict[int | str, str] = {
     "layers": "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks "
     "num_decoder_layers num_encoder_layers depth",
     HIDDEN: "hidden_size n_embd d_model word_embed_proj_dim embedding_size emb_dim embedding_dim "
-    "attention_hidden_size dim_model input_embedding_size output_embedding_size lru_width embed_dim "
-    "vocab_size_per_layer_input max_position_embeddings n_positions n_ctx max_seq_len "
+    "dim_model input_embedding_size output_embedding_size lru_width embed_dim "
+    "hidden_size_global max_position_embeddings n_positions n_ctx max_seq_len "
     "context_length model_max_length max_target_positions attn_hidden_size",
-    FFN: "intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
+    FFN: "attention_hidden_size intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
     "shared_intermediate_size shared_expert_intermediate_size intermediate_size_mlp dim_ff dff d_inner "
     "ffn_hidden_size expert_ffn_hidden_size moe_shared_expert_intermediate_size feed_forward_size "
     "dense_intermediate_size block_ffn_dim mamba_d_ssm shared_experts_intermediate_size attention_head_size",
@@ -32,14 +32,15 @@ _NAMES: dict[int | str, str] = {
     "linear_num_heads head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim "
     "index_head_dim dim_head linear_key_head_dim linear_value_head_dim linear_head_dim d_head "
     "global_head_dim sliding_window sliding_window_size attention_chunk_size window_size "
-    "local_attention attention_window_size attention_head_dim",
+    "local_attention attention_window_size",
     KV_HEADS: "num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads n_routed_experts "
     "linear_num_key_heads num_experts num_local_experts moe_num_experts rotary_dim",
-    SEQ: "mamba_d_head mamba_head_dim chunk_size mamba_chunk_size index_topk kv_lora_rank q_lora_rank o_lora_rank",
+    SEQ: "attention_head_dim mamba_d_head mamba_head_dim chunk_size mamba_chunk_size index_topk kv_lora_rank q_lora_rank o_lora_rank",
     2: "num_experts_per_tok moe_topk num_experts_per_token moe_k",
+    0: "num_kv_shared_layers",
     1: "n_group topk_group num_expert_group n_shared_experts num_shared_experts "
     "moe_num_shared_experts first_k_dense_replace",
-    VOCAB: "vocab_size decoder_vocab_size unpadded_vocab_size",
+    VOCAB: "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab decoder_vocab_size unpadded_vocab_size",
 }
 SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 TOKENS = {"pad": 0, "bos": 1, "eos": 2}
@@ -53,21 +54,35 @@ CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {
             **{"hidden_size": HIDDEN, "ffn_hidden_size": FFN},
             **{"moe_num_experts": EXPERTS, "moe_top_k": 2},
         },
     },
-    "dots1": {"n_routed_experts": EXPERTS},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "ministral": {"head_dim": HEAD_DIM},
+    "nemotron": {"num_key_value_heads": KV_HEADS},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM},
+        **{"indexer_budget": SEQ, "indexer_compress_ratio": 4},
+    },
+    "reformer": {
+        **{"axial_pos_embds": False, "num_buckets": 4, "attn_layers": ["local", "lsh"]},
+        **{"local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 2 * HEAD_DIM},
-    "zamba": {"layer_types": ["linear_attention", "hybrid"]},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "xmod": {"default_language": "en_XX"},
+    **dict.fromkeys(
+        ("zamba", "zamba2"),
+        {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
+    ),
     "zaya": {"num_experts_per_tok": 1},
 }
 
