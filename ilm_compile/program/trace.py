@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.causal import fold_causal_masks
 from ilm_compile.program.constants import KeepConstants
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.loss import normalize_loss
@@ -73,6 +74,7 @@ def trace(
         initializer=getattr(model, "initial_parameter", None),
     )
     normalize_loss(program)
+    fold_causal_masks(program)
     find_regions(program)
     program.finish()
     program.facts.add("traced")
