@@ -18,7 +18,7 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn
-from ilm_compile.verify.blocks import uncovered
+from ilm_compile.verify.blocks import check_blocks, placed_otherwise
 from ilm_compile.verify.compare import Comparison, compare
 from ilm_compile.verify.report import Check, Report
 from ilm_compile.verify.subject import Subject
@@ -47,8 +47,8 @@ def verify(
        and the weights after one AdamW step are compared in float64 with the plain model's. Casts
        to bf16 stay in the program and round nothing. A model with dropout takes two steps: one
        without, and one with it, compared with the same program on one rank;
-    3. blocks: which blocks of the full-size program are, but for their sizes, like one that took
-       the step; what else there is rests on the types alone, and is a warning;
+    3. blocks: every block of the full-size program makes the calls of one that took the step; where
+       its placements are other ones, which the types vouch for, that is a warning;
     4. bisect: on a difference, the first pass that makes one, and its first node.
 
     No process group, GPU or weight of the full model is needed. Never raises for a plan that fails:
@@ -154,16 +154,17 @@ def _step(proof: _Proof, subject: Subject, tolerance: float) -> None:
 
 
 def _blocks(proof: _Proof, program: Program, subject: Subject) -> str:
-    """Return how much of the full-size program the step speaks for."""
-    missing = uncovered(program, subject.compile(subject.plan))
-    total = len(program.regions)
-    if missing:
+    """Check that the step speaks for the full-size program, and return how far it does."""
+    small = subject.compile(subject.plan)
+    check_blocks(program, small)
+    if otherwise := placed_otherwise(program, small):
         proof.warnings.append(
-            f"blocks: {', '.join(missing)} of the full-size program are placed or wired unlike "
-            "everything that took the step, because the search sees other costs there; the types "
-            "alone vouch for them. To have them stepped, verify a small model of your own"
+            f"blocks: the step took other placements than the full-size program has in "
+            f"{', '.join(otherwise)}, where the search sees other costs; there the types alone "
+            "vouch for the collectives"
         )
-    return f"{total - len(missing)} of {total} regions of the full-size program took the step"
+    total = len(program.regions)
+    return f"{total} regions are like those stepped, {total - len(otherwise)} in placements too"
 
 
 def _tied(lowered: LoweredProgram, found: Comparison, tolerance: float) -> str:

@@ -1,11 +1,12 @@
 """Floating-point operations of a node, forward and backward.
 
-Conventions. A multiply-add is 2 FLOPs. Only products of matrices count: every op without a row in
-`RULES` does 0 FLOPs, being limited by the bytes it moves (`ilm_compile.cost.roofline`). Causal
-attention counts the half of the score matrix that a causal kernel computes, 2 b s^2 h, not the full
-4 b s^2 h of the PaLM and Megatron convention; with an explicit mask nothing is known of its zeros,
-and attention counts in full. Backward is 2x forward: what a fused attention kernel computes
-again of its own forward is not counted, nor is activation checkpointing.
+Conventions. A multiply-add is 2 FLOPs. Only products of matrices and convolutions count: every op
+without a row in `RULES` does 0 FLOPs, being limited by the bytes it moves
+(`ilm_compile.cost.roofline`). Causal attention counts the half of the score matrix that a causal
+kernel computes, 2 b s^2 h, not the full 4 b s^2 h of the PaLM and Megatron convention; with an
+explicit mask nothing is known of its zeros, and attention counts in full. Backward is 2x forward:
+what a fused attention kernel computes again of its own forward is not counted, nor is activation
+checkpointing.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ def _einsum(node: fx.Node) -> int:
     return 2 * num_products * int(node.meta["val"].numel()) * contracted
 
 
+def _convolution(node: fx.Node) -> int:
+    return 2 * int(node.meta["val"].numel()) * prod(_shape(node.args[1])[1:])
+
+
 def _attention(num_heads: int, queries: int, keys: int, dims: int, causal: bool) -> int:
     """Scores and weighted values of all heads of a batch; `dims` of a query and of a value."""
     full = 2 * num_heads * queries * keys * dims
@@ -82,6 +87,10 @@ RULES: dict[str, Rule] = {
     "aten::bmm": _product_from(0),
     "aten::addmm": _product_from(1),
     "aten::baddbmm": _product_from(1),
+    "aten::_grouped_mm": _product_from(0),  # each row times the matrix of its group
+    "transformers::grouped_mm_fallback": _product_from(0),
+    "aten::conv1d": Rule(_convolution, lambda node: node.args[:2]),
+    "aten::conv2d": Rule(_convolution, lambda node: node.args[:2]),
     "aten::einsum": Rule(_einsum, lambda node: node.args[1]),  # type: ignore[arg-type, return-value]
     "aten::scaled_dot_product_attention": Rule(_sdpa, lambda node: node.args[:3]),
     "ilm::attention": Rule(_ilm_attention, lambda node: node.args[:3]),

@@ -1,8 +1,8 @@
 """Constants that a model makes in its forward, kept in the graph as values and not as tensors.
 
 A program is traced on the meta device, where ``torch.tensor(5.0, device=x.device)`` and the index
-list of ``x[:, [-2]]`` would become tensors without data. Here they become fills and slices. Constants
-made without a device are made on the CPU and keep their data: they become buffers.
+list of ``x[:, [-2]]`` would become tensors without data. Here they become fills and slices. A
+constant made without a device is made on the CPU and keeps its data: it becomes a buffer.
 """
 
 from __future__ import annotations

@@ -10,15 +10,16 @@ from torch.export import ExportedProgram
 
 from ilm_compile.errors import TraceError
 
+aten = torch.ops.aten
 WITH_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
     """Return `exported` without in-place ops; composite ops stay whole.
 
-    torch.export's own functionalisation drops ``torch.no_grad`` blocks; what they return is detached
-    first. Raises `TraceError` for an in-place op inside such a block on a value that depends on a
-    parameter: it would change the value without autograd's knowledge.
+    torch.export's own functionalisation drops ``torch.no_grad`` blocks; what they return is
+    detached first. Raises `TraceError` for an in-place op inside a block that takes a value which
+    depends on a parameter: it could change that value without autograd's knowledge.
     """
     if not any(_writes(node) for node in _calls(exported.graph_module)):
         return exported
@@ -40,12 +41,44 @@ def _detach_blocks(exported: ExportedProgram) -> None:
                 f"trace: {written.target} changes a value in place under torch.no_grad, in a model "
                 "with parameters before it; write x = x + y for x += y, or use .detach() instead"
             )
+        passed = passed_through(body)
         for value in list(block.users):
+            if value.args[1] in passed:
+                value.replace_all_uses_with(block.args[2 + passed[value.args[1]]])
+                continue
             with graph.inserting_after(value):
-                detached = graph.call_function(torch.ops.aten.detach.default, (value,))
+                detached = graph.call_function(aten.detach.default, (value,))
             detached.meta = dict(value.meta)
             value.replace_all_uses_with(detached, lambda user, kept=detached: user is not kept)
     exported.graph_module.recompile()
+
+
+def passed_through(body: fx.GraphModule) -> dict[int, int]:
+    """Return which outputs of a no_grad block are one of its inputs: output index to input index.
+
+    A cast to the dtype that a tensor has already returns the very tensor, so what the model does
+    with it after the block is done with a value that has its gradient.
+    """
+    inputs = body.graph.find_nodes(op="placeholder")
+    found = {}
+    for index, node in enumerate(body.graph.output_node().args[0]):  # type: ignore[arg-type]
+        while node.target in _IDENTITIES and _is_same(node, node.args[0]):
+            node = node.args[0]
+        if node in inputs:
+            found[index] = inputs.index(node)
+    return found
+
+
+_IDENTITIES = {
+    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other),
+    *(aten.type_as.default, aten.contiguous.default),
+}
+
+
+def _is_same(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a call returned its input: with nothing to do, these ops do not copy."""
+    val, before = node.meta["val"], source.meta["val"]
+    return bool(val.dtype == before.dtype and val.stride() == before.stride())
 
 
 def _differentiable(exported: ExportedProgram) -> set[fx.Node]:

@@ -22,12 +22,13 @@ from torch.export import ExportedProgram
 
 from ilm_compile.errors import TraceError
 from ilm_compile.program.dropout import SEED, attention_probabilities, seeded_dropout
+from ilm_compile.program.functional import passed_through
+from ilm_compile.program.lowerings import LOWERINGS
 from ilm_compile.program.program import Source, Variable
 from ilm_compile.program.repeats import REPEATS
 from ilm_compile.program.selections import SELECTIONS
 
 aten = torch.ops.aten
-Lower = Callable[["_Normalizer", fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 _FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+)')
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<eval_with_key>")
@@ -71,6 +72,7 @@ def normalize(
         )
         root.register_buffer(attributes[name], constant.detach(), persistent=False)
 
+    _drop_assertions(exported.graph)
     run = _Normalizer(root, variables)
     placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
     users = [node for node in placeholders if node.name in signature.user_inputs]
@@ -85,6 +87,14 @@ def normalize(
     graph_module = fx.GraphModule(root, run.graph)
     graph_module.graph.eliminate_dead_code()
     return graph_module, tuple(output_names)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Erase checks of values, and what was computed for them alone."""
+    for node in graph.nodes:
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 class _Normalizer:
@@ -138,9 +148,8 @@ class _Normalizer:
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
         if node.target in _FAMILIES:
             return _FAMILIES[node.target](self.emit, node, args, kwargs)
-        lower = _LOWERINGS.get(node.target)
-        if lower is not None:
-            return lower(self, node, args, kwargs)
+        if node.target in _DROPOUTS:
+            return _DROPOUTS[node.target](self, node, args, kwargs)
         return self.emit(node, node.target, args, kwargs)
 
     def _value(self, node: fx.Node) -> Any:
@@ -162,7 +171,12 @@ class _Normalizer:
         outputs = self.inline(body.graph, body)
         if gradients or node.args[0]:
             return outputs
-        return [self.emit(origin, aten.detach.default, (o,), {}, o.meta["val"]) for o in outputs]
+        passed = passed_through(body)
+        for index, output in enumerate(outputs):
+            if index not in passed:
+                val = output.meta["val"]
+                outputs[index] = self.emit(origin, aten.detach.default, (output,), {}, val)
+        return outputs
 
     def dropout(self, origin: fx.Node, x: fx.Node, probability: float) -> fx.Node:
         """Append a dropout of `x` with a salt of its own, and the seed's placeholder if need be."""
@@ -189,7 +203,19 @@ class _Normalizer:
                 "registered op; higher-order control flow (torch.cond, flex_attention) is not "
                 "supported"
             )
+        if torch.Tag.nondeterministic_seeded in target.tags and target not in _SEEDED:
+            raise TraceError(
+                f"trace: the model draws random numbers with {target} ({_source(origin)}); only "
+                "dropout is drawn so that every rank and plan draws the same. Turn it off in the "
+                "model's configuration, or train with it turned off"
+            )
         val = origin.meta["val"] if val is None else val
+        if isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool) or _is_ragged(val):
+            raise TraceError(
+                f"trace: the model reads a number out of a tensor ({_source(origin)}) and goes on "
+                "with it: what it computes depends on values, and a static graph cannot. Replace "
+                "tensor.item(), tensor.tolist() and loops over them by torch.where or arithmetic"
+            )
         if not isinstance(val, torch.Tensor):
             raise TraceError(
                 f"trace: the graph calls {target} ({_source(origin)}), expected an op that returns "
@@ -202,7 +228,14 @@ class _Normalizer:
         return node
 
 
-_FAMILIES = SELECTIONS | REPEATS  # lowerings that stand in files of their own
+_ASSERTIONS = {
+    *(aten._assert_scalar.default, aten._assert_async.msg, aten._assert_async.default),
+    *(aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default),
+    *(aten._assert_tensor_metadata.default,),
+}
+_FAMILIES = LOWERINGS | SELECTIONS | REPEATS
+# Tagged as random, but without dropout they are not; theirs is drawn by `seeded_dropout`.
+_SEEDED = {aten.scaled_dot_product_attention.default}
 # Higher-order ops around a sub-graph: (whether gradients flow through, index of the sub-graph).
 _WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (True, 4)}
 
@@ -215,47 +248,14 @@ def _source(node: fx.Node) -> Source:
     return Source(path.removeprefix("model").removeprefix("."), lines[-1] if lines else "")
 
 
+def _is_ragged(val: Any) -> bool:
+    """Whether a tensor's shape depends on values."""
+    return isinstance(val, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in val.shape)
+
+
 def is_users_file(filename: str) -> bool:
     """Whether a stack frame in `filename` is the user's: not torch's, not of the capture."""
     return not filename.startswith(_NOT_THE_USERS)
-
-
-def _input(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0]
-
-
-def _nothing(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return None
-
-
-def _reshape(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    sizes = list(node.meta["val"].shape)
-    if sizes == list(args[0].meta["val"].shape):
-        return args[0]
-    return run.emit(node, aten.reshape.default, (args[0], sizes))
-
-
-def _expand(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    sizes = list(node.meta["val"].shape)
-    if sizes == list(args[0].meta["val"].shape):
-        return args[0]
-    return run.emit(node, aten.expand.default, (args[0], sizes))
-
-
-def _cast(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    dtype = node.meta["val"].dtype
-    if args[0].meta["val"].dtype == dtype:
-        return args[0]
-    return run.emit(node, aten.to.dtype, (args[0], dtype))
-
-
-def _copy(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What ``y[:, 0] = x`` writes: x in the shape and dtype of its place; copy has no backward."""
-    x, val = args[1], node.meta["val"]
-    if x.meta["val"].dtype != val.dtype:
-        cast = x.meta["val"].new_empty(x.meta["val"].shape, dtype=val.dtype)
-        x = run.emit(node, aten.to.dtype, (x, val.dtype), val=cast)
-    return _expand(run, node, (x,), {})
 
 
 def _dropout(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -280,99 +280,8 @@ def _native_dropout(
     return [_dropout(run, node, args, kwargs), None]
 
 
-def _pieces(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Split, chunk and unbind as slices and selects, one per piece."""
-    x = args[0]
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.meta["val"].dim()
-    pieces, start = [], 0
-    for val in node.meta["val"]:
-        end = start + val.shape[dim]
-        pieces.append(run.emit(node, aten.slice.Tensor, (x, dim, start, end), val=val))
-        start = end
-    return pieces
-
-
-def _slice(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if node.meta["val"].shape == args[0].meta["val"].shape and (len(args) < 5 or args[4] == 1):
-        return args[0]
-    return run.emit(node, node.target, args, kwargs)
-
-
-def _transpose(
-    run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    order = list(reversed(range(args[0].meta["val"].dim())))
-    return run.emit(node, aten.permute.default, (args[0], order))
-
-
-def _histc(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Of integers it exists on CUDA only; the model was traced on neither device.
-    val = node.meta["val"]
-    if val.is_floating_point():
-        return run.emit(node, node.target, args, kwargs)
-    x = args[0].meta["val"]
-    real = run.emit(node, aten.to.dtype, (args[0], torch.float32), val=x.float())
-    counts = run.emit(node, node.target, (real, *args[1:]), kwargs, val.float())
-    return run.emit(node, aten.to.dtype, (counts, val.dtype), val=val)
-
-
-def _cat(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Without the empty vectors that torch lets pass among tensors of any rank."""
-    rank = node.meta["val"].dim()
-    kept = [x for x in args[0] if x.meta["val"].dim() == rank]
-    if len(kept) == 1:
-        return kept[0]
-    return run.emit(node, node.target, (kept, *args[1:]), kwargs)
-
-
-def _broadcast(
-    run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    expanded = []
-    for x, val in zip(args[0], node.meta["val"], strict=True):
-        same = x.meta["val"].shape == val.shape
-        call = (x, list(val.shape))
-        expanded.append(x if same else run.emit(node, aten.expand.default, call, val=val))
-    return expanded
-
-
-def _unbind(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    dim %= x.meta["val"].dim()
-    return [
-        run.emit(node, aten.select.int, (x, dim, index), val=val)
-        for index, val in enumerate(node.meta["val"])
-    ]
-
-
-_RESHAPES = (
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int),
-    *(aten.flatten.using_ints, aten.view_as.default, aten.reshape_as.default),
-)
-_EXPANDS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
-_CASTS = (
-    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other),
-    *(aten._to_copy.default, aten.type_as.default),
-)
-_SPLITS = (
-    *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default),
-)
-_LOWERINGS: dict[Any, Lower] = {
-    aten._assert_tensor_metadata.default: _nothing,
-    aten.alias.default: _input,
-    aten.lift_fresh_copy.default: _input,
-    aten.copy.default: _copy,
+_DROPOUTS: dict[Any, Callable[[_Normalizer, fx.Node, tuple[Any, ...], dict[str, Any]], Any]] = {
     aten.dropout.default: _dropout,
-    aten.scaled_dot_product_attention.default: _attention,
     aten.native_dropout.default: _native_dropout,
-    **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys(_EXPANDS, _expand),
-    **dict.fromkeys(_CASTS, _cast),
-    **dict.fromkeys(_SPLITS, _pieces),
-    aten.cat.default: _cat,
-    aten.broadcast_tensors.default: _broadcast,
-    aten.unbind.int: _unbind,
-    aten.histc.default: _histc,
-    aten.slice.Tensor: _slice,
-    aten.numpy_T.default: _transpose,
+    aten.scaled_dot_product_attention.default: _attention,
 }

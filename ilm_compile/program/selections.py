@@ -1,7 +1,7 @@
 """Ops that return values and where they were found, as two ops with one result each.
 
-``topk``, ``sort`` and ``max(dim)`` become a search for indices, through which no gradient flows, and
-a gather of the values, through which one does.
+``topk``, ``sort`` and ``max(dim)`` become a search for indices, through which no gradient flows,
+and a gather of the values, through which one does.
 """
 
 from __future__ import annotations

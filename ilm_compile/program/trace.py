@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ilm_compile.errors import TraceError
 from ilm_compile.program.causal import fold_causal_masks
 from ilm_compile.program.constants import KeepConstants
+from ilm_compile.program.custom_functions import checked_functions
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.loss import normalize_loss
 from ilm_compile.program.normalize import is_users_file, normalize
@@ -56,7 +57,7 @@ def trace(
     fakes = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in inputs.items()}
     variables = _read_variables(model)
     try:
-        with KeepConstants():
+        with KeepConstants(), checked_functions():
             exported = functionalize(torch.export.export(wrapper, (fakes,), strict=False))
     except TraceError:
         raise
@@ -194,8 +195,16 @@ def _on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+_IN_PLAIN_WORDS = {
+    "fake tensor in the exported program constant's list": (
+        "its forward reads or changes the .data of a parameter, or holds a tensor made elsewhere"
+    ),
+}
+
+
 def _explain(model: nn.Module, error: Exception) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = next((words for part, words in _IN_PLAIN_WORDS.items() if part in first), first)
     where = _user_frame(error)
     return (
         f"trace: {type(model).__name__} cannot be captured as one static graph{where}: "

@@ -50,7 +50,7 @@ def convolution(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 def _global_groups(
     node: fx.Node, inputs: tuple[fx.Node, ...], size: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs = dict(node.kwargs)
+    kwargs: dict[str, Any] = dict(node.kwargs)
     if "groups" in kwargs and placement_of(inputs[0]).dim == placement_of(node).dim == 1:
         kwargs["groups"] *= size
     return node.args, kwargs

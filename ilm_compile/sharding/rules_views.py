@@ -204,5 +204,3 @@ def stack(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             source = S(out.dim - (out.dim > dim), out.segments)
             yield Strategy((source,) * len(call.shapes), out)
     yield Strategy((P,) * len(call.shapes), P)
-
-

@@ -62,7 +62,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule_of(target: Any) -> Rule:
-    """Return the rule of an op, looked up by the op or by its name; one that yields nothing if none.
+    """Return the rule of an op, found by the op or by its name; one that yields nothing if none is.
 
     Names serve ops of other libraries, which exist only once these are imported.
     """
@@ -131,12 +131,15 @@ def tensor_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def strategies(call: Call, wanted: Iterable[Placement]) -> list[Strategy]:
-    """Return the distinct legal strategies of `call`, trivial ones first."""
+    """Return the distinct legal strategies of `call`, trivial ones first, in the same order always.
+
+    Every rank searches for itself, and of equally good plans all must take the same one.
+    """
     count = len(call.shapes)
     found = [Strategy((I,) * count, I)]
     if count:
         found.append(Strategy((R,) * count, R))
-    found += rule_of(call.target)(call, frozenset(wanted))
+    found += sorted(rule_of(call.target)(call, frozenset(wanted)), key=repr)
     legal = (s for s in found if _divides(call, s))
     return list(dict.fromkeys(legal))
 

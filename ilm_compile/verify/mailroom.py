@@ -28,7 +28,7 @@ class Mailroom:
         self.waiting: dict[int, tuple[int, int]] = {}  # receiver: (sender, number of the message)
         self.finished: set[int] = set()
         self.changed = threading.Condition()
-        self.is_closed = False
+        self.closed_because = ""
 
     def post(self, sender: int, receiver: int, tensors: list[Tensor]) -> None:
         """Add a message; never blocks."""
@@ -51,23 +51,31 @@ class Mailroom:
             self.waiting[receiver] = (sender, number)
             line = self.posted[sender, receiver]
             while len(line) <= number:
-                if self.is_closed or self._is_stuck() or not self.changed.wait(TIMEOUT_S):
-                    self.close()
-                    raise ScheduleError(
-                        f"emulation: pipeline rank {receiver} waits for message {number} of rank "
-                        f"{sender}, which was never sent"
-                    )
+                if self.closed_because:
+                    raise ScheduleError(self.closed_because)
+                if self._is_stuck() or not self.changed.wait(TIMEOUT_S):
+                    self.close(self._who_waits())
             del self.waiting[receiver]
         return line[number]
 
     def _is_stuck(self) -> bool:
         """Whether nobody is left who could send anything."""
-        idle = self.finished | {
-            receiver
+        return len(self.finished) + len(self._starving()) == self.size
+
+    def _starving(self) -> dict[int, tuple[int, int]]:
+        """Those who wait for a message that was not sent."""
+        return {
+            receiver: (sender, number)
             for receiver, (sender, number) in self.waiting.items()
             if len(self.posted[sender, receiver]) <= number
         }
-        return len(idle) == self.size
+
+    def _who_waits(self) -> str:
+        waits = [
+            f"pipeline rank {receiver} waits for message {number} of rank {sender}"
+            for receiver, (sender, number) in sorted(self._starving().items())
+        ]
+        return f"emulation: {' and '.join(waits)}, which was never sent"
 
     def finish(self, rank: int) -> None:
         """Say that `rank` has come to its end and sends nothing more."""
@@ -84,10 +92,10 @@ class Mailroom:
                     "never received"
                 )
 
-    def close(self) -> None:
-        """Release everyone who waits: a rank has failed."""
+    def close(self, reason: str = "emulation: another rank has failed") -> None:
+        """Release everyone who waits, with an error."""
         with self.changed:
-            self.is_closed = True
+            self.closed_because = reason
             self.changed.notify_all()
 
 

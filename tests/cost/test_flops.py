@@ -39,6 +39,8 @@ PRODUCTS = {
     "broadcast matmul": (torch.matmul, [(2, 4, 3, 5), (5, 7)]),
     "einsum": (lambda a, b: torch.einsum("bij,bjk->bik", a, b), [(2, 3, 5), (2, 5, 7)]),
     "einsum over leading": (lambda a, b: torch.einsum("ji, ...jk", a, b), [(5, 3), (4, 5, 7)]),
+    "conv1d": (torch.conv1d, [(2, 6, 9), (4, 6, 3), (4,)]),
+    "conv2d": (torch.conv2d, [(2, 3, 8, 8), (4, 3, 3, 3)]),
 }
 
 
@@ -52,6 +54,19 @@ def test_products_agree_with_torch_forward_and_backward(function, shapes) -> Non
         out.sum().backward()
     assert forward_flops(node) == forward.get_total_flops() > 0
     assert backward_flops(node) == backward.get_total_flops()
+
+
+def test_depthwise_convolution_by_hand() -> None:
+    node = node_of(lambda x, w: torch.conv1d(x, w, groups=6), meta(2, 6, 9), meta(6, 1, 3))
+    assert forward_flops(node) == 2 * (2 * 6 * 7) * 3
+    assert backward_flops(node) == 2 * forward_flops(node)
+
+
+def test_grouped_product_counts_each_row_once() -> None:
+    node = node_of(lambda x, w: x @ w[0], meta(6, 8), meta(3, 8, 12))
+    node.target = torch.ops.aten._grouped_mm.default
+    node.args = tuple(node.graph.find_nodes(op="placeholder"))
+    assert forward_flops(node) == 2 * 6 * 8 * 12
 
 
 def test_linear_by_hand() -> None:

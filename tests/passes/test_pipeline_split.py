@@ -52,19 +52,8 @@ def test_every_node_is_in_one_stage_or_a_clone(num_stages: int) -> None:
 def test_clones_are_what_no_parameter_reaches() -> None:
     program = split(TinyTransformer(), 2)
     clones = {str(node.target) for node in program.calls() if node.meta.get("clone")}
-    assert {"aten.cos.default", "aten.ge.Tensor", "aten.arange.default"} <= clones
+    assert {"aten.cos.default", "aten.arange.default"} <= clones
     assert not {"aten.embedding.default", "aten.linear.default"} & clones
-
-
-def test_random_numbers_are_drawn_in_one_stage() -> None:
-    class Noisy(TinyTransformer):
-        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            outputs = super().forward(input_ids, labels)
-            return {**outputs, "loss": outputs["loss"] + torch.rand(SEQ).sum()}
-
-    program = split(Noisy(), 2)
-    (draw,) = (node for node in program.calls() if str(node.target) == "aten.rand.default")
-    assert "stage" in draw.meta
 
 
 @pytest.mark.parametrize("build", [internlm_tiny, internlm2_tiny])

@@ -17,6 +17,12 @@ from ilm_compile.program.communicator import (
 two, four = ShapeCommunicator(2), ShapeCommunicator(4)
 
 
+@pytest.fixture(autouse=True)
+def forget_communicators() -> None:
+    """A model that an earlier test parallelised has set some for the process."""
+    set_communicators({})
+
+
 def test_axis_without_communicator_is_refused() -> None:
     message = r"mesh axis 'tp' has no communicator in this thread, known are \[\].*communicators\("
     with pytest.raises(ProgramError, match=message):

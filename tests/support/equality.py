@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import ilm_compile
 from ilm_compile import models
 from tests.support.promote import promoted_float32
+from tests.support.zoo import LISTED, listed_model
 
 SEQ, VOCAB = 16, 512
 TINY = {"num_layers": 4, "max_seq_len": SEQ}
@@ -52,6 +54,7 @@ MODELS = {
     "internlm2": lambda: models.internlm2_tiny(**TINY),
     "llama": hf_llama,
     "gpt2": hf_gpt2,
+    **{name: partial(listed_model, name) for name in LISTED},
 }
 
 

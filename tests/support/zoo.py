@@ -6,6 +6,7 @@ names (`SIZES`), dropout is off, and what does not fit then is set by hand (`CHA
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,31 +17,44 @@ LAYERS = 2
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, EXPERTS = 64, 8, 4, 8, 128, 4
 
 _NAMES: dict[int | str, str] = {
-    "layers": "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks "
-    "num_decoder_layers num_encoder_layers depth",
-    HIDDEN: "hidden_size n_embd d_model word_embed_proj_dim embedding_size emb_dim embedding_dim "
-    "dim_model input_embedding_size output_embedding_size lru_width embed_dim "
-    "hidden_size_global max_position_embeddings n_positions n_ctx max_seq_len "
-    "context_length model_max_length max_target_positions attn_hidden_size",
-    FFN: "attention_hidden_size intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size "
-    "shared_intermediate_size shared_expert_intermediate_size intermediate_size_mlp dim_ff dff d_inner "
-    "ffn_hidden_size expert_ffn_hidden_size moe_shared_expert_intermediate_size feed_forward_size "
-    "dense_intermediate_size block_ffn_dim mamba_d_ssm shared_experts_intermediate_size attention_head_size",
-    HEADS: "num_attention_heads n_head n_heads num_heads decoder_attention_heads index_n_heads "
-    "encoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads attention_heads "
-    "swa_num_attention_heads n_mamba_heads mamba_n_heads mamba_num_heads linear_num_value_heads "
-    "linear_num_heads head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim "
-    "index_head_dim dim_head linear_key_head_dim linear_value_head_dim linear_head_dim d_head "
-    "global_head_dim sliding_window sliding_window_size attention_chunk_size window_size "
-    "local_attention attention_window_size",
-    KV_HEADS: "num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads n_routed_experts "
-    "linear_num_key_heads num_experts num_local_experts moe_num_experts rotary_dim",
-    SEQ: "attention_head_dim mamba_d_head mamba_head_dim chunk_size mamba_chunk_size index_topk kv_lora_rank q_lora_rank o_lora_rank",
+    "layers": """
+        num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks
+        num_decoder_layers num_encoder_layers depth""",
+    HIDDEN: """
+        hidden_size n_embd d_model word_embed_proj_dim embedding_size emb_dim embedding_dim
+        dim_model input_embedding_size output_embedding_size lru_width embed_dim attn_hidden_size
+        hidden_size_global max_position_embeddings n_positions n_ctx max_seq_len context_length
+        model_max_length max_target_positions""",
+    FFN: """
+        intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim moe_intermediate_size
+        shared_intermediate_size shared_expert_intermediate_size intermediate_size_mlp dim_ff dff
+        ffn_hidden_size expert_ffn_hidden_size moe_shared_expert_intermediate_size block_ffn_dim
+        feed_forward_size d_inner dense_intermediate_size shared_experts_intermediate_size
+        attention_hidden_size attention_head_size mamba_d_ssm""",
+    HEADS: """
+        num_attention_heads n_head n_heads num_heads attention_heads index_n_heads
+        decoder_attention_heads encoder_attention_heads num_encoder_attention_heads
+        num_decoder_attention_heads swa_num_attention_heads n_mamba_heads mamba_n_heads
+        mamba_num_heads linear_num_value_heads linear_num_heads
+        head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim dim_head
+        index_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim d_head
+        global_head_dim sliding_window sliding_window_size attention_chunk_size window_size
+        local_attention attention_window_size""",
+    KV_HEADS: """
+        num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads
+        linear_num_key_heads num_experts n_routed_experts num_local_experts moe_num_experts
+        rotary_dim""",
+    SEQ: """
+        attention_head_dim mamba_d_head mamba_head_dim chunk_size mamba_chunk_size index_topk
+        kv_lora_rank q_lora_rank o_lora_rank""",
     2: "num_experts_per_tok moe_topk num_experts_per_token moe_k",
+    1: """
+        n_group topk_group num_expert_group n_shared_experts num_shared_experts
+        moe_num_shared_experts first_k_dense_replace""",
     0: "num_kv_shared_layers",
-    1: "n_group topk_group num_expert_group n_shared_experts num_shared_experts "
-    "moe_num_shared_experts first_k_dense_replace",
-    VOCAB: "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab decoder_vocab_size unpadded_vocab_size",
+    VOCAB: """
+        vocab_size decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input
+        encoder_hash_byte_group_vocab""",
 }
 SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 TOKENS = {"pad": 0, "bos": 1, "eos": 2}
@@ -54,7 +68,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {
             **{"hidden_size": HIDDEN, "ffn_hidden_size": FFN},
             **{"moe_num_experts": EXPERTS, "moe_top_k": 2},
@@ -79,11 +93,51 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 2 * HEAD_DIM},
     "xmod": {"default_language": "en_XX"},
-    **dict.fromkeys(
-        ("zamba", "zamba2"),
-        {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
-    ),
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {
+        **{"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
+        "hybrid_layer_ids": [1, 3],
+    },
     "zaya": {"num_experts_per_tok": 1},
+}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A model that tables and tests name.
+
+    `small` changes its small configuration; `full` its default one, where that has a number of
+    heads that 8 does not divide.
+    """
+
+    architecture: str
+    config: str = ""  # the configuration class, if it is not the architecture's own
+    small: dict[str, Any] = field(default_factory=dict)
+    full: dict[str, Any] = field(default_factory=dict)
+
+
+LISTED = {
+    "Llama": Listed("LlamaForCausalLM"),
+    "InternLM3": Listed("LlamaForCausalLM", "InternLM3Config", small={"num_key_value_heads": 2}),
+    "GPT-2": Listed("GPT2LMHeadModel", full={"n_embd": 1024, "n_head": 16}),
+    "Qwen2": Listed("Qwen2ForCausalLM"),
+    "Qwen3": Listed("Qwen3ForCausalLM"),
+    "Mistral": Listed("MistralForCausalLM"),
+    "Gemma": Listed("GemmaForCausalLM"),
+    "Phi-3": Listed("Phi3ForCausalLM"),
+    "GPT-NeoX": Listed("GPTNeoXForCausalLM"),
+    "OPT": Listed("OPTForCausalLM", full={"hidden_size": 1024, "num_attention_heads": 16}),
+    "Falcon": Listed(
+        "FalconForCausalLM",
+        small={"new_decoder_architecture": True},
+        full={
+            **{"hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8},
+            "new_decoder_architecture": True,
+        },
+    ),
+    "BLOOM": Listed("BloomForCausalLM", full={"hidden_size": 4096, "n_head": 32}),
+    "OLMo-2": Listed("Olmo2ForCausalLM"),
+    "Mixtral": Listed("MixtralForCausalLM"),
 }
 
 
@@ -94,12 +148,13 @@ def architectures() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()), key=str.lower)
 
 
-def small_model(architecture: str, **changes: Any) -> nn.Module:
+def small_model(architecture: str, config_name: str = "", **changes: Any) -> nn.Module:
     """Return a small float64 model, the same each time, no parameter at its initial value."""
     import transformers
 
     model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**small_values(model_class.config_class, **changes))
+    config_class = getattr(transformers, config_name) if config_name else model_class.config_class
+    config = config_class(**small_values(config_class, **changes))
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
     with torch.random.fork_rng(devices=[]):
@@ -108,6 +163,27 @@ def small_model(architecture: str, **changes: Any) -> nn.Module:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def listed_model(name: str, *, layers: int = LAYERS) -> nn.Module:
+    """Return a small float64 model of those in `LISTED`."""
+    listed = LISTED[name]
+    return small_model(listed.architecture, listed.config, layers=layers, **listed.small)
+
+
+def full_model(name: str, *, layers: int) -> nn.Module:
+    """Return a model of those in `LISTED` on the meta device, of full width and without dropout."""
+    import transformers
+
+    listed = LISTED[name]
+    model_class = getattr(transformers, listed.architecture)
+    config_class = getattr(transformers, listed.config or model_class.config_class.__name__)
+    values = config_class().to_dict()
+    changes = {n: layers for n in values if SIZES.get(n) == "layers"}
+    changes |= {n: 0.0 for n, v in values.items() if "drop" in n and isinstance(v, float)}
+    with torch.device("meta"):
+        model: nn.Module = model_class(config_class(**{**changes, **listed.full}))
     return model
 
 

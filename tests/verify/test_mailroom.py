@@ -22,9 +22,7 @@ def test_messages_are_matched_by_their_order_alone():
     room, sent, received = Mailroom(2), Mailbox(2), Mailbox(2)
     for microbatch in (1, 0):  # the sender's order
         sent.tensors[microbatch] = [torch.full((2,), float(microbatch), dtype=torch.float64)]
-        MailroomChannel(room, 0).transfer(
-            [message(sent, 1, is_send=True, microbatch=microbatch)]
-        )()
+        MailroomChannel(room, 0).transfer([message(sent, 1, is_send=True, microbatch=microbatch)])()
     for microbatch in (0, 1):  # the receiver's
         MailroomChannel(room, 1).transfer(
             [message(received, 0, is_send=False, microbatch=microbatch)]

@@ -1,0 +1,147 @@
+"""What each op of torch.export's graphs becomes in the project's dialect, one function per family.
+
+A lowering emits the calls that stand for a node and returns the last of them, or a list of values
+for an op that returns a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+Emit = Callable[..., fx.Node]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _input(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    return args[0]
+
+
+def _nothing(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    return None
+
+
+def _reshape(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    sizes = list(node.meta["val"].shape)
+    if sizes == list(args[0].meta["val"].shape):
+        return args[0]
+    return emit(node, aten.reshape.default, (args[0], sizes))
+
+
+def _expand(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    sizes = list(node.meta["val"].shape)
+    if sizes == list(args[0].meta["val"].shape):
+        return args[0]
+    return emit(node, aten.expand.default, (args[0], sizes))
+
+
+def _cast(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    dtype = node.meta["val"].dtype
+    if args[0].meta["val"].dtype == dtype:
+        return args[0]
+    return emit(node, aten.to.dtype, (args[0], dtype))
+
+
+def _copy(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    """What ``y[:, 0] = x`` writes: x in the shape and dtype of its place; copy has no backward."""
+    x, val = args[1], node.meta["val"]
+    if x.meta["val"].dtype != val.dtype:
+        cast = x.meta["val"].new_empty(x.meta["val"].shape, dtype=val.dtype)
+        x = emit(node, aten.to.dtype, (x, val.dtype), val=cast)
+    return _expand(emit, node, (x,), {})
+
+
+def _pieces(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    """Split, chunk and unbind as slices and selects, one per piece."""
+    x = args[0]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.meta["val"].dim()
+    pieces, start = [], 0
+    for val in node.meta["val"]:
+        end = start + val.shape[dim]
+        pieces.append(emit(node, aten.slice.Tensor, (x, dim, start, end), val=val))
+        start = end
+    return pieces
+
+
+def _slice(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    if node.meta["val"].shape == args[0].meta["val"].shape and (len(args) < 5 or args[4] == 1):
+        return args[0]
+    return emit(node, node.target, args, kwargs)
+
+
+def _transpose(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    order = list(reversed(range(args[0].meta["val"].dim())))
+    return emit(node, aten.permute.default, (args[0], order))
+
+
+def _histc(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    # Of integers it exists on CUDA only; the model was traced on neither device.
+    val = node.meta["val"]
+    if val.is_floating_point():
+        return emit(node, node.target, args, kwargs)
+    x = args[0].meta["val"]
+    real = emit(node, aten.to.dtype, (args[0], torch.float32), val=x.float())
+    counts = emit(node, node.target, (real, *args[1:]), kwargs, val.float())
+    return emit(node, aten.to.dtype, (counts, val.dtype), val=val)
+
+
+def _cat(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    """Without the empty vectors that torch lets pass among tensors of any rank."""
+    rank = node.meta["val"].dim()
+    kept = [x for x in args[0] if x.meta["val"].dim() == rank]
+    if len(kept) == 1:
+        return kept[0]
+    return emit(node, node.target, (kept, *args[1:]), kwargs)
+
+
+def _broadcast(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    expanded = []
+    for x, val in zip(args[0], node.meta["val"], strict=True):
+        same = x.meta["val"].shape == val.shape
+        call = (x, list(val.shape))
+        expanded.append(x if same else emit(node, aten.expand.default, call, val=val))
+    return expanded
+
+
+def _unbind(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    dim %= x.meta["val"].dim()
+    return [
+        emit(node, aten.select.int, (x, dim, index), val=val)
+        for index, val in enumerate(node.meta["val"])
+    ]
+
+
+_RESHAPES = (
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int),
+    *(aten.flatten.using_ints, aten.view_as.default, aten.reshape_as.default),
+)
+_EXPANDS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+_CASTS = (
+    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other),
+    *(aten._to_copy.default, aten.type_as.default),
+)
+_SPLITS = (
+    *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default),
+)
+LOWERINGS: dict[Any, Callable[[Emit, fx.Node, Args, Kwargs], Any]] = {
+    aten._assert_tensor_metadata.default: _nothing,
+    aten.alias.default: _input,
+    aten.lift_fresh_copy.default: _input,
+    aten.copy.default: _copy,
+    **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys(_EXPANDS, _expand),
+    **dict.fromkeys(_CASTS, _cast),
+    **dict.fromkeys(_SPLITS, _pieces),
+    aten.cat.default: _cat,
+    aten.broadcast_tensors.default: _broadcast,
+    aten.unbind.int: _unbind,
+    aten.histc.default: _histc,
+    aten.slice.Tensor: _slice,
+    aten.numpy_T.default: _transpose,
+}
