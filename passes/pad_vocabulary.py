@@ -1,8 +1,8 @@
 """Vocabularies that the tensor-parallel size does not divide: padded with rows of zeros.
 
-The padded classes get a logit of minus infinity, so neither the loss nor any gradient sees them, and
-rows of zeros with zero gradients stay zero. Checkpoints, gradients and logits leave without them:
-see ``Variable.padding`` and ``Program.output_widths``.
+The padded classes get a logit of minus infinity, so neither the loss nor any gradient sees them,
+and rows of zeros with zero gradients stay zero. Checkpoints, gradients and logits leave without
+them: see ``Variable.padding`` and ``Program.output_widths``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pad_vocabulary(program: Program, size: int) -> None:
         _pad(program, node, padding)
         for head, chain in zip(heads, chains, strict=True):
             for value in head.args[2:]:
-                _pad(program, value, padding)  # type: ignore[arg-type]
+                _pad(program, value, padding)
             _widen(program, [n for n in chain if n is not None], width, width + padding)
         program.decisions.append(
             f"tensor-parallel: {variable.name} is padded from {width} to {width + padding} rows, "

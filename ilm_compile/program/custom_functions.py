@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ilm_compile.errors import TraceError
@@ -30,13 +30,12 @@ def checked_functions() -> Iterator[None]:
 
     Raises `TraceError` where such a function is applied.
     """
-    original = Function.__dict__["apply"]
     known: dict[type, str] = {}
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(cls: Any, *args: Any) -> Any:
         if not cls.__module__.startswith(("torch.", "ilm_compile.")):
             if cls not in known:
-                known[cls] = _fault(cls, original, args)
+                known[cls] = _fault(cls, args)
             if known[cls]:
                 raise TraceError(
                     f"trace: the backward of the autograd function {cls.__qualname__} "
@@ -44,22 +43,27 @@ def checked_functions() -> Iterator[None]:
                     "its gradient would be another one. Write it with ordinary ops and .detach(), "
                     "or as a torch.library.custom_op with register_autograd"
                 )
-        return original.__get__(None, cls)(*args, **kwargs)
+        return _apply(cls, args)
 
-    setattr(Function, "apply", classmethod(apply))  # noqa: B010 - no method may be assigned
+    # Between Function.apply, which a model may have bound to a name long ago, and torch's C++.
+    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        setattr(Function, "apply", original)  # noqa: B010
+        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
 
 
-def _fault(cls: Any, original: Any, args: tuple[Any, ...]) -> str:
+def _apply(cls: Any, args: tuple[Any, ...]) -> Any:
+    return super(_SingleLevelFunction, cls).apply(*args)
+
+
+def _fault(cls: Any, args: tuple[Any, ...]) -> str:
     """Return what is wrong with the backward of `cls` in words, empty if nothing is."""
     found: list[str] = []
 
     def run() -> None:  # on a thread of its own: tracing holds for one thread only
         try:
-            applied = _gradients(original.__get__(None, cls), _random(args))
+            applied = _gradients(lambda *a: _apply(cls, a), _random(args))
             derived = _gradients(lambda *a: _forward(cls, a), _random(args))
         except Exception as error:
             found.append(f"cannot be tried on random numbers ({type(error).__name__}: {error})")

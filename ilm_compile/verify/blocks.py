@@ -1,8 +1,9 @@
 """Whether the small model that a proof steps stands for the big one, block by block.
 
-The types are checked on the program that would be launched; numbers are checked on a small one. What
-ties the two together: a block of the big program that the small one also has makes the same calls
-there, wired the same; every other block of the big program is, sizes and all, one of these again.
+The types are checked on the program that would be launched; numbers are checked on a small one.
+What ties the two together: a block of the big program that the small one also has makes the same
+calls there, wired the same; every other block of the big program is, sizes and all, one of these
+again.
 So a pass cannot do in the fortieth layer what no step has seen. Only values that a gradient reaches
 are looked at: tables and masks are made once and shared by blocks in any way.
 """
@@ -38,7 +39,7 @@ Words = Callable[[fx.Node], str]
 
 
 def check_blocks(program: Program, small: Program) -> None:
-    """Raise `ProgramError` naming a region of `program` that the step of `small` does not speak for."""
+    """Raise `ProgramError` naming a region of `program` that `small` does not speak for."""
     stepped = _by_region(small, _wiring(small))
     ours = _by_region(program, _wiring(program))
     whole = _by_region(program, _everything(program))
@@ -66,8 +67,8 @@ def _fail(name: str, what: str, text: str, other: str) -> None:
     lines = zip((*text.splitlines(), "nothing"), (*other.splitlines(), "nothing"), strict=False)
     ours, theirs = next(((a, b) for a, b in lines if a != b), ("", ""))
     raise ProgramError(
-        f"block check: {name} of the full-size program {what}: it has [{ours}] where [{theirs}] was "
-        "stepped. A pass treats this block in its own way; verify a model in which it is stepped"
+        f"block check: {name} of the full-size program {what}: it has [{ours}] where [{theirs}] "
+        "was stepped. A pass treats this block in its own way; verify a model in which it is stepped"
     )
 
 

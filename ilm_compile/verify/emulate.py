@@ -129,8 +129,8 @@ def _gradient(variable: Variable, stages: list[Copies]) -> Tensor:
     frozen = [number for number, copies in enumerate(stages, 1) if not copies[0].requires_grad]
     if 0 < len(frozen) < len(stages):
         raise ProgramError(
-            f"emulation: {variable.name} is held by {len(stages)} stages, and copy {frozen[0]} gets "
-            "no gradient; each copy of a tied parameter must get the sum of the gradients of all"
+            f"emulation: {variable.name} is held by {len(stages)} stages, and copy {frozen[0]} "
+            "gets no gradient; each copy of a tied parameter must get the sum of all gradients"
         )
     parts = [_whole(variable, [_grad(tensor) for tensor in copies]) for copies in stages]
     return torch.stack(parts).sum(0)

@@ -50,9 +50,6 @@ def shrink(model: nn.Module, *, tp: int, num_stages: int, keep_dropout: bool = F
     result = result.double().train()
     for module in result.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and not keep_dropout:
-            module.p = 0.0
-    for module in result.modules():
-        if isinstance(module, nn.Dropout):
             module.p = 0.0  # the plain model would drop other elements
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

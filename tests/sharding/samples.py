@@ -65,7 +65,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     **{getattr(aten, n).Scalar: [lambda: call(x(4, 8), 0.1)] for n in COMPARE},
     **{op: [lambda: call(mask(4, 8), mask(8))] for op in BOOLEAN},
     **{
-        op: [lambda: call(positive(4, 8), positive(4, 8)), lambda: call(positive(4, 1, 8), positive(4, 1))]
+        op: [
+            lambda: call(positive(4, 8), positive(4, 8)),
+            lambda: call(positive(4, 1, 8), positive(4, 1)),
+        ]
         for op in BROADCAST
     },
     aten.mul.Scalar: [lambda: call(x(4, 8), 3.0)],
@@ -157,7 +160,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call("ij,j,jk->ik", [x(4, 8), x(8), x(8, 4)]),
     ],
     aten.bmm.default: [lambda: call(x(2, 4, 8), x(2, 8, 4))],
-    aten.addmm.default: [lambda: call(x(12), x(4, 8), x(8, 12)), lambda: call(x(4, 12), x(4, 8), x(8, 12))],
+    aten.addmm.default: [
+        lambda: call(x(12), x(4, 8), x(8, 12)),
+        lambda: call(x(4, 12), x(4, 8), x(8, 12)),
+    ],
     aten.baddbmm.default: [lambda: call(x(2, 4, 4), x(2, 4, 8), x(2, 8, 4))],
     aten.softmax.int: [lambda: call(x(4, 8), -1), lambda: call(x(4, 8), 0)],
     aten.log_softmax.int: [lambda: call(x(4, 8), 1)],
@@ -169,7 +175,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     aten.roll.default: [lambda: call(x(4, 8), [1], [0]), lambda: call(x(4, 8), [1])],
     aten.pad.default: [lambda: call(x(4, 8, 8), [1, 2]), lambda: call(x(4, 8, 8), [0, 0, 3, 0])],
     aten.constant_pad_nd.default: [lambda: call(x(4, 8, 8), [1, -2], 1.0)],
-    aten.rms_norm.default: [lambda: call(x(2, 4, 8), [8], x(8), 1e-5), lambda: call(x(2, 4, 8), [8])],
+    aten.rms_norm.default: [
+        lambda: call(x(2, 4, 8), [8], x(8), 1e-5),
+        lambda: call(x(2, 4, 8), [8]),
+    ],
     aten.layer_norm.default: [lambda: call(x(2, 4, 8), [8], x(8), x(8), 1e-5)],
     aten.sum.default: [lambda: call(x(4, 8))],
     aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
@@ -232,7 +241,9 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     ],
     aten.scaled_dot_product_attention.default: [
         lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), None, 0.0, True),
-        lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), mask(2, 1, 6, 6) | torch.eye(6).bool()),
+        lambda: call(
+            x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), mask(2, 1, 6, 6) | torch.eye(6).bool()
+        ),
         lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), x(4, 6, 6)),
         lambda: call(x(2, 8, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), None, 0.0, True, enable_gqa=True),
     ],

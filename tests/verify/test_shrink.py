@@ -1,4 +1,4 @@
-"""`shrink`: a small model of the same structure, which the plan divides as it divides the big one."""
+"""`shrink`: a small model of the same structure, which the plan divides as the big one."""
 
 from __future__ import annotations
 
