@@ -31,4 +31,5 @@ def run(options: argparse.Namespace) -> None:
     )
     print(report.to_json() if options.json else report)
     if not report.ok:
-        raise VerificationError(f"{report.title}: {len(report.failures)} checks failed")
+        failed = [check.name for check in report.checks if not check.ok]
+        raise VerificationError(f"{report.title}: {', '.join(failed)} failed")

@@ -66,16 +66,22 @@ def first_difference(
     for what, index, order in (("value", 0, nodes), ("gradient", 1, nodes[::-1])):
         for node in order:
             right, parts = expected[node.name][index][0], actual[node.name][index]
-            if right is None or any(part is None for part in parts):
+            held = [part for part in parts if part is not None]
+            if right is None or len(held) < len(parts):
                 continue
-            partial = "P" if what == "value" else "R"
-            whole = _join([p for p in parts if p is not None], placement_of(node), partial)
-            error = _error(whole, right, floor if what == "gradient" else 1e-12)
-            if error > tolerance:
+            wholes = _wholes(held, placement_of(node), "P" if what == "value" else "R")
+            tiny = floor if what == "gradient" else 1e-12
+            errors = [_error(whole, right, tiny) for whole in wholes]
+            if not max(errors) <= tolerance:
                 near = node.all_input_nodes if what == "value" else list(node.users)
-                beside = tuple(_describe(n) for n in near if n.name not in expected)
-                where = program.where(node)
-                return Difference(node.name, where, what, error, _how(whole, right), beside)
+                return Difference(
+                    node.name,
+                    program.where(node),
+                    what,
+                    max(errors),
+                    _how(wholes, errors, right, tolerance),
+                    tuple(_describe(n) for n in near if n.name not in expected),
+                )
     return None
 
 
@@ -94,21 +100,25 @@ def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
         return float("inf")
     if not expected.is_floating_point():
         return float((actual != expected).any())
-    scale = max(float(expected.norm()), floor)
-    return float((actual.double() - expected.double()).norm()) / scale
+    # where both are infinite, a mask say, they are equal
+    difference = torch.where(actual == expected, 0.0, actual.double() - expected.double())
+    scale = float(expected[expected.isfinite()].norm())
+    return float(difference.norm()) / max(scale, floor)
 
 
-def _how(actual: Tensor, expected: Tensor) -> str:
-    """Return what can be told of a wrong value: another shape, or a multiple of the right one."""
-    actual = _without_padding(actual, expected)
+def _how(wholes: Parts, errors: list[float], expected: Tensor, tolerance: float) -> str:
+    """Return what can be told of wrong values: on which rank, of what shape, how many times."""
+    worst = errors.index(max(errors))
+    words = [f"on tp rank {worst} but not on all"] if min(errors) <= tolerance else []
+    actual = _without_padding(wholes[worst], expected)
     if actual.shape != expected.shape:
-        return f"it has shape {list(actual.shape)}, expected {list(expected.shape)}"
-    norm = expected.double().square().sum()
-    if not expected.is_floating_point() or expected.numel() == 1 or not norm > 0:
-        return ""
-    factor = (actual.double() * expected.double()).sum() / norm
-    rest = (actual.double() - factor * expected.double()).norm() / norm.sqrt()
-    return f"it is {float(factor):.6g} times what it should be" if rest < FACTOR else ""
+        words.append(f"it has shape {list(actual.shape)}, expected {list(expected.shape)}")
+    elif expected.is_floating_point() and expected.numel() > 1:
+        norm = expected.double().square().sum()
+        factor = (actual.double() * expected.double()).sum() / norm
+        if (actual.double() - factor * expected.double()).norm() < FACTOR * norm.sqrt():
+            words.append(f"it is {float(factor):.6g} times what it should be")
+    return ", ".join(words)
 
 
 def _without_padding(actual: Tensor, expected: Tensor) -> Tensor:
@@ -167,7 +177,8 @@ def _run(program: Program, size: int, model: nn.Module, inputs: Mapping[str, Ten
     }
 
 
-def _join(parts: Parts, placement: Placement, partial: str) -> Tensor:
+def _wholes(parts: Parts, placement: Placement, partial: str) -> list[Tensor]:
+    """Return the full value: once, or as often as there are ranks if each must have it."""
     if placement.is_shard:
-        return join_shards(parts, placement)
-    return torch.stack(parts).sum(0) if placement.kind == partial else parts[0]
+        return [join_shards(parts, placement)]
+    return [torch.stack(parts).sum(0)] if placement.kind == partial else parts

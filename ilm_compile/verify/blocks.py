@@ -1,11 +1,11 @@
 """Whether the small model that a proof steps stands for the big one, block by block.
 
-The types are checked on the program that would be launched; numbers are checked on a small one.
-What ties the two together: a block of the big program that the small one also has makes the same
-calls there, wired the same; every other block of the big program is, sizes and all, one of these
-again.
-So a pass cannot do in the fortieth layer what no step has seen. Only values that a gradient reaches
-are looked at: tables and masks are made once and shared by blocks in any way.
+The types are checked on the program that would be launched, numbers on a small one. What ties the
+two together: a block of the big program that the small one has too makes the same calls there,
+wired the same, and every other block of the big program is, sizes and all, one of these again. So a
+pass cannot do in the fortieth layer what no step has seen. Collectives are left to the types, since
+the search may choose others in other blocks; and so are values that no gradient reaches, tables and
+masks, which blocks share in any way.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _fail(name: str, what: str, text: str, other: str) -> None:
     ours, theirs = next(((a, b) for a, b in lines if a != b), ("", ""))
     raise ProgramError(
         f"block check: {name} of the full-size program {what}: it has [{ours}] where [{theirs}] "
-        "was stepped. A pass treats this block in its own way; verify a model in which it is stepped"
+        "was stepped. A pass treats this block in its own way: verify a model that steps it"
     )
 
 
@@ -87,8 +87,8 @@ def _by_region(program: Program, words: Words) -> dict[str, str]:
 
 
 def _wiring(program: Program) -> Words:
-    """Words for the calls without sizes, constants, placements, casts, views and collectives."""
-    places = _Places(program, {redistribute, CAST, *VIEWS})
+    """Words for the calls, without sizes and constants, and without collectives and casts."""
+    places = _Places(program, {redistribute, CAST})
     return lambda node: " ".join([_name(node), *places.of_inputs(node)]) if node in places else ""
 
 
@@ -109,11 +109,12 @@ def _placements(program: Program) -> Words:
 
 
 def _everything(program: Program) -> Words:
-    """Words for the calls with all there is: shapes, dtypes, placements and constants but floats.
+    """Words for the calls with shapes, dtypes and constants, without collectives and casts.
 
-    A float may depend on the layer, a scale by its index, say; and so does a dropout's salt.
+    Floats are left out: they may depend on the layer, a scale by its index, say. So does a
+    dropout's salt.
     """
-    places = _Places(program, set())
+    places = _Places(program, {redistribute, CAST})
 
     def words(node: fx.Node) -> str:
         if node not in places:
@@ -129,7 +130,7 @@ def _everything(program: Program) -> Words:
 
         fx.node.map_aggregate((node.args, node.kwargs), visit)
         value = node.meta["val"]
-        return f"{_name(node)}({', '.join(constants)}) {value.dtype}{list(value.shape)} {_at(node)}"
+        return f"{_name(node)}({', '.join(constants)}) {value.dtype}{list(value.shape)}"
 
     return words
 

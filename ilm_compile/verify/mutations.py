@@ -6,12 +6,12 @@ is the unbroken one's) or missed, and a missed one is a hole in the proof.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ilm_compile.passes import lower
 from ilm_compile.program.check import check_structure
@@ -20,13 +20,15 @@ from ilm_compile.schedule import Schedule
 from ilm_compile.schedule import check as check_schedule
 from ilm_compile.sharding import check_placements
 from ilm_compile.verify import mutate_program, mutate_schedule
+from ilm_compile.verify.blocks import check_blocks
 from ilm_compile.verify.compare import compare
 from ilm_compile.verify.emulate import Step, emulate
 from ilm_compile.verify.exact import exact
+from ilm_compile.verify.promote import promoted_float32
 from ilm_compile.verify.reference import single_device_step
 from ilm_compile.verify.values import check_values
 
-LAYERS = ("structure", "types", "schedule", "step")
+LAYERS = ("structure", "types", "schedule", "step", "blocks")
 TOLERANCE = 1e-10  # of the proof
 EQUAL = 1e-12  # the same step up to the order of sums
 
@@ -65,8 +67,13 @@ class Verdict:
         return next((layer for layer in LAYERS if layer in self.caught and layer != without), None)
 
 
-def program_mutants(program: Program, *, limit: int | None = None) -> Iterator[Mutant]:
-    """Yield the faults that apply to `program`, at most `limit` of a kind, evenly spread."""
+def program_mutants(
+    program: Program, *, limit: int | None = None, outside: Collection[str] = ()
+) -> Iterator[Mutant]:
+    """Yield the faults that apply to `program`, at most `limit` of a kind, evenly spread.
+
+    outside: names of regions that are to be left alone.
+    """
 
     def make(
         place: mutate_program.Place, program: Program, schedule: Schedule
@@ -75,10 +82,17 @@ def program_mutants(program: Program, *, limit: int | None = None) -> Iterator[M
         return mutate_program.mutated(program, node, edit), schedule
 
     for kind, places in mutate_program.KINDS.items():
-        for place in spread(list(places(program)), limit):
+        found = [place for place in places(program) if _region(program, place[0]) not in outside]
+        for place in spread(found, limit):
             module = program.source(place[0]).module_path
             what = " ".join(filter(None, (place[0].name, module and f"({module})", place[1])))
             yield Mutant(kind, what, partial(make, place))
+
+
+def _region(program: Program, node: fx.Node) -> str:
+    """Return the name of the region of a call, or of the first call that uses a parameter."""
+    calls = [n for n in (node, *node.users) if "region" in n.meta]
+    return program.regions[calls[0].meta["region"]].name if calls else ""
 
 
 def schedule_mutants(schedule: Schedule, *, limit: int | None = None) -> Iterator[Mutant]:
@@ -105,17 +119,21 @@ class Trial:
     """Judges mutants of one program, which must itself be without fault.
 
     model: the plain model in float64, whose weights the steps start from. batch: a global one.
+    stepped: of a program that is too big to be stepped, the small one that takes the step; mutants
+    are then made in the blocks that only the big one has.
     """
 
     program: Program
     schedule: Schedule
     model: nn.Module
     batch: Mapping[str, Tensor]
+    stepped: Program | None = None
     expected: Step = field(init=False)
     launched: Step = field(init=False)
 
     def __post_init__(self) -> None:
-        self.expected = single_device_step(self.model, self.batch)
+        with promoted_float32():
+            self.expected = single_device_step(self.model, self.batch)
         self.launched = self._run(self.program, self.schedule)
 
     def judge(self, mutant: Mutant) -> Verdict:
@@ -126,6 +144,7 @@ class Trial:
             ("structure", partial(_check_structure, program)),
             ("types", partial(check_placements, program)),
             ("schedule", partial(check_schedule, schedule)),
+            ("blocks", partial(check_blocks, program, self.stepped or program)),
         ):
             if (message := _refusal(check)) is not None:
                 caught[layer] = message
@@ -137,6 +156,8 @@ class Trial:
     def _step(self, program: Program, schedule: Schedule) -> tuple[str, float]:
         """Return why the step is refused, and how far it is from the unbroken one as launched."""
         try:
+            if self.stepped is not None:  # it has no such block: its step is as it was
+                return "", _distance(self._run(program, schedule), self.launched)
             step = self._run(exact(program) if self._is_rounded else program, schedule)
             found = compare(step, self.expected)
             if wrong := found.describe(TOLERANCE):
@@ -145,7 +166,7 @@ class Trial:
             if self._is_rounded:
                 step = self._run(program, schedule)
         except Exception as error:
-            return _words(error), float("inf")
+            return "" if self.stepped else _words(error), float("inf")
         return "", _distance(step, self.launched)
 
     @property
@@ -158,8 +179,9 @@ class Trial:
 
 def judge_all(trial: Trial, *, limit: int | None = None) -> Iterator[Verdict]:
     """Yield the verdict on each mutant, at most `limit` of a kind."""
-    yield from map(trial.judge, program_mutants(trial.program, limit=limit))
-    if trial.schedule.num_ranks > 1:
+    outside = {region.name for region in trial.stepped.regions} if trial.stepped else ()
+    yield from map(trial.judge, program_mutants(trial.program, limit=limit, outside=outside))
+    if trial.schedule.num_ranks > 1 and trial.stepped is None:
         yield from map(trial.judge, schedule_mutants(trial.schedule, limit=limit))
 
 

@@ -74,9 +74,7 @@ def random_batch(inputs: Mapping[str, Input], count: int, vocab_size: int) -> di
     return batch
 
 
-def _boundaries(
-    shape: tuple[int, ...], inputs: Mapping[str, Input], dtype: torch.dtype
-) -> Tensor:
+def _boundaries(shape: tuple[int, ...], inputs: Mapping[str, Input], dtype: torch.dtype) -> Tensor:
     """Return document boundaries: two documents in each row, the second one longer."""
     length = max(i.shape[1] for n, i in inputs.items() if n != "cu_seqlens" and len(i.shape) > 1)
     row = [0, length // 3, *([length] * (shape[1] - 2))]

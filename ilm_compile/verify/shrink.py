@@ -18,6 +18,7 @@ from torch import nn
 from ilm_compile.errors import PlanError
 
 HEAD_DIM = 8
+WINDOW = 8  # of attention, fewer tokens than a small micro-batch has
 MAX_PARAMETERS = 20_000_000  # of a model that is verified unshrunk
 
 LAYERS = ("num_layers", "num_hidden_layers", "n_layer", "n_layers")
@@ -26,17 +27,29 @@ KV_HEADS = ("num_kv_attention_heads", "num_key_value_heads", "num_kv_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 FFN = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
 VOCAB = ("vocab_size",)
+WINDOWS = ("sliding_window", "attention_chunk_size")
+ROTARY = ("rotary_dim",)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
-def shrink(model: nn.Module, *, tp: int, num_stages: int, keep_dropout: bool = False) -> nn.Module:
+def shrink(
+    model: nn.Module,
+    *,
+    tp: int,
+    num_stages: int,
+    num_tokens: int = 0,
+    keep_dropout: bool = False,
+) -> nn.Module:
     """Return a small real model of `model`'s class in float64, or `model` itself in float64.
+
+    An attention window that is shorter than the `num_tokens` of a full-size row stays shorter than
+    a small row; a longer one stays longer.
 
     The weights are random, with no norm weight left at one and no bias at zero; dropout is off
     unless it is kept. Raises `PlanError` if the model is too large to verify and cannot be shrunk.
     """
     config = getattr(model, "config", None)
-    small = _shrunk(config, tp, num_stages, keep_dropout) if config is not None else None
+    small = None if config is None else _shrunk(config, tp, num_stages, num_tokens, keep_dropout)
     if small is None:
         size = sum(p.numel() for p in model.parameters())
         if size > MAX_PARAMETERS or any(p.is_meta for p in model.parameters()):
@@ -59,7 +72,9 @@ def shrink(model: nn.Module, *, tp: int, num_stages: int, keep_dropout: bool = F
     return result
 
 
-def _shrunk(config: Any, tp: int, num_stages: int, keep_dropout: bool) -> Any | None:
+def _shrunk(
+    config: Any, tp: int, num_stages: int, num_tokens: int, keep_dropout: bool
+) -> Any | None:
     """Return a copy of `config` with small sizes, None if it names no layers, heads or width."""
     layers, heads, hidden = (_first(config, names) for names in (LAYERS, HEADS, HIDDEN))
     if layers is None or heads is None or hidden is None:
@@ -74,7 +89,10 @@ def _shrunk(config: Any, tp: int, num_stages: int, keep_dropout: bool) -> Any | 
         changes[kv] = small_kv
     changes.update({n: small_heads * HEAD_DIM for n in HIDDEN if getattr(config, n, None)})
     changes.update({n: 2 * small_heads * HEAD_DIM for n in FFN if _is_size(config, n)})
-    changes.update({n: _like(getattr(config, n), tp) * 16 for n in VOCAB})
+    changes.update({n: 32 * tp + getattr(config, n) % tp for n in VOCAB})
+    windows = [n for n in WINDOWS if _is_size(config, n) and getattr(config, n) < num_tokens]
+    changes.update({n: WINDOW for n in windows})
+    changes.update({n: HEAD_DIM // 2 for n in ROTARY if _is_size(config, n)})
     changes.update({n: 64 for n in POSITIONS if _is_size(config, n)})
     if hasattr(config, "to_dict"):
         return _hugging_face(config, changes, keep_dropout)
@@ -90,9 +108,10 @@ def _hugging_face(config: Any, changes: dict[str, Any], keep_dropout: bool) -> A
     values = {**config.to_dict(), **changes, **tokens}
     if values.get("head_dim"):
         values["head_dim"] = HEAD_DIM
+    depth = next((changes[name] for name in LAYERS if name in changes), 0)
     for name, value in values.items():
         if isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", -1):
-            values[name] = value[: changes.get("num_hidden_layers", len(value))]
+            values[name] = value[:depth]
         if isinstance(value, float) and "drop" in name and not keep_dropout:
             values[name] = 0.0
     return type(config).from_dict(values)
@@ -108,9 +127,12 @@ def _is_size(config: Any, name: str) -> bool:
 
 
 def _like(count: int, tp: int) -> int:
-    """Return a small count that `tp` divides if and only if it divides `count`."""
+    """Return a small count that `tp` divides if and only if it divides `count`.
+
+    It is 1 for 1 only: a dimension of size 1 makes other graphs.
+    """
     if count % tp == 0:
-        return tp
+        return min(count, max(tp, 2))
     return count if count < tp else tp + count % tp
 
 

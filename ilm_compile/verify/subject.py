@@ -49,7 +49,11 @@ class Subject:
         plan = program.plan
         with promoted_float32():
             self.model = shrink(
-                model, tp=plan.tp, num_stages=plan.num_stages, keep_dropout=is_random
+                model,
+                tp=plan.tp,
+                num_stages=plan.num_stages,
+                num_tokens=max(n for i in program.inputs.values() for n in (*i.shape[1:], 1)),
+                keep_dropout=is_random,
             )
         self.traced = self.model if plan.dtype is None else copy.deepcopy(self.model).float()
         self.inputs = small_inputs(program.inputs, plan.tp)

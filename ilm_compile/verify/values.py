@@ -58,7 +58,8 @@ def _inputs(node: fx.Node) -> str:
 
 
 def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
+    is_op = isinstance(node.target, torch._ops.OpOverload)
+    return str(node.target) if is_op else str(getattr(node.target, "__name__", node.target))
 
 
 def _type(value: Tensor) -> str:

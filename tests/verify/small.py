@@ -38,6 +38,14 @@ def make_batch(program: Program, dp: int = 1) -> dict[str, Tensor]:
     return random_batch(program.inputs, count, zoo.VOCAB)
 
 
+def make_deep_trial(**plan: Any) -> Trial:
+    """A trial of faults in the last two of four blocks, of which the first two take the step."""
+    deep = zoo.make_model(lambda: zoo.internlm2_tiny(**{**zoo.SIZES, "num_layers": 4}))
+    small = zoo.make_model(lambda: zoo.internlm2_tiny(**zoo.SIZES))
+    program, stepped = (compile_model(model, **plan) for model in (deep, small))
+    return Trial(program, make_schedule(program.plan), deep, make_batch(program), stepped)
+
+
 def make_trial(name: str, **plan: Any) -> Trial:
     """A trial of mutants; with a dtype the program is compiled from the float32 model."""
     model = make_model(name)

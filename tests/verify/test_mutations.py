@@ -17,7 +17,7 @@ from ilm_compile.verify.mutations import (
     schedule_mutants,
     spread,
 )
-from tests.verify.small import make_trial
+from tests.verify.small import make_deep_trial, make_trial
 
 EQUIVALENT = {
     "drop a recompute boundary",
@@ -48,7 +48,16 @@ def test_only_harmless_kinds_have_equivalent_mutants(verdicts):
 
 
 def test_each_layer_is_the_first_to_find_something(verdicts):
-    assert {v.first() for v in verdicts if v.caught} == set(LAYERS)
+    assert {v.first() for v in verdicts if v.caught} == set(LAYERS) - {"blocks"}
+
+
+def test_faults_in_blocks_that_take_no_step_are_found():
+    """Collectives by the types, all else by the comparison of blocks; neither is enough."""
+    trial = make_deep_trial(tp=2)
+    verdicts = list(judge_all(trial, limit=2))
+    assert not [v for v in verdicts if v.outcome == "missed"]
+    only = {tuple(v.caught) for v in verdicts if v.difference > 1e-12}
+    assert {("types",), ("blocks",)} <= only
 
 
 def test_a_scaled_gradient_is_found_by_the_step_alone(verdicts):
@@ -64,8 +73,8 @@ def test_what_only_bf16_can_get_wrong_is_found_without_running_it():
     for mutant in program_mutants(trial.program, limit=2):
         if mutant.kind in kinds:
             verdict = trial.judge(mutant)
-            assert kinds[mutant.kind] in verdict.caught, verdict
-            assert verdict.difference > 1e-12
+            assert verdict.first() == kinds[mutant.kind], verdict
+            assert verdict.first(without=kinds[mutant.kind]) is None, verdict
 
 
 def test_making_a_mutant_leaves_the_program_alone(trial):

@@ -23,9 +23,8 @@ def on_meta(build):
 def hugging_face(kind, **config):
     import transformers
 
-    return getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**config)
-    )
+    made = getattr(transformers, f"{kind}Config")(**config)
+    return transformers.AutoModelForCausalLM.from_config(made)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 8, 16])

@@ -1,0 +1,30 @@
+"""The command `ilm-compile verify`: a table or JSON, and the exit code says whether to launch."""
+
+import json
+
+import pytest
+
+from ilm_compile.cli import main
+
+
+def test_a_right_plan_exits_with_0_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "internlm2_tiny", "--tp", "2", "--pp", "2", "--dp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("verify InternLM2: tp=2, pp=2, num_microbatches=2, dp=2\n")
+    assert "8 ranks emulated" in out
+    assert "verdict: equal to the single-device model" in out
+
+
+def test_a_plan_that_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "internlm2_tiny", "--tp", "3"]) == 1
+    captured = capsys.readouterr()
+    assert "tp=3 does not divide the 4 attention heads" in captured.out
+    assert "verdict: NOT equal: do not launch" in captured.out
+    assert captured.err == "ilm-compile: verify InternLM2: tp=3, dp=1: types failed\n"
+
+
+def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "internlm2_tiny", "--pp", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert report["max_grad_error"] < 1e-12
