@@ -43,6 +43,7 @@ from tests.support.zoo import LISTED, architectures, listed_model
 
 LAYERS = 2
 SHARES_AT = 4
+LONGEST = 200  # characters of a reason in the table; the whole is in the JSON
 SIZES = (2, 4)
 PLANS: dict[str, tuple[int, dict[str, int]]] = {
     "tp=2": (2, {"tp": 2}),
@@ -98,9 +99,8 @@ def coverage_table(found: Sequence[Coverage]) -> Iterator[str]:
         shares += [f"{max(s.flops for s in row.sharded):.1%}" if row.sharded else ""]
         errors = [max(s.loss_error, s.gradient_error) for s in row.sharded]
         error = f"{max(errors):.0e}" if errors else ""
-        reason = row.reason.splitlines()[0] if row.reason else ""
         cells = (row.architecture, row.outcome, str(row.nodes or ""), ", ".join(shares).strip(", "))
-        yield f"| {' | '.join((*cells, error, reason))} |"
+        yield f"| {' | '.join((*cells, error, row.reason[:LONGEST]))} |"
     counts = Counter(row.outcome for row in found)
     yield ""
     yield f"{len(found)} architectures: " + ", ".join(f"{n} {o}" for o, n in counts.most_common())

@@ -18,7 +18,7 @@ def test_a_right_plan_exits_with_0_and_a_table(capsys: pytest.CaptureFixture[str
 def test_a_plan_that_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "internlm2_tiny", "--tp", "3"]) == 1
     captured = capsys.readouterr()
-    assert "tp=3 does not divide the 4 attention heads" in captured.out
+    assert "tp=3 does not divide the 8 attention heads" in captured.out
     assert "verdict: NOT equal: do not launch" in captured.out
     assert captured.err == "ilm-compile: verify InternLM2: tp=3, dp=1: types failed\n"
 

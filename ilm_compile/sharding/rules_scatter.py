@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.rules_math import aligned
 from ilm_compile.sharding.rules_select import indexed_dims
@@ -54,7 +56,8 @@ def index_put(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     rest = tuple(R for _ in positions)
     yield Strategy((P, *rest, P), P)
     found = indexed_dims(positions, call.shapes[1:-1])
-    if found is None:
+    is_mask = any(indices[i].meta["val"].dtype == torch.bool for i in positions)
+    if found is None or is_mask:  # a mask stands for several dimensions at once
         return
     first, added = found
     written = list(call.shape)

@@ -89,6 +89,24 @@ def reorder(schedule: Schedule, wanted: Callable[[Action], bool]) -> Iterator[Pl
                     yield f"{action} on rank {rank} {words}", _with_row(schedule, rank, moved)
 
 
+def late_receives(schedule: Schedule) -> Iterator[Place]:
+    """Receives posted only just before the compute that needs them, on one rank or on all.
+
+    Where sends block until they are received, two ranks may then wait for each other for ever.
+    """
+    rows = []
+    for row in schedule.actions:
+        late: list[Action] = []
+        for action in row:
+            if not action.is_recv:
+                late += [*schedule.receives(action), action]
+        rows.append(tuple(late))
+    for rank, row in enumerate(rows):
+        if row != schedule.actions[rank]:
+            yield f"all receives of rank {rank}", _with_row(schedule, rank, row)
+    yield "all receives of all ranks", replace(schedule, actions=tuple(rows))
+
+
 def swap_messages(schedule: Schedule) -> Iterator[Place]:
     """At one end two messages of one kind change places: tensors are swapped without an error."""
     for rank, row in enumerate(schedule.actions):
@@ -130,6 +148,7 @@ KINDS: dict[str, Callable[[Schedule], Iterator[Place]]] = {
     "drop a compute": lambda s: drop_action(s, lambda a: a.is_compute),
     "reorder a send": lambda s: reorder(s, lambda a: a.is_send),
     "reorder a receive": lambda s: reorder(s, lambda a: a.is_recv),
+    "post receives late": late_receives,
     "swap messages at one end": swap_messages,
     "duplicate an action": duplicate,
     "backward before forward": backward_first,

@@ -60,7 +60,12 @@ class Verdict:
         """One of "caught", "equivalent" and "missed"."""
         if self.caught:
             return "caught"
-        return "equivalent" if self.difference <= EQUAL else "missed"
+        return "missed" if self.alters else "equivalent"
+
+    @property
+    def alters(self) -> bool:
+        """Whether the step as launched differs from the unbroken one, or cannot be run."""
+        return not self.difference <= EQUAL
 
     def first(self, *, without: str = "") -> str | None:
         """The first layer that refuses it, of those that are not switched off."""

@@ -37,11 +37,13 @@ def shrink(
     *,
     tp: int,
     num_stages: int,
+    cuts_per_block: int = 2,
     num_tokens: int = 0,
     keep_dropout: bool = False,
 ) -> nn.Module:
     """Return a small real model of `model`'s class in float64, or `model` itself in float64.
 
+    There are blocks enough for `num_stages` stages, if each can be cut at `cuts_per_block` places.
     An attention window that is shorter than the `num_tokens` of a full-size row stays shorter than
     a small row; a longer one stays longer.
 
@@ -49,7 +51,8 @@ def shrink(
     unless it is kept. Raises `PlanError` if the model is too large to verify and cannot be shrunk.
     """
     config = getattr(model, "config", None)
-    small = None if config is None else _shrunk(config, tp, num_stages, num_tokens, keep_dropout)
+    depth = max(2, -(-num_stages // cuts_per_block))
+    small = None if config is None else _shrunk(config, tp, depth, num_tokens, keep_dropout)
     if small is None:
         size = sum(p.numel() for p in model.parameters())
         if size > MAX_PARAMETERS or any(p.is_meta for p in model.parameters()):
@@ -72,9 +75,7 @@ def shrink(
     return result
 
 
-def _shrunk(
-    config: Any, tp: int, num_stages: int, num_tokens: int, keep_dropout: bool
-) -> Any | None:
+def _shrunk(config: Any, tp: int, depth: int, num_tokens: int, keep_dropout: bool) -> Any | None:
     """Return a copy of `config` with small sizes, None if it names no layers, heads or width."""
     layers, heads, hidden = (_first(config, names) for names in (LAYERS, HEADS, HIDDEN))
     if layers is None or heads is None or hidden is None:
@@ -84,7 +85,7 @@ def _shrunk(
     num_kv = (getattr(config, kv) if kv else None) or num_heads
     small_kv = _like(num_kv, tp)
     small_heads = small_kv * (num_heads // num_kv)
-    changes: dict[str, Any] = {heads: small_heads, layers: _num_layers(config, layers, num_stages)}
+    changes: dict[str, Any] = {heads: small_heads, layers: _num_layers(config, layers, depth)}
     if kv:
         changes[kv] = small_kv
     changes.update({n: small_heads * HEAD_DIM for n in HIDDEN if getattr(config, n, None)})
@@ -136,9 +137,9 @@ def _like(count: int, tp: int) -> int:
     return count if count < tp else tp + count % tp
 
 
-def _num_layers(config: Any, name: str, num_stages: int) -> int:
+def _num_layers(config: Any, name: str, depth: int) -> int:
+    """Return `depth` layers or more, so that every kind of layer is among them."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_types", None) or []
     kinds = kinds if all(isinstance(kind, str) for kind in kinds) else []
     distinct = max((kinds.index(kind) for kind in kinds), default=0) + 1
-    needed = max(2, distinct, -(-num_stages // 2))
-    return min(int(getattr(config, name)), needed)
+    return min(int(getattr(config, name)), max(distinct, depth))

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.passes import Pass, lower, order_passes, run_passes, standard_passes
+from ilm_compile.passes.cut_points import cut_points
+from ilm_compile.passes.node_cost import step_seconds
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.placement import I
 from ilm_compile.program.plan import Plan
@@ -52,6 +55,7 @@ class Subject:
                 model,
                 tp=plan.tp,
                 num_stages=plan.num_stages,
+                cuts_per_block=_cuts_per_block(program),
                 num_tokens=max(n for i in program.inputs.values() for n in (*i.shape[1:], 1)),
                 keep_dropout=is_random,
             )
@@ -128,6 +132,14 @@ class Subject:
 
     def _exact(self, program: Program) -> Program:
         return program if self.plan.dtype is None else exact(program)
+
+
+def _cuts_per_block(program: Program) -> int:
+    """Return at how many places each block could be cut; one where the residual is parallel."""
+    calls = [node for node in program.calls() if not node.meta.get("clone")]
+    seconds = step_seconds(program, HARDWARE["h100"])
+    cuts = cut_points(program, calls, [seconds[node] for node in calls])
+    return max(1, len(cuts) // max(1, sum(region.is_block for region in program.regions)))
 
 
 def _placements(program: Program, small: nn.Module) -> list[tuple[str, str]]:

@@ -122,6 +122,7 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     aten.index_put.default: [
         lambda: call(x(4, 8, 4), [torch.tensor([3, 1])], x(2, 8, 4)),
         lambda: call(x(4, 8, 4), [None, integers(8, 2, 6)], x(4), True),
+        lambda: call(x(4, 8, 4), [mask(4, 8)], x()),
         lambda: call(x(4, 8, 4), [None, integers(8, 6), integers(4, 6)], x(4, 6), True),
         lambda: call(x(4, 8, 4), [integers(4, 6), None, integers(4, 6)], x(6, 8), True),
     ],

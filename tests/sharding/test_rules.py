@@ -56,6 +56,7 @@ MEGATRON = [
     (aten.embedding.default, 0, Strategy((S(0), R), P)),
     (aten.embedding.default, 0, Strategy((S(1), R), S(2))),
     (aten.rms_norm.default, 0, Strategy((S(1), R), S(1))),
+    (aten.mean.dim, 0, Strategy((S(2),), P)),  # of a norm over all heads, as OLMo-2 has it
     (aten.cross_entropy_loss.default, 0, Strategy((S(1), R), I)),
     (ilm.attention.default, 0, Strategy((S(2),) * 3, S(2))),
     (aten.reshape.default, 0, Strategy((S(2, (8, 8, 8)),), S(3))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import select
 import signal
 import time
@@ -68,11 +69,16 @@ def cover(architecture: str, sizes: Sequence[int]) -> Coverage:
         model = small_model(architecture)
         _cover(result, model, sizes)
     except TraceError as error:
-        result.outcome, result.reason = "refused", str(error)
+        result.outcome, result.reason = "refused", _one_line(str(error))
     except Exception as error:
-        result.reason = f"{type(error).__name__}: {error}"
+        result.reason = _one_line(f"{type(error).__name__}: {error}")
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _one_line(reason: str) -> str:
+    """Return a reason without line breaks, and files by their place in their package."""
+    return re.sub(r"/\S*/site-packages/", "", " ".join(reason.split()))
 
 
 def _cover(result: Coverage, model: nn.Module, sizes: Sequence[int]) -> None:

@@ -23,7 +23,6 @@ CASES = {
         Case("internlm2", {"tp": 2, "sequence_parallel": True, "num_microbatches": 2}),
         Case("internlm", {"pp": 2, "num_chunks": 2, "num_microbatches": 4, "checkpoint": 0.5}),
         Case("hf-gpt2", {"pp": 2, "schedule": "gpipe", "num_microbatches": 3}),
-        Case("hf-llama", {"num_microbatches": 3}, dp=2),
     ],
     4: [
         Case("internlm2", {"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 4}),

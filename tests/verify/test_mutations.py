@@ -25,6 +25,7 @@ EQUIVALENT = {
     "rename two micro-batches",
     "reorder a send",
     "reorder a receive",
+    "post receives late",
 }
 
 

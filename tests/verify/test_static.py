@@ -28,7 +28,7 @@ def bf16_program(name="internlm2", **plan):
     return compile_model(make_model(name).float(), dtype=BF16, **plan)
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", ["internlm2", "hf-llama", "hf-gpt2"])
 def test_values_of_a_compiled_program_are_what_its_ops_give(name):
     check_values(bf16_program(name, tp=2, pp=2))
 
