@@ -44,7 +44,9 @@ def resolve(target):
 
 
 def test_every_rule_has_a_proof():
-    assert set(RULES) - SHARDED_FORMS == set(SAMPLES)
+    # The example of a custom pass adds a rule of its own when another test imports it.
+    ours = {target for target in RULES if getattr(target, "namespace", "") != "example"}
+    assert ours - SHARDED_FORMS == set(SAMPLES)
 
 
 # What Megatron-LM's plan is made of: op, which of its samples, and the strategy to be offered.
