@@ -3,5 +3,9 @@
 Importing this package registers the ops under `torch.ops.ilm`.
 """
 
+from ilm_compile.kernels.add_rms_norm import add_rms_norm as add_rms_norm
 from ilm_compile.kernels.attention import attention as attention
 from ilm_compile.kernels.attention import document_starts as document_starts
+from ilm_compile.kernels.rms_norm import MAX_HIDDEN as MAX_HIDDEN
+from ilm_compile.kernels.rms_norm import rms_norm as rms_norm
+from ilm_compile.kernels.swiglu import swiglu as swiglu

@@ -1,0 +1,56 @@
+"""What every op of this folder shares: how its implementations are bound to devices.
+
+An op is a schema (`torch.library.define`), a plain torch reference for the CPU, a Triton kernel for
+CUDA, a fake that computes shapes only, and a backward that is an op of its own. Triton is imported
+by the first call on CUDA, so the ops exist, trace and run on the CPU with no triton installed.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ilm_compile.errors import IlmCompileError
+
+Implementation = Callable[..., Any]
+
+
+def implement(op: str, reference: Implementation, triton: str) -> None:
+    """Bind an op to its devices: the reference on the CPU, a Triton launcher on CUDA.
+
+    op: `ilm::name`. triton: `module:function`, called with the op's arguments. float64 runs the
+    reference on CUDA too: it is for proofs, and the kernels compute in float32.
+    """
+
+    def cuda(*args: Any) -> Any:
+        if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+            return reference(*args)
+        return launcher(op, triton)(*args)
+
+    torch.library.impl(op, "cpu", reference)
+    torch.library.impl(op, "cuda", cuda)
+
+
+@cache
+def launcher(op: str, target: str) -> Implementation:
+    """The function that `module:function` names. Raises IlmCompileError where triton is missing."""
+    module, function = target.split(":")
+    try:
+        found: Implementation = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise IlmCompileError(
+            f"{op}: expected triton, which compiles this kernel for CUDA tensors; got '{error}'. "
+            f"Install it with pip install 'ilm_compile[triton]', or compile without fused kernels"
+        ) from error
+    return found
+
+
+def exact_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 where a tensor has it."""
+    found = torch.float32
+    for tensor in tensors:
+        found = torch.promote_types(found, tensor.dtype)
+    return found
