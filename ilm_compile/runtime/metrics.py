@@ -24,7 +24,9 @@ class StepMetrics:
 
     loss: mean over the target tokens of the global batch. grad_norm: of all parameters of all
     ranks, before clipping. lr: the rate the step used. num_tokens: of the global batch, padding
-    included. model_flops_per_second: of the whole job, without recomputation.
+    included. model_flops_per_second: of the whole job, without recomputation. loss_scale: what the
+    backward was scaled by. is_skipped: whether the step changed nothing because something was not
+    finite; num_skipped_steps and num_consumed_tokens count from the start of the training.
     """
 
     step: int
@@ -36,6 +38,10 @@ class StepMetrics:
     tokens_per_second: float
     tokens_per_second_per_rank: float
     model_flops_per_second: float
+    loss_scale: float = 1.0
+    is_skipped: bool = False
+    num_skipped_steps: int = 0
+    num_consumed_tokens: int = 0
 
     @classmethod
     def measured(
@@ -49,6 +55,10 @@ class StepMetrics:
         model_flops: float,
         step_time_s: float,
         world_size: int,
+        loss_scale: float = 1.0,
+        is_skipped: bool = False,
+        num_skipped_steps: int = 0,
+        num_consumed_tokens: int = 0,
     ) -> Self:
         """The metrics of a step that took `step_time_s` seconds and `model_flops` operations."""
         return cls(
@@ -61,6 +71,10 @@ class StepMetrics:
             tokens_per_second=num_tokens / step_time_s,
             tokens_per_second_per_rank=num_tokens / step_time_s / world_size,
             model_flops_per_second=model_flops / step_time_s,
+            loss_scale=loss_scale,
+            is_skipped=is_skipped,
+            num_skipped_steps=num_skipped_steps,
+            num_consumed_tokens=num_consumed_tokens,
         )
 
     def to_json(self) -> str:

@@ -13,26 +13,43 @@ from ilm_compile.runtime.mesh import Mesh
 _EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
-def global_norm(counted: Sequence[Tensor], mesh: Mesh) -> Tensor:
+def global_norm(counted: Sequence[Tensor], mesh: Mesh, *, checked: Sequence[Tensor] = ()) -> Tensor:
     """The 2-norm over the tensors of all ranks, a float64 scalar, equal on all ranks.
 
-    counted: this rank's part; together the ranks must count every element once.
+    counted: this rank's part; together the ranks must count every element once. checked: further
+    tensors of this rank. Where one of either kind is not finite on any rank, nor is the result.
+    The ranks add up a flag for that beside the squares: a rank whose tensors are not counted may
+    be the one that knows.
     """
+    squares = _squares(counted, mesh)
+    is_bad = ~(squares + _squares(checked, mesh)).isfinite()
+    totals = torch.stack([squares, is_bad.double()])
+    if mesh.is_distributed:
+        dist.all_reduce(totals, group=mesh.group)
+    norm = totals[0].sqrt()
+    return torch.where((totals[1] > 0) & norm.isfinite(), torch.nan, norm)
+
+
+def clip(
+    gradients: Sequence[Tensor], norm: Tensor, max_norm: float | None, *, scale: float = 1.0
+) -> None:
+    """Divide the gradients by `scale`, and scale their `norm` from there to at most `max_norm`."""
+    factor = torch.ones_like(norm)
+    if max_norm is not None:
+        factor = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
+    elif scale == 1.0:
+        return
+    for group in _by_dtype(gradients):
+        torch._foreach_mul_(group, (factor / scale).to(group[0].dtype))
+
+
+def _squares(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for group in _by_dtype(counted):
+    for group in _by_dtype(tensors):
         wide = torch.promote_types(group[0].dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(group, 2, dtype=wide))
         total += norms.double().square().sum()
-    if mesh.is_distributed:
-        dist.all_reduce(total, group=mesh.group)
-    return total.sqrt()
-
-
-def clip(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale the gradients in place so that their norm, now `norm`, is at most `max_norm`."""
-    factor = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
-    for group in _by_dtype(gradients):
-        torch._foreach_mul_(group, factor.to(group[0].dtype))
+    return total
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -68,6 +68,7 @@ class Parallel:
         self._parameters = Parameters(lowered, schedule, mesh, values)
         # Counts and losses are float32 at least: bfloat16 cannot hold the number 257.
         dtypes = {v.dtype for v in lowered.variables.values() if v.is_parameter}
+        self._losses: list[Tensor] = []  # of this rank, that the gradients come from
         self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._target_counts = lowered.target_counts
         self._layout = BatchLayout(
@@ -96,6 +97,7 @@ class Parallel:
         forward_only: bool = False,
         return_loss: bool = True,
         return_output_label: bool = False,
+        loss_scale: float = 1.0,
     ) -> Result:
         """Run forward and backward of the global batch, adding to the gradients.
 
@@ -103,8 +105,9 @@ class Parallel:
         data-parallel ranks, the same on every rank. Returns the loss of the global batch, a scalar
         equal on every rank, or None if not `return_loss`. With `return_output_label` returns
         (outputs, labels, loss): the logits of this data-parallel rank's rows and their labels, both
-        None except on the last pipeline stage. Raises `BatchError` for another batch than the
-        program was compiled for.
+        None except on the last pipeline stage. loss_scale: what the gradients are multiplied by,
+        not the loss returned. Raises `BatchError` for another batch than the program was compiled
+        for.
         """
         self._layout.check(batch)
         set_communicators({"tp": self._tp})
@@ -112,12 +115,13 @@ class Parallel:
         inputs = self._layout.split(batch, self._batch_inputs, self.mesh.device)
         result = self.executor.run(
             inputs | self._count_targets(batch) | self._seeds(),
-            loss_gradient=1 / self._layout.num_slices,
+            loss_gradient=loss_scale / self._layout.num_slices,
             forward_only=forward_only,
             keep_outputs=return_output_label,
         )
         if not forward_only:
             self.num_steps += 1
+            self._note_losses(result)
             self._parameters.collect_gradients()
         loss = self._global_loss(result) if return_loss else None
         if not return_output_label:
@@ -143,17 +147,28 @@ class Parallel:
             yield shard.variable.name, shard.public
 
     def grad_norm(self) -> Tensor:
-        """The 2-norm of the gradients of all parameters of all ranks: a float64 scalar."""
-        shards = [s for s in self._parameters.parameters() if self._parameters.counts(s)]
-        return norm.global_norm(
-            [grad for shard in shards if (grad := shard.gradient()) is not None], self.mesh
-        )
+        """The 2-norm of the gradients of all parameters of all ranks: a float64 scalar.
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients so that their norm is at most `max_norm`; returns it as it was."""
-        total = self.grad_norm()
+        Not finite, on every rank, if a gradient on any rank is not, be it one of several equal
+        parts, or the loss of any micro-batch that they came from.
+        """
+        counted: list[Tensor] = []
+        others: list[Tensor] = []
+        for shard in self._parameters.parameters():
+            if (grad := shard.gradient()) is not None:
+                (counted if self._parameters.counts(shard) else others).append(grad)
+        return norm.global_norm(counted, self.mesh, checked=[*others, *self._losses])
+
+    def clip_grad_norm_(self, max_norm: float | None, *, scale: float = 1.0) -> Tensor:
+        """Scale the gradients so that their norm is at most `max_norm`; returns it as it was.
+
+        scale: the `loss_scale` of their steps, which is divided out of gradients and norm first.
+        max_norm: None for no limit.
+        """
+        total = self.grad_norm() / scale
         shards = self._parameters.parameters()
-        norm.clip([g for s in shards if (g := s.gradient()) is not None], total, max_norm)
+        gradients = [g for s in shards if (g := s.gradient()) is not None]
+        norm.clip(gradients, total, max_norm, scale=scale)
         return total
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -207,6 +222,12 @@ class Parallel:
             return torch.zeros_like(shard.local) if grad is None else grad
 
         return state.gather_full(variables, self._parameters, self.mesh, self._tp, pick)
+
+    def _note_losses(self, result: StepResult) -> None:
+        """Keep the local losses for the check in `grad_norm`, with those that added up before."""
+        if all(shard.public.grad is None for shard in self._parameters.parameters()):
+            self._losses = []
+        self._losses += result.losses
 
     def _seeds(self) -> dict[str, list[Tensor]]:
         """The dropout seed of each micro-batch: of its place in the training, not in the plan."""

@@ -1,13 +1,13 @@
-"""The training loop: a `Parallel`, an optimizer, a learning rate, and what is told about a step."""
+"""The training loop: a `Parallel`, an optimizer, its schedules, and the hooks around every step."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.batch import Batch
-from ilm_compile.runtime.metrics import MetricsWriter, Progress, StepMetrics
-from ilm_compile.runtime.optimizer import adamw
+from ilm_compile.runtime.fit_hooks import fit_hooks
+from ilm_compile.runtime.hooks import Hook, Hooks
+from ilm_compile.runtime.metrics import StepMetrics
+from ilm_compile.runtime.optimizer import Beta2Scheduler, LossScaler, adamw
 from ilm_compile.runtime.parallel import Parallel, Result
 
 
@@ -26,7 +29,13 @@ class Trainer:
 
     optimizer: over ``parallel.named_parameters()``; AdamW with rate `lr` when None.
     lr_scheduler: one for that optimizer, or a function that makes one of the optimizer.
-    max_grad_norm: gradients are scaled down to this global norm; None leaves them alone.
+    beta2_scheduler: of the optimizer's second beta, if any. scaler: the loss scale of float16
+    training; bfloat16 and float32 need none. max_grad_norm: gradients are scaled down to this
+    global norm; None leaves them alone. max_skips: so many steps in a row whose loss or gradients
+    are not finite are an error. hooks: told of every step of `fit`, in this order.
+
+    num_steps: steps taken, skipped ones included; num_skipped_steps; num_tokens: consumed by them,
+    padding included. All three survive `state_dict`.
     """
 
     def __init__(
@@ -36,17 +45,44 @@ class Trainer:
         optimizer: Optimizer | None = None,
         lr: float = 3e-4,
         lr_scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+        beta2_scheduler: Beta2Scheduler | Callable[[Optimizer], Beta2Scheduler] | None = None,
+        scaler: LossScaler | None = None,
         max_grad_norm: float | None = 1.0,
+        max_skips: int = 100,
+        hooks: Sequence[Hook] = (),
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise IlmCompileError(f"Trainer: max_grad_norm must be above 0, got {max_grad_norm}")
+        if max_skips < 1:
+            raise IlmCompileError(f"Trainer: max_skips must be 1 or above, got {max_skips}")
         self.parallel = parallel
-        self.optimizer = optimizer or _default_optimizer(parallel, lr)
+        self.optimizer = optimizer or adamw(parallel.named_parameters(), lr=lr)
         if callable(lr_scheduler):
             lr_scheduler = lr_scheduler(self.optimizer)
+        if callable(beta2_scheduler):
+            beta2_scheduler = beta2_scheduler(self.optimizer)
         self.lr_scheduler = lr_scheduler
+        self.beta2_scheduler = beta2_scheduler
+        self.scaler = scaler
         self.max_grad_norm = max_grad_norm
+        self.max_skips = max_skips
+        self.hooks = list(hooks)
+        self.num_steps = 0
         self.num_skipped_steps = 0
+        self.num_tokens = 0
+        self.total_steps = 0
+        self.stop_reason: str | None = None
+        self._num_skips_in_a_row = 0
+        self._stop_wish: str | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training (dropout on), or to evaluation if not `mode`."""
+        self.parallel.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation: dropout off."""
+        return self.train(False)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
@@ -66,24 +102,39 @@ class Trainer:
             forward_only=forward_only,
             return_loss=return_loss,
             return_output_label=return_output_label,
+            loss_scale=1.0 if self.scaler is None else self.scaler.scale,
         )
 
     def step(self) -> float:
         """Clip the gradients and update the parameters; returns the gradient norm before clipping.
 
-        A norm that is not finite skips the update and the learning rate's step, on all ranks alike.
+        If a loss or a gradient of any rank is not finite, neither is the norm, and no rank updates
+        anything: not the parameters, nor the schedules. Raises `IlmCompileError` on all ranks
+        after `max_skips` such steps in a row.
         """
-        if self.max_grad_norm is None:
-            norm = self.parallel.grad_norm().item()
-        else:
-            norm = self.parallel.clip_grad_norm_(self.max_grad_norm).item()
-        if not math.isfinite(norm):
-            self.num_skipped_steps += 1
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        norm = self.parallel.clip_grad_norm_(self.max_grad_norm, scale=scale).item()
+        is_finite = math.isfinite(norm)
+        self.num_steps += 1
+        if self.scaler is not None:
+            self.scaler.update(overflowed=not is_finite)
+        if not is_finite:
+            self._count_skip(norm)
             return norm
+        self._num_skips_in_a_row = 0
         self.optimizer.step()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+        for scheduler in (self.lr_scheduler, self.beta2_scheduler):
+            if scheduler is not None:
+                scheduler.step()
         return norm
+
+    def request_stop(self, reason: str) -> None:
+        """End `fit` in good order after the step under way. Any rank may ask, at any moment.
+
+        It takes effect at the end of that step, on all ranks at once: then `stop_reason` is set,
+        and hooks see it in `on_step_end`.
+        """
+        self._stop_wish = reason
 
     def fit(
         self,
@@ -96,56 +147,135 @@ class Trainer:
     ) -> list[StepMetrics]:
         """Train for `num_steps` batches and return the metrics of each step.
 
-        Rank 0 appends them as JSON lines to `metrics_path` and shows the progress. callback: called
-        with them on every rank after each step. Raises `IlmCompileError` if the batches run out.
+        Fewer steps if somebody asks to stop: `stop_reason` then says why. Rank 0 appends the
+        metrics as JSON lines to `metrics_path` and shows the progress. callback: called with them
+        on every rank after each step. These three come before `hooks`. Raises `IlmCompileError` if
+        the batches run out.
         """
-        rank = self.parallel.mesh.rank
+        self.total_steps = self.num_steps + num_steps
+        self.stop_reason = self._stop_wish = None
+        extra = fit_hooks(metrics_path=metrics_path, progress=progress, callback=callback)
+        hooks = Hooks([*extra, *self.hooks])
         history: list[StepMetrics] = []
-        with ExitStack() as stack:
-            sinks = [history.append]
-            if metrics_path is not None and rank == 0:
-                sinks.append(stack.enter_context(MetricsWriter(metrics_path)).write)
-            if progress:
-                sinks.append(stack.enter_context(Progress(num_steps, rank=rank)).update)
-            if callback is not None:
-                sinks.append(callback)
-            for batch in islice(batches, num_steps):
-                metrics = self._step_on(batch, len(history) + 1)
-                for sink in sinks:
-                    sink(metrics)
-        if len(history) < num_steps:
-            raise IlmCompileError(
-                f"Trainer.fit: expected {num_steps} batches, got {len(history)}; give an endless "
-                "iterator (BatchIterator is one) or fewer steps"
-            )
+        error: BaseException | None = None
+        try:
+            hooks.start(self)
+            self._run(islice(batches, num_steps), hooks, history)
+            if len(history) < num_steps and self.stop_reason is None:
+                raise IlmCompileError(
+                    f"Trainer.fit: expected {num_steps} batches, got {len(history)}; give an "
+                    "endless iterator (BatchIterator is one) or fewer steps"
+                )
+        except BaseException as raised:
+            error = raised
+            hooks.exception(self, raised)
+            raise
+        finally:
+            hooks.stop(self, error)
         return history
 
-    def _step_on(self, batch: Batch, step: int) -> StepMetrics:
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, schedules and loss scale as plain values, the same on every rank.
+
+        The optimizer's tensors are not among them: they are cut like the parameters, and the
+        optimizer's own `state_dict` has them.
+        """
+        state: dict[str, Any] = {
+            "num_steps": self.num_steps,
+            "num_skipped_steps": self.num_skipped_steps,
+            "num_skips_in_a_row": self._num_skips_in_a_row,
+            "num_tokens": self.num_tokens,
+            "num_executed_steps": self.parallel.num_steps,
+        }
+        for name, part in self._parts().items():
+            state[name] = None if part is None else part.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; its optimizer is loaded before, by its own method.
+
+        Raises `IlmCompileError` if `state` has a schedule or a loss scale that this trainer has
+        not, or the other way round, before anything is changed.
+        """
+        parts = self._parts()
+        for name, part in parts.items():
+            if (part is None) != (state[name] is None):
+                has, lacks = ("trainer", "state") if part is not None else ("state", "trainer")
+                raise IlmCompileError(
+                    f"Trainer.load_state_dict: the {has} has {name} and the {lacks} has none; "
+                    "resume with the settings of the run that was saved"
+                )
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        if self.lr_scheduler is not None:
+            rates = self.lr_scheduler.get_last_lr()
+            for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+        self.num_steps = state["num_steps"]
+        self.num_skipped_steps = state["num_skipped_steps"]
+        self.num_tokens = state["num_tokens"]
+        self.parallel.num_steps = state["num_executed_steps"]
+        self._num_skips_in_a_row = state["num_skips_in_a_row"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "lr_scheduler": self.lr_scheduler,
+            "beta2_scheduler": self.beta2_scheduler,
+            "scaler": self.scaler,
+        }
+
+    def _run(self, batches: Iterable[Batch], hooks: Hooks, history: list[StepMetrics]) -> None:
+        for batch in batches:
+            hooks.step_start(self, self.num_steps + 1)
+            metrics = self._step_on(batch)
+            history.append(metrics)
+            hooks.step_end(self, metrics)
+            if self.stop_reason is not None:
+                return
+
+    def _step_on(self, batch: Batch) -> StepMetrics:
         start = time.perf_counter()
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        num_skipped = self.num_skipped_steps
         self.zero_grad()
         loss = self.execute_schedule(batch)
         assert isinstance(loss, Tensor)
         grad_norm = self.step()
         if loss.device.type == "cuda":
             torch.cuda.synchronize(loss.device)
+        num_tokens = next(iter(batch.values())).numel()
+        self.num_tokens += num_tokens
+        ranks = exchange([float(self._stop_wish is not None)], self.parallel.mesh)
+        self._agree_to_stop([wish for (wish,) in ranks])
         flops = self.parallel.model_flops
         return StepMetrics.measured(
-            step=step,
+            step=self.num_steps,
             loss=loss.item(),
             grad_norm=grad_norm,
-            lr=float(lr),
-            num_tokens=next(iter(batch.values())).numel(),
+            lr=lr,
+            num_tokens=num_tokens,
             model_flops=math.nan if flops is None else flops,
             step_time_s=time.perf_counter() - start,
             world_size=self.parallel.mesh.world_size,
+            loss_scale=scale,
+            is_skipped=self.num_skipped_steps > num_skipped,
+            num_skipped_steps=self.num_skipped_steps,
+            num_consumed_tokens=self.num_tokens,
         )
 
+    def _agree_to_stop(self, wishes: Sequence[float]) -> None:
+        wishing = [rank for rank, wish in enumerate(wishes) if wish]
+        if wishing:
+            self.stop_reason = self._stop_wish or f"asked for by rank {wishing[0]}"
 
-def _default_optimizer(parallel: Parallel, lr: float) -> Optimizer:
-    optimizer = adamw(parallel.named_parameters(), lr=lr)
-    for group in optimizer.param_groups:
-        # A loop over DTensors, torch's choice on the CPU, takes five times as long as one over
-        # their local tensors; the foreach kernels take the same time for both.
-        group["foreach"] = True
-    return optimizer
+    def _count_skip(self, norm: float) -> None:
+        self.num_skipped_steps += 1
+        self._num_skips_in_a_row += 1
+        if self._num_skips_in_a_row >= self.max_skips:
+            raise IlmCompileError(
+                f"Trainer: expected a finite loss and finite gradients, got a gradient norm of "
+                f"{norm} in {self._num_skips_in_a_row} steps in a row, step {self.num_steps} the "
+                "last; resume from an earlier checkpoint with a lower learning rate"
+            )

@@ -57,6 +57,10 @@ def test_a_line_per_step_holds_every_field(tmp_path: Path) -> None:
         "tokens_per_second": 2000,
         "tokens_per_second_per_rank": 500,
         "model_flops_per_second": 12e6,
+        "loss_scale": 1.0,
+        "is_skipped": False,
+        "num_skipped_steps": 0,
+        "num_consumed_tokens": 0,
     }
     assert second["step"] == 2
 
