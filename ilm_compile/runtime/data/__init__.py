@@ -1,0 +1,24 @@
+"""Text to batches: tokens, documents packed into rows, and a resumable order of rows.
+
+* text in memory: `pack_documents` -> `PackedText`;
+* token files of prepare-data or InternLM, ``x.bin`` and ``x.bin.meta``: `TokenDataset.open`;
+* no data at all: `DummyDataset`.
+
+Each is a `RowDataset`. `BatchIterator` (training) and `ValidationBatches` make batches of one.
+"""
+
+from ilm_compile.runtime.data.batch_plan import BatchNumbers as BatchNumbers
+from ilm_compile.runtime.data.batch_plan import BatchRamp as BatchRamp
+from ilm_compile.runtime.data.batches import BatchIterator as BatchIterator
+from ilm_compile.runtime.data.batches import ValidationBatches as ValidationBatches
+from ilm_compile.runtime.data.dataset import IGNORED_LABEL as IGNORED_LABEL
+from ilm_compile.runtime.data.dataset import TYPE_IDS as TYPE_IDS
+from ilm_compile.runtime.data.dataset import RowDataset as RowDataset
+from ilm_compile.runtime.data.documents import documents_from_files as documents_from_files
+from ilm_compile.runtime.data.documents import documents_from_pydoc as documents_from_pydoc
+from ilm_compile.runtime.data.packed_text import PackedText as PackedText
+from ilm_compile.runtime.data.packed_text import pack_documents as pack_documents
+from ilm_compile.runtime.data.tokenizer import ByteTokenizer as ByteTokenizer
+from ilm_compile.runtime.data.tokenizer import FileTokenizer as FileTokenizer
+from ilm_compile.runtime.data.tokenizer import Tokenizer as Tokenizer
+from ilm_compile.runtime.data.tokenizer import load_tokenizer as load_tokenizer

@@ -1,0 +1,178 @@
+"""Rows to global batches: in which order, how many, and where a run that stopped goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.data.batch_plan import BatchNumbers, BatchRamp
+from ilm_compile.runtime.data.dataset import IGNORED_LABEL, Identity, RowDataset
+
+_COUNTERS = ("rows_taken", "batches_taken")
+
+
+class BatchIterator:
+    """Endless global batches of a dataset's rows, the same on every rank.
+
+    The rows of epoch e come in an order drawn from (seed, e) alone; a batch that reaches the end of
+    an epoch goes on into the next, so every row is seen once per epoch. The state is the number of
+    rows and batches taken: a run may resume with another batch size or number of ranks.
+
+    ramp: the first batches have fewer rows. They are filled up with rows that have no target, since
+    a compiled program takes one shape only: loss and gradients are those of the smaller batch, the
+    time is that of the full one. skip: numbers of batches, from 0, whose rows are passed over; a
+    text as "2-5,10" or `BatchNumbers`.
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        *,
+        global_batch_size: int,
+        seed: int = 0,
+        ramp: BatchRamp | None = None,
+        skip: BatchNumbers | str = "",
+    ) -> None:
+        if global_batch_size < 1 or seed < 0:
+            raise IlmCompileError(
+                "BatchIterator: global_batch_size must be at least 1 and seed at least 0, "
+                f"got global_batch_size={global_batch_size}, seed={seed}"
+            )
+        if ramp is not None and ramp.start > global_batch_size:
+            raise IlmCompileError(
+                f"BatchIterator: expected a ramp-up that starts at no more than the full "
+                f"global_batch_size={global_batch_size} rows, got a start of {ramp.start} rows"
+            )
+        if len(dataset) == 0:
+            raise IlmCompileError("BatchIterator: expected a dataset with rows, got an empty one")
+        self._dataset = dataset
+        self._global_batch_size = global_batch_size
+        self._seed = seed
+        self._ramp = ramp
+        self._skip = BatchNumbers.parse(skip) if isinstance(skip, str) else skip
+        self._rows_taken = 0
+        self._batches_taken = 0
+        self._order = self._epoch_order(0)
+        self.num_rows = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        while self._batches_taken in self._skip:
+            self._take()
+        rows = self._take()
+        self.num_rows = len(rows)
+        return padded_batch(self._dataset, rows, self._global_batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """How many times every row has been taken."""
+        return self._rows_taken // len(self._dataset)
+
+    @property
+    def batches_taken(self) -> int:
+        """How many batches have been drawn, those skipped among them."""
+        return self._batches_taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on with the next batch; JSON values only."""
+        return {
+            "seed": self._seed,
+            **self._identity,
+            "rows_taken": self._rows_taken,
+            "batches_taken": self._batches_taken,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the saved iterator stood.
+
+        Raises `IlmCompileError`, with nothing changed, if `state` is not such a state or belongs
+        to another seed or dataset (kind, number of rows, length, content).
+        """
+        expected = self.state_dict()
+        if not isinstance(state, dict) or set(state) != set(expected):
+            keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise IlmCompileError(
+                f"BatchIterator.load_state_dict: expected the keys {sorted(expected)}, got {keys}; "
+                "give what state_dict returned"
+            )
+        for key in (*self._identity, "seed"):
+            if state[key] != expected[key]:
+                raise IlmCompileError(
+                    f"BatchIterator.load_state_dict: saved with {key}={state[key]}, this iterator "
+                    f"has {key}={expected[key]}; resume with the same data and seed"
+                )
+        for key in _COUNTERS:
+            if type(state[key]) is not int or state[key] < 0:
+                raise IlmCompileError(
+                    f"BatchIterator.load_state_dict: expected a count of at least 0 as {key}, got "
+                    f"{state[key]!r}"
+                )
+        self._rows_taken, self._batches_taken = state["rows_taken"], state["batches_taken"]
+        self._order = self._epoch_order(self.epoch)
+
+    @cached_property
+    def _identity(self) -> Identity:
+        return self._dataset.identity()
+
+    def _take(self) -> list[int]:
+        """The rows of the next batch."""
+        full = self._global_batch_size
+        wanted = full if self._ramp is None else self._ramp.rows(self._batches_taken, full)
+        rows: list[int] = []
+        for _ in range(wanted):
+            rows.append(int(self._order[self._rows_taken % len(self._dataset)]))
+            self._rows_taken += 1
+            if self._rows_taken % len(self._dataset) == 0:
+                self._order = self._epoch_order(self.epoch)
+        self._batches_taken += 1
+        return rows
+
+    def _epoch_order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.random.default_rng((self._seed, epoch)).permutation(len(self._dataset))
+
+
+class ValidationBatches:
+    """Every row of a dataset once, in order, as often as it is iterated over.
+
+    The last batch is filled up with rows that have no target. max_batches: stop after that many.
+    """
+
+    def __init__(
+        self, dataset: RowDataset, *, global_batch_size: int, max_batches: int | None = None
+    ) -> None:
+        if global_batch_size < 1 or (max_batches is not None and max_batches < 1):
+            raise IlmCompileError(
+                "ValidationBatches: global_batch_size and max_batches must be at least 1, got "
+                f"global_batch_size={global_batch_size}, max_batches={max_batches}"
+            )
+        if len(dataset) == 0:
+            raise IlmCompileError("ValidationBatches: expected a dataset with rows, got none")
+        self.dataset = dataset
+        self._global_batch_size = global_batch_size
+        self._num_batches = -(-len(dataset) // global_batch_size)
+        if max_batches is not None:
+            self._num_batches = min(self._num_batches, max_batches)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        size = self._global_batch_size
+        for batch in range(self._num_batches):
+            rows = list(range(batch * size, min((batch + 1) * size, len(self.dataset))))
+            yield padded_batch(self.dataset, rows, size)
+
+
+def padded_batch(dataset: RowDataset, rows: list[int], size: int) -> dict[str, Tensor]:
+    """The rows, and then copies of the first with no target, `size` rows in all."""
+    batch = dataset.batch(torch.tensor(rows + rows[:1] * (size - len(rows))))
+    batch["labels"][len(rows) :] = IGNORED_LABEL
+    return batch
