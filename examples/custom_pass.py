@@ -1,6 +1,6 @@
-"""Passes of your own: one fuses SwiGLU into one op, one soft-caps the logits.
+"""Passes of your own: one soft-caps the logits, one fuses SwiGLU into one op, one merges weights.
 
-`python -m examples.custom_pass` checks both on the zoo of small models and plans, compiles an
+`python -m examples.custom_pass` checks them on the zoo of small models and plans, compiles an
 InternLM2 with them, and prints what they changed. docs/custom_passes.md goes through this file.
 """
 
@@ -9,13 +9,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import ilm_compile
 from ilm_compile.errors import PlanError
 from ilm_compile.models import internlm2_tiny
-from ilm_compile.passes import Pass, PassReport, replace, run_passes, wrap
+from ilm_compile.passes import (
+    Pass,
+    PassReport,
+    insert_before,
+    matches,
+    replace,
+    replace_call,
+    replace_parameters,
+    run_passes,
+    wrap,
+)
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.diff import diff
 from ilm_compile.program.placement import Placement
@@ -23,6 +33,8 @@ from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
 from ilm_compile.sharding import Call, Strategy, rule
 from ilm_compile.verify.check_pass import check_pass
+
+aten = torch.ops.aten
 
 # An op that the graph can hold: what it computes, the shape of its result, and its gradient.
 
@@ -99,9 +111,41 @@ class SoftCap(Pass):
                 program.decisions.append(f"{self.name}: logits stay within {self.cap:g}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeGateUp(Pass):
+    """Compute the gate and the up projection of every SwiGLU by one product."""
+
+    name: ClassVar[str] = "merge-gate-up"
+    before: ClassVar[frozenset[str]] = frozenset({"sharded"})
+    tolerance: ClassVar[float] = 1e-12
+
+    def apply(self, program: Program) -> None:
+        found = matches(program, lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u))
+        for match in found:
+            old = {match.inputs[key].target: match.inputs[key] for key in ("g", "u")}
+            self._merge(program, match.inputs["x"], old)
+        program.decisions.append(f"{self.name}: {len(found)} pairs of weights are one each")
+
+    def _merge(self, program: Program, x: fx.Node, old: dict[str, fx.Node]) -> None:
+        merged = f"{next(iter(old))}_and_up"
+        sizes = [node.meta["val"].shape[0] for node in old.values()]
+        new = replace_parameters(
+            program,
+            self,
+            tuple(old),
+            forward=lambda full: {merged: torch.cat([full[name] for name in old])},
+            backward=lambda full: dict(zip(old, full[merged].split(sizes), strict=True)),
+        )
+        gate, up = (next(iter(node.users)) for node in old.values())
+        both = insert_before(program, min(gate, up), aten.linear.default, x, new[merged])
+        for linear, start in ((gate, 0), (up, sizes[0])):
+            stop = start + linear.meta["val"].shape[-1]
+            replace_call(program, linear, aten.slice.Tensor, both, -1, start, stop)
+
+
 def main() -> None:
-    """Check both passes, compile a model with them, and print what each did."""
-    for step in (FuseSwiGLU(), SoftCap()):
+    """Check the passes, compile a model with two of them, and print what each did."""
+    for step in (FuseSwiGLU(), SoftCap(), MergeGateUp()):
         report = check_pass(step)
         print(report, end="\n\n")
         report.raise_if_failed()

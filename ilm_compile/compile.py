@@ -62,6 +62,7 @@ def partition(
     passes: Sequence[Pass] = (),
     disable: Collection[str] = (),
     callback: Callable[[PassReport], None] | None = None,
+    validate: str | None = "types",
     plan: Plan | str | Path | None = None,
     **keywords: Any,
 ) -> Program:
@@ -70,14 +71,16 @@ def partition(
     Keywords are the fields of `Plan`: tp, pp, num_chunks, num_microbatches, schedule,
     sequence_parallel, embed_split_hidden, constraints (parameter name or glob to Shard(dim)),
     checkpoint, dtype (torch.bfloat16), zero, seed. `passes` are run beside the standard ones, in
-    the order their requirements give, without those named in `disable`; `example_inputs` and
-    `loss_fn` as in `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
+    the order their requirements give, without those named in `disable`, each checked as `validate`
+    says ("types", "numerics" or None: see `run_passes`); `example_inputs` and `loss_fn` as in
+    `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
     `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
     program.flops = model_flops(program.graph)
-    run_passes(program, [*standard_passes(plan), *passes], disable=disable, callback=callback)
+    every = [*standard_passes(plan), *passes]
+    run_passes(program, every, disable=disable, callback=callback, validate=validate)
     return program
 
 

@@ -18,6 +18,7 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn
+from ilm_compile.verify import translation as _translation  # noqa: F401 - validate="numerics"
 from ilm_compile.verify.blocks import check_blocks, placed_otherwise
 from ilm_compile.verify.compare import Comparison, compare
 from ilm_compile.verify.report import Check, Report

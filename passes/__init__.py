@@ -6,10 +6,12 @@ from ilm_compile.passes.cast_bf16 import CastBF16 as CastBF16
 from ilm_compile.passes.interleave import Interleave as Interleave
 from ilm_compile.passes.lower import lower as lower
 from ilm_compile.passes.manager import PassReport as PassReport
+from ilm_compile.passes.manager import Validator as Validator
 from ilm_compile.passes.manager import check_program as check_program
 from ilm_compile.passes.manager import communication_bytes as communication_bytes
 from ilm_compile.passes.manager import order_passes as order_passes
 from ilm_compile.passes.manager import run_passes as run_passes
+from ilm_compile.passes.parameters import replace_parameters as replace_parameters
 from ilm_compile.passes.pattern import Match as Match
 from ilm_compile.passes.pattern import matches as matches
 from ilm_compile.passes.pipeline_split import PipelineSplit as PipelineSplit

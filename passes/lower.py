@@ -52,6 +52,7 @@ def lower(program: Program) -> LoweredProgram:
         stages=tuple(stages),
         output_placements=tuple(node.meta.get("placement", I) for node in outputs),
         output_widths=dict(program.output_widths),
+        parameter_maps=tuple(program.parameter_maps),
     )
     _check_variables(program, lowered)
     return lowered

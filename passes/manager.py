@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,26 +61,48 @@ def check_program(program: Program) -> None:
         check_placements(program)
 
 
+# Checks a pass: entered with the pass and its input, left when the program is its output.
+Validator = Callable[[Pass, Program], AbstractContextManager[None]]
+
+
+@contextmanager
+def validate_types(step: Pass, program: Program) -> Iterator[None]:
+    """Check the structure and the placements of what the pass makes."""
+    yield
+    check_program(program)
+
+
+def _validate_nothing(step: Pass, program: Program) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+# "numerics" is added by `ilm_compile.verify.translation`, which knows how to run programs.
+VALIDATORS: dict[str | None, Validator] = {"types": validate_types, None: _validate_nothing}
+
+
 def run_passes(
     program: Program,
     passes: Sequence[Pass],
     *,
     disable: Collection[str] = (),
     callback: Callable[[PassReport], None] | None = None,
-    check: Callable[[Program], None] = check_program,
+    validate: str | Validator | None = "types",
 ) -> None:
     """Run `passes` on `program`, in the order that their requirements give.
 
-    `disable` names passes to leave out. Calls `callback` after each pass and its check. Raises
-    `PlanError` if a name is unknown, if no order satisfies all requirements, or if a pass refuses
-    the program; `ProgramError` naming the pass if it fails or leaves a program that does not pass
-    the `check`.
+    `disable` names passes to leave out. `validate` says what is checked after each: "types", the
+    structure and the placements; "numerics", those and the pass's output against its input, by
+    the tolerance that the pass declares; None, nothing; or a `Validator`. Calls `callback` after
+    each pass and its check. Raises `PlanError` if a name is unknown, if no order satisfies all
+    requirements, or if a pass refuses the program; `ProgramError` naming the pass if it fails or
+    leaves a program that is not valid.
     """
+    validator = _validator(validate)
     sent = communication_bytes(program)
     for step in order_passes(_enabled(passes, disable), program.facts):
         before = {node: node.name for node in program.graph.nodes}
         start = time.perf_counter()
-        _run(step, program, check)
+        _run(step, program, validator)
         seconds = time.perf_counter() - start
         after = {node: node.name for node in program.graph.nodes}
         report = PassReport(
@@ -147,12 +170,21 @@ def _enabled(passes: Sequence[Pass], disable: Collection[str]) -> list[Pass]:
     return [step for step in passes if step.name not in disable]
 
 
-def _run(step: Pass, program: Program, check: Callable[[Program], None]) -> None:
+def _validator(validate: str | Validator | None) -> Validator:
+    if callable(validate):
+        return validate
+    if validate not in VALIDATORS:
+        known = [name for name in VALIDATORS if name is not None]
+        raise PlanError(f"passes: validate must be one of {known} or None, got {validate!r}")
+    return VALIDATORS[validate]
+
+
+def _run(step: Pass, program: Program, validator: Validator) -> None:
     try:
-        step.apply(program)
-        program.finish()
-        program.facts |= step.ensures
-        check(program)
+        with validator(step, program):
+            step.apply(program)
+            program.finish()
+            program.facts |= step.ensures
     except PlanError:
         raise  # the pass refuses what the user asked for, in words of its own
     except Exception as error:

@@ -25,7 +25,7 @@ def blocks(kind: str) -> list[str]:
 def test_page_quotes_the_example() -> None:
     source = (ROOT / "examples" / "custom_pass.py").read_text()
     quoted = blocks("python example")
-    assert len(quoted) == 6
+    assert len(quoted) == 9
     assert [text for text in quoted if text not in source] == []
 
 
@@ -54,7 +54,7 @@ def test_gradient_of_the_op_is_right() -> None:
     assert torch.autograd.gradcheck(custom_pass.swiglu, inputs)
 
 
-def test_main_checks_both_passes_and_prints_the_difference(
+def test_main_checks_the_passes_and_prints_the_difference(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checked: list[str] = []
@@ -68,7 +68,7 @@ def test_main_checks_both_passes_and_prints_the_difference(
     monkeypatch.setattr(custom_pass, "check_pass", check)  # test_check_pass runs the real one
     custom_pass.main()
     printed = capsys.readouterr().out
-    assert checked == ["fuse-swiglu", "soft-cap"]
+    assert checked == ["fuse-swiglu", "soft-cap", "merge-gate-up"]
     assert "soft-cap: " in printed
     assert "+ swiglu: " in printed
     assert "+ tanh: " in printed

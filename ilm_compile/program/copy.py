@@ -27,6 +27,7 @@ def copy_program(program: Program) -> Program:
         decisions=list(program.decisions),
         warnings=list(program.warnings),
         pass_log=list(program.pass_log),
+        parameter_maps=list(program.parameter_maps),
     )
 
 

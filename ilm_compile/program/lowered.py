@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from ilm_compile.program.parameter_map import ParameterMap
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Variable
@@ -56,6 +57,7 @@ class LoweredProgram:
     stages: tuple[Stage, ...]
     output_placements: tuple[Placement, ...]  # of the last stage's outputs, on the "tp" axis
     output_widths: dict[str, int]  # as in `Program`
+    parameter_maps: tuple[ParameterMap, ...] = ()  # likewise
 
     def owners(self, name: str) -> tuple[int, ...]:
         """Return the stages that hold variable `name`; a tied parameter may have several."""

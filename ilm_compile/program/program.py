@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.parameter_map import ParameterMap
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.plan import Plan
 
@@ -118,6 +119,7 @@ class Program:
     decisions: list[str] = field(default_factory=list)  # what was done and why, for explain()
     warnings: list[str] = field(default_factory=list)
     pass_log: list[str] = field(default_factory=list)
+    parameter_maps: list[ParameterMap] = field(default_factory=list)  # of passes, in order
     initializer: Callable[..., Tensor] | None = None  # of parameters on the meta device
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.parameter_map import ParameterMap
 from ilm_compile.program.placement import split_shards
 from ilm_compile.program.program import Variable
 
@@ -26,7 +27,12 @@ class InitialValues:
     """Reads or computes the values of `model`, which may be on the meta device in part or whole."""
 
     def __init__(
-        self, model: nn.Module, *, seed: int, initializer: Callable[..., Tensor] | None = None
+        self,
+        model: nn.Module,
+        *,
+        seed: int,
+        initializer: Callable[..., Tensor] | None = None,
+        maps: Sequence[ParameterMap] = (),
     ) -> None:
         self._model = model
         self._seed = seed
@@ -35,6 +41,7 @@ class InitialValues:
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         self._initializer = initializer
+        self._made = {name: each for each in maps for name in each.targets}
         self._rebuilt: tuple[str, dict[str, Tensor]] = ("", {})
 
     def shard(self, variable: Variable, *, rank: int, size: int) -> Tensor:
@@ -62,11 +69,15 @@ class InitialValues:
 
     def _initializer_of(self, variable: Variable) -> Callable[..., Tensor] | None:
         """The model's own initialiser, if `variable` is a parameter without a value."""
-        is_wanted = variable.is_parameter and self._tensors[variable.name].is_meta
-        return self._initializer if is_wanted else None
+        if not variable.is_parameter or variable.name in self._made:
+            return None
+        return self._initializer if self._tensors[variable.name].is_meta else None
 
     def _full(self, variable: Variable) -> Tensor:
         name = variable.name
+        if (made := self._made.get(name)) is not None:
+            sources = {s.name: self._full(s).to(s.dtype) for s in made.sources}
+            return made.forward(sources)[name]
         if not self._tensors[name].is_meta:
             return self._tensors[name].detach()
         if (initializer := self._initializer_of(variable)) is not None:

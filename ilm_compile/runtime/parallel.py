@@ -18,11 +18,21 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.communicator import set_communicators
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram
+from ilm_compile.program.parameter_map import (
+    gradients_to_model,
+    model_variables,
+    to_model,
+    to_program,
+)
 from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
 from ilm_compile.runtime.batch import Batch, BatchLayout
-from ilm_compile.runtime.communicator import communicator_over
+from ilm_compile.runtime.communicator import (
+    ProcessGroupCommunicator,
+    SingleCommunicator,
+    communicator_over,
+)
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
@@ -55,7 +65,9 @@ class Parallel:
         initializer: Callable[..., Tensor] | None = None,
         model_flops: float | None = None,
     ) -> None:
-        values = InitialValues(model, seed=lowered.plan.seed, initializer=initializer)
+        values = InitialValues(
+            model, seed=lowered.plan.seed, initializer=initializer, maps=lowered.parameter_maps
+        )
         _check_same_model(values, mesh)
         self.mesh = mesh
         self.num_steps = 0  # training steps executed; dropout masks depend on it
@@ -65,6 +77,7 @@ class Parallel:
         self._tp = communicator_over(mesh.tp.group)
         set_communicators({"tp": self._tp})
         self._variables = lowered.variables
+        self._maps = lowered.parameter_maps
         self._parameters = Parameters(lowered, schedule, mesh, values)
         # Counts and losses are float32 at least: bfloat16 cannot hold the number 257.
         dtypes = {v.dtype for v in lowered.variables.values() if v.is_parameter}
@@ -131,6 +144,15 @@ class Parallel:
         labels = self._layout.own(batch, LABELS) if LABELS in batch else None
         return self._outputs(result), labels, loss
 
+    @property
+    def parameters(self) -> Parameters:
+        """What this rank holds of parameters and buffers."""
+        return self._parameters
+
+    def saved_variables(self) -> dict[str, Variable]:
+        """The parameters and persistent buffers of the program, of all ranks, by name."""
+        return {variable.name: variable for variable in self._saved()}
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for shard in self._parameters.shards.values():
@@ -139,8 +161,9 @@ class Parallel:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters as DTensors, under the names of the model's `named_parameters`.
 
-        They share memory with what the stages compute with: change them in place. A tied parameter
-        is yielded by every rank that holds it. Without torch.distributed they are plain tensors.
+        What a pass has made of several parameters comes under the name that the pass gave it. They
+        share memory with what the stages compute with: change them in place. A tied parameter is
+        yielded by every rank that holds it. Without torch.distributed they are plain tensors.
         """
         for shard in self._parameters.parameters():
             assert isinstance(shard.public, nn.Parameter)
@@ -176,16 +199,16 @@ class Parallel:
 
         Collective. Names (aliases of tied tensors included) and layout are the user's.
         """
-        full = self._gather(self._saved(), gradients=False)
-        return {
-            alias: full[v.name] for v in self._saved() if full for alias in (v.name, *v.aliases)
-        }
+        full = to_model(self._maps, self._gather(self._saved(), gradients=False))
+        saved = [v for v in model_variables(self._maps, self._variables).values() if _is_saved(v)]
+        return {alias: full[v.name] for v in saved if full for alias in (v.name, *v.aliases)}
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every gradient, whole, on the CPU of rank 0; empty elsewhere. Collective."""
         trained = [v for v in self._variables.values() if v.is_parameter]
         names = state.names_with_gradient(self._parameters, trained, self.mesh)
-        return self._gather([v for v in trained if v.name in names], gradients=True)
+        gradients = self._gather([v for v in trained if v.name in names], gradients=True)
+        return gradients_to_model(self._maps, gradients)
 
     def load_state_dict(self, full: Mapping[str, Tensor]) -> None:
         """Load what `full_state_dict` gives. Collective; only rank 0's argument counts.
@@ -193,6 +216,10 @@ class Parallel:
         Raises `IlmCompileError` on every rank, before anything is changed, for missing or
         unexpected names, other shapes or other dtypes.
         """
+        wanted = [v for v in model_variables(self._maps, self._variables).values() if _is_saved(v)]
+        state.check_full(full, wanted, self.mesh)
+        if self.mesh.rank == 0:
+            full = to_program(self._maps, full)
         state.load_full(full, self._saved(), self._parameters, self.mesh)
 
     def train(self, mode: bool = True) -> Self:
@@ -213,8 +240,13 @@ class Parallel:
         sent = {kind: replace(traffic) for kind, traffic in self._tp.stats.items()}
         return {**sent, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
 
+    @property
+    def communicator(self) -> ProcessGroupCommunicator | SingleCommunicator:
+        """That of the tp axis."""
+        return self._tp
+
     def _saved(self) -> list[Variable]:
-        return [v for v in self._variables.values() if v.is_parameter or v.persistent]
+        return [v for v in self._variables.values() if _is_saved(v)]
 
     def _gather(self, variables: list[Variable], *, gradients: bool) -> dict[str, Tensor]:
         def pick(shard: Shard) -> Tensor:
@@ -259,6 +291,10 @@ class Parallel:
         local = torch.cat([outputs[index] for outputs in result.outputs])
         whole = gather(local, self._output_placements[index], self._tp)
         return whole[..., : self._output_widths.get(self._output_names[index])]
+
+
+def _is_saved(variable: Variable) -> bool:
+    return variable.is_parameter or variable.persistent
 
 
 def _check_same_model(values: InitialValues, mesh: Mesh) -> None:

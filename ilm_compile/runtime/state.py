@@ -67,17 +67,23 @@ def names_with_gradient(parameters: Parameters, variables: list[Variable], mesh:
     return {v.name for v, flag in zip(variables, flags.tolist(), strict=True) if flag}
 
 
+def check_full(full: Mapping[str, Tensor], variables: list[Variable], mesh: Mesh) -> None:
+    """Raise `IlmCompileError` on every rank unless rank 0's `full` has what `variables` describe.
+
+    That is their names and aliases, user shapes and dtypes.
+    """
+    problem = _broadcast_text(_find_problem(full, variables) if mesh.rank == 0 else "", mesh)
+    if problem:
+        raise IlmCompileError(f"load_state_dict: {problem}; nothing was loaded")
+
+
 def load_full(
     full: Mapping[str, Tensor], variables: list[Variable], parameters: Parameters, mesh: Mesh
 ) -> None:
     """Load rank 0's `full` into all ranks; what other ranks pass is not looked at.
 
-    Raises `IlmCompileError` on every rank, before anything is changed, unless the names, shapes and
-    dtypes are those of `variables`.
+    It must hold every one of `variables`: see `check_full`.
     """
-    problem = _broadcast_text(_find_problem(full, variables) if mesh.rank == 0 else "", mesh)
-    if problem:
-        raise IlmCompileError(f"load_state_dict: {problem}; nothing was loaded")
     for variable in variables:
         if mesh.rank == 0:
             value = variable.pad(full[variable.name].detach().to(mesh.device)).contiguous()

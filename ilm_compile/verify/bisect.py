@@ -1,8 +1,9 @@
-"""Where a program first goes wrong: the node at which its values part from the traced model's.
+"""Where a program first goes wrong: the node at which its values part from those of another.
 
-Both graphs run node by node; nodes that stand in both, recognised by name, are compared as full
-tensors. A difference in values is reported at the first node in order, a difference in gradients
-alone at the first one that the backward pass reaches.
+The other is the traced model, or the program before a pass. Both graphs run node by node; nodes
+that stand in both, recognised by name, are compared as full tensors. A difference in values is
+reported at the first node in order, a difference in gradients alone at the first one that the
+backward pass reaches.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.parameter_map import to_program
 from ilm_compile.program.placement import Placement, join_shards, split_shards
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.strategy import placement_of
@@ -48,41 +50,58 @@ class Difference:
 
 
 def first_difference(
-    traced: Program,
-    program: Program,
-    model: nn.Module,
+    before: Program,
+    after: Program,
+    tensors: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
     *,
     tolerance: float,
 ) -> Difference | None:
-    """Return where `program` first differs from `traced` on one micro-batch, None if nowhere.
+    """Return where `after` first differs from `before` on one micro-batch, None if nowhere.
 
-    `inputs` holds every placeholder, the numbers of targets included.
+    `tensors` are the full parameters and buffers that `before` was traced with or has; `inputs`
+    holds every placeholder, the numbers of targets included.
     """
-    expected = _run(traced, 1, model, inputs)
-    actual = _run(program, program.plan.tp, model, inputs)
-    nodes = [node for node in program.graph.nodes if node.name in expected and node.name in actual]
+    expected, actual = _run(before, tensors, inputs), _run(after, tensors, inputs)
+    old = {node.name: node for node in before.graph.nodes if node.name in expected}
+    nodes = [node for node in after.graph.nodes if node.name in old and node.name in actual]
     floor = TINY * _norm([parts[0] for _, parts in expected.values()])
     for what, index, order in (("value", 0, nodes), ("gradient", 1, nodes[::-1])):
+        summed = "P" if what == "value" else "R"
         for node in order:
-            right, parts = expected[node.name][index][0], actual[node.name][index]
+            theirs = [part for part in expected[node.name][index] if part is not None]
+            parts = actual[node.name][index]
             held = [part for part in parts if part is not None]
-            if right is None or len(held) < len(parts):
+            if len(theirs) < len(expected[node.name][index]) or len(held) < len(parts):
                 continue
-            wholes = _wholes(held, placement_of(node), "P" if what == "value" else "R")
+            right = _wholes(theirs, placement_of(old[node.name]), summed)[0]
+            wholes = _wholes(held, placement_of(node), summed)
             tiny = floor if what == "gradient" else 1e-12
             errors = [_error(whole, right, tiny) for whole in wholes]
             if not max(errors) <= tolerance:
                 near = node.all_input_nodes if what == "value" else list(node.users)
                 return Difference(
                     node.name,
-                    program.where(node),
+                    after.where(node),
                     what,
                     max(errors),
                     _how(wholes, errors, right, tolerance),
                     tuple(_describe(n) for n in near if n.name not in expected),
                 )
     return None
+
+
+def loss_of(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> float:
+    """Return the loss of one micro-batch; arguments as for `first_difference`."""
+    parts, _ = _run(program, tensors, inputs)[program.outputs[0].name]
+    return float(_wholes(parts, placement_of(program.outputs[0]), "P")[0])
+
+
+def ranks_of(program: Program) -> int:
+    """Return on how many tp ranks `program` runs: one until it is sharded."""
+    return program.plan.tp if "sharded" in program.facts else 1
 
 
 def _describe(node: fx.Node) -> str:
@@ -149,24 +168,26 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _run(program: Program, size: int, model: nn.Module, inputs: Mapping[str, Tensor]) -> Values:
-    """Return every node's value and gradient on each of `size` ranks."""
-    full = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _run(program: Program, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Values:
+    """Return every node's value and gradient on each rank."""
+    size = ranks_of(program)
+    made = [each for each in program.parameter_maps if set(each.names()) <= set(tensors)]
+    full = to_program(made, tensors)
     full.update(
         {n: b for n, b in program.graph_module.named_buffers() if n not in full and not b.is_meta}
     )
     names = [str(n.target) for n in program.graph.find_nodes(op="placeholder")]
 
     def rank(index: int) -> dict[str, Tensor]:
-        tensors = {}
+        local_tensors = {}
         for name, tensor in full.items():
             variable = program.variables.get(name)
             place = variable.placement if variable else None
             whole = variable.pad(tensor.detach()) if variable else tensor
             local = split_shards(whole, place, size)[index] if place and place.is_shard else whole
             needs = variable is not None and variable.requires_grad
-            tensors[name] = local.detach().clone().requires_grad_(needs)
-        recorder = _Recorder(program.graph_module, tensors)
+            local_tensors[name] = local.detach().clone().requires_grad_(needs)
+        recorder = _Recorder(program.graph_module, local_tensors)
         recorder.run(*(inputs[name] for name in names))[0].backward()
         return recorder.seen
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
@@ -35,6 +36,7 @@ from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
+from ilm_compile.program.values import tensors_of
 from ilm_compile.schedule import build
 from ilm_compile.verify import zoo
 from ilm_compile.verify.emulate import Step, emulate
@@ -209,11 +211,13 @@ class _Trial:
         passes = [*others, self.step]
         states, reports = [_text(program)], list[PassReport]()
 
-        def check(program: Program) -> None:
+        @contextmanager
+        def validate(step: Pass, program: Program) -> Iterator[None]:
+            yield
             check_program(program)
             states.append(_text(program))
 
-        run_passes(program, passes, callback=reports.append, check=check)
+        run_passes(program, passes, callback=reports.append, validate=validate)
         names = [step.name for step in order_passes(passes, self.traced.facts)]
         position = names.index(self.step.name)
         changed = states[position] != states[position + 1]
@@ -263,7 +267,7 @@ def _refuse_difference(first: Program, second: Program) -> None:
 
 
 def _rounding(program: Program) -> float:
-    values = (node.meta["val"] for node in gradient_nodes(program.graph))
+    values = (v for node in gradient_nodes(program.graph) for v in tensors_of(node.meta["val"]))
     return max(ROUNDING[value.dtype] for value in values)
 
 

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from ilm_compile.errors import PlacementError, ProgramError
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram, Stage
+from ilm_compile.program.parameter_map import check_round_trip, gradients_to_model, to_model
 from ilm_compile.program.placement import join_shards, split_shards
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.batch import BatchLayout
@@ -61,7 +62,9 @@ def emulate(
     """
     tp, pp = lowered.plan.tp, schedule.num_ranks
     mailrooms = [Mailroom(pp) for _ in range(tp)]
-    values = InitialValues(model, seed=lowered.plan.seed)
+    maps = lowered.parameter_maps
+    check_round_trip(maps, dict(model.named_parameters()))
+    values = InitialValues(model, seed=lowered.plan.seed, maps=maps)
 
     def rank(pp_rank: int, tp_rank: int) -> tuple[list[Tensor], list[Stage]]:
         mesh = Mesh(pp=Axis(pp_rank, pp), dp=Axis(), tp=Axis(tp_rank, tp), device=CPU)
@@ -99,8 +102,8 @@ def emulate(
     variables = lowered.variables
     return Step(
         torch.stack(losses).mean(),
-        {name: variables[name].unpad(gradient) for name, gradient in gradients.items()},
-        {name: variables[name].unpad(weight) for name, weight in weights.items()},
+        gradients_to_model(maps, {n: variables[n].unpad(g) for n, g in gradients.items()}),
+        to_model(maps, {n: variables[n].unpad(w) for n, w in weights.items()}),
     )
 
 

@@ -99,10 +99,11 @@ class Subject:
             if node.target not in values:  # numbers of targets, seeds
                 spec = node.meta["val"]
                 values[str(node.target)] = torch.ones(spec.shape, dtype=spec.dtype)
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for step in order_passes([*standard_passes(self.plan), *self.passes], program.facts):
             run_passes(program, [step])
             found = first_difference(
-                traced, self._exact(program), self.model, values, tolerance=tolerance
+                traced, self._exact(program), tensors, values, tolerance=tolerance
             )
             if found is not None:
                 return step.name, found
@@ -148,6 +149,7 @@ def _placements(program: Program, small: nn.Module) -> list[tuple[str, str]]:
     A dimension alone stands for any segments, whose sizes differ.
     """
     names = {name for name, _ in small.named_parameters()}
+    names |= {name for each in program.parameter_maps for name in each.targets}
     return [
         (name, f"S({variable.placement.dim})" if variable.placement.is_shard else str(I))
         for name, variable in program.parameters().items()

@@ -25,7 +25,8 @@ def find(model, program):
     traced = trace(model, example_inputs=INPUTS)
     values = {name: value[:ROWS] for name, value in make_batch(program).items()}
     values["num_targets"] = torch.ones((), dtype=torch.float64)
-    return first_difference(traced, program, model, values, tolerance=1e-10)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return first_difference(traced, program, tensors, values, tolerance=1e-10)
 
 
 def linear(program, module):
