@@ -1,0 +1,385 @@
+"""`CheckpointManager`: saves a run while it goes on, and puts it back under any plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from ilm_compile.runtime.checkpoint import restore
+from ilm_compile.runtime.checkpoint.agreement import broadcast, first_problem, largest, together
+from ilm_compile.runtime.checkpoint.agreement import describe as describe_error
+from ilm_compile.runtime.checkpoint.contents import (
+    Piece,
+    Stateful,
+    group_names,
+    group_options,
+    model_pieces,
+    optimizer_pieces,
+    plain_states,
+    random_pieces,
+)
+from ilm_compile.runtime.checkpoint.errors import CheckpointError
+from ilm_compile.runtime.checkpoint.manifest import Manifest
+from ilm_compile.runtime.checkpoint.restore import MODEL, OPTIMIZER, RANDOM
+from ilm_compile.runtime.checkpoint.retention import step_name, step_of, superseded
+from ilm_compile.runtime.checkpoint.save import merge_parts, write_part
+from ilm_compile.runtime.checkpoint.slices import (
+    SliceReader,
+    check_file,
+    has_manifest,
+    read_manifest,
+)
+from ilm_compile.runtime.checkpoint.space import check_space, estimate
+from ilm_compile.runtime.checkpoint.stop_file import Order, StopFile
+from ilm_compile.runtime.checkpoint.storage import Storage, open_storage
+from ilm_compile.runtime.hooks import Hook
+from ilm_compile.runtime.parallel import Parallel
+
+if TYPE_CHECKING:
+    from ilm_compile.runtime.metrics import StepMetrics
+    from ilm_compile.runtime.trainer import Trainer
+
+ALL = "all"
+
+
+class CheckpointManager(Hook):
+    """Checkpoints of `parallel`, `optimizer` and `states` in `folder`, one folder per step.
+
+        manager = CheckpointManager("local:ckpt", parallel, optimizer=optimizer,
+                                    states={"scheduler": ..., "sampler": ...}, every=100)
+        manager.prepare()                 # early: writable, enough space, leftovers cleaned
+        step = manager.resume() or 0      # from the newest complete one, if there is one
+        for step in range(step + 1, last + 1):
+            ...
+            if manager.after_step(step):  # saves when due; True: the stop file says to end
+                break
+        manager.close()                   # the last save is complete
+
+    Or give it to `Trainer.fit` as a hook, which does all but `resume`. Every method is collective:
+    call it on all ranks alike, in the main thread; an error on one rank is raised on all.
+
+    folder: a path, ``local:PATH`` or an fsspec URL (``s3://BUCKET/PATH``) that all ranks share; one
+    job at a time. optimizer: over ``parallel.named_parameters()``. states: objects whose
+    `state_dict` is plain JSON and the same on every rank, by a name that stays. config: plain JSON,
+    kept for people. every: steps between saves; 0 saves only where told. keep_last: so many newest
+    ones stay, and those of every `keep_every` steps for good (0: none). asynchronous: a thread
+    writes while training goes on; the next call raises its errors. stop_file: see `StopFile`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        parallel: Parallel,
+        *,
+        optimizer: Optimizer | None = None,
+        states: Mapping[str, Stateful] | None = None,
+        config: Mapping[str, Any] | None = None,
+        every: int = 0,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+        stop_file: str | Path | None = None,
+    ) -> None:
+        _check_options(every, keep_last, keep_every, states or {})
+        self._storage = open_storage(folder)
+        self._parallel = parallel
+        self._mesh = parallel.mesh
+        self._optimizer = optimizer
+        self._states = dict(states or {})
+        self._config = dict(config or {})
+        self._every = every
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._asynchronous = asynchronous
+        self._stop_file = None if stop_file is None else StopFile(Path(stop_file))
+        self._nonce = ""  # of this run, the same on every rank, once prepared
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._in_flight: tuple[Future[None], Manifest] | None = None
+        self._order = Order()
+        self._failed = False
+
+    def prepare(self) -> None:
+        """Check that saving will work, delete what killed saves left; the other calls do it too.
+
+        Raises `CheckpointError` on every rank if the folder cannot be written or has no room for
+        one checkpoint of this model and optimizer; warns if it has none for all that are kept.
+        """
+        if self._nonce:
+            return
+        self._nonce = broadcast(os.urandom(4).hex().encode(), self._mesh).decode()
+        with together(self._mesh, f"checkpoint folder {self._storage.url}"):
+            if self._mesh.rank == 0:
+                self._storage.clean()
+                check_space(
+                    self._storage,
+                    estimate(self._parallel, self._optimizer),
+                    num_kept=self._keep_last - len(self._steps(complete=True)),
+                )
+                self._probe()
+                if self._stop_file is not None:
+                    self._stop_file.create()
+
+    def save(self, step: int, *, wait: bool = False) -> None:
+        """Save the state after `step` steps; returns before it is written unless `wait`.
+
+        Waits for an earlier save first. The save is complete, and visible to `latest` and `resume`,
+        after a later call of any method that finds it written on all ranks.
+        """
+        self.prepare()
+        self._advance(wait=True)
+        working = self._storage.working_name(step_name(step), self._nonce)
+        with together(self._mesh, f"checkpoint of step {step}"):
+            if self._mesh.rank == 0:
+                self._storage.prepare(working)
+        with together(self._mesh, f"checkpoint of step {step}"):
+            pieces, groups = self._snapshot()
+            manifest = self._describe(step)
+        written = self._thread.submit(
+            write_part, self._storage, working, self._mesh.rank, pieces, groups
+        )
+        self._in_flight = (written, manifest)
+        if wait or not self._asynchronous:
+            self._advance(wait=True)
+
+    def after_step(self, step: int, *, last: bool = False) -> bool:
+        """Do what is due after `step`; returns whether the stop file says to end the training.
+
+        Completes an earlier save that is written, and saves if `every`, the stop file or `last`
+        say so. Raises `CheckpointError` if an earlier save failed.
+        """
+        order = self._read_order(step)
+        self._after_step(step, order, last=last)
+        return order.stop
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint with a final name and a manifest, None if none has."""
+        self.prepare()
+        self._advance(wait=False)
+        return next(iter(self._candidates(complete=True)), None)
+
+    def resume(self, content: Iterable[str] = (ALL,)) -> int | None:
+        """Load the newest complete checkpoint; returns its step, or None if there is none.
+
+        A damaged or incomplete one is left out with a warning that names the file. Raises
+        `CheckpointError` for one that is whole but of another model or optimizer. content: as for
+        `load`.
+        """
+        self.prepare()
+        self._advance(wait=True)
+        for step in self._candidates():
+            try:
+                manifest = self._verified(self._storage, step_name(step))
+            except CheckpointError as error:
+                if self._mesh.rank == 0:
+                    warnings.warn(f"checkpoint of step {step} is left out: {error}", stacklevel=2)
+                continue
+            self._restore(self._storage, step_name(step), manifest, set(content))
+            return step
+        return None
+
+    def load(self, source: int | str | Path, content: Iterable[str] = (ALL,)) -> int:
+        """Load one checkpoint, no other in its stead; returns its step.
+
+        source: a step of this manager's folder, or the path or URL of a checkpoint's folder.
+        content: of "model", "optimizer", "random" and the names of `states`; "all" for all that
+        this manager has. Raises `CheckpointError` naming the file that is missing or damaged, or
+        what the checkpoint does not hold. The weights may be changed in part after an error in
+        reading.
+        """
+        self.prepare()
+        self._advance(wait=True)
+        if isinstance(source, int):
+            storage, name = self._storage, step_name(source)
+        else:
+            parent, _, name = str(source).rstrip("/").rpartition("/")
+            storage = open_storage(parent or ".")
+        manifest = self._verified(storage, name)
+        self._restore(storage, name, manifest, set(content))
+        return manifest.step
+
+    def wait(self) -> None:
+        """Return when the save in flight, if any, is complete."""
+        self._advance(wait=True)
+
+    def close(self) -> None:
+        """`wait`, then end the thread."""
+        self._advance(wait=True)
+        self._thread.shutdown()
+
+    # As a hook of Trainer.fit
+
+    def on_start(self, trainer: Trainer) -> None:
+        """`prepare`."""
+        self.prepare()
+
+    def on_step_start(self, trainer: Trainer, step: int) -> None:
+        """Read the stop file, so that a step that it ends at is known to be the last."""
+        self._order = self._read_order(step)
+        if self._order.stop:
+            trainer.request_stop("stop file")
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """Save if due."""
+        self._after_step(metrics.step, self._order, last=trainer.stop_reason is not None)
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """Other ranks may be gone: leave the save in flight incomplete."""
+        self._failed = True
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Complete the save in flight."""
+        if not self._failed:
+            self.wait()
+
+    def _read_order(self, step: int) -> Order:
+        """What the stop file says, by rank 0's reading."""
+        if self._stop_file is None:
+            return Order()
+        own = self._stop_file.order(step) if self._mesh.rank == 0 else Order()
+        save, stop = largest([int(own.save), int(own.stop)], self._mesh)
+        return Order(bool(save), bool(stop))
+
+    def _after_step(self, step: int, order: Order, *, last: bool) -> None:
+        self._advance(wait=False)
+        if order.save or last or (self._every and step % self._every == 0):
+            self.save(step)
+
+    def _advance(self, *, wait: bool) -> None:
+        """Complete the save in flight once all ranks have written their part."""
+        if self._in_flight is None:
+            return
+        written, manifest = self._in_flight
+        if wait:
+            written.exception()
+        (is_pending,) = largest([int(not written.done())], self._mesh)
+        if is_pending:
+            return
+        self._in_flight = None
+        task = f"checkpoint of step {manifest.step} in {self._storage.url}"
+        working = self._storage.working_name(step_name(manifest.step), self._nonce)
+        error = written.exception()
+        if problem := first_problem("" if error is None else describe_error(error), self._mesh):
+            if self._mesh.rank == 0:
+                self._storage.remove(working)
+            raise CheckpointError(f"{task} was not written: {problem}") from error
+        with together(self._mesh, task):
+            if self._mesh.rank == 0:
+                merge_parts(self._storage, working, manifest)
+                self._storage.publish(working, step_name(manifest.step), manifest.to_bytes())
+                self._thread.submit(self._delete_superseded)
+
+    def _snapshot(self) -> tuple[list[Piece], list[list[str]]]:
+        pieces = [*model_pieces(self._parallel), *random_pieces(self._mesh.rank, self._mesh.device)]
+        if self._optimizer is None:
+            return pieces, []
+        pieces += optimizer_pieces(self._parallel, self._optimizer)
+        return pieces, group_names(self._parallel, self._optimizer)
+
+    def _describe(self, step: int) -> Manifest:
+        """The manifest of this rank's states; of those only rank 0's is used."""
+        options = [] if self._optimizer is None else group_options(self._optimizer)
+        parts = [MODEL, RANDOM, *([] if self._optimizer is None else [OPTIMIZER])]
+        return Manifest(
+            step=step,
+            world_size=self._mesh.world_size,
+            plan=json.loads(json.dumps(asdict(self._parallel.plan))),
+            config=self._config,
+            states=plain_states(self._states),
+            groups=[{**group, "params": []} for group in options],
+            num_steps=self._parallel.num_steps,
+            parts=[*parts, *self._states],
+        )
+
+    def _restore(self, storage: Storage, name: str, manifest: Manifest, content: set[str]) -> None:
+        where = f"{storage.url}/{name}"
+        with together(self._mesh, "load"):
+            wanted = self._wanted(manifest, content, where)
+            if MODEL in wanted:
+                restore.check_model(manifest, self._parallel, where)
+            if OPTIMIZER in wanted and self._optimizer is not None:
+                restore.check_groups(manifest, self._parallel, self._optimizer, where)
+        with together(self._mesh, "load"), SliceReader(storage, name, manifest) as reader:
+            if MODEL in wanted:
+                restore.restore_model(reader, self._parallel)
+            if OPTIMIZER in wanted and self._optimizer is not None:
+                restore.restore_optimizer(reader, self._parallel, self._optimizer)
+            for key, holder in self._states.items():
+                if key in wanted:
+                    holder.load_state_dict(manifest.states[key])
+            if RANDOM in wanted:
+                self._parallel.num_steps = manifest.num_steps
+                restore.restore_random(reader, self._parallel)
+
+    def _wanted(self, manifest: Manifest, content: set[str], where: str) -> set[str]:
+        own = {MODEL, RANDOM, *self._states} | ({OPTIMIZER} if self._optimizer else set())
+        wanted = own if ALL in content else content
+        if unknown := sorted(wanted - own):
+            raise CheckpointError(f"load: expected content of {sorted(own)} or all, got {unknown}")
+        if missing := sorted(wanted - set(manifest.parts)):
+            raise CheckpointError(
+                f"{where}: holds no {', '.join(missing)}, only {', '.join(manifest.parts)}; leave "
+                "out of the content what shall start anew"
+            )
+        return wanted
+
+    def _verified(self, storage: Storage, name: str) -> Manifest:
+        """The manifest of a checkpoint whose files are all there and unchanged.
+
+        Each rank hashes its share of the files, so that all are read once.
+        """
+        with together(self._mesh, "load"):
+            manifest = read_manifest(storage, name)
+            for file_name in list(manifest.files)[self._mesh.rank :: self._mesh.world_size]:
+                check_file(storage, name, manifest, file_name)
+        return manifest
+
+    def _candidates(self, *, complete: bool = False) -> list[int]:
+        """The steps with a final name, newest first, as rank 0 sees them."""
+        own = self._steps(complete=complete) if self._mesh.rank == 0 else []
+        steps: list[int] = json.loads(broadcast(json.dumps(own).encode(), self._mesh))
+        return sorted(steps, reverse=True)
+
+    def _steps(self, *, complete: bool) -> list[int]:
+        """The steps that have a folder with a final name; `complete`: and a manifest."""
+        return [
+            step
+            for name in self._storage.folders()
+            if (step := step_of(name)) is not None
+            and (not complete or has_manifest(self._storage, name))
+        ]
+
+    def _delete_superseded(self) -> None:
+        for step in superseded(
+            self._steps(complete=True), keep_last=self._keep_last, keep_every=self._keep_every
+        ):
+            self._storage.remove(step_name(step))
+
+    def _probe(self) -> None:
+        """Write and delete a file."""
+        working = self._storage.working_name(step_name(0), self._nonce)
+        if working in self._storage.folders():
+            return  # an object store that holds the checkpoint of step 0
+        self._storage.prepare(working)
+        with self._storage.create(f"{working}/probe") as file:
+            file.write(b"probe")
+        self._storage.remove(working)
+
+
+def _check_options(
+    every: int, keep_last: int, keep_every: int, states: Mapping[str, Stateful]
+) -> None:
+    if every < 0 or keep_last < 1 or keep_every < 0:
+        raise CheckpointError(
+            "checkpoints: expected every >= 0, keep_last >= 1 and keep_every >= 0, got "
+            f"every={every}, keep_last={keep_last}, keep_every={keep_every}"
+        )
+    if taken := sorted(set(states) & {MODEL, OPTIMIZER, RANDOM, ALL}):
+        raise CheckpointError(f"checkpoints: {taken} cannot be names of states; they are taken")
