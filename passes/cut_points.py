@@ -11,6 +11,7 @@ from torch import fx
 
 from ilm_compile.cost.nodes import tensors, value_bytes
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import is_tuple
 
 # Stands for infinity in sums and differences, which stay exact: no real number of bytes reaches it.
 _UNSENDABLE = 2.0**50
@@ -21,7 +22,8 @@ def crossing_bytes(calls: Sequence[fx.Node]) -> list[float]:
 
     `calls` are the calls that belong to a stage, in order. A value that is an output of the program
     is used by the last stage. A position that an integer would cross (a routing decision, say) gets
-    infinity: such values have no gradient to send back, so a stage keeps them to itself.
+    infinity: such values have no gradient to send back, so a stage keeps them to itself. The same
+    holds between an op with several results and the nodes that take them.
     """
     index = {node: position for position, node in enumerate(calls)}
     change = [0.0] * (len(calls) + 1)
@@ -29,7 +31,7 @@ def crossing_bytes(calls: Sequence[fx.Node]) -> list[float]:
         used = max((index.get(user, len(calls) - 1) for user in node.users), default=made)
         if used <= made:
             continue
-        is_sendable = all(value.is_floating_point() for value in tensors(node))
+        is_sendable = not is_tuple(node) and all(v.is_floating_point() for v in tensors(node))
         num_bytes = value_bytes(node) if is_sendable else _UNSENDABLE
         change[made + 1] += num_bytes
         change[used + 1] -= num_bytes

@@ -22,6 +22,7 @@ from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import shapes_of, tensors_of, without_data
 from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.strategy import (
     global_call,
@@ -83,7 +84,7 @@ def wrap(program: Program, node: fx.Node, function: Function) -> fx.Node:
     """
     users = set(node.users)
     point, like = _after(program, node)
-    graph = trace_function(lambda x: function(x), {"x": _without_data(node.meta["val"])})
+    graph = trace_function(lambda x: function(x), {"x": without_data(node.meta["val"])})
     new = _inline(program, graph, {"x": node}, point, like, node.meta.get("placement"))
     _refuse_other_type(program, node, new)
     node.replace_all_uses_with(new, delete_user_cb=users.__contains__)
@@ -116,7 +117,7 @@ def replace(
             for name, value in _select(replacement, match.inputs).items()
         }
         examples = {
-            name: _without_data(value.meta["val"]) if isinstance(value, fx.Node) else value
+            name: without_data(value.meta["val"]) if isinstance(value, fx.Node) else value
             for name, value in inputs.items()
         }
         key = repr([(v, v.stride()) if isinstance(v, Tensor) else v for v in examples.values()])
@@ -228,8 +229,8 @@ def _take_over(program: Program, old: fx.Node, new: fx.Node) -> fx.Node:
 
 def _refuse_other_type(program: Program, old: fx.Node, new: fx.Node) -> None:
     for what, before, after in (
-        ("shape", tuple(old.meta["val"].shape), tuple(new.meta["val"].shape)),
-        ("dtype", old.meta["val"].dtype, new.meta["val"].dtype),
+        ("shape", *(shapes_of(node)[0] for node in (old, new))),
+        ("dtype", *(tensors_of(node.meta["val"])[0].dtype for node in (old, new))),
         ("placement", old.meta.get("placement"), new.meta.get("placement")),
     ):
         if before != after:
@@ -250,7 +251,7 @@ def _place(program: Program, node: fx.Node, wanted: Placement | None) -> None:
         node.meta["placement"] = R if inputs and inputs[0] == R else I
         return
     shards = {placement for placement in inputs if placement.is_shard}
-    dims = {Placement("S", dim) for dim in range(node.meta["val"].dim())}
+    dims = {Placement("S", dim) for dim in range(len(shapes_of(node)[0]))}
     legal = []
     for output in plain_placements((), size) | shards | dims:
         node.meta["placement"] = output  # a call's global shape depends on it
@@ -268,19 +269,17 @@ def _place(program: Program, node: fx.Node, wanted: Placement | None) -> None:
     node.meta["placement"] = legal[0]
 
 
-def _run_without_data(node: fx.Node, size: int) -> Tensor:
-    """Return the value of a call as a tensor without data, from the values of its inputs."""
+def _run_without_data(node: fx.Node, size: int) -> Any:
+    """Return the value of a call as tensors without data, from the values of its inputs."""
     args: Any
     args, kwargs = fx.node.map_arg(
-        (node.args, node.kwargs), lambda source: _without_data(source.meta["val"])
+        (node.args, node.kwargs), lambda source: without_data(source.meta["val"])
     )
     with communicators(tp=ShapeCommunicator(size)), torch.no_grad():
-        return _without_data(node.target(*args, **kwargs))  # type: ignore[operator]
-
-
-def _without_data(value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ProgramError(
-            f"rewrite: expected a call that returns one tensor, got {type(value).__name__}"
-        )
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    several = isinstance(value, tuple) and getattr(node.target, "namespace", "aten") != "aten"
+    if (several and len(tensors_of(value)) == len(value)) or isinstance(value, Tensor):
+        return without_data(value)
+    raise ProgramError(
+        f"rewrite: expected a call that returns one tensor, got {type(value).__name__}"
+    )

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
@@ -22,6 +23,7 @@ from ilm_compile.passes.pad_vocabulary import pad_vocabulary
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import map_tensors
 from ilm_compile.sharding import Restrictions, Strategy, solve
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.strategy import Call, aten, global_call, has_rule
@@ -66,8 +68,7 @@ class TensorParallel(Pass):
         calls = {node: global_call(node, self.size) for node in solution.strategies}
         for node, placement in solution.placements.items():
             node.meta["placement"] = placement
-            shape = placement.local_shape(node.meta["val"].shape, self.size)
-            node.meta["val"] = node.meta["val"].new_empty(shape)
+            node.meta["val"] = map_tensors(partial(_part, placement, self.size), node.meta["val"])
             if node.op == "get_attr":
                 program.variables[str(node.target)].placement = placement
         collectives: dict[tuple[fx.Node, Placement], fx.Node] = {}
@@ -97,6 +98,10 @@ class TensorParallel(Pass):
             weight = node.args[0]
             if weight.op == "get_attr":
                 yield str(weight.target), S(1 if self.embed_split_hidden else 0)
+
+
+def _part(placement: Placement, size: int, value: Tensor) -> Tensor:
+    return value.new_empty(placement.local_shape(value.shape, size))
 
 
 def _rewrite(node: fx.Node, call: Call, strategy: Strategy) -> None:

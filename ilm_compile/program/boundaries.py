@@ -12,6 +12,7 @@ from ilm_compile.errors import ProgramError
 from ilm_compile.program.gradients import wanted_gradients
 from ilm_compile.program.lowered import Boundary
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import is_tuple
 
 
 def stage_of(program: Program) -> dict[fx.Node, int]:
@@ -62,6 +63,11 @@ def _boundary(
 ) -> Boundary:
     """Describe `node` on its way into `stage`. A value that is only an output has no gradient."""
     val = node.meta["val"]
+    if is_tuple(node):
+        raise ProgramError(
+            f"lower: {program.where(node)} has several results and would be sent to stage {stage}; "
+            "its items are to be made in its own stage"
+        )
     if not val.is_floating_point():
         raise ProgramError(
             f"lower: {program.where(node)} has dtype {val.dtype} and would be sent to stage "

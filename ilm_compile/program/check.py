@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -10,9 +12,13 @@ from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.program import Program
 from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.values import is_tuple, tensors_of
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 
-FUNCTIONS = {redistribute, partial_mean, seeded_dropout, vocab_embedding, vocab_cross_entropy}
+FUNCTIONS = {
+    *(redistribute, partial_mean, seeded_dropout, vocab_embedding, vocab_cross_entropy),
+    operator.getitem,
+}
 
 
 def check_structure(program: Program) -> None:
@@ -37,6 +43,19 @@ def _problems(program: Program, node: fx.Node) -> list[str]:
             found.append("no region; copy the meta of a neighbour")
     if node.op == "get_attr" and node.target not in program.variables:
         found.append(f"{node.target} is not among program.variables")
-    if node.op != "output" and not isinstance(node.meta.get("val"), torch.Tensor):
+    if node.op != "output" and not tensors_of(node.meta.get("val")):
         found.append("no FakeTensor in node.meta['val']")
+    if is_tuple(node) and any(user.target is not operator.getitem for user in node.users):
+        found.append("a value of several tensors is used whole; use its items, by operator.getitem")
+    if node.target is operator.getitem:
+        found += _item_problems(node)
     return found
+
+
+def _item_problems(node: fx.Node) -> list[str]:
+    """What is wrong with a node that takes one result of a call with several."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    if source is None or not is_tuple(source):
+        return ["getitem of what is no value of several tensors; index tensors with aten ops"]
+    apart = [key for key in ("region", "stage") if node.meta.get(key) != source.meta.get(key)]
+    return [f"in another {key} than {source.name}, whose result it is" for key in apart]

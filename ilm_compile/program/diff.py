@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import tensors_of
 
 Pairs = dict[fx.Node, fx.Node]  # from a node of the second program to its match in the first
 
@@ -114,8 +115,8 @@ def _region_changes(program_a: Program, program_b: Program) -> Iterator[str]:
 
 
 def _value(node: fx.Node, attribute: str) -> Any:
-    val = node.meta.get("val")
-    return getattr(val, attribute) if isinstance(val, Tensor) else None
+    values = [getattr(value, attribute) for value in tensors_of(node.meta.get("val"))]
+    return values[0] if len(values) == 1 else tuple(values) or None
 
 
 def _region(program: Program, node: fx.Node) -> str:

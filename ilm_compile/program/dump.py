@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import tensors_of
 
 
 def dump(program: Program) -> str:
@@ -40,11 +42,12 @@ def _heading(program: Program, node: fx.Node) -> str:
 
 
 def _type(node: fx.Node) -> str:
-    val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor):
-        return type(val).__name__
+    values = tensors_of(node.meta.get("val"))
+    if not values:
+        return type(node.meta.get("val")).__name__
+    types = (f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}" for val in values)
     placement = f" {node.meta['placement']}" if "placement" in node.meta else ""
-    return f'"{str(val.dtype).removeprefix("torch.")}{list(val.shape)}{placement}"'
+    return f'"{", ".join(types)}{placement}"'
 
 
 def target_name(node: fx.Node) -> str:
@@ -57,6 +60,8 @@ def target_name(node: fx.Node) -> str:
 
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     args = [_text(arg, names) for arg in node.args]
+    if node.target is operator.getitem:
+        return f"{args[0]}[{args[1]}]"
     args += [f"{key}={_text(value, names)}" for key, value in node.kwargs.items()]
     return f"{target_name(node)}({', '.join(args)})"
 

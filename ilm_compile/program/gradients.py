@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from ilm_compile.program.values import tensors_of
+
 CUTS = {torch.ops.aten.detach.default}
 
 
@@ -20,7 +22,7 @@ def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
             leaf = parameters.get(str(node.target), node.meta.get("val"))
             is_found = isinstance(leaf, Tensor) and leaf.requires_grad
         else:
-            is_float = any(value.is_floating_point() for value in _tensors(node.meta.get("val")))
+            is_float = any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
             is_found = (
                 is_float and node.target not in CUTS and not found.isdisjoint(node.all_input_nodes)
             )
@@ -43,8 +45,3 @@ def wanted_gradients(graph: fx.Graph) -> set[fx.Node]:
             wanted.add(node)
             pending += node.all_input_nodes
     return wanted
-
-
-def _tensors(val: object) -> list[Tensor]:
-    values = val if isinstance(val, (list, tuple)) else [val]
-    return [value for value in values if isinstance(value, Tensor)]

@@ -27,6 +27,7 @@ from ilm_compile.program.lowerings import LOWERINGS
 from ilm_compile.program.program import Source, Variable
 from ilm_compile.program.repeats import REPEATS
 from ilm_compile.program.selections import SELECTIONS
+from ilm_compile.program.values import is_tuple, tensors_of
 
 aten = torch.ops.aten
 
@@ -150,7 +151,17 @@ class _Normalizer:
             return _FAMILIES[node.target](self.emit, node, args, kwargs)
         if node.target in _DROPOUTS:
             return _DROPOUTS[node.target](self, node, args, kwargs)
-        return self.emit(node, node.target, args, kwargs)
+        call = self.emit(node, node.target, args, kwargs)
+        return self._items(node, call) if is_tuple(call) else call
+
+    def _items(self, origin: fx.Node, call: fx.Node) -> list[fx.Node]:
+        """Return a node for each result of a call that has several."""
+        items = []
+        for index, val in enumerate(call.meta["val"]):
+            item = self.graph.create_node("call_function", operator.getitem, (call, index))
+            item.meta.update(val=val, source=_source(origin))
+            items.append(item)
+        return items
 
     def _value(self, node: fx.Node) -> Any:
         return self.values[node]
@@ -216,7 +227,10 @@ class _Normalizer:
                 "with it: what it computes depends on values, and a static graph cannot. Replace "
                 "tensor.item(), tensor.tolist() and loops over them by torch.where or arithmetic"
             )
-        if not isinstance(val, torch.Tensor):
+        several = isinstance(val, (list, tuple)) and target.namespace != "aten"
+        if several and len(tensors_of(val)) == len(val) > 0:
+            val = tuple(val)
+        elif not isinstance(val, torch.Tensor):
             raise TraceError(
                 f"trace: the graph calls {target} ({_source(origin)}), expected an op that returns "
                 "one tensor; use ops that do, for example var and mean in place of var_mean"

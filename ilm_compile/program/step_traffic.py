@@ -20,6 +20,7 @@ from ilm_compile.program.gradients import gradient_nodes, wanted_gradients
 from ilm_compile.program.lowered import Boundary
 from ilm_compile.program.program import Program
 from ilm_compile.program.traffic import Message, Traffic, traffic
+from ilm_compile.program.values import map_tensors
 
 
 def predicted_traffic(program: Program) -> tuple[dict[str, Traffic], ...]:
@@ -86,10 +87,13 @@ def _keeps(node: fx.Node, gradients: set[fx.Node], size: int) -> bool:
         return False
     kept: list[Tensor] = []
 
-    def argument(source: fx.Node) -> Tensor:
-        val = source.meta["val"]
-        value = torch.empty(val.shape, dtype=val.dtype, device="meta")
-        return value.requires_grad_(source in gradients)
+    def argument(source: fx.Node) -> Any:
+        return map_tensors(
+            lambda val: torch.empty(val.shape, dtype=val.dtype, device="meta").requires_grad_(
+                source in gradients
+            ),
+            source.meta["val"],
+        )
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 from torch import fx
 
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import shapes_of
 
 Cluster = Hashable
 
@@ -50,7 +51,7 @@ def _signature(nodes: list[fx.Node], block: str, mark: Callable[[str], object]) 
     external: dict[fx.Node, int] = {}
 
     def token(node: fx.Node) -> str:
-        shape = tuple(node.meta["val"].shape)
+        shape = shapes_of(node)
         if node in position:
             return f"%{position[node]}"
         if node.op == "get_attr":
@@ -60,5 +61,5 @@ def _signature(nodes: list[fx.Node], block: str, mark: Callable[[str], object]) 
     rows = []
     for node in nodes:
         args = fx.node.map_arg((node.args, node.kwargs), token)
-        rows.append((str(node.target), repr(args), tuple(node.meta["val"].shape)))
+        rows.append((str(node.target), repr(args), shapes_of(node)))
     return hash(tuple(rows))

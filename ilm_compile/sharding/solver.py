@@ -29,6 +29,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import shapes_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
 from ilm_compile.sharding.strategy import (
@@ -129,7 +130,7 @@ class Search:
         if node.op == "placeholder":
             return [Strategy((), I)]
         wanted = {want for user in node.users for want in self._wants(node, user)}
-        shape = tuple(node.meta["val"].shape)
+        shape = shapes_of(node)[0]
         if node.op == "get_attr":
             variable = self.program.variables[str(node.target)]
             shards = {w for w in wanted if w.is_shard and w.divides(shape, self.size)}

@@ -19,12 +19,16 @@ import torch
 from torch import fx
 
 from ilm_compile.program.placement import I, P, Placement, R, S
+from ilm_compile.program.values import shapes_of
 
 aten = torch.ops.aten
 
 
 class Strategy(NamedTuple):
-    """One legal way to place a call: a placement per tensor input, in order, and the output's."""
+    """One legal way to place a call: a placement per tensor input, in order, and the output's.
+
+    Of an op with several results the output's placement is that of each.
+    """
 
     inputs: tuple[Placement, ...]
     output: Placement
@@ -41,6 +45,7 @@ class Call:
     shapes: tuple[tuple[int, ...], ...]  # of the tensor inputs, in the order of `tensor_inputs`
     shape: tuple[int, ...]  # of the output
     size: int  # ranks on the axis
+    further: tuple[tuple[int, ...], ...] = ()  # of an op's results after the first
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
         """Return the argument given by position or by name."""
@@ -91,7 +96,8 @@ def global_call(node: fx.Node, size: int) -> Call:
     shapes = tuple(global_shape(value, size) for value in inputs)
     restore = GLOBAL_ARGUMENTS.get(node.target, _as_they_are)
     args, kwargs = restore(node, inputs, size)
-    return Call(node, node.target, args, kwargs, shapes, global_shape(node, size), size)
+    shape, *further = _global_shapes(node, size)
+    return Call(node, node.target, args, kwargs, shapes, shape, size, tuple(further))
 
 
 def placement_of(node: fx.Node) -> Placement:
@@ -101,8 +107,12 @@ def placement_of(node: fx.Node) -> Placement:
 
 
 def global_shape(node: fx.Node, size: int) -> tuple[int, ...]:
-    """Return the shape of a node's value over all ranks."""
-    return placement_of(node).global_shape(node.meta["val"].shape, size)
+    """Return the shape of a node's value over all ranks; of several results, the first one's."""
+    return _global_shapes(node, size)[0]
+
+
+def _global_shapes(node: fx.Node, size: int) -> list[tuple[int, ...]]:
+    return [placement_of(node).global_shape(shape, size) for shape in shapes_of(node)]
 
 
 def _as_they_are(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> Arguments:
@@ -151,7 +161,10 @@ def plain_placements(shape: tuple[int, ...], size: int) -> set[Placement]:
 
 
 def _divides(call: Call, strategy: Strategy) -> bool:
-    placed = zip((*strategy.inputs, strategy.output), (*call.shapes, call.shape), strict=True)
+    placed = [
+        *zip(strategy.inputs, call.shapes, strict=True),
+        *((strategy.output, shape) for shape in (call.shape, *call.further)),
+    ]
     return all(placement.divides(shape, call.size) for placement, shape in placed)
 
 

@@ -12,6 +12,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import is_tuple
 
 ELEMENT_BYTES = 2  # of a floating-point value, as plans are made for bf16
 TIE = 1e-9  # seconds: of two equally cheap plans take the one with fewer transitions
@@ -66,6 +67,8 @@ def allowed(
     """
     if source == target:
         return True
+    if is_tuple(node):
+        return False  # its items can be moved
     shape = tuple(node.meta["val"].shape)
     if (source.kind, target.kind) not in TRANSITIONS or not target.divides(shape, size):
         return False

@@ -22,6 +22,7 @@ from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import tensors_of
 
 aten = torch.ops.aten
 CAST = aten.to.dtype
@@ -129,8 +130,8 @@ def _everything(program: Program) -> Words:
             return argument
 
         fx.node.map_aggregate((node.args, node.kwargs), visit)
-        value = node.meta["val"]
-        return f"{_name(node)}({', '.join(constants)}) {value.dtype}{list(value.shape)}"
+        types = (f"{value.dtype}{list(value.shape)}" for value in tensors_of(node.meta["val"]))
+        return f"{_name(node)}({', '.join(constants)}) {', '.join(types)}"
 
     return words
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import map_tensors
 
 ROUNDED = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -24,11 +25,8 @@ def exact(program: Program) -> Program:
     for node in result.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, _widened)
         node.kwargs = fx.node.map_aggregate(node.kwargs, _widened)
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            node.meta["val"] = value.new_empty_strided(
-                value.shape, value.stride(), dtype=torch.float64
-            )
+        if "val" in node.meta:
+            node.meta["val"] = map_tensors(_exact, node.meta["val"])
     for variable in result.variables.values():
         variable.dtype = _widened(variable.dtype)
     for module in result.graph_module.modules():
@@ -37,6 +35,12 @@ def exact(program: Program) -> Program:
                 module._buffers[name] = buffer.double()
     result.finish()
     return result
+
+
+def _exact(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return value.new_empty_strided(value.shape, value.stride(), dtype=torch.float64)
 
 
 def _widened(argument: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ilm_compile.errors import ProgramError
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import tensors_of, without_data
 
 
 def check_values(program: Program) -> None:
@@ -33,9 +34,7 @@ def _check(program: Program, node: fx.Node) -> None:
             f"value check: {_name(node)} cannot run on ({_inputs(node)}) at {program.where(node)}: "
             f"{reason}"
         ) from None
-    if not isinstance(value, Tensor):
-        return
-    expected, found = _type(node.meta["val"]), _type(value)
+    expected, found = _types(node.meta["val"]), _types(value)
     if expected != found:
         raise ProgramError(
             f"value check: {_name(node)} of ({_inputs(node)}) gives {found}, but the program says "
@@ -48,18 +47,21 @@ def _run(node: fx.Node) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _without_data(node: fx.Node) -> Tensor:
-    value = node.meta["val"]
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+def _without_data(node: fx.Node) -> Any:
+    return without_data(node.meta["val"])
 
 
 def _inputs(node: fx.Node) -> str:
-    return ", ".join(_type(source.meta["val"]) for source in node.all_input_nodes)
+    return ", ".join(_types(source.meta["val"]) for source in node.all_input_nodes)
 
 
 def _name(node: fx.Node) -> str:
     is_op = isinstance(node.target, torch._ops.OpOverload)
     return str(node.target) if is_op else str(getattr(node.target, "__name__", node.target))
+
+
+def _types(value: Any) -> str:
+    return ", ".join(map(_type, tensors_of(value)))
 
 
 def _type(value: Tensor) -> str:

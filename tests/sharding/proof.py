@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.placement import Placement, S, join_shards, split_shards
+from ilm_compile.program.values import tensors_of
 from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.strategy import Call, global_call, plain_placements
 from ilm_compile.verify.threads import run_ranks
+
+# Inputs that an op gives no gradient: rotary tables.
+WITHOUT_GRADIENT = {
+    torch.ops.ilm.rotary.default: (2, 3),
+    torch.ops.ilm.qkv_rotary.default: (1, 2),
+}
 
 
 def make_call(
@@ -84,40 +91,41 @@ def gradient_placement(placement: Placement) -> Placement:
     return placement if placement.is_shard else Placement(GRADIENT[placement.kind])
 
 
-def run(node: fx.Node, call: Any, values: list[Tensor]) -> Tensor:
-    """Run a call whose arguments are nodes on `values`, given in order."""
+def run(node: fx.Node, call: Any, values: list[Tensor]) -> tuple[Tensor, ...]:
+    """Run a call whose arguments are nodes on `values`, given in order; return its results."""
     target, args, kwargs = call
     remaining = iter(values)
     args, kwargs = fx.node.map_arg((args, kwargs), lambda _: next(remaining))
-    return target(*args, **kwargs)
+    return tensors_of(target(*args, **kwargs))
 
 
 def prove(call: Call, tensors: list[Tensor], strategy: Strategy, *, bound: float = 1e-12) -> None:
     """Raise AssertionError unless `strategy` gives the unsharded value and gradients."""
-    floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
-    full = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    constant = WITHOUT_GRADIENT.get(call.target, ())
+    floating = [i for i, t in enumerate(tensors) if t.is_floating_point() and i not in constant]
+    full = [t.clone().requires_grad_(i in floating) for i, t in enumerate(tensors)]
     expected = run(call.node, (call.target, call.args, call.kwargs), full)
-    seed = torch.randn_like(expected) if expected.requires_grad else None
-    if seed is not None:
-        expected.backward(seed)
+    seeds = [torch.randn_like(value) for value in expected if value.requires_grad]
+    if seeds:
+        torch.autograd.backward(expected, seeds)
     shards = [scatter(t, p, call.size) for t, p in zip(tensors, strategy.inputs, strict=True)]
-    seeds = (
-        scatter(seed.double(), gradient_placement(strategy.output), call.size)
-        if seed is not None
-        else []
-    )
+    seed_shards = [
+        scatter(seed.double(), gradient_placement(strategy.output), call.size) for seed in seeds
+    ]
     local_call = localize(call, strategy, "tp")
 
-    def rank(r: int) -> tuple[Tensor, list[Tensor | None]]:
-        local = [s[r].requires_grad_(s[r].is_floating_point()) for s in shards]
-        value = run(call.node, local_call, local)
-        if seeds:
-            value.backward(seeds[r].to(value.dtype))
-        return value.detach(), [local[i].grad for i in floating]
+    def rank(r: int) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+        local = [s[r].requires_grad_(i in floating) for i, s in enumerate(shards)]
+        values = run(call.node, local_call, local)
+        if seed_shards:
+            gradients = [s[r].to(v.dtype) for s, v in zip(seed_shards, values, strict=True)]
+            torch.autograd.backward(values, gradients)
+        return tuple(v.detach() for v in values), [local[i].grad for i in floating]
 
     results = run_ranks(call.size, rank)
-    for value in gather([result[0] for result in results], strategy.output):
-        torch.testing.assert_close(value, expected.detach(), rtol=bound, atol=bound)
+    for index, whole in enumerate(expected):
+        for value in gather([result[0][index] for result in results], strategy.output):
+            torch.testing.assert_close(value, whole.detach(), rtol=bound, atol=bound)
     for position, i in enumerate(floating):
         parts = [result[1][position] for result in results]
         if full[i].grad is None:

@@ -33,6 +33,10 @@ def permutations(rows: int, n: int) -> torch.Tensor:
     return torch.rand(rows, n).argsort(1)
 
 
+def angles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.cos(), x.sin()
+
+
 def mask(*shape: int) -> torch.Tensor:
     return torch.rand(*shape) > 0.4
 
@@ -181,6 +185,27 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(2, 4, 8), [8]),
     ],
     aten.layer_norm.default: [lambda: call(x(2, 4, 8), [8], x(8), x(8), 1e-5)],
+    ilm.rms_norm.default: [
+        lambda: call(x(2, 4, 8), x(8), 1e-5),
+        lambda: call(x(2, 4, 8), None, 1e-5),
+        lambda: call(x(2, 4, 4, 8), x(8), 1e-5, False, 1.0),
+    ],
+    ilm.add_rms_norm.default: [
+        lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), 1e-5),
+        lambda: call(x(2, 4, 8), x(2, 4, 8), None, 1e-5),
+    ],
+    ilm.rotary.default: [
+        lambda: call(x(2, 4, 8, 6), x(2, 4, 4, 6), *angles(x(1, 4, 3))),
+        lambda: call(x(4, 4, 4, 6), x(4, 4, 2, 6), *angles(x(4, 4, 2)), None, True),
+        lambda: call(x(4, 4, 4, 6), x(4, 4, 4, 6), *angles(x(8, 3)), integers(8, 4, 4)),
+        lambda: call(x(4, 4, 4, 6), x(4, 4, 4, 6), *angles(x(4, 3)), integers(4, 1, 4)),
+    ],
+    ilm.qkv_rotary.default: [
+        lambda: call(x(2, 4, 4, 5, 6), *angles(x(1, 4, 3))),
+        lambda: call(x(4, 4, 4, 3, 6), *angles(x(4, 4, 2)), None, True),
+        lambda: call(x(4, 4, 4, 3, 6), *angles(x(8, 3)), integers(8, 4, 4)),
+    ],
+    ilm.swiglu.default: [lambda: call(x(2, 4, 8), x(2, 4, 8))],
     aten.sum.default: [lambda: call(x(4, 8))],
     aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
     aten.mean.default: [lambda: call(x(4, 8))],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 
@@ -13,7 +15,11 @@ from tests.sharding.proof import all_strategies, make_call, prove
 from tests.sharding.samples import SAMPLES, aten, call, ilm, x
 
 # These stand for the sharded form of another op and are proven where that op becomes them.
-SHARDED_FORMS = {partial_mean, vocab_embedding, vocab_cross_entropy, "aten::_grouped_mm"}
+# And this takes one of the results that are proven with the op that makes them.
+SHARDED_FORMS = {
+    *(operator.getitem, partial_mean, vocab_embedding, vocab_cross_entropy),
+    "aten::_grouped_mm",
+}
 CASES = [
     pytest.param(target, make, id=f"{getattr(target, '__name__', target)}-{i}")
     for target, makes in SAMPLES.items()
@@ -61,6 +67,12 @@ MEGATRON = [
     (aten.mean.dim, 0, Strategy((S(2),), P)),  # of a norm over all heads, as OLMo-2 has it
     (aten.cross_entropy_loss.default, 0, Strategy((S(1), R), I)),
     (ilm.attention.default, 0, Strategy((S(2),) * 3, S(2))),
+    (ilm.rms_norm.default, 0, Strategy((S(1), R), S(1))),
+    (ilm.add_rms_norm.default, 0, Strategy((S(1), S(1), R), S(1))),
+    (ilm.rotary.default, 0, Strategy((S(2), S(2), R, R), S(2))),
+    (ilm.rotary.default, 0, Strategy((S(1), S(1), S(1), S(1)), S(1))),
+    (ilm.qkv_rotary.default, 0, Strategy((S(2), R, R), S(2))),
+    (ilm.swiglu.default, 0, Strategy((S(2), S(2)), S(2))),
     (aten.reshape.default, 0, Strategy((S(2, (8, 8, 8)),), S(3))),
     (aten.slice.Tensor, 0, Strategy((S(1, (4, 4)),), S(1))),
 ]

@@ -1,0 +1,72 @@
+"""Rules of the fused ops of `ilm_compile.kernels`, and of taking one result of several.
+
+An op with several results has one placement, that of each of them (`ilm_compile.program.values`).
+No fused op is linear in its inputs and keeps them apart from each other, so partial sums are made
+whole before it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+
+import ilm_compile.kernels  # noqa: F401 - registers the ops
+from ilm_compile.program.placement import Placement, R, S
+from ilm_compile.sharding.strategy import Call, Strategy, rule
+
+ilm = torch.ops.ilm
+
+
+@rule(operator.getitem)
+def item(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Placed as the results that it is one of."""
+    yield from (Strategy((out,), out) for out in wanted if out.is_shard)
+
+
+@rule(ilm.rms_norm.default)
+def rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """x (..., H), weight (H,): sharded along any dimension but the last."""
+    for out in wanted:
+        if out.is_shard and out.dim < len(call.shape) - 1:
+            yield Strategy((out, *(R for _ in call.shapes[1:])), out)
+
+
+@rule(ilm.add_rms_norm.default)
+def add_rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """As `rms_norm`, both terms of the sum alike."""
+    for out in wanted:
+        if out.is_shard and out.dim < len(call.shape) - 1:
+            yield Strategy((out, out, *(R for _ in call.shapes[2:])), out)
+
+
+@rule(ilm.rotary.default, ilm.qkv_rotary.default)
+def rotary(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """(batch, seq, heads, ...): by batch, by sequence, or by heads, queries and keys alike.
+
+    By heads the ranks must divide the key heads: a rank's queries and keys lie in one placement.
+    Tables (batch or 1, seq, pairs) are cut with the tokens that they speak of; with positions they
+    are (positions, pairs), and the positions (batch or 1, seq) are cut.
+    """
+    num_values = 2 if call.target is ilm.rotary.default else 1
+    rows = call.shapes[num_values:]
+    has_positions = len(rows) == 3
+    for dim in range(3):
+        along = [
+            _table(shape, dim, call.shape[0], by_token=not has_positions or index == 2)
+            for index, shape in enumerate(rows)
+        ]
+        yield Strategy((*(S(dim) for _ in range(num_values)), *along), S(dim))
+
+
+def _table(shape: tuple[int, ...], dim: int, batch: int, *, by_token: bool) -> Placement:
+    """Return how a table or the positions lie when the tokens are cut along `dim`."""
+    is_cut = by_token and (dim == 1 or (dim == 0 and shape[0] == batch > 1))
+    return S(dim) if is_cut else R
+
+
+@rule(ilm.swiglu.default)
+def swiglu(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Elementwise: sharded as wanted, both inputs alike."""
+    yield from (Strategy((out, out), out) for out in wanted if out.is_shard)
