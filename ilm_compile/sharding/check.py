@@ -11,6 +11,7 @@ from torch import fx
 
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
+from ilm_compile.program.dump import target_name
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.strategy import (
@@ -59,7 +60,7 @@ def _call(program: Program, node: fx.Node, size: int) -> str | None:
     same_output = [s for s in legal if s.output == found.output]
     expected = "; ".join(f"({', '.join(map(str, s.inputs))})" for s in same_output) or "no inputs"
     return (
-        f"{node.target} of ({given}) does not give {found.output}; that needs {expected}. "
+        f"{target_name(node)} of ({given}) does not give {found.output}; that needs {expected}. "
         "Is a collective missing?"
     )
 
