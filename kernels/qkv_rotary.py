@@ -84,8 +84,8 @@ def _backward(
 ) -> Tensor:
     cos, sin = pick_angles(cos, position_ids), -pick_angles(sin, position_ids)
     grad = _backward_fake(grad_q, grad_k, grad_v, cos, sin, None, interleaved)
-    q_per_kv = grad.shape[3] - 2
-    grad[:, :, :, :-2] = rotate_pairs(grad_q, cos, sin, interleaved).unflatten(2, (-1, q_per_kv))
+    turned = rotate_pairs(grad_q, cos, sin, interleaved)
+    grad[:, :, :, :-2] = turned.reshape(grad[:, :, :, :-2].shape)
     grad[:, :, :, -2] = rotate_pairs(grad_k, cos, sin, interleaved)
     grad[:, :, :, -1] = grad_v
     return grad
@@ -132,9 +132,11 @@ def _differentiate(
     return grad, None, None, None, None
 
 
-implement("ilm::qkv_rotary", _forward, "ilm_compile.kernels.triton_rotary:qkv_rotary")
+implement("ilm::qkv_rotary", _forward, "ilm_compile.kernels.triton_qkv_rotary:qkv_rotary")
 implement(
-    "ilm::qkv_rotary_backward", _backward, "ilm_compile.kernels.triton_rotary:qkv_rotary_backward"
+    "ilm::qkv_rotary_backward",
+    _backward,
+    "ilm_compile.kernels.triton_qkv_rotary:qkv_rotary_backward",
 )
 torch.library.register_fake("ilm::qkv_rotary", _forward_fake)
 torch.library.register_fake("ilm::qkv_rotary_backward", _backward_fake)
