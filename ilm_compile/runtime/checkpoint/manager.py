@@ -7,32 +7,19 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from ilm_compile.runtime.checkpoint import restore
 from ilm_compile.runtime.checkpoint.agreement import broadcast, first_problem, largest, together
 from ilm_compile.runtime.checkpoint.agreement import describe as describe_error
-from ilm_compile.runtime.checkpoint.contents import (
-    Piece,
-    Stateful,
-    group_names,
-    group_options,
-    model_pieces,
-    optimizer_pieces,
-    plain_states,
-    random_pieces,
-)
+from ilm_compile.runtime.checkpoint.contents import Stateful
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
-from ilm_compile.runtime.checkpoint.restore import MODEL, OPTIMIZER, RANDOM
 from ilm_compile.runtime.checkpoint.retention import step_name, step_of, superseded
 from ilm_compile.runtime.checkpoint.save import merge_parts, write_part
 from ilm_compile.runtime.checkpoint.slices import (
-    SliceReader,
     check_file,
     has_manifest,
     read_manifest,
@@ -40,14 +27,13 @@ from ilm_compile.runtime.checkpoint.slices import (
 from ilm_compile.runtime.checkpoint.space import check_space, estimate
 from ilm_compile.runtime.checkpoint.stop_file import Order, StopFile
 from ilm_compile.runtime.checkpoint.storage import Storage, open_storage
+from ilm_compile.runtime.checkpoint.training_state import ALL, TrainingState
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.parallel import Parallel
 
 if TYPE_CHECKING:
     from ilm_compile.runtime.metrics import StepMetrics
     from ilm_compile.runtime.trainer import Trainer
-
-ALL = "all"
 
 
 class CheckpointManager(Hook):
@@ -88,12 +74,10 @@ class CheckpointManager(Hook):
         asynchronous: bool = True,
         stop_file: str | Path | None = None,
     ) -> None:
-        _check_options(every, keep_last, keep_every, states or {})
+        _check_options(every, keep_last, keep_every)
         self._storage = open_storage(folder)
-        self._parallel = parallel
+        self._state = TrainingState(parallel, optimizer, dict(states or {}))
         self._mesh = parallel.mesh
-        self._optimizer = optimizer
-        self._states = dict(states or {})
         self._config = dict(config or {})
         self._every = every
         self._keep_last = keep_last
@@ -120,7 +104,7 @@ class CheckpointManager(Hook):
                 self._storage.clean()
                 check_space(
                     self._storage,
-                    estimate(self._parallel, self._optimizer),
+                    estimate(self._state.parallel, self._state.optimizer),
                     num_kept=self._keep_last - len(self._steps(complete=True)),
                 )
                 self._probe()
@@ -140,8 +124,8 @@ class CheckpointManager(Hook):
             if self._mesh.rank == 0:
                 self._storage.prepare(working)
         with together(self._mesh, f"checkpoint of step {step}"):
-            pieces, groups = self._snapshot()
-            manifest = self._describe(step)
+            pieces, groups = self._state.snapshot()
+            manifest = self._state.describe(step, self._config)
         written = self._thread.submit(
             write_part, self._storage, working, self._mesh.rank, pieces, groups
         )
@@ -181,7 +165,7 @@ class CheckpointManager(Hook):
                 if self._mesh.rank == 0:
                     warnings.warn(f"checkpoint of step {step} is left out: {error}", stacklevel=2)
                 continue
-            self._restore(self._storage, step_name(step), manifest, set(content))
+            self._state.restore(self._storage, step_name(step), manifest, set(content))
             return step
         return None
 
@@ -202,7 +186,7 @@ class CheckpointManager(Hook):
             parent, _, name = str(source).rstrip("/").rpartition("/")
             storage = open_storage(parent or ".")
         manifest = self._verified(storage, name)
-        self._restore(storage, name, manifest, set(content))
+        self._state.restore(storage, name, manifest, set(content))
         return manifest.step
 
     def wait(self) -> None:
@@ -228,7 +212,8 @@ class CheckpointManager(Hook):
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Save if due."""
-        self._after_step(metrics.step, self._order, last=trainer.stop_reason is not None)
+        is_last = trainer.stop_reason is not None or metrics.step == trainer.total_steps
+        self._after_step(metrics.step, self._order, last=is_last)
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         """Other ranks may be gone: leave the save in flight incomplete."""
@@ -276,60 +261,6 @@ class CheckpointManager(Hook):
                 self._storage.publish(working, step_name(manifest.step), manifest.to_bytes())
                 self._thread.submit(self._delete_superseded)
 
-    def _snapshot(self) -> tuple[list[Piece], list[list[str]]]:
-        pieces = [*model_pieces(self._parallel), *random_pieces(self._mesh.rank, self._mesh.device)]
-        if self._optimizer is None:
-            return pieces, []
-        pieces += optimizer_pieces(self._parallel, self._optimizer)
-        return pieces, group_names(self._parallel, self._optimizer)
-
-    def _describe(self, step: int) -> Manifest:
-        """The manifest of this rank's states; of those only rank 0's is used."""
-        options = [] if self._optimizer is None else group_options(self._optimizer)
-        parts = [MODEL, RANDOM, *([] if self._optimizer is None else [OPTIMIZER])]
-        return Manifest(
-            step=step,
-            world_size=self._mesh.world_size,
-            plan=json.loads(json.dumps(asdict(self._parallel.plan))),
-            config=self._config,
-            states=plain_states(self._states),
-            groups=[{**group, "params": []} for group in options],
-            num_steps=self._parallel.num_steps,
-            parts=[*parts, *self._states],
-        )
-
-    def _restore(self, storage: Storage, name: str, manifest: Manifest, content: set[str]) -> None:
-        where = f"{storage.url}/{name}"
-        with together(self._mesh, "load"):
-            wanted = self._wanted(manifest, content, where)
-            if MODEL in wanted:
-                restore.check_model(manifest, self._parallel, where)
-            if OPTIMIZER in wanted and self._optimizer is not None:
-                restore.check_groups(manifest, self._parallel, self._optimizer, where)
-        with together(self._mesh, "load"), SliceReader(storage, name, manifest) as reader:
-            if MODEL in wanted:
-                restore.restore_model(reader, self._parallel)
-            if OPTIMIZER in wanted and self._optimizer is not None:
-                restore.restore_optimizer(reader, self._parallel, self._optimizer)
-            for key, holder in self._states.items():
-                if key in wanted:
-                    holder.load_state_dict(manifest.states[key])
-            if RANDOM in wanted:
-                self._parallel.num_steps = manifest.num_steps
-                restore.restore_random(reader, self._parallel)
-
-    def _wanted(self, manifest: Manifest, content: set[str], where: str) -> set[str]:
-        own = {MODEL, RANDOM, *self._states} | ({OPTIMIZER} if self._optimizer else set())
-        wanted = own if ALL in content else content
-        if unknown := sorted(wanted - own):
-            raise CheckpointError(f"load: expected content of {sorted(own)} or all, got {unknown}")
-        if missing := sorted(wanted - set(manifest.parts)):
-            raise CheckpointError(
-                f"{where}: holds no {', '.join(missing)}, only {', '.join(manifest.parts)}; leave "
-                "out of the content what shall start anew"
-            )
-        return wanted
-
     def _verified(self, storage: Storage, name: str) -> Manifest:
         """The manifest of a checkpoint whose files are all there and unchanged.
 
@@ -373,13 +304,9 @@ class CheckpointManager(Hook):
         self._storage.remove(working)
 
 
-def _check_options(
-    every: int, keep_last: int, keep_every: int, states: Mapping[str, Stateful]
-) -> None:
+def _check_options(every: int, keep_last: int, keep_every: int) -> None:
     if every < 0 or keep_last < 1 or keep_every < 0:
         raise CheckpointError(
             "checkpoints: expected every >= 0, keep_last >= 1 and keep_every >= 0, got "
             f"every={every}, keep_last={keep_last}, keep_every={keep_every}"
         )
-    if taken := sorted(set(states) & {MODEL, OPTIMIZER, RANDOM, ALL}):
-        raise CheckpointError(f"checkpoints: {taken} cannot be names of states; they are taken")

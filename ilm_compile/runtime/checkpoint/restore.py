@@ -19,8 +19,6 @@ from ilm_compile.runtime.checkpoint.slices import SliceReader
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.shard import Shard
 
-MODEL, OPTIMIZER, RANDOM = "model", "optimizer", "random"
-
 
 def check_model(manifest: Manifest, parallel: Parallel, where: str) -> None:
     """Raise `CheckpointError` unless the checkpoint's model has the names, shapes and dtypes."""

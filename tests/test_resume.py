@@ -1,0 +1,101 @@
+"""The promise: training saved under any plan goes on under any other as if nothing had happened."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.resume import NUM_STEPS, PLANS, WORLD_SIZES, Run
+from tests.support.world import World
+
+Curves = dict[tuple[str, str], list[float]]
+SIZES = sorted(set(WORLD_SIZES.values()))
+
+
+def train_through(rank: int) -> list[float]:
+    return Run("single", seed=0).train(2 * NUM_STEPS)
+
+
+def train_and_save(rank: int, plans: list[str], folder: str) -> dict[str, list[float]]:
+    """The curve of the first steps under each plan, saved in a folder of the plan's name."""
+    curves = {}
+    for plan in plans:
+        run = Run(plan, seed=0)
+        manager = run.manager(f"{folder}/{plan}")
+        curves[plan] = run.train(NUM_STEPS, manager)
+        manager.close()
+    return curves
+
+
+def resume_and_train(rank: int, plans: list[str], folder: str) -> Curves:
+    """The curves of the next steps under each plan, from what each plan saved.
+
+    One run loads them all in turn: whatever it holds from before must be replaced.
+    """
+    curves = {}
+    for plan in plans:
+        run = Run(plan, seed=1)
+        for saved in PLANS:
+            manager = run.manager(f"{folder}/{saved}")
+            assert manager.resume() == NUM_STEPS
+            curves[saved, plan] = run.train(NUM_STEPS)
+            manager.close()
+    return curves
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[dict[int, World]]:
+    found = {size: World(size) for size in SIZES}
+    yield found
+    for world in found.values():
+        world.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(worlds: dict[int, World]) -> list[float]:
+    return worlds[1].run(train_through)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(
+    worlds: dict[int, World], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, list[float]]]:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    curves: dict[str, list[float]] = {}
+    for size in SIZES:
+        curves |= worlds[size].run(train_and_save, _of_size(size), folder)[0]
+    return folder, curves
+
+
+@pytest.fixture(scope="module")
+def resumed(worlds: dict[int, World], saved: tuple[str, dict[str, list[float]]]) -> Curves:
+    curves: Curves = {}
+    for size in SIZES:
+        curves |= worlds[size].run(resume_and_train, _of_size(size), saved[0])[0]
+    return curves
+
+
+def _of_size(size: int) -> list[str]:
+    return [plan for plan in PLANS if WORLD_SIZES[plan] == size]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_save_does_not_change_the_training(
+    plan: str, uninterrupted: list[float], saved: tuple[str, dict[str, list[float]]]
+) -> None:
+    assert saved[1][plan] == pytest.approx(uninterrupted[:NUM_STEPS], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", PLANS)
+@pytest.mark.parametrize("first", PLANS)
+def test_training_goes_on_under_another_plan(
+    first: str, second: str, uninterrupted: list[float], resumed: Curves
+) -> None:
+    assert resumed[first, second] == pytest.approx(uninterrupted[NUM_STEPS:], rel=1e-9)
+
+
+def test_the_curve_depends_on_what_is_resumed(uninterrupted: list[float], resumed: Curves) -> None:
+    """The steps differ enough that a lost state would show: fresh weights start elsewhere."""
+    assert abs(uninterrupted[0] - uninterrupted[NUM_STEPS]) > 0.05
+    assert len({round(loss, 6) for loss in uninterrupted}) == 2 * NUM_STEPS
