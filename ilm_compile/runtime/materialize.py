@@ -74,6 +74,21 @@ def graph_modules(module: nn.Module) -> list[fx.GraphModule]:
     return [m for m in module.modules() if isinstance(m, fx.GraphModule)]
 
 
+def recompile(graph_module: fx.GraphModule) -> None:
+    """Make `graph_module` run its graph as it is now.
+
+    `GraphModule.recompile` alone sends a module that FSDP has wrapped into endless recursion: it
+    takes FSDP's class for the module's own, and puts the call wrapper there a second time.
+    """
+    wrapped = type(graph_module)
+    own = next(c for c in wrapped.__mro__ if "_wrapped_call" in vars(c))
+    graph_module.__class__ = own
+    try:
+        graph_module.recompile()
+    finally:
+        graph_module.__class__ = wrapped
+
+
 def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Where each tensor is held, by its identity."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}

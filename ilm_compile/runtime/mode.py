@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ilm_compile.program.dropout import seeded_dropout
-from ilm_compile.runtime.materialize import graph_modules
+from ilm_compile.runtime.materialize import graph_modules, recompile
 
 aten = torch.ops.aten
 
@@ -40,4 +40,4 @@ def set_training(module: nn.Module, training: bool) -> None:
                     kwargs = {**kwargs, name: value}
             node.args, node.kwargs = args, kwargs
         if nodes:
-            graph_module.recompile()
+            recompile(graph_module)

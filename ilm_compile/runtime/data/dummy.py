@@ -67,8 +67,8 @@ class DummyDataset:
         starts = np.zeros(1, np.int64)
         if not self._fixed_length:
             count = random.integers(min(self.max_documents, self.seq_len))
-            inner = random.choice(self.seq_len - 1, size=count, replace=False) + 1 if count else []
-            starts = np.sort(np.append(starts, inner)).astype(np.int64)
+            inner = random.permutation(self.seq_len - 1)[:count] + 1
+            starts = np.sort(np.append(starts, inner))
         labels = np.append(tokens[1:], IGNORED_LABEL)
         labels[starts[1:] - 1] = IGNORED_LABEL
         boundaries = np.full(self.max_documents + 1, self.seq_len, np.int32)

@@ -46,7 +46,7 @@ class PackedText:
         """See `RowDataset`; the fingerprint is that of the tokens and labels."""
         digest = hashlib.sha256()
         for tensor in (self.input_ids, self.labels, self.cu_seqlens):
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().tobytes())
         return {
             "kind": "packed text",
             "num_rows": len(self),

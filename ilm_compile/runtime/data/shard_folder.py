@@ -42,7 +42,7 @@ def open_validation_shards(folder: str | Path) -> dict[str, list[TokenShard]]:
 
 
 def type_ids(shards: list[TokenShard]) -> dict[str, int]:
-    """A number for each type, in the order of the names, as InternEvo's get_dataset_type_ids_map."""
+    """A number for each type, in the order of names, as InternEvo's get_dataset_type_ids_map."""
     return {name: number for number, name in enumerate(sorted({s.type_name for s in shards}))}
 
 

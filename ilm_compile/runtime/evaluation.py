@@ -1,0 +1,232 @@
+"""Evaluation on the parallel model: loss, perplexity and accuracy, in all and by type of text.
+
+The numbers are taken where the loss is computed, from the very logits and targets that the traced
+model gives to its cross entropy, so they mean the same for every model (one that shifts its labels
+itself, too) and every plan. Per micro-batch it costs one more pass over the rank's own part of the
+logits and, if the vocabulary is sharded, three all-reduces of one or two numbers per token; whole
+logits are never gathered nor kept. Over dp and pp there is one all-reduce, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.loss import cross_entropy_arguments
+from ilm_compile.program.lowered import Stage
+from ilm_compile.program.token_metrics import TokenMetrics, token_metrics
+from ilm_compile.program.vocab import vocab_cross_entropy
+from ilm_compile.runtime.batch import Batch
+from ilm_compile.runtime.data import IGNORED_LABEL, TYPE_IDS
+from ilm_compile.runtime.materialize import graph_modules, recompile
+from ilm_compile.runtime.parallel import LABELS, Parallel
+from ilm_compile.schedule import Kind, forward_only
+
+_WHOLE = torch.ops.aten.cross_entropy_loss.default
+_LOSSES = (_WHOLE, vocab_cross_entropy)
+
+Record = Callable[[TokenMetrics, bool], None]
+
+
+def evaluate(
+    parallel: Parallel,
+    batches: Iterable[Batch],
+    *,
+    types: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Return the metrics of all tokens of `batches`, the same on every rank. Collective.
+
+    batches: global batches as for training, the same on every rank; one without any target is
+    passed over. types: the number of each type of text; batches then have "type_ids", (rows,
+    seq_len), as `TokenDataset` gives with `with_types` (in other batches it is not looked at).
+
+    "loss" is the mean cross entropy of all targets of all batches (every token counts the same, a
+    label smoothing is left out, and so are other terms of the model's loss), "perplexity" its
+    exponential, "accuracy" the share of targets that have the largest logit, "num_tokens" the
+    number of targets. With `types` there is each of the four for each type that has targets, as
+    "loss/en". Dropout is off meanwhile; afterwards `parallel` is in training mode. Raises
+    `IlmCompileError` if the program has no cross entropy of class numbers or nothing was counted.
+    """
+    totals = _Totals(parallel, types)
+    parallel.eval()
+    try:
+        with _probe(parallel, totals.add):
+            for batch in batches:
+                if LABELS in batch and bool((batch[LABELS] == IGNORED_LABEL).all()):
+                    continue
+                totals.start(batch)
+                inputs = {name: batch[name] for name in batch if name != TYPE_IDS}
+                parallel.execute_schedule(inputs, forward_only=True, return_loss=False)
+    finally:
+        parallel.train()
+    return totals.metrics()
+
+
+class _Totals:
+    """Counts, losses and hits of each type: (types, 3) float64, of this rank's micro-batches."""
+
+    def __init__(self, parallel: Parallel, types: Mapping[str, int] | None) -> None:
+        self._mesh = parallel.mesh
+        self._num_microbatches = parallel.schedule.num_microbatches
+        self._types = types
+        self._order = _order(parallel)
+        self._pending: list[int] = []
+        self._type_rows: list[Tensor] = []
+        size = 1 if types is None else max(types.values(), default=0) + 1
+        self._sums = torch.zeros(size, 3, dtype=torch.float64, device=self._mesh.device)
+
+    def start(self, batch: Batch) -> None:
+        """Begin a global batch."""
+        self._pending = list(self._order)
+        if self._types is None:
+            return
+        if TYPE_IDS not in batch:
+            raise IlmCompileError(
+                f"evaluate: expected {TYPE_IDS} in every batch, got {', '.join(sorted(batch))}; "
+                "open the data set with_types=True, or leave types out"
+            )
+        rows, count = batch[TYPE_IDS], self._num_microbatches * self._mesh.dp.size
+        if rows.min() < 0 or rows.max() >= len(self._sums):
+            raise IlmCompileError(
+                f"evaluate: expected {TYPE_IDS} among {dict(self._types)}, got numbers from "
+                f"{int(rows.min())} to {int(rows.max())}"
+            )
+        first = self._mesh.dp.rank * self._num_microbatches
+        self._type_rows = list(rows.chunk(count)[first : first + self._num_microbatches])
+
+    def add(self, metrics: TokenMetrics, by_token: bool) -> None:
+        """Add one micro-batch. by_token: each tp rank has tokens of its own, else all have all."""
+        microbatch, tp = self._pending.pop(0), self._mesh.tp
+        if not by_token and tp.rank != 0:
+            return
+        columns = [metrics.counted, metrics.losses, metrics.hits]
+        values = torch.stack([column.double() for column in columns], dim=1)
+        if self._types is None:
+            self._sums[0] += values.sum(0)
+            return
+        parts = tp.size if by_token else 1
+        types = self._types_of(microbatch, len(values) * parts)
+        own = types.chunk(parts)[tp.rank if by_token else 0].to(values.device)
+        self._sums.index_add_(0, own, values)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of everything that all ranks added."""
+        if self._mesh.is_distributed:
+            dist.all_reduce(self._sums, group=self._mesh.group)
+        result = _metrics(self._sums.sum(0), "")
+        if not result:
+            raise IlmCompileError("evaluate: expected batches with targets, got no target at all")
+        for name, number in (self._types or {}).items():
+            result |= _metrics(self._sums[number], f"/{name}")
+        return result
+
+    def _types_of(self, microbatch: int, num_tokens: int) -> Tensor:
+        """The type of each token that the loss is told of: those at the end of every row.
+
+        A loss that is given logits[:, :-1] and labels[:, 1:] has a token less in each row.
+        """
+        rows = self._type_rows[microbatch]
+        each, rest = divmod(num_tokens, len(rows))
+        if rest or not 0 < each <= rows.shape[1]:
+            raise IlmCompileError(
+                f"evaluate: the cross entropy has {num_tokens} tokens a micro-batch, expected "
+                f"at most the {rows.numel()} of {TYPE_IDS} of shape {tuple(rows.shape)}, as many "
+                "in each row; leave types out"
+            )
+        return rows[:, rows.shape[1] - each :].flatten()
+
+
+def _metrics(sums: Tensor, suffix: str) -> dict[str, float]:
+    count, loss, hits = sums.tolist()
+    if count == 0:
+        return {}
+    mean = loss / count
+    return {
+        f"loss{suffix}": mean,
+        f"perplexity{suffix}": math.exp(mean) if mean < 700 else mean if mean != mean else math.inf,
+        f"accuracy{suffix}": hits / count,
+        f"num_tokens{suffix}": int(count),
+    }
+
+
+def _last_stage(parallel: Parallel) -> Stage | None:
+    """The stage with the loss, None if another rank holds it."""
+    return next((stage for stage in parallel.stages if not stage.sent), None)
+
+
+def _order(parallel: Parallel) -> list[int]:
+    """The micro-batches in the order in which this rank runs the last stage."""
+    stage = _last_stage(parallel)
+    if stage is None:
+        return []
+    row = forward_only(parallel.schedule).actions[parallel.mesh.pp.rank]
+    return [a.microbatch for a in row if a.kind is Kind.F and a.stage == stage.index]
+
+
+@contextmanager
+def _probe(parallel: Parallel, record: Record) -> Iterator[None]:
+    """Have the first cross entropy of the program tell `record` of every micro-batch it sees."""
+    stage = _last_stage(parallel)
+    found = None if stage is None else _find_loss(stage)
+    if not _any_rank(found is not None, parallel):
+        raise IlmCompileError(
+            "evaluate: expected a model whose loss is a cross entropy of class numbers "
+            "(torch.nn.functional.cross_entropy), found none in its graph; "
+            "execute_schedule(batch, forward_only=True) gives the loss of any model"
+        )
+    if found is None:
+        yield
+        return
+    graph_module, node = found
+    target = node.target
+    node.target = _observed(node, parallel.mesh.tp.size, record)
+    recompile(graph_module)
+    try:
+        yield
+    finally:
+        node.target = target
+        recompile(graph_module)
+
+
+def _find_loss(stage: Stage) -> tuple[fx.GraphModule, fx.Node] | None:
+    for graph_module in graph_modules(stage.module):
+        for node in graph_module.graph.nodes:
+            if node.target in _LOSSES:
+                return graph_module, node
+    return None
+
+
+def _observed(node: fx.Node, tp_size: int, record: Record) -> Callable[..., Tensor]:
+    """The cross entropy of `node`, which also tells `record` what it was given."""
+    original: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+    is_sharded = original is vocab_cross_entropy
+    if is_sharded:
+        ignore_index, axis = int(node.args[3]), str(node.args[5])  # type: ignore[arg-type]
+    else:
+        ignore_index, axis = cross_entropy_arguments(node)[2], None
+    placement = node.meta.get("placement")
+    by_token = tp_size > 1 and placement is not None and placement.kind == "P"
+
+    def observed_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        flat = logits if is_sharded else logits.movedim(1, -1).flatten(0, -2)
+        metrics = token_metrics(
+            flat.detach(), target.flatten(), ignore_index=ignore_index, axis=axis
+        )
+        record(metrics, by_token)
+        return original(logits, target, *args, **kwargs)
+
+    return observed_cross_entropy
+
+
+def _any_rank(own: bool, parallel: Parallel) -> bool:
+    flag = torch.tensor(int(own), device=parallel.mesh.device)
+    if parallel.mesh.is_distributed:
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel.mesh.group)
+    return bool(flag.item())
