@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,39 +28,50 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass(slots=True)
 class ProcessGroupCommunicator:
-    """The ranks of one process group. `stats` counts what this rank sent, by kind of collective."""
+    """The ranks of one process group. `stats` counts what this rank sent, by kind of collective.
+
+    waits: where it is a list, every collective adds (start, end) in seconds of `time.perf_counter`:
+    how long the call took, which on CUDA is only how long it took to launch.
+    """
 
     group: dist.ProcessGroup
     rank: int = field(init=False)
     size: int = field(init=False)
     stats: dict[str, Traffic] = field(init=False, default_factory=dict)
+    waits: list[tuple[float, float]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.rank, self.size = self.group.rank(), self.group.size()
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         result = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, _OPS[op], group=self.group)
+        self._call(dist.all_reduce, result, _OPS[op])
         self._count("all_reduce", result.nbytes)
         return result
 
     def all_gather(self, x: Tensor) -> Tensor:
         result = x.new_empty((self.size, *x.shape))
-        all_gather_single(result.view(-1), x.contiguous().view(-1), group=self.group)
+        self._call(all_gather_single, result.view(-1), x.contiguous().view(-1))
         self._count("all_gather", result.nbytes)
         return result
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         result = x.new_empty(x.shape[1:])
-        reduce_scatter_single(result.view(-1), x.contiguous().view(-1), group=self.group)
+        self._call(reduce_scatter_single, result.view(-1), x.contiguous().view(-1))
         self._count("reduce_scatter", x.nbytes)
         return result
 
     def all_to_all(self, x: Tensor) -> Tensor:
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(result, x.contiguous(), group=self.group)
+        self._call(dist.all_to_all_single, result, x.contiguous())
         self._count("all_to_all", x.nbytes * self.size)
         return result
+
+    def _call(self, collective: Callable[..., Any], *args: Any) -> None:
+        start = time.perf_counter()
+        collective(*args, group=self.group)
+        if self.waits is not None:
+            self.waits.append((start, time.perf_counter()))
 
     def _count(self, kind: str, full_bytes: int) -> None:
         self.stats.setdefault(kind, Traffic()).add(sent_bytes(kind, full_bytes, self.size))
@@ -73,6 +85,7 @@ class SingleCommunicator:
 
     def __init__(self) -> None:
         self.stats: dict[str, Traffic] = {}
+        self.waits: list[tuple[float, float]] | None = None
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         return x.clone()

@@ -41,7 +41,10 @@ class Hook:
         """When the `fit` ends with `error`, on the ranks that have one. No collectives here."""
 
     def on_stop(self, trainer: Trainer) -> None:
-        """At the end of a `fit`, however it ended, last hook first. No collectives after errors."""
+        """At the end of a `fit`, however it ended, last hook first. No collectives after errors.
+
+        Not called on a hook whose `on_start` failed or was not reached.
+        """
 
 
 class Hooks:
@@ -53,8 +56,8 @@ class Hooks:
 
     def start(self, trainer: Trainer) -> None:
         for hook in self._hooks:
-            self._started.append(hook)
             hook.on_start(trainer)
+            self._started.append(hook)
 
     def step_start(self, trainer: Trainer, step: int) -> None:
         for hook in self._hooks:

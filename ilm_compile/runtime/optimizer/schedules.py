@@ -81,7 +81,7 @@ class Beta2Scheduler:
         """What the next optimizer step uses."""
         if self.c == 0 or self.num_steps == 0:
             return self.init_beta2
-        return max(self.init_beta2, 1 - float(self.num_steps) ** -self.c)
+        return max(self.init_beta2, 1 - 1 / math.pow(self.num_steps, self.c))
 
     def step(self) -> None:
         """Count an optimizer step."""
