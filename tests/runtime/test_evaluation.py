@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ilm_compile
 from ilm_compile import models
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.communicator import set_communicators
+from ilm_compile.program.token_metrics import token_metrics
 from ilm_compile.runtime import Parallel
+from ilm_compile.runtime.communicator import communicator_over
 from ilm_compile.runtime.data import DummyDataset, ValidationBatches
 from ilm_compile.runtime.evaluation import evaluate
 from tests.support.models import randomize_
@@ -26,15 +30,22 @@ ROWS = 8  # of a global batch
 
 
 class Shifted(nn.Module):
-    """A model that shifts its labels itself, as Hugging Face's do, with dropout inside."""
+    """A model that shifts its labels itself, as Hugging Face's do.
 
-    def __init__(self) -> None:
+    smoothing: with a vocabulary that tp does not divide, it keeps the logits from being sharded by
+    vocabulary; under sequence parallelism every rank then has tokens of its own.
+    """
+
+    def __init__(self, *, dropout: float = 0.0, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.body = TinyTransformer(dropout=0.5)
+        self.body = TinyTransformer(vocab=33, dropout=dropout)
+        self.smoothing = smoothing
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         logits = self.body(input_ids, labels)["logits"]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=self.smoothing
+        )
 
 
 class NoCrossEntropy(nn.Module):
@@ -53,8 +64,12 @@ def internlm2() -> nn.Module:
     return models.internlm2_tiny(num_layers=2, vocab_size=33, max_seq_len=SEQ)
 
 
-def shifted() -> nn.Module:
-    return Shifted()
+def dropping() -> nn.Module:
+    return Shifted(dropout=0.5)
+
+
+def smoothed() -> nn.Module:
+    return Shifted(smoothing=0.1)
 
 
 def no_cross_entropy() -> nn.Module:
@@ -81,7 +96,7 @@ def batches(build: str) -> list[dict[str, Tensor]]:
 
 def parallelize(build: str, **plan: Any) -> Parallel:
     inputs = {n: t for n, t in batches(build)[0].items() if n != "type_ids"}
-    dp = 1 if not torch.distributed.is_initialized() else torch.distributed.get_world_size()
+    dp = 1 if not dist.is_initialized() else dist.get_world_size()
     dp //= plan.get("tp", 1) * plan.get("pp", 1)
     rows = ROWS // (plan.get("num_microbatches", 1) * dp)
     example = {name: tensor[:rows] for name, tensor in inputs.items()}
@@ -121,18 +136,18 @@ def on_rank(rank: int, build: str, plan: dict[str, Any]) -> dict[str, float]:
         return evaluate(parallel, batches(build), types=TYPES)
 
 
-@pytest.mark.parametrize(
-    ("build", "plan"),
-    [
-        ("internlm2", {"tp": 2, "pp": 2, "num_microbatches": 4}),
-        ("internlm2", {"tp": 2, "num_microbatches": 2, "zero": 3}),
-        (
-            "shifted",
-            {"pp": 2, "num_chunks": 2, "num_microbatches": 2, "schedule": "interleaved_1f1b"},
-        ),
-    ],
-    ids=["tp2-pp2", "tp2-dp2-zero3", "pp2-chunks2-dp2-shifted"],
-)
+PLANS = {
+    "tp2-pp2": ("internlm2", {"tp": 2, "pp": 2, "num_microbatches": 4}),
+    "tp2-dp2-zero3": ("internlm2", {"tp": 2, "num_microbatches": 2, "zero": 3}),
+    "pp2-chunks2-dp2": (
+        "dropping",
+        {"pp": 2, "num_chunks": 2, "num_microbatches": 2, "schedule": "interleaved_1f1b"},
+    ),
+    "tp2-dp2-by-token": ("smoothed", {"tp": 2, "num_microbatches": 2, "sequence_parallel": True}),
+}
+
+
+@pytest.mark.parametrize(("build", "plan"), PLANS.values(), ids=PLANS)
 def test_every_rank_gets_the_numbers_of_one_device(
     world4: World, build: str, plan: dict[str, Any]
 ) -> None:
@@ -141,3 +156,69 @@ def test_every_rank_gets_the_numbers_of_one_device(
     assert 0 < expected["accuracy"] < 1
     for got in world4.run(on_rank, build, plan):
         assert got == pytest.approx(expected, rel=1e-10)
+
+
+def test_an_evaluation_leaves_the_training_as_it_was() -> None:
+    def losses(*, evaluated: bool) -> list[float]:
+        parallel = parallelize("dropping", num_microbatches=2)
+        found = []
+        for batch in batches("dropping")[:2]:
+            if evaluated:
+                evaluate(parallel, batches("dropping")[1:])
+            loss = parallel.execute_schedule({n: batch[n] for n in ("input_ids", "labels")})
+            assert isinstance(loss, Tensor)
+            found.append(loss.item())
+        return found
+
+    assert losses(evaluated=True) == losses(evaluated=False)
+
+
+def test_a_batch_without_targets_is_passed_over() -> None:
+    parallel = parallelize("smoothed", num_microbatches=2)
+    data = batches("smoothed")
+    empty = {**data[0], "labels": torch.full_like(data[0]["labels"], -100)}
+    assert evaluate(parallel, [empty, *data]) == evaluate(parallel, data)
+
+
+def refusal(build: str, data: list[dict[str, Tensor]], **options: Any) -> str:
+    with pytest.raises(IlmCompileError) as error:
+        evaluate(parallelize(build, num_microbatches=2), data, **options)
+    return str(error.value)
+
+
+def test_a_loss_that_is_no_cross_entropy_is_refused() -> None:
+    assert "expected a model whose loss is a cross entropy" in refusal(
+        "no_cross_entropy", batches("no_cross_entropy")
+    )
+
+
+def test_no_batch_is_refused() -> None:
+    assert "got no target at all" in refusal("smoothed", [])
+
+
+def test_types_that_the_batches_do_not_have_are_refused() -> None:
+    data = batches("smoothed")
+    assert "numbers from 0 to 2" in refusal("smoothed", data, types={"code": 0})
+    for batch in data:
+        del batch["type_ids"]
+    assert "expected type_ids in every batch, got input_ids, labels" in refusal(
+        "smoothed", data, types=TYPES
+    )
+
+
+def test_of_equal_logits_the_first_counts() -> None:
+    metrics = token_metrics(
+        torch.zeros(3, 4), torch.tensor([0, 1, -100]), ignore_index=-100, axis=None
+    )
+    assert metrics.hits.tolist() == [True, False, False]
+    assert metrics.losses.tolist() == pytest.approx([math.log(4), math.log(4), 0])
+
+
+def equal_logits(rank: int) -> list[bool]:
+    set_communicators({"tp": communicator_over(dist.group.WORLD)})
+    target = torch.tensor([0, 2, 3])  # each rank has one class
+    return token_metrics(torch.zeros(3, 1), target, ignore_index=-100, axis="tp").hits.tolist()
+
+
+def test_of_equal_logits_on_several_ranks_the_first_counts(world4: World) -> None:
+    assert world4.run(equal_logits) == [[True, False, False]] * 4
