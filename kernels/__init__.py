@@ -11,3 +11,7 @@ from ilm_compile.kernels.rms_norm import MAX_HIDDEN as MAX_HIDDEN
 from ilm_compile.kernels.rms_norm import rms_norm as rms_norm
 from ilm_compile.kernels.rotary import rotary as rotary
 from ilm_compile.kernels.swiglu import swiglu as swiglu
+from ilm_compile.kernels.vocab_loss import (
+    vocab_cross_entropy_backward as vocab_cross_entropy_backward,
+)
+from ilm_compile.kernels.vocab_loss import vocab_statistics as vocab_statistics

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, fx
 
+from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move, redistribute
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.vocab import vocab_cross_entropy
@@ -71,7 +72,7 @@ def traffic(node: fx.Node, size: int, *, has_gradient: bool = True) -> list[Mess
         return [m for move, back in moves for m in _messages(move, full, size, back, shards)]
     if node.target is vocab_cross_entropy:
         logits = node.args[0].meta["val"]  # type: ignore[union-attr]
-        row = _bytes(logits) // logits.shape[-1]
+        row = logits.shape[0] * exact_dtype(logits).itemsize  # reduced in float32, or float64
         stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
         sent = (sent_bytes("all_reduce", n * row, size) for n in (1, stacked))
         return [Message("all_reduce", num_bytes, False) for num_bytes in sent]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ilm_compile.kernels.vocab_loss import vocab_cross_entropy_backward, vocab_statistics
 from ilm_compile.program.communicator import communicator
 
 MEAN, SUM = 1, 2  # ATen's encoding of cross_entropy_loss(reduction=...)
@@ -40,33 +41,27 @@ class _VocabCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         comm = communicator(axis)
         width = logits.shape[-1]
-        vocab = width * comm.size
-        shifted = logits - comm.all_reduce(logits.amax(-1), op="max").unsqueeze(-1)
-        local = target - comm.rank * width
+        vocab, first = width * comm.size, width * comm.rank
+        top, exps, picked, total = vocab_statistics(logits, target, first, ignore_index, vocab)
+        top_here, top = top, comm.all_reduce(top, op="max")
         counted = target != ignore_index
-        here = (local >= 0) & (local < width) & counted
-        column = local.masked_fill(~here, 0).unsqueeze(-1)
-        picked = shifted.gather(-1, column).squeeze(-1).masked_fill(~here, 0.0)
-        softmax = shifted.exp()
-        sums = [softmax.sum(-1), picked] + ([shifted.sum(-1)] if smoothing else [])
-        total, picked, *rest = comm.all_reduce(torch.stack(sums)).unbind(0)
-        loss = total.log() - picked
+        here = counted & (target >= first) & (target < first + width)
+        sums = [exps * (top_here - top).exp(), (picked - top).masked_fill(~here, 0.0)]
+        sums += [total - width * top] if smoothing else []
+        exps, picked, *rest = comm.all_reduce(torch.stack(sums)).unbind(0)
+        log_exps = exps.log()
+        loss = log_exps - picked
         if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * (total.log() - rest[0] / vocab)
-        softmax /= total.unsqueeze(-1)
-        ctx.save_for_backward(softmax, column, here, counted)
-        ctx.smoothing, ctx.vocab = smoothing, vocab
+            loss = (1 - smoothing) * loss + smoothing * (log_exps - rest[0] / vocab)
+        ctx.save_for_backward(logits, target, top + log_exps)
+        ctx.options = (first, ignore_index, smoothing, vocab)
         return loss.masked_fill(~counted, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        softmax, column, here, counted = ctx.saved_tensors
-        onehot = here.to(softmax.dtype).unsqueeze(-1) * (1 - ctx.smoothing)
-        result = softmax.scatter_add(-1, column, -onehot)
-        if ctx.smoothing:
-            result -= ctx.smoothing / ctx.vocab
-        counted_grad = grad.masked_fill(~counted, 0.0)  # no product: 0 * nan, of no targets, is nan
-        return result.mul_(counted_grad.unsqueeze(-1)), None, None, None, None
+        logits, target, logsumexp = ctx.saved_tensors
+        grads = vocab_cross_entropy_backward(logits, target, logsumexp, grad, *ctx.options)
+        return grads, None, None, None, None
 
 
 def vocab_cross_entropy(
@@ -80,8 +75,12 @@ def vocab_cross_entropy(
     """Return the cross entropy of logits whose vocabulary is sharded; the logits are not gathered.
 
     logits: (tokens, vocab / size); target: (tokens,), the same on all ranks. `reduction` is ATen's:
-    1 mean over the targets that are not `ignore_index`, 2 sum. The scalar result has placement I.
+    1 mean over the targets that are not `ignore_index`, 2 sum. The scalar result has placement I
+    and the dtype of the logits; everything before it is float32, or float64 for float64 logits. The
+    backward pass keeps the logits and one logsumexp a token, no softmax. A target outside the
+    vocabulary raises IlmCompileError on the CPU and makes the loss NaN on CUDA.
     """
     losses: Tensor = _VocabCrossEntropy.apply(logits, target, axis, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]
     total = losses.sum()
-    return total / (target != ignore_index).sum() if reduction == MEAN else total
+    result = total / (target != ignore_index).sum() if reduction == MEAN else total
+    return result.to(logits.dtype)

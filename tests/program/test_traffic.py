@@ -61,13 +61,18 @@ def test_without_gradient_nothing_runs_backward() -> None:
     assert traffic(moved("I", "R", 4), 4, has_gradient=False) == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "itemsize"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)], ids=str
+)
 @pytest.mark.parametrize(("smoothing", "stacked"), [(0.0, 2), (0.1, 3)])
-def test_cross_entropy_reduces_numbers_per_token(smoothing: float, stacked: int) -> None:
+def test_cross_entropy_reduces_numbers_per_token(
+    smoothing: float, stacked: int, dtype: torch.dtype, itemsize: int
+) -> None:
     graph = fx.Graph()
     logits, target = graph.placeholder("logits"), graph.placeholder("target")
-    logits.meta["val"] = torch.empty(10, 25, device="meta")
+    logits.meta["val"] = torch.empty(10, 25, device="meta", dtype=dtype)
     node = graph.call_function(vocab_cross_entropy, (logits, target, 1, -100, smoothing, "tp"))
-    row = 10 * 4 * 6 / 4
+    row = 10 * itemsize * 6 / 4
     assert traffic(node, 4) == [
         Message("all_reduce", row, False),
         Message("all_reduce", stacked * row, False),

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.placement import S, join_shards, split_shards
 from ilm_compile.program.vocab import MEAN, SUM, vocab_cross_entropy, vocab_embedding
 from ilm_compile.verify.threads import run_ranks
@@ -166,3 +167,63 @@ def test_backward_twice_gives_the_same_gradient() -> None:
 
     for first, second in run_ranks(2, rank):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("target", [VOCAB, -1, 10**6])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_target_outside_the_vocabulary_raises_as_in_torch(target: int, size: int) -> None:
+    logits, targets = random_logits()
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError)):
+        F.cross_entropy(logits, targets)
+    with pytest.raises(IlmCompileError, match=rf"targets in \[0, 12\).*got {target} at token 3"):
+        sharded_loss(logits, targets, size, MEAN, -100, 0.0)
+
+
+def test_a_padded_class_as_target_makes_an_infinite_loss() -> None:
+    logits, target = random_logits()
+    logits[:, -2:] = -torch.inf  # as pad_vocabulary masks the classes it adds
+    check_loss(logits, target % (VOCAB - 2), size=4)
+    target[0] = VOCAB - 1
+    losses, _ = sharded_loss(logits, target, 4, MEAN, -100, 0.0)
+    assert all(loss == torch.inf for loss in losses)
+
+
+def test_a_rank_of_padded_classes_alone() -> None:
+    logits, target = random_logits()
+    logits[:, VOCAB // 2 :] = -torch.inf
+    check_loss(logits, target % (VOCAB // 2), size=2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_low_precision_logits_are_summed_in_float32(smoothing: float) -> None:
+    logits, target = random_logits(torch.bfloat16)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, target, label_smoothing=smoothing)
+    (3 * expected).backward()
+    losses, gradient = sharded_loss(logits, target, 2, MEAN, -100, smoothing)
+    assert (losses[0].dtype, gradient.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert exact.grad is not None
+    assert abs(losses[0].item() - expected.item()) <= 2**-8 * expected.item()
+    assert (gradient - exact.grad).norm() <= 2**-8 * exact.grad.norm()
+
+
+def test_the_backward_pass_keeps_the_logits_and_no_softmax() -> None:
+    logits, target = random_logits(torch.bfloat16)
+    kept: list[tuple[torch.dtype, int]] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append((x.dtype, x.numel()))
+        return x
+
+    def rank(r: int) -> None:
+        local = logits.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            vocab_cross_entropy(local, target, SUM, -100, 0.0, "tp")
+
+    run_ranks(1, rank)
+    assert sorted(kept, key=str) == [
+        (torch.bfloat16, TOKENS * VOCAB),
+        (torch.float32, TOKENS),
+        (torch.int64, TOKENS),
+    ]
