@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.mesh import Mesh
 
@@ -26,25 +27,21 @@ def broadcast(data: bytes, mesh: Mesh, *, source: int = 0) -> bytes:
     return value.cpu().numpy().tobytes()[: int(length)]
 
 
-def largest(values: list[int], mesh: Mesh) -> list[int]:
-    """The largest of each number over all ranks. Collective."""
-    if not mesh.is_distributed:
-        return values
-    tensor = torch.tensor(values, device=mesh.device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=mesh.group)
-    return [int(value) for value in tensor.tolist()]
+def any_rank(flags: list[bool], mesh: Mesh) -> list[bool]:
+    """Of each flag, whether any rank has set it. Collective."""
+    table = exchange([float(flag) for flag in flags], mesh)
+    return [any(column) for column in zip(*table, strict=True)]
 
 
 def first_problem(problem: str, mesh: Mesh) -> str:
-    """One rank's `problem`, prefixed by the rank if there are several; empty if none has any.
+    """The `problem` of the first rank that has one, prefixed by its number; else empty.
 
     Collective: every rank gets the same text.
     """
-    # The lowest rank that has one; as a largest number, since ranks without have none to give.
-    negated = largest([mesh.world_size - mesh.rank if problem else 0], mesh)[0]
-    if not negated:
+    table = exchange([float(bool(problem))], mesh)
+    rank = next((rank for rank, (has_one,) in enumerate(table) if has_one), None)
+    if rank is None:
         return ""
-    rank = mesh.world_size - negated
     text = broadcast(problem.encode(), mesh, source=rank).decode()
     return text if mesh.world_size == 1 else f"rank {rank}: {text}"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from ilm_compile.runtime.checkpoint.agreement import broadcast, first_problem, largest, together
+from ilm_compile.runtime.checkpoint.agreement import any_rank, broadcast, first_problem, together
 from ilm_compile.runtime.checkpoint.agreement import describe as describe_error
 from ilm_compile.runtime.checkpoint.contents import Stateful
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
@@ -229,8 +229,7 @@ class CheckpointManager(Hook):
         if self._stop_file is None:
             return Order()
         own = self._stop_file.order(step) if self._mesh.rank == 0 else Order()
-        save, stop = largest([int(own.save), int(own.stop)], self._mesh)
-        return Order(bool(save), bool(stop))
+        return Order(*any_rank([own.save, own.stop], self._mesh))
 
     def _after_step(self, step: int, order: Order, *, last: bool) -> None:
         self._advance(wait=False)
@@ -244,7 +243,7 @@ class CheckpointManager(Hook):
         written, manifest = self._in_flight
         if wait:
             written.exception()
-        (is_pending,) = largest([int(not written.done())], self._mesh)
+        (is_pending,) = any_rank([not written.done()], self._mesh)
         if is_pending:
             return
         self._in_flight = None

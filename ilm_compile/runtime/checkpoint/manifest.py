@@ -91,7 +91,7 @@ class Manifest:
         }
         text = _canonical(body)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return f'{{"sha256":"{digest}","body":{text}}}\n'.encode()
+        return f'{{"sha256":"{digest}","body":{text}}}'.encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str) -> Manifest:
@@ -126,6 +126,7 @@ class Manifest:
         rest = ("step", "num_steps", "world_size", "plan", "config", "states", "groups", "parts")
         manifest = cls(files=files, tensors=tensors, **{key: body[key] for key in rest})
         _check_groups(manifest, path)
+        _check_keys(manifest, path)
         return manifest
 
 
@@ -211,7 +212,22 @@ def _slice(value: object, files: dict[str, File], record: Record, where: str) ->
         a + n > limit for a, n, limit in zip(start, sizes, record.shape, strict=True)
     ):
         raise CheckpointError(f"{where}: the slice {start} {sizes} lies outside {record.shape}")
-    return Slice(file, key, Box(tuple(start), tuple(sizes)))
+    box = Box(tuple(start), tuple(sizes))
+    if box.numel * record.dtype.itemsize > files[file].size:
+        raise CheckpointError(f"{where}: a slice of {sizes} is more than {file} holds")
+    return Slice(file, key, box)
+
+
+def _check_keys(manifest: Manifest, path: str) -> None:
+    """Each tensor of a file is used once, so that what is read is bounded by what is there."""
+    seen: set[tuple[str, str]] = set()
+    for name, record in manifest.tensors.items():
+        for piece in record.slices:
+            if (piece.file, piece.key) in seen:
+                raise CheckpointError(
+                    f"{path}: {name!r:.200}: {piece.key!r:.200} of {piece.file} is used twice"
+                )
+            seen.add((piece.file, piece.key))
 
 
 def _check_groups(manifest: Manifest, path: str) -> None:

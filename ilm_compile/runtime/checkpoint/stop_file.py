@@ -30,7 +30,7 @@ class StopFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._warned = ""
+        self._seen = ""  # what was obeyed or warned of
 
     def create(self) -> None:
         """Write 0: what an earlier run was told does not count. Raises `CheckpointError`."""
@@ -52,11 +52,13 @@ class StopFile:
             self._warn(f"expected +N, -N or 0, got {text!r}", text)
             return Order()
         number = int(text)
-        if 0 < abs(number) < step:
+        if abs(number) == step:
+            self._seen = text
+        elif 0 < abs(number) < step:
             self._warn(f"step {abs(number)} has passed, this is step {step}", text)
         return Order(save=abs(number) == step, stop=number == step)
 
     def _warn(self, message: str, text: str) -> None:
-        if text and text != self._warned:
-            self._warned = text
+        if text and text != self._seen:
+            self._seen = text
             warnings.warn(f"stop file {self._path}: {message}; it is ignored", stacklevel=3)

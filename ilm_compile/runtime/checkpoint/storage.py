@@ -22,6 +22,7 @@ from ilm_compile.runtime.checkpoint.errors import CheckpointError
 MANIFEST = "manifest.json"
 # InternLM's prefix for S3: boto3:s3://BUCKET.ENDPOINT/PATH (its doc/usage.md).
 _BOTO3 = re.compile(r"boto3:s3://(?P<bucket>[^./]+)\.(?P<endpoint>[^/]+)/(?P<path>.*)")
+_URL = re.compile(r"[A-Za-z0-9+.-]+://")
 STEP = re.compile(r"step-(\d{8,18})")  # the name of a checkpoint's folder
 _LEFT_OVER = re.compile(r"step-\d{8,18}\.tmp-[0-9a-f]+")
 _REPLACED = re.compile(r"(?P<name>step-\d{8,18})\.old-[0-9a-f]+")
@@ -82,7 +83,7 @@ def open_storage(url: str | Path) -> Storage:
     if (match := _BOTO3.fullmatch(text)) is not None:
         text = f"s3://{match['bucket']}/{match['path']}"
         options["client_kwargs"] = {"endpoint_url": f"http://{match['endpoint']}"}
-    if "://" not in text:
+    if not _URL.match(text):
         raise CheckpointError(
             f"checkpoint folder: expected a path, local:PATH or a URL such as s3://BUCKET/PATH, "
             f"got {text!r}; volc: and oss2: stores are reached over their S3 endpoints: "
@@ -92,11 +93,13 @@ def open_storage(url: str | Path) -> Storage:
 
     try:
         filesystem, root = fsspec.core.url_to_fs(text, **options)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise CheckpointError(
-            f"checkpoint folder: {text} cannot be opened: {error}; S3 needs "
-            "pip install ilm_compile[s3]"
+            f"checkpoint folder: {text} needs a package: {error}; for S3: "
+            "pip install 'ilm_compile[s3]'"
         ) from error
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint folder: {text} cannot be opened: {error}") from error
     if not root.strip("/"):
         raise CheckpointError(f"checkpoint folder: expected a folder in the bucket, got {text!r}")
     return ObjectStorage(str(url), filesystem, root.rstrip("/"))
