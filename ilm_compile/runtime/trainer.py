@@ -198,6 +198,11 @@ class Trainer:
         not, or the other way round, before anything is changed.
         """
         parts = self._parts()
+        if missing := sorted(set(self.state_dict()) - set(state)):
+            raise IlmCompileError(
+                f"Trainer.load_state_dict: expected {', '.join(self.state_dict())}, it lacks "
+                f"{missing}; give what state_dict returned"
+            )
         for name, part in parts.items():
             if (part is None) != (state[name] is None):
                 has, lacks = ("trainer", "state") if part is not None else ("state", "trainer")

@@ -88,6 +88,18 @@ def test_rate_warms_up_linearly_then_falls_to_the_minimum_at_the_last_step() -> 
     assert seen[3:] == sorted(seen[3:], reverse=True)
 
 
+def test_rate_is_zero_for_the_initial_steps_and_warms_up_after_them() -> None:
+    seen = rates(8, init_steps=2, warmup_steps=4, total_steps=10)
+    assert seen[:6] == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1.0], rel=1e-10)
+    assert seen[6] < 1
+
+
+def test_the_fused_kernel_is_taken_unless_refused() -> None:
+    layers = model()
+    assert adamw(layers.named_parameters(), lr=1e-3).defaults["fused"] is True
+    assert adamw(layers.named_parameters(), lr=1e-3, fused=False).defaults["fused"] is False
+
+
 def test_rate_stays_at_the_minimum_after_the_last_step() -> None:
     assert rates(6, warmup_steps=0, total_steps=3, min_ratio=0.5)[2:] == pytest.approx([0.5] * 4)
 
@@ -97,9 +109,10 @@ def test_rate_stays_at_the_minimum_after_the_last_step() -> None:
     [
         ({"warmup_steps": 5, "total_steps": 5}, "got warmup_steps=5, total_steps=5"),
         ({"warmup_steps": -1, "total_steps": 5}, "got warmup_steps=-1, total_steps=5"),
+        ({"warmup_steps": 3, "total_steps": 5, "init_steps": 2}, "total_steps=5, init_steps=2"),
         ({"warmup_steps": 1, "total_steps": 5, "min_ratio": 1.5}, "min_ratio must lie in"),
     ],
-    ids=["warmup-too-long", "warmup-negative", "min-ratio"],
+    ids=["warmup-too-long", "warmup-negative", "init-too-long", "min-ratio"],
 )
 def test_schedule_refuses_bad_values(options: dict, message: str) -> None:
     with pytest.raises(IlmCompileError, match=message):
