@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that are not there, exactly as their launchers would launch them.
+"""Compiles Triton kernels for GPUs that are not there, as their launchers would launch them.
 
 The launcher runs on CPU tensors with a driver in place that claims a GPU, so signature, alignment
 hints, constexprs and options are those of a real launch; only the launch itself is left out. Triton

@@ -1,0 +1,105 @@
+"""One call of every Triton kernel's launcher, by width: what is compiled ahead of time.
+
+A kernel that is added gets a line here, and with it the tests of `tests/kernels/test_ahead_of_time`
+and the table of `python -m benchmarks.kernel_aot`. The tensors lie on the CPU and are small: how a
+kernel is compiled does not depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ilm_compile.kernels.launch import Launch, launch_for
+
+NUM_ROWS = 5
+EPS = 1e-5
+BF16, FP32 = torch.bfloat16, torch.float32
+# InternLM2-1.8B and 7B, InternLM-20B, InternLM2-20B, Llama-3-70B.
+HIDDEN_SIZES = (2048, 4096, 5120, 6144, 8192)
+# Llama-3-8B on two ranks and one, Llama-2-7B on one.
+INTERMEDIATE_SIZES = (7168, 11008, 14336)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A launcher with its arguments, and the widths that matter.
+
+    launcher: `module:function` in ilm_compile.kernels. arguments: takes a width, whatever that is
+    for the kernel. meaning: of the width, for the table. launches: the `module:TABLE`
+    of `Launch` that it is launched by. pipelined: whether a loop prefetches with cp.async.
+    """
+
+    launcher: str
+    arguments: Callable[[int], tuple[Any, ...]]
+    widths: Sequence[int]
+    meaning: str
+    launches: str | None = None
+    pipelined: bool = False
+
+    def call(self, width: int) -> Any:
+        """Launch it. What comes back is undefined unless the kernel really runs."""
+        return _find(self.launcher)(*self.arguments(width))
+
+    def launch(self, width: int) -> Launch | None:
+        """How it is launched at this width, where a table says so."""
+        if self.launches is None:
+            return None
+        table = _find(self.launches)
+        return launch_for(table, min(width, table[-1].block))
+
+
+def _find(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(f"ilm_compile.kernels.{module}"), name)
+
+
+def rows(width: int, dtype: torch.dtype = BF16) -> Tensor:
+    """(NUM_ROWS, width) of zeros."""
+    return torch.zeros(NUM_ROWS, width, dtype=dtype)
+
+
+def norm(launcher: str, *dtypes: torch.dtype, pipelined: bool = False) -> Sample:
+    """A norm of as many tensors of rows, with the weight that training in bf16 has: in float32."""
+
+    def arguments(hidden: int) -> tuple[Any, ...]:
+        tensors = [rows(hidden, dtype) for dtype in dtypes]
+        return (*tensors, torch.ones(hidden), EPS, False, 0.0)
+
+    return Sample(
+        launcher=f"triton_rms_norm:{launcher}",
+        arguments=arguments,
+        widths=HIDDEN_SIZES,
+        meaning="hidden",
+        launches=f"triton_rms_norm:{'BACKWARD' if pipelined else 'FORWARD'}",
+        pipelined=pipelined,
+    )
+
+
+def swiglu(launcher: str, num_tensors: int, launches: str) -> Sample:
+    """SwiGLU of as many tensors of rows."""
+    return Sample(
+        launcher=f"triton_swiglu:{launcher}",
+        arguments=lambda width: tuple(rows(width) for _ in range(num_tensors)),
+        widths=INTERMEDIATE_SIZES,
+        meaning="intermediate",
+        launches=f"triton_swiglu:{launches}",
+    )
+
+
+# All in bf16; `mixed`: with the residual stream in float32.
+SAMPLES: dict[str, Sample] = {
+    "rms_norm": norm("rms_norm", BF16),
+    "rms_norm_backward": norm("rms_norm_backward", BF16, BF16, pipelined=True),
+    "add_rms_norm": norm("add_rms_norm", BF16, BF16),
+    "add_rms_norm mixed": norm("add_rms_norm", BF16, FP32),
+    "add_rms_norm_backward": norm("add_rms_norm_backward", BF16, BF16, BF16, pipelined=True),
+    "add_rms_norm_backward mixed": norm("add_rms_norm_backward", BF16, FP32, FP32, pipelined=True),
+    "swiglu": swiglu("swiglu", 2, "FORWARD"),
+    "swiglu_backward": swiglu("swiglu_backward", 3, "BACKWARD"),
+}

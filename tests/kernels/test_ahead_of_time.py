@@ -1,0 +1,59 @@
+"""Every Triton kernel, compiled for the GPUs it is meant for, with no GPU.
+
+Compiled from a real call of its launcher: a change that narrows loads, spills registers, computes
+in float64, loses the prefetch of a loop or does not fit as often as its table says is found here.
+"""
+
+import pytest
+import torch
+
+from benchmarks.kernel_samples import SAMPLES
+from tests.kernels.aot import ARCHITECTURES, compile_sample
+from tests.kernels.worker import Worker
+
+CASES = [
+    (name, width, arch)
+    for name, sample in SAMPLES.items()
+    for width in sample.widths
+    for arch in ARCHITECTURES
+]
+# What the programs of a multiprocessor share, in bytes, by compute capability.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.parametrize(("name", "width", "arch"), CASES)
+def test_compiled_kernel(compiler: Worker, name: str, width: int, arch: int) -> None:
+    report = compile_sample(compiler, name, width, arch)
+    assert report.spilled == 0
+    assert report.float64 == 0
+    assert report.widest_load == 16
+    assert report.narrow_loads == report.narrow_stores == 0
+    assert (report.async_copies > 0) == SAMPLES[name].pipelined
+    launch = SAMPLES[name].launch(width)
+    if launch is not None:
+        assert report.warps == launch.warps
+        assert report.registers * 32 * launch.warps * launch.programs_per_sm <= 65536
+        assert report.shared * launch.programs_per_sm <= SHARED_BYTES[arch]
+
+
+def count_compilations(name: str, num_rows: list[int]) -> int:
+    from benchmarks import kernel_samples
+    from benchmarks.ahead_of_time import compile_kernels
+
+    def launch_all() -> None:
+        for kernel_samples.NUM_ROWS in num_rows:
+            SAMPLES[name].call(SAMPLES[name].widths[0])
+
+    return len(compile_kernels(launch_all, 90))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_no_number_of_rows_compiles_anew(compiler: Worker, name: str) -> None:
+    # 1 and multiples of 16 are what Triton specialises on
+    target = "tests.kernels.test_ahead_of_time:count_compilations"
+    assert compiler.call(target, name, [1, 5, 16, 1000, 4096]) == 1
+
+
+def test_new_tensors_are_poisoned(compiler: Worker) -> None:
+    assert compiler.call("torch:empty", 3).isnan().all()
+    assert not torch.empty(3).isnan().all()
