@@ -28,6 +28,10 @@ class Registry:
 
         return register
 
+    def names(self) -> list[str]:
+        """Every registered name, sorted."""
+        return sorted(self._builders)
+
     def has(self, name: str) -> bool:
         return name in self._builders
 

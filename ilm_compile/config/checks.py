@@ -1,0 +1,101 @@
+"""What several keys of a config must satisfy together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from ilm_compile.config.config import Config
+from ilm_compile.config.table import Place, Problems, Table
+from ilm_compile.errors import PlanError
+
+Fault = tuple[str, str]  # the key that is best changed, and what is wrong
+BYTE_VOCABULARY = 258
+_BYTES = ("text", "pydoc")
+_WITHOUT_FOLDER = ("pydoc", "random")
+
+
+def check_together(config: Config, table: Table, place: Place) -> Config:
+    """The config with what is worth a notice. Raises `ConfigError` with all that contradicts."""
+    problems = Problems()
+    for check in _CHECKS:
+        for key, message in check(config):
+            found = table.find(key)
+            problems.add(found[1] if found else place, f"{key}: {message}")
+    problems.raise_if_any()
+    notices = [f"{place}: {message}" for message in _notices(config)]
+    return replace(config, notices=(*config.notices, *notices))
+
+
+def _plan(config: Config) -> Iterator[Fault]:
+    try:
+        config.plan()
+    except PlanError as error:
+        yield "parallel", str(error)
+
+
+def _schedule(config: Config) -> Iterator[Fault]:
+    total, scheduler = config.lr_total_steps, config.lr_scheduler
+    warmup = int(scheduler.warmup_ratio * total)
+    if scheduler.init_steps + warmup >= total:
+        yield (
+            "lr_scheduler.init_steps",
+            f"{scheduler.init_steps} steps and a warm-up of {warmup} leave nothing of the {total} "
+            "steps; take less of either",
+        )
+    if scheduler.eta_min > config.optimizer.lr:
+        yield (
+            "lr_scheduler.eta_min",
+            f"{scheduler.eta_min:g} is above optimizer.lr={config.optimizer.lr:g}",
+        )
+
+
+def _scales(config: Config) -> Iterator[Fault]:
+    scaler = config.grad_scaler
+    if not scaler.min_scale <= scaler.initial_scale <= scaler.max_scale:
+        yield (
+            "grad_scaler.initial_scale",
+            f"{scaler.initial_scale:g} does not lie between min_scale={scaler.min_scale:g} and "
+            f"max_scale={scaler.max_scale:g}",
+        )
+
+
+def _data(config: Config) -> Iterator[Fault]:
+    data = config.data
+    if data.type == "text" and data.train_folder is None:
+        yield "data.train_folder", "data.type='text' needs a folder of text files"
+    if data.type in _WITHOUT_FOLDER:
+        for key in ("train_folder", "valid_folder"):
+            if getattr(data, key) is not None:
+                yield f"data.{key}", f"data.type={data.type!r} reads no files; leave it out"
+    if any(length < 0 for length in data.min_length_dict.values()):
+        yield "data.min_length_dict", "lengths must be 0 or more"
+    vocab_size = config.model.fields.get("vocab_size", BYTE_VOCABULARY)
+    if data.type in _BYTES and vocab_size < BYTE_VOCABULARY:
+        yield (
+            "model.vocab_size",
+            f"data.type={data.type!r} needs {BYTE_VOCABULARY} for bytes, got {vocab_size}",
+        )
+
+
+def _checkpoints(config: Config) -> Iterator[Fault]:
+    ckpt = config.ckpt
+    for key in ("folder", "load_path", "stop_file"):
+        if getattr(ckpt, key) == "":
+            yield f"ckpt.{key}", "expected a path, got an empty text; leave it out"
+    if not ckpt.load_content:
+        yield "ckpt.load_content", "expected at least one of what a checkpoint has"
+
+
+_CHECKS: tuple[Callable[[Config], Iterator[Fault]], ...] = (
+    _plan,
+    _schedule,
+    _scales,
+    _data,
+    _checkpoints,
+)
+
+
+def _notices(config: Config) -> Iterator[str]:
+    if config.data.type == "tokenized" and config.data.train_folder is None:
+        yield "data.train_folder is not given, so the run trains on random tokens"

@@ -1,0 +1,291 @@
+"""Every key of InternEvo's configs, and what becomes of it here.
+
+The keys are those of InternEvo at c628a8c (configs/*.py and args_sanity_check in
+internlm/initialize/launch.py), those of InternLM before it, and the newer ones of commits 3a665e88
+to 12884dac. A key of theirs that has the same name and meaning here is not listed: see `schema.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ilm_compile.config.options import shown
+from ilm_compile.config.table import Table
+from ilm_compile.config.translate import Fate, Ignored, Only, Refusal, Spread, To
+
+_NAMES_OF_DTYPES = {
+    "torch.bfloat16": ("bfloat16", False),
+    "torch.float16": ("float16", False),
+    "torch.half": ("float16", False),
+    "torch.float32": ("float32", False),
+    "torch.float": ("float32", False),
+    "torch.tf32": ("float32", True),
+}
+_SEQUENCE_PARALLEL = {"mtp": False, "msp": True, "fsp": True}
+_SCHEDULES = {"1F1B": None}
+_FORMATS = {"internevo": "internlm", "internlm": "internlm", "normal": "internlm"}
+_HF_FORMATS = {"hf": "hf", "hf_llama": "hf", "hf_internlm2": "hf"}
+
+
+def _choice(table: Mapping[str, Any], instead: str) -> Callable[[Any], Any]:
+    """A conversion by table; any other value is refused."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, str) or value not in table:
+            raise Refusal(f"{shown(value)} is not supported: {instead}")
+        return table[value]
+
+    return convert
+
+
+def _dtype(value: Any, config: Table) -> dict[str, Any]:
+    dtype, tf32 = _choice(_NAMES_OF_DTYPES, f"write one of {', '.join(_NAMES_OF_DTYPES)}")(value)
+    return {"train.dtype": dtype, **({"train.tf32": True} if tf32 else {})}
+
+
+def _of_internlm2(key: str, *harmless: Any) -> Spread:
+    """A key that InternLM 1 has too in their files, where only the harmless values mean nothing."""
+
+    def spread(value: Any, config: Table) -> dict[str, Any]:
+        named = config.find("model_type") or config.find("model.type")
+        if named is None or named[0] != "INTERNLM":
+            return {f"model.{key}": value}
+        if value not in harmless:
+            raise Refusal(f"{shown(value)} is for model_type = 'INTERNLM2'; leave it out")
+        return {}
+
+    return Spread(spread)
+
+
+def _zero1_fsdp(value: Any, config: Table) -> dict[str, Any]:
+    return {"parallel.zero": 3} if value else {}
+
+
+def _folder(value: Any) -> Any:
+    """Their storage prefixes. local: stays, the vendors' own become fsspec's."""
+    kind, _, rest = str(value).partition(":")
+    if kind == "boto3" and rest.startswith("s3://"):
+        bucket, _, path = rest.removeprefix("s3://").partition("/")
+        raise Refusal(
+            f"write 's3://{bucket.partition('.')[0]}/{path}' and give the endpoint "
+            f"{bucket.partition('.')[2]} with the variable AWS_ENDPOINT_URL"
+        )
+    if kind in ("volc", "oss2"):
+        raise Refusal(f"{shown(value)}: write the S3-compatible URL of the bucket, 's3://...'")
+    return value
+
+
+def _endless(value: Any) -> Any:
+    """Theirs is inf where it never happens, ours 0."""
+    return 0 if isinstance(value, float) and math.isinf(value) else value
+
+
+def _load_info(value: Any, config: Table) -> dict[str, Any]:
+    """Where a run starts from: a path, or dict(path=, content=, ckpt_type=)."""
+    if not isinstance(value, dict):
+        return {"ckpt.load_path": _local(value)}
+    unknown = set(value) - {"path", "content", "ckpt_type"}
+    if unknown:
+        raise Refusal(f"{min(unknown)!r} is not a key of it; it has path, content and ckpt_type")
+    formats = _FORMATS | _HF_FORMATS
+    content = value.get("content", ("model",))
+    return {
+        "ckpt.load_path": _local(value.get("path")),
+        "ckpt.load_content": (content,) if isinstance(content, str) else content,
+        "ckpt.load_format": _choice(
+            formats, f"write one of {', '.join(formats)} as ckpt_type, or ckpt.load_format='ilm'"
+        )(value.get("ckpt_type", "internevo")),
+    }
+
+
+def _local(path: Any) -> Any:
+    return _folder(path) if isinstance(path, str) else path
+
+
+def _alert(key: str) -> Callable[[Any, Table], dict[str, Any]]:
+    """The address and the file of alerts count only if alerts are switched on beside them."""
+
+    def spread(value: Any, config: Table) -> dict[str, Any]:
+        switch = config.find("monitor.alert.enable_feishu_alert")
+        if switch is None or not switch[0]:
+            return {}
+        if key == "monitor.webhook":
+            return {key: value, "monitor.webhook_kind": "feishu"}
+        return {key: value}
+
+    return spread
+
+
+def _feishu(value: Any, config: Table) -> dict[str, Any]:
+    return {"monitor.webhook": value, "monitor.webhook_kind": "feishu"}
+
+
+_TOP: dict[str, Fate] = {
+    "JOB_NAME": To("job_name"),
+    "DO_ALERT": Ignored("monitor.webhook switches alerts on", (True, False)),
+    "model_type": To("model.type"),
+    "cudnn_benchmark": To("train.cudnn_benchmark"),
+    "cudnn_deterministic": To("train.deterministic"),
+    "use_fp32_norm": Ignored("norms have float32 weights and are computed in float32", (True,)),
+    "output_tf32": Only((False,), "train.tf32 = true is for all products"),
+    "metric_dtype": Only(("fp32",), "metrics are float32; leave it out"),
+    "enable_tb": To("logging.tensorboard"),
+    "tensorboard_folder": To("logging.tensorboard_folder"),
+    "resume_tb_folder": To("logging.tensorboard_folder"),
+    "tensorboard.queue_max_length": Ignored("files are written after every step"),
+    "batch_count": Only((0,), "a checkpoint knows its step: write ckpt.load_path"),
+    "alert_address": Spread(_feishu),
+    "moe": Ignored("there are no experts in this model"),
+    "fp8": Only((False,), "train.dtype is float32 or a 16-bit type"),
+    "selective_checkpoint": Only((False,), "write parallel.checkpoint"),
+    "selective_checkpoint_offload": Only((False,), "write parallel.checkpoint"),
+    "cpu_offloading": Only((False,), "write parallel.zero = 3, parallel.checkpoint"),
+}
+
+_MODEL: dict[str, Fate] = {
+    "num_chunks": To("parallel.num_chunks"),
+    "checkpoint": To("parallel.checkpoint"),
+    "dtype": Spread(_dtype),
+    "embed_split_hidden": To("parallel.embed_split_hidden"),
+    "multiple_of": Only((256,), "the width of an MLP is a multiple of 256; leave it out"),
+    "parallel_output": Ignored("logits stay sharded where that is cheaper", (True,)),
+    "residual_in_fp32": Only((False,), "it could not be used in InternEvo either; leave it out"),
+    "norm_type": Only(("rmsnorm",), "for LayerNorm register a model of your own"),
+    "deepnorm": Only((False,), "leave it out"),
+    "drop_rate": Only((0,), "these models have no dropout; register a model of your own"),
+    "attn_drop_rate": Only((0,), "these models have no dropout; register a model of your own"),
+    "dropout_selective_checkpoint": Ignored("these models have no dropout"),
+    "use_swiglu": Only((True,), "for another MLP register a model of your own"),
+    "use_flash_attn": Ignored("the attention kernel is chosen by the device", (True,)),
+    "use_scaled_init": Only((True,), "write smaller *_init_std, which are scaled by depth"),
+    "max_position_embeddings": Ignored("rotary positions have no table, any length is fine"),
+    "use_dynamic_ntk_rope": Only((False,), "write a larger model.rope_base"),
+    "is_reward": Only((False,), "for a reward head register a model of your own"),
+    "num_experts": Only((0, 1), "for mixtures of experts register a model of your own"),
+    "moe_use_residual": Only((False,), "for mixtures of experts register a model of your own"),
+    "moe_type": Ignored("there are no experts in this model"),
+    "qk_interleaved": To("model.adapt_hf", lambda value: not value),
+    "apply_post_layer_norm": _of_internlm2("apply_post_layer_norm", False),
+    "no_bias": _of_internlm2("no_bias", False),
+    "norm_head": _of_internlm2("norm_head", False),
+    "adapt_hf": _of_internlm2("adapt_hf", True, False),
+}
+
+_PARALLEL: dict[str, Fate] = {
+    "zero1": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
+    "zero1.size": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
+    "zero1.fsdp": Spread(_zero1_fsdp),
+    "tensor.size": To("parallel.tensor"),
+    "tensor.mode": To(
+        "parallel.sequence_parallel",
+        _choice(_SEQUENCE_PARALLEL, "write mtp, msp or fsp; for isp, parallel.zero = 3"),
+    ),
+    "pipeline.size": To("parallel.pipeline"),
+    "pipeline.interleaved_overlap": Ignored("sends always overlap with computing", (True,)),
+    "pipeline.mode": To(
+        "parallel.schedule", _choice(_SCHEDULES, "write parallel.schedule, see schedules by name")
+    ),
+    "pipeline.zero_bubble": Only((False,), "write parallel.schedule"),
+    "weight": Only((1,), "for sharded weights write parallel.zero = 3"),
+    "weight.size": Only((1,), "for sharded weights write parallel.zero = 3"),
+    "weight.overlap": Ignored("weights are not gathered by hand", (False, True)),
+    "weight.memory_pool": Ignored("weights are not gathered by hand", (False, True)),
+    "weight.launch_allgather_before": Ignored("weights are not gathered by hand"),
+    "weight.forward_overlap_per": Ignored("weights are not gathered by hand"),
+    "expert": Only((-1, 1), "for mixtures of experts register a model of your own"),
+    "expert.size": Only((-1, 1), "for mixtures of experts register a model of your own"),
+    "expert.no_tp": Ignored("there are no experts in this model", (False,)),
+    "expert_weight": Only((1,), "for sharded weights write parallel.zero = 3"),
+    "expert_weight.size": Only((1,), "for sharded weights write parallel.zero = 3"),
+    "expert_weight.overlap": Ignored("there are no experts in this model", (False, True)),
+    "expert_weight.memory_pool": Ignored("there are no experts in this model", (False, True)),
+    "sequence_2D.enable": Only((False,), "write parallel.sequence_parallel"),
+    "sequence_2D.head_size": Ignored("sequences are cut along one dim", (1,)),
+    "sequence_2D.context_size": Ignored("sequences are cut along one dim", (1,)),
+    "sequence_2D.window_size": Ignored("sequences are cut along one dim", (1,)),
+    "sequence_2D.device_placement_strategy": Ignored("sequences are cut along one dim"),
+    "data_parallel_size": Ignored("it is what tensor and pipeline leave of the world"),
+}
+
+_DATA: dict[str, Fate] = {
+    "total_steps": To("train.total_steps"),
+    "gradient_accumulation": To("data.micro_num"),
+    "use_packed_dataset": Only((True,), "rows are always packed; leave it out"),
+    "packed_length": Ignored("it is seq_len * micro_bsz"),
+    "max_length_per_sample": Only((), "a sample is cut at data.seq_len; leave it out"),
+    "empty_cache_and_diag_interval": To("monitor.check_every"),
+    "diag_outlier_ratio": To("monitor.slow_rank_ratio"),
+    "bench_net": Ignored("monitor.slow_rank_ratio looks at the ranks' own times"),
+    "tokenizer_path": Only((), "tokenize first: ilm-compile prepare-data"),
+    "text_field": Only((), "tokenize first: ilm-compile prepare-data"),
+    "use_shm": Ignored("files are memory-mapped, which shares them between processes"),
+    "shm_path": Ignored("files are memory-mapped, which shares them between processes"),
+    "is_multimodal": Only((False,), "register a model of your own and call the Python functions"),
+}
+
+_OPTIMIZER: dict[str, Fate] = {
+    "adam.lr": To("optimizer.lr"),
+    "adam.adam_beta1": To("optimizer.beta1"),
+    "adam.adam_beta2": To("optimizer.beta2"),
+    "adam.adam_beta2_c": To("beta2_scheduler.c"),
+    "adam.adam_eps": To("optimizer.eps"),
+    "adam.weight_decay": To("optimizer.weight_decay"),
+    "adam.use_apex_adam": Ignored("torch's fused AdamW is used", (False,)),
+    "lr_scheduler.last_epoch": Only((-1,), "a checkpoint knows its step: write ckpt.load_path"),
+    "beta2_scheduler.cur_iter": Only((-1,), "a checkpoint knows its step: write ckpt.load_path"),
+    "grad_scaler.fp16.initial_scale": To("grad_scaler.initial_scale"),
+    "grad_scaler.fp16.min_scale": To("grad_scaler.min_scale"),
+    "grad_scaler.fp16.growth_interval": To("grad_scaler.growth_interval"),
+    "loss.moe_loss_coeff": Ignored("there are no experts in this model"),
+    "loss.op_type": Ignored("the cross entropy is sharded by the plan"),
+    "hybrid_zero_optimizer.clip_grad_norm": To("train.max_grad_norm"),
+    "hybrid_zero_optimizer.overlap_sync_grad": Ignored("gradients always overlap", (True,)),
+    "hybrid_zero_optimizer.overlap_sync_param": Ignored("FSDP2 overlaps parameters", (True,)),
+    "hybrid_zero_optimizer.zero_overlap_communication": Ignored("they always overlap", (True,)),
+    "hybrid_zero_optimizer.reduce_bucket_size": Ignored("gradients are reduced by block"),
+    "hybrid_zero_optimizer.reduce_comm_dtype": Ignored("gradients are reduced in float32"),
+    "hybrid_zero_optimizer.use_split_tensor_optim": Ignored("every tensor is split", (True,)),
+    "hybrid_zero_optimizer.all_gather_size": Ignored("parameters are gathered by block"),
+}
+
+_CKPT: dict[str, Fate] = {
+    "enable_save_ckpt": To("ckpt.enabled"),
+    "save_ckpt_folder": To("ckpt.folder", _folder),
+    "checkpoint_every": To("ckpt.every", _endless),
+    "load_ckpt_info": Spread(_load_info),
+    "load_ckpt_folder": Spread(_load_info),
+    "load_model_only_folder": To("ckpt.load_path", _folder),
+    "load_optimizer": Only((True, False), "write ckpt.load_content"),
+    "async_upload": To("ckpt.asynchronous"),
+    "async_upload_tmp_folder": Ignored("a save is written beside its final name, then renamed"),
+    "oss_snapshot_freq": Ignored("write ckpt.every and ckpt.keep_last"),
+    "snapshot_ckpt_folder": Ignored("write ckpt.every and ckpt.keep_last"),
+    "stop_file_path": To("ckpt.stop_file"),
+    "generate_meta_data": Ignored("every checkpoint can be resumed under any plan"),
+    "universal_ckpt": Ignored("every checkpoint can be resumed under any plan"),
+}
+
+_MONITOR: dict[str, Fate] = {
+    "alert.enable_feishu_alert": Ignored("see feishu_alert_address", (True, False)),
+    "alert.feishu_alert_address": Spread(_alert("monitor.webhook")),
+    "alert.alert_file_path": Spread(_alert("monitor.alert_file")),
+    "alert.light_monitor_address": Ignored("it is a service that is not public"),
+    "tensorboard.queue_max_length": Ignored("files are written after every step"),
+}
+
+
+def _below(section: str, table: Mapping[str, Fate]) -> dict[str, Fate]:
+    return {f"{section}.{name}": fate for name, fate in table.items()}
+
+
+KEYS: dict[str, Fate] = {
+    **_TOP,
+    **_below("model", _MODEL),
+    **_below("parallel", _PARALLEL),
+    **_below("data", _DATA),
+    **_OPTIMIZER,
+    **_below("ckpt", _CKPT),
+    **_below("monitor", _MONITOR),
+}

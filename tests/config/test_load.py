@@ -1,0 +1,423 @@
+"""Configs as a whole: keys, types, ranges, InternEvo's keys, --set, and the saved config."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from ilm_compile.config import Config, ConfigError, load_config, make_config
+from ilm_compile.config.schema import SECTIONS
+from ilm_compile.models import MODEL_INITIALIZER
+
+SAMPLES = Path(__file__).parent / "samples"
+SIZES = {"num_layers": 2, "hidden_size": 64, "vocab_size": 512, "num_attention_heads": 4}
+SMALL: dict[str, Any] = {
+    "model": {"type": "INTERNLM2", "num_kv_attention_heads": 2, **SIZES},
+    "train": {"total_steps": 100},
+    "data": {"seq_len": 32, "type": "random"},
+}
+
+
+def config(*overrides: str, **sections: Any) -> Config:
+    values = {key: dict(value) for key, value in SMALL.items()}
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return make_config(values, overrides)
+
+
+def fault(*overrides: str, **sections: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        config(*overrides, **sections)
+    return str(error.value)
+
+
+def test_a_toml_file_gives_every_section(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        'job_name = "small"\n[model]\ntype = "INTERNLM"\nnum_layers = 2\nhidden_size = 64\n'
+        "vocab_size = 512\nnum_attention_heads = 4\n[train]\ntotal_steps = 100\n"
+        '[data]\nseq_len = 32\ntype = "random"\nmicro_num = 4\n'
+        "[parallel]\npipeline = 2\nnum_chunks = 2\nconstraints = {'norm.weight' = 'I'}\n"
+    )
+    loaded = load_config(path)
+    assert loaded.model_fields()["hidden_size"] == 64
+    assert (loaded.model_fields()["max_seq_len"], loaded.model_fields()["seed"]) == (32, 1024)
+    plan = loaded.plan()
+    assert (plan.pp, plan.num_chunks, plan.num_microbatches) == (2, 2, 4)
+    assert (plan.schedule, plan.constraints) == ("interleaved_1f1b", (("norm.weight", "I"),))
+
+
+@pytest.mark.parametrize("name", ["7B_sft.py", "7B_internlm2.py"])
+def test_a_resolved_config_is_saved_and_loads_to_an_equal_one(name: str, tmp_path: Path) -> None:
+    loaded = load_config(SAMPLES / name)
+    loaded.save(tmp_path / "runs" / "config.toml")
+    assert load_config(tmp_path / "runs" / "config.toml") == loaded
+    assert make_config(loaded.to_dict()) == loaded
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["config.toml"]
+
+
+def test_odd_text_survives_saving(tmp_path: Path) -> None:
+    odd = 'a "b" \\ \x7f \n é'
+    loaded = config(monitor={"webhook": odd}, data={"min_length_dict": {"c++": 1, "a.b": 2}})
+    loaded.save(tmp_path / "c.toml")
+    assert load_config(tmp_path / "c.toml") == loaded
+
+
+def test_the_sample_of_internlm_7b_means_what_internevo_means_by_it() -> None:
+    loaded = load_config(SAMPLES / "7B_sft.py")
+    assert loaded.job_name == "7b_train"
+    assert loaded.model.fields["mlp_ratio"] == 8 / 3
+    assert loaded.plan().dtype == "bfloat16"
+    assert (loaded.plan().num_microbatches, loaded.plan().sequence_parallel) == (4, False)
+    assert (loaded.optimizer.weight_decay, loaded.train.max_grad_norm) == (0.01, 1.0)
+    assert (loaded.ckpt.enabled, loaded.ckpt.load_format) == (False, "internlm")
+    assert loaded.monitor.check_every == 200
+
+
+def test_the_sample_with_bases_takes_its_own_values_over_theirs() -> None:
+    loaded = load_config(SAMPLES / "7B_internlm2.py")
+    assert loaded.job_name == "internlm2_128x032"
+    assert (loaded.model.fields["hidden_size"], loaded.model.fields["adapt_hf"]) == (4096, False)
+    plan = loaded.plan()
+    assert (plan.tp, plan.pp, plan.sequence_parallel, plan.checkpoint) == (2, 2, True, 0.33)
+    assert loaded.ckpt.folder == "local:internlm2_128x032/ckpts"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"paralel": {"tensor": 2}}, "paralel is not a key; did you mean parallel?"),
+        ({"parallel": {"tensr": 2}}, "parallel.tensr is not a key; did you mean parallel.tensor?"),
+        ({"ckpt": {"checkpoint_evry": 2}}, "did you mean ckpt.checkpoint_every?"),
+        ({"adam": {"adam_beta3": 2}}, "adam.adam_beta3 is not a key; did you mean adam.adam_beta"),
+        ({"parallel": {"tensor": {"sizes": 2}}}, "did you mean parallel.tensor.size?"),
+        ({"model": {"hiden_size": 2}}, "model.hiden_size is not a key; did you mean model.hidden"),
+        ({"model": {"seed": 2}}, "model.seed is not a key; write train.seed"),
+        ({"model": {"type": "GPT"}}, "unknown type 'GPT', expected one of INTERNLM, INTERNLM2"),
+        ({"model": {"num_layers": "2"}}, "model.num_layers: expected an integer, got '2'"),
+        ({"model": {"hidden_size": 63}}, "must be a multiple of num_attention_heads=4"),
+        ({"train": {"total_steps": 5e4}}, "train.total_steps: expected an integer, got 50000.0"),
+        ({"train": {"total_steps": 0}}, "train.total_steps: expected at least 1, got 0"),
+        ({"train": {"dtype": "bfloat61"}}, "(did you mean 'bfloat16'?)"),
+        ({"train": 3}, "train: expected a table, got 3"),
+        ({"parallel": {"tensor": True}}, "parallel.tensor: expected an integer, got True"),
+        ({"parallel": {"zero": 2}}, "parallel.zero: expected one of 1, 3, got 2"),
+        ({"parallel": {"checkpoint": 1.5}}, "parallel.checkpoint: expected at most 1, got 1.5"),
+        ({"parallel": {"constraints": {"a": 1}}}, "a table, each value text"),
+        ({"parallel": {"constraints": {"a": "P"}}}, "a parameter is I (replicated) or S(dim)"),
+        ({"parallel": {"num_chunks": 2}}, "num_chunks=2 needs pp > 1"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr: expected a finite number, got nan"),
+        ({"optimizer": {"lr": 0.0}}, "optimizer.lr: expected more than 0"),
+        ({"optimizer": {"lr": 1e-6}}, "lr_scheduler.eta_min: 1e-05 is above optimizer.lr=1e-06"),
+        ({"lr_scheduler": {"init_steps": 99}}, "leave nothing of the 100 steps"),
+        ({"grad_scaler": {"min_scale": 1e9}}, "does not lie between min_scale=1e+09"),
+        ({"data": {"type": "bin"}}, "data.type: expected one of 'tokenized', 'text'"),
+        ({"data": {"type": "text"}}, "data.train_folder: data.type='text' needs a folder"),
+        ({"data": {"train_folder": "x"}}, "data.type='random' reads no files"),
+        ({"data": {"min_length_dict": {"en": -1}}}, "lengths must be 0 or more"),
+        ({"data": {"type": "pydoc"}, "model": {"vocab_size": 100}}, "needs 258 for bytes"),
+        ({"ckpt": {"load_content": ["weights"]}}, "load_content: expected one of 'model'"),
+        ({"ckpt": {"load_content": []}}, "expected at least one"),
+        ({"job_name": "../x"}, "job_name: expected letters, digits"),
+        ({"SPARE": 1}, "SPARE is not a key"),
+    ],
+)
+def test_what_is_wrong_is_named(sections: dict[str, Any], message: str) -> None:
+    assert message in fault(**sections)
+
+
+def test_all_that_is_wrong_is_shown_together_with_its_lines() -> None:
+    text = fault(model={"num_layers": 1.5}, train={"sed": 1}, adam={"lr": "x"})
+    assert text.startswith("3 problems:")
+    for key in ("model.num_layers", "train.sed", "optimizer.lr"):
+        assert key in text
+
+
+def test_a_problem_names_the_line_of_a_toml_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        '[model] # of\ntype = "INTERNLM"\nx = """\nnum_layers = 9\n"""\nnum_layers = "2"\n'
+        "[ data ]\nseq_len = 0\n[train]\ntotal_steps = 1\noptimizer.lr = 1\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    lines = str(error.value).splitlines()
+    assert f"  {path}:3: model.x is not a key; expected one of" in "\n".join(lines)
+    assert f"  {path}:6: model.num_layers: expected an integer, got '2'" in lines
+    assert f"  {path}:8: data.seq_len: expected at least 1, got 0" in lines
+    assert f"{path}:11: train.optimizer is not a key" in str(error.value)
+
+
+def test_a_problem_in_a_base_config_names_that_file(tmp_path: Path) -> None:
+    (tmp_path / "base.py").write_text('model_type = "INTERNLM"\nmodel = dict(\n    dtype="x")\n')
+    (tmp_path / "main.py").write_text("with read_base():\n    from .base import *\nSTEPS = 3\n")
+    with pytest.raises(ConfigError, match=r"base\.py:3: model\.dtype: 'x' is not supported"):
+        load_config(tmp_path / "main.py")
+
+
+def test_a_misspelt_name_of_a_python_file_is_told_from_a_helper(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text("num_steps = 5\n_a = ANY = 1\nlr_sheduler = dict(total_steps=num_steps)\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert "c.py:3: lr_sheduler is not a key; did you mean lr_scheduler?" in str(error.value)
+    assert "num_steps is" not in str(error.value)
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "expected"),
+    [
+        ("parallel.tensor=4", "parallel", "tensor", 4),
+        ("parallel.checkpoint=0.5", "parallel", "checkpoint", 0.5),
+        ("parallel.sequence_parallel=true", "parallel", "sequence_parallel", True),
+        ("optimizer.lr=1e-3", "optimizer", "lr", 1e-3),
+        (
+            "ckpt.load_content=['model', 'optimizer']",
+            "ckpt",
+            "load_content",
+            ("model", "optimizer"),
+        ),
+        ("ckpt.folder=local:a b", "ckpt", "folder", "local:a b"),
+        ("ckpt.folder=123", "ckpt", "folder", "123"),
+        ("ckpt.folder=none", "ckpt", "folder", None),
+        ("ckpt.checkpoint_every=7", "ckpt", "every", 7),
+        ("adam.lr=0.5", "optimizer", "lr", 0.5),
+        ("data.min_length_dict.en=3", "data", "min_length_dict", {"en": 3}),
+        ("parallel.zero1.fsdp=true", "parallel", "zero", 3),
+    ],
+)
+def test_set_wins_over_the_file(override: str, section: str, key: str, expected: object) -> None:
+    changed = config(override, optimizer={"lr": 0.1}, ckpt={"folder": "x", "every": 2})
+    assert getattr(getattr(changed, section), key) == expected
+
+
+def test_the_last_of_two_sets_wins() -> None:
+    assert config("parallel.tensor=4", "parallel.tensor=2").parallel.tensor == 2
+
+
+def test_set_reaches_the_model_and_the_top() -> None:
+    changed = config("model.num_layers=3", "job_name=42")
+    assert (changed.model.fields["num_layers"], changed.job_name) == (3, "42")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensor", "--set parallel.tensor: expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("parallel.tensor=x", "--set parallel.tensor=x: parallel.tensor: expected an integer"),
+        ("parallel.tenser=2", "did you mean parallel.tensor?"),
+        ("parallel=2", "parallel: expected a table, got 2"),
+        ("train.total_steps=none", "train.total_steps is missing"),
+    ],
+)
+def test_a_wrong_set_is_named(override: str, message: str) -> None:
+    assert message in fault(override)
+
+
+# InternEvo's keys
+
+THEIRS: dict[str, Any] = {
+    "JOB_NAME": "a",
+    "DO_ALERT": True,
+    "model_type": "INTERNLM2",
+    "cudnn_benchmark": True,
+    "cudnn_deterministic": True,
+    "use_fp32_norm": True,
+    "output_tf32": False,
+    "metric_dtype": "fp32",
+    "enable_tb": True,
+    "tensorboard_folder": "tb",
+    "resume_tb_folder": "tb",
+    "tensorboard": {"queue_max_length": 1},
+    "batch_count": 0,
+    "alert_address": "https://x",
+    "moe": {"top_k": 2},
+    "model": {
+        "num_chunks": 1, "checkpoint": 0.2, "dtype": "torch.tf32", "embed_split_hidden": True,
+        "num_kv_attention_heads": 2, "mlp_ratio": 2, "multiple_of": 256, "embed_grad_scale": 0.1,
+        "parallel_output": True, "residual_in_fp32": False, "norm_type": "rmsnorm",
+        "layer_norm_epsilon": 1e-6, "adapt_hf": True, "no_bias": True,
+        "apply_post_layer_norm": True, "drop_rate": 0, "attn_drop_rate": 0.0,
+        "dropout_selective_checkpoint": True, "use_swiglu": True, "use_flash_attn": True,
+        "use_scaled_init": True, "embedding_init_std": 0.1, "attn_wqkv_init_std": 0.1,
+        "attn_other_init_std": 0.1, "ffn_uplayer_init_std": 0.1, "ffn_other_init_std": 0.1,
+        "out_head_init_std": 0.1, "init_type": "uniform", "rope_base": 10000, "norm_head": True,
+        "max_position_embeddings": 2048, "use_dynamic_ntk_rope": False, "is_reward": False,
+        "deepnorm": False, "num_experts": 1, "moe_use_residual": False, "moe_type": "GShard",
+    },
+    "parallel": {
+        "zero1": {"size": 8, "fsdp": False}, "tensor": {"size": 2, "mode": "fsp"},
+        "pipeline": {"size": 1, "interleaved_overlap": True, "mode": "1F1B"},
+        "weight": {"size": 1, "overlap": True, "memory_pool": True}, "sequence_parallel": True,
+    },
+    "data": {
+        "micro_bsz": 1, "micro_num": 4, "gradient_accumulation": 4, "valid_micro_num": 2,
+        "valid_every": 5, "pack_sample_into_one": False, "use_packed_dataset": True,
+        "total_steps": 100, "skip_batches": "2-5", "rampup_batch_size": "", "min_length": 1,
+        "min_length_dict": {"en": 3}, "empty_cache_and_diag_interval": 9,
+        "diag_outlier_ratio": 1.2, "num_worker": 2, "seed": 3, "packed_length": 32,
+        "fixed_random_dataset_seqlen": True,
+    },
+    "ckpt": {
+        "enable_save_ckpt": True, "save_ckpt_folder": "local:x", "checkpoint_every": 5,
+        "load_ckpt_info": {"path": "y", "content": "model", "ckpt_type": "internevo"},
+        "auto_resume": True, "async_upload": True, "async_upload_tmp_folder": "z",
+        "oss_snapshot_freq": float("inf"), "snapshot_ckpt_folder": "s", "stop_file_path": "f",
+    },
+    "monitor": {
+        "alert": {
+            "enable_feishu_alert": True, "feishu_alert_address": "https://x",
+            "light_monitor_address": "l", "alert_file_path": "a.log",
+        },
+        "tensorboard": {"queue_max_length": 10},
+    },
+    "hybrid_zero_optimizer": {
+        "overlap_sync_grad": True, "overlap_sync_param": False, "reduce_bucket_size": 512,
+        "clip_grad_norm": 2.0, "zero_overlap_communication": True,
+    },
+    "grad_scaler": {
+        "fp16": {"initial_scale": 2**14, "min_scale": 2, "growth_interval": 10},
+        "growth_factor": 3, "backoff_factor": 0.25, "max_scale": 2**20, "hysteresis": 3,
+    },
+    "adam": {
+        "lr": 1e-3, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_beta2_c": 0.5, "adam_eps": 1e-6,
+        "weight_decay": 0.2,
+    },
+    "lr_scheduler": {
+        "total_steps": 90, "init_steps": 1, "warmup_ratio": 0.1, "eta_min": 1e-6, "last_epoch": -1,
+    },
+    "beta2_scheduler": {"init_beta2": 0.9, "c": 0.5, "cur_iter": -1},
+    "loss": {"label_smoothing": 0.1, "moe_loss_coeff": 1.0},
+}  # fmt: skip
+
+
+def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
+    values = {**THEIRS, "model": {**SIZES, **THEIRS["model"]}}
+    values["data"] = {"seq_len": 32, "type": "random", **THEIRS["data"]}
+    loaded = make_config(values)
+    assert loaded.job_name == "a"
+    assert loaded.train.dtype == "float32"
+    assert loaded.train.tf32
+    assert loaded.train.deterministic
+    assert loaded.train.max_grad_norm == 2.0
+    assert loaded.parallel.tensor == 2
+    assert loaded.parallel.sequence_parallel is True
+    assert loaded.parallel.checkpoint == 0.2
+    assert loaded.monitor.webhook == "https://x"
+    assert loaded.monitor.webhook_kind == "feishu"
+    assert loaded.monitor.alert_file == "a.log"
+    assert (loaded.monitor.check_every, loaded.monitor.slow_rank_ratio) == (9, 1.2)
+    assert (loaded.ckpt.folder, loaded.ckpt.stop_file) == ("local:x", "f")
+    assert loaded.ckpt.load_path == "y"
+    assert loaded.grad_scaler == SECTIONS["grad_scaler"](
+        initial_scale=2.0**14, min_scale=2.0, growth_interval=10, growth_factor=3.0,
+        backoff_factor=0.25, max_scale=2.0**20, hysteresis=3,
+    )  # fmt: skip
+    assert loaded.optimizer == SECTIONS["optimizer"](
+        lr=1e-3, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2
+    )
+    assert loaded.beta2_scheduler.c == 0.5
+    assert loaded.lr_total_steps == 90
+    noticed = {notice.split(": ")[1].split(" has no")[0] for notice in loaded.notices}
+    assert noticed == {
+        "moe", "tensorboard.queue_max_length", "model.dropout_selective_checkpoint",
+        "model.max_position_embeddings", "model.moe_type", "parallel.zero1.size",
+        "data.packed_length", "loss.moe_loss_coeff", "ckpt.async_upload_tmp_folder",
+        "ckpt.oss_snapshot_freq", "ckpt.snapshot_ckpt_folder",
+        "monitor.alert.light_monitor_address", "monitor.tensorboard.queue_max_length",
+        "hybrid_zero_optimizer.overlap_sync_param", "hybrid_zero_optimizer.reduce_bucket_size",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"norm_type": "layernorm"}}, "register a model of your own"),
+        ({"model": {"num_experts": 8}}, "for mixtures of experts register"),
+        ({"model": {"multiple_of": 128}}, "multiple of 256"),
+        ({"model": {"drop_rate": 0.1}}, "have no dropout"),
+        ({"model": {"dtype": "torch.float64"}}, "write one of torch.bfloat16"),
+        ({"model": {"is_reward": True}}, "for a reward head"),
+        ({"parallel": {"tensor": {"mode": "isp"}}}, "for isp, parallel.zero = 3"),
+        ({"parallel": {"weight": {"size": 2}}}, "write parallel.zero = 3"),
+        ({"parallel": {"pipeline": {"mode": "ZBH1"}}}, "write parallel.schedule"),
+        ({"data": {"use_packed_dataset": False}}, "rows are always packed"),
+        ({"data": {"max_length_per_sample": 8}}, "a sample is cut at data.seq_len"),
+        ({"batch_count": 4}, "write ckpt.load_path"),
+        ({"lr_scheduler": {"last_epoch": 4}}, "write ckpt.load_path"),
+        (
+            {"ckpt": {"save_ckpt_folder": "boto3:s3://models.1.2.3.4/a/b"}},
+            "write 's3://models/a/b' and give the endpoint 1.2.3.4 with the variable AWS_ENDPOINT",
+        ),
+        ({"ckpt": {"save_ckpt_folder": "volc:vc://a.b/c"}}, "'s3://...'"),
+        ({"ckpt": {"load_ckpt_info": {"pth": "x"}}}, "it has path, content and ckpt_type"),
+        ({"ckpt": {"load_ckpt_info": {"ckpt_type": "llama"}}}, "write one of internevo"),
+        ({"data": {"total_steps": 7}}, "train.total_steps is set to 7 here and to 100 at"),
+    ],
+)
+def test_what_ours_cannot_do_says_what_to_write(sections: dict[str, Any], message: str) -> None:
+    order = {key: sections[key] for key in sections}
+    assert message in fault(**order)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "section", "ours", "expected"),
+    [
+        ("parallel", {"tensor": 4}, "parallel", "sequence_parallel", None),
+        ("parallel", {"tensor": {"mode": "mtp"}}, "parallel", "sequence_parallel", False),
+        ("parallel", {"zero1": -1}, "parallel", "zero", 1),
+        ("parallel", {"zero1": {"size": -1, "fsdp": True}}, "parallel", "zero", 3),
+        ("parallel", {"pipeline": 1}, "parallel", "pipeline", 1),
+        ("ckpt", {"checkpoint_every": float("inf")}, "ckpt", "every", 0),
+        ("ckpt", {"load_ckpt_folder": "local:a/49"}, "ckpt", "load_path", "local:a/49"),
+        ("ckpt", {"load_ckpt_info": None}, "ckpt", "load_path", None),
+        ("model", {"dtype": "torch.bfloat16"}, "train", "dtype", "bfloat16"),
+        ("monitor", {"alert": {"feishu_alert_address": "u"}}, "monitor", "webhook", None),
+    ],
+)
+def test_a_key_of_theirs_becomes_ours(
+    key: str, value: dict[str, Any], section: str, ours: str, expected: object
+) -> None:
+    assert getattr(getattr(config(**{key: value}), section), ours) == expected
+
+
+def test_keys_of_internlm2_mean_nothing_to_internlm_1_unless_set() -> None:
+    first = {"type": "INTERNLM", **SIZES, "no_bias": False, "apply_post_layer_norm": False}
+    values = {**SMALL, "model": first}
+    assert "no_bias" not in make_config(values).model.fields
+    with pytest.raises(ConfigError, match="norm_head: True is for model_type = 'INTERNLM2'"):
+        make_config({**SMALL, "model": {**first, "norm_head": True}})
+
+
+# models of the user
+
+
+def test_a_registered_model_takes_the_keys_of_its_builder() -> None:
+    @MODEL_INITIALIZER.register_module(module_name="TEST_CONFIG_TINY")
+    def build(width: int, names: list[str]) -> nn.Module:
+        return nn.Linear(width, len(names))
+
+    values = {**SMALL, "model": {"type": "TEST_CONFIG_TINY", "width": 3, "names": ("a",)}}
+    loaded = make_config(values)
+    assert loaded.model_fields() == {"width": 3, "names": ["a"]}
+    assert make_config(loaded.to_dict()) == loaded
+    with pytest.raises(ConfigError, match=r"model.widht is not a key; did you mean model.width\?"):
+        make_config({**SMALL, "model": {"type": "TEST_CONFIG_TINY", "widht": 3}})
+
+
+# the schema itself
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_key_can_be_written_in_toml(name: str) -> None:
+    """None cannot: so it must be what leaving the key out means."""
+    for item in dataclasses.fields(SECTIONS[name]):
+        if "None" in str(item.type):
+            assert item.default is None, item.name
+        assert item.metadata["help"], item.name
