@@ -16,60 +16,14 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from ilm_compile.program.plan import Plan
-from ilm_compile.runtime import Parallel, Trainer, adamw
+from ilm_compile.runtime import Trainer
 from ilm_compile.runtime.checkpoint import CheckpointError, CheckpointManager, manager
 from ilm_compile.runtime.checkpoint.retention import superseded
 from ilm_compile.runtime.checkpoint.storage import LocalStorage
 from tests.runtime.handmade import make_batch, make_model, make_parallel
-
-
-class Counter:
-    """A state of one number."""
-
-    def __init__(self, value: Any = 0) -> None:
-        self.value = value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = state["value"]
-
-
-class Job:
-    """A model in one process with an optimizer, a state and a manager."""
-
-    def __init__(
-        self, folder: str | Path, *, seed: int = 3, lr: float = 0.1, **options: Any
-    ) -> None:
-        self.parallel: Parallel = make_parallel(Plan(), make_model(seed=seed))
-        self.optimizer = adamw(self.parallel.named_parameters(), lr=lr)
-        self.counter = Counter()
-        options = {"optimizer": self.optimizer, "states": {"counter": self.counter}} | options
-        self.manager = CheckpointManager(folder, self.parallel, **options)
-
-    def step(self) -> float:
-        self.parallel.zero_grad()
-        loss = self.parallel.execute_schedule(make_batch(2))
-        self.optimizer.step()
-        self.counter.value += 1
-        assert isinstance(loss, Tensor)
-        return loss.item()
-
-    def train(self, first: int, last: int) -> list[float]:
-        losses = []
-        for step in range(first, last + 1):
-            losses.append(self.step())
-            if self.manager.after_step(step):
-                break
-        self.manager.close()
-        return losses
-
-    def weights(self) -> dict[str, Tensor]:
-        return self.parallel.full_state_dict()
+from tests.support.checkpoint_job import Counter, Job, same
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -87,10 +41,6 @@ def steps_in(place: str) -> list[str]:
         return sorted(path.name for path in Path(place.removeprefix("local:")).iterdir())
     found = fsspec.filesystem("memory").ls(place.removeprefix("memory:/"), detail=False)
     return sorted(name.rpartition("/")[2] for name in found)
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_a_resumed_run_goes_on_as_the_saved_one(place: str) -> None:

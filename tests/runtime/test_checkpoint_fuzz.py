@@ -27,7 +27,7 @@ from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.checkpoint.slices import SliceReader, check_file, read_manifest
 from ilm_compile.runtime.checkpoint.storage import LocalStorage
 from ilm_compile.runtime.checkpoint.tensor_file import read_box, read_header, write_tensor_file
-from tests.runtime.test_checkpoint import Job
+from tests.support.checkpoint_job import Job
 
 FUZZ = settings(
     max_examples=400,

@@ -61,7 +61,26 @@ def write_part(
     pieces: Iterable[Piece],
     groups: list[list[str]],
 ) -> None:
-    """Write this rank's tensors, in files of at most about 4 GiB, and its part file."""
+    """Write this rank's tensors, in files of at most about 4 GiB, and its part file.
+
+    Raises `CheckpointError` if the folder that rank 0 has made is not there.
+    """
+    try:
+        _write_part(storage, working, rank, pieces, groups)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{storage.url}/{working} is not there although rank 0 has made it; expected a folder "
+            "that all nodes share"
+        ) from error
+
+
+def _write_part(
+    storage: Storage,
+    working: str,
+    rank: int,
+    pieces: Iterable[Piece],
+    groups: list[list[str]],
+) -> None:
     files: dict[str, File] = {}
     records: list[Any] = []
     for index, batch in enumerate(_batches(pieces)):
