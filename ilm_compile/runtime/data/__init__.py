@@ -19,11 +19,13 @@ from ilm_compile.runtime.data.documents import documents_from_pydoc as documents
 from ilm_compile.runtime.data.dummy import DummyDataset as DummyDataset
 from ilm_compile.runtime.data.packed_text import PackedText as PackedText
 from ilm_compile.runtime.data.packed_text import pack_documents as pack_documents
+from ilm_compile.runtime.data.prepare import prepare as prepare
 from ilm_compile.runtime.data.shard import TokenShard as TokenShard
 from ilm_compile.runtime.data.shard_folder import open_shards as open_shards
 from ilm_compile.runtime.data.shard_folder import open_validation_shards as open_validation_shards
 from ilm_compile.runtime.data.shard_writer import ShardWriter as ShardWriter
 from ilm_compile.runtime.data.shard_writer import write_shard as write_shard
+from ilm_compile.runtime.data.text_files import read_documents as read_documents
 from ilm_compile.runtime.data.token_dataset import TokenDataset as TokenDataset
 from ilm_compile.runtime.data.tokenizer import ByteTokenizer as ByteTokenizer
 from ilm_compile.runtime.data.tokenizer import FileTokenizer as FileTokenizer

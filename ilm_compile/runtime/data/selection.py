@@ -26,7 +26,8 @@ class Selection:
 def select(
     shards: Sequence[TokenShard],
     *,
-    min_length: int | Mapping[str, int],
+    min_length: int,
+    min_length_by_type: Mapping[str, int],
     max_length: int,
     long_documents: str,
     shuffle_seed: int | None,
@@ -35,12 +36,13 @@ def select(
 
     long_documents, of those with more than `max_length` tokens: "refuse" raises, "split" keeps
     their length (a row will cut them), "truncate" shortens them. Raises `IlmCompileError` if no
-    document is left, or `min_length` names an unknown type.
+    document is left, or `min_length_by_type` names an unknown type.
     """
-    least = _least(shards, min_length)
+    _check_types(shards, min_length_by_type)
     numbers, documents, lengths = [], [], []
     for number, shard in enumerate(shards):
-        kept = np.flatnonzero(shard.lengths >= least.get(shard.type_name, 1))
+        least = max(1, min_length_by_type.get(shard.type_name, min_length))
+        kept = np.flatnonzero(shard.lengths >= least)
         numbers.append(np.full(len(kept), number, np.int64))
         documents.append(kept.astype(np.int64))
         lengths.append(shard.lengths[kept])
@@ -49,8 +51,8 @@ def select(
     total = np.concatenate([np.zeros(0, np.int64), *lengths])
     if not len(total):
         raise IlmCompileError(
-            f"token files: expected a document of at least {max(1, *least.values(), 1)} tokens, "
-            f"found none in {len(shards)} files; lower min_length"
+            f"token files: expected documents of the least length, {min_length} tokens "
+            f"{dict(min_length_by_type) or ''}, found none in {len(shards)} files; lower min_length"
         )
     if long_documents == "truncate":
         total = np.minimum(total, max_length)
@@ -64,18 +66,14 @@ def select(
     )
 
 
-def _least(shards: Sequence[TokenShard], min_length: int | Mapping[str, int]) -> dict[str, int]:
-    """The least length of each type; empty documents are always left out."""
+def _check_types(shards: Sequence[TokenShard], named: Mapping[str, int]) -> None:
     types = {shard.type_name for shard in shards}
-    if isinstance(min_length, int):
-        return {name: max(1, min_length) for name in types}
-    unknown = sorted(set(min_length) - types)
+    unknown = sorted(set(named) - types)
     if unknown:
         raise IlmCompileError(
-            f"token files: min_length is for {', '.join(unknown)}, expected only the types found: "
-            f"{', '.join(sorted(types))}"
+            f"token files: min_length_by_type is for {', '.join(unknown)}, expected only the types "
+            f"found: {', '.join(sorted(types))}"
         )
-    return {name: max(1, length) for name, length in min_length.items()}
 
 
 def _refuse_long(shard: TokenShard, max_length: int, kept: Int64) -> None:

@@ -39,6 +39,7 @@ class TokenShard:
             ) from error
         self._index = read_index(self.path, self.num_bytes)
         self._map: mmap.mmap | None = None
+        self._check_end()
 
     def __len__(self) -> int:
         return len(self._index.lengths)
@@ -107,6 +108,16 @@ class TokenShard:
                 f"{size} now (read at offset {start}); do not change files that a run reads"
             )
         return self._map[start:stop]
+
+    def _check_end(self) -> None:
+        with self.path.open("rb") as file:
+            file.seek(self.num_bytes - 1)
+            end = file.read(1)
+        if end != b"\n":
+            raise IlmCompileError(
+                f"token file: expected the end of a line at offset {self.num_bytes - 1} of "
+                f"{self.path}, got {end.decode('latin-1')!r}: the file is truncated"
+            )
 
     def _parse(self, document: int, line: bytes) -> list[int]:
         expected = 'a line {"tokens": [integers]}'

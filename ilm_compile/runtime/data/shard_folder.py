@@ -24,7 +24,7 @@ def open_shards(folder: str | Path) -> list[TokenShard]:
         return [TokenShard(root, type_name=UNTYPED)]
     if not root.is_dir():
         raise IlmCompileError(f"token files: expected a folder at {root}, found none")
-    paths = sorted(path for path in root.rglob(f"*{SUFFIX}") if not path.name.startswith("."))
+    paths = sorted(path for path in root.rglob(f"*{SUFFIX}") if not _is_hidden(path, root))
     if not paths:
         raise IlmCompileError(
             f"token files: expected *{SUFFIX} files below {root}, found none; make them with "
@@ -54,6 +54,11 @@ def check_type_ids(shards: list[TokenShard], ids: Mapping[str, int]) -> None:
                 f"token files: expected the type {shard.type_name!r} of {shard.path} among "
                 f"{dict(ids)}, each with a number of at least 0"
             )
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    """Whether it belongs to a folder that is still being written, or that was given up."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _type_name(path: Path, root: Path) -> str:

@@ -59,8 +59,8 @@ def read_index(shard: Path, num_bytes: int) -> ShardIndex:
         first = int(np.flatnonzero(starts[:-1] >= num_bytes)[0])
         raise IlmCompileError(
             f"token file: document {first} should start at offset {starts[first]} of {shard}, "
-            f"which has {num_bytes} bytes: it is truncated, or {path.name} is another file's; write "
-            "both again with ilm-compile prepare-data"
+            f"which has {num_bytes} bytes: it is truncated, or {path.name} is another file's; "
+            "write both again with ilm-compile prepare-data"
         )
     # A token takes a digit at least, and a comma between two.
     needed = SHORTEST_LINE + np.maximum(2 * np.minimum(lengths, num_bytes) - 1, 0)

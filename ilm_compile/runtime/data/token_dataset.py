@@ -34,7 +34,8 @@ class TokenDataset:
     max_documents: in one row; more are left for the next. None takes max(8, seq_len // 64), and 1
     for "window". One for both gives unpacked rows.
     long_documents: what "whole" does with one longer than a row: "refuse", "split", "truncate".
-    min_length: shorter documents are left out; a number, or one for each type. Empty ones always.
+    min_length: shorter documents are left out, and empty ones always. min_length_by_type: other
+    numbers for the types it names.
     shuffle_seed: documents are packed in an order drawn from it; None keeps that of the files.
     ids: the number of each type, for type_ids; None numbers the names in order.
     with_types: batches have type_ids.
@@ -54,7 +55,8 @@ class TokenDataset:
         packing: str = "cut",
         max_documents: int | None = None,
         long_documents: str = "refuse",
-        min_length: int | Mapping[str, int] = 0,
+        min_length: int = 0,
+        min_length_by_type: Mapping[str, int] | None = None,
         shuffle_seed: int | None = 0,
         ids: Mapping[str, int] | None = None,
         with_types: bool = False,
@@ -74,6 +76,7 @@ class TokenDataset:
         chosen = select(
             self.shards,
             min_length=min_length,
+            min_length_by_type=min_length_by_type or {},
             max_length=seq_len,
             long_documents=limit,
             shuffle_seed=shuffle_seed,
@@ -83,8 +86,9 @@ class TokenDataset:
         self._starts = PACKINGS[packing](self._ends, seq_len, max_documents)
         self.num_documents = len(chosen.lengths)
         self.num_tokens = int(self._ends[-1])
-        options = (packing, max_documents, limit, shuffle_seed, zero_is_target, padding)
-        self._options = [*options, min_length if isinstance(min_length, int) else dict(min_length)]
+        least = (min_length, dict(min_length_by_type or {}))
+        packed = (packing, max_documents, limit, shuffle_seed)
+        self._options = (*packed, zero_is_target, padding, *least)
         self._cache: OrderedDict[int, Int64] = OrderedDict()
         self._open: OrderedDict[int, TokenShard] = OrderedDict()
 

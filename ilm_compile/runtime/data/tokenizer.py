@@ -68,6 +68,13 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def token_id(self, piece: str) -> int:
+        """The token of a piece such as "<s>". Raises `IlmCompileError` for an unknown one."""
+        token = self._model.token_id(piece)
+        if token is None:
+            raise IlmCompileError(f"tokenizer: {self.path} has no piece {piece!r}")
+        return token
+
     def _find_end(self, end: str | None) -> int:
         wanted = END_PIECES if end is None else (end,)
         for piece in wanted:
