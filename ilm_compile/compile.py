@@ -14,6 +14,7 @@ from ilm_compile.cost import model_flops
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes import standard_passes as standard_passes
+from ilm_compile.passes.standard import settle_kernels
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
@@ -70,11 +71,12 @@ def partition(
 
     Keywords are the fields of `Plan`: tp, pp, num_chunks, num_microbatches, schedule,
     sequence_parallel, embed_split_hidden, constraints (parameter name or glob to Shard(dim)),
-    checkpoint, dtype (torch.bfloat16), zero, seed. `passes` are run beside the standard ones, in
-    the order their requirements give, without those named in `disable`, each checked as `validate`
-    says ("types", "numerics" or None: see `run_passes`); `example_inputs` and `loss_fn` as in
-    `trace`. Raises `TraceError` if the model cannot be captured and `PlanError` or
-    `ScheduleError` if the plan does not fit it.
+    checkpoint, dtype (torch.bfloat16), zero, seed, kernels ("triton": fused ops, which are
+    partitioned anywhere and run on CUDA; "torch": none; "auto": those if this machine can run
+    them). `passes` are run beside the standard ones, in the order their requirements give, without
+    those named in `disable`, each checked as `validate` says ("types", "numerics" or None: see
+    `run_passes`); `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the model
+    cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
@@ -96,10 +98,11 @@ def parallelize(
     world_size // (tp * pp). A model on the meta device gets its initial weights from `seed` and the
     parameter names, the same under every plan; a real one keeps its weights. `timeout` bounds the
     wait for a rank that died or hangs. Raises as `partition` does, and `PlanError` if the world
-    size does not fit or the process was not started by torchrun.
+    size does not fit, kernels="triton" cannot run here or the process was not started by torchrun.
     """
     plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
     mesh = Mesh.create(plan, timeout=timeout)
+    plan = settle_kernels(plan, mesh.device)
     program = partition(model, plan=plan, **keywords)
     return Parallel(
         lower(program),

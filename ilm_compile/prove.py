@@ -13,6 +13,7 @@ from torch import nn
 from ilm_compile.compile import make_plan, partition
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.passes import Pass, lower
+from ilm_compile.passes.fuse_residual import separated
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
@@ -156,9 +157,10 @@ def _step(proof: _Proof, subject: Subject, tolerance: float) -> None:
 
 def _blocks(proof: _Proof, program: Program, subject: Subject) -> str:
     """Check that the step speaks for the full-size program, and return how far it does."""
-    small = subject.compile(subject.plan)
-    check_blocks(program, small)
-    if otherwise := placed_otherwise(program, small):
+    # What is fused across blocks depends on where the stages begin.
+    whole, small = separated(program), separated(subject.compile(subject.plan))
+    check_blocks(whole, small)
+    if otherwise := placed_otherwise(whole, small):
         proof.warnings.append(
             f"blocks: the step took other placements than the full-size program has in "
             f"{', '.join(otherwise)}, where the search sees other costs; there the types alone "

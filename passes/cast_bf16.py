@@ -9,15 +9,24 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.parameter_free import parameter_free_nodes
-from ilm_compile.passes.precision import BF16, FP32, MOVE, PRODUCT, called_name, precision_of
+from ilm_compile.passes.precision import (
+    BF16,
+    CARRIERS,
+    FP32,
+    MOVE,
+    PRODUCT,
+    called_name,
+    precision_of,
+)
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import is_tuple, tensors_of, without_data
 
 _CAST = torch.ops.aten.to.dtype
 
@@ -26,6 +35,7 @@ _CAST = torch.ops.aten.to.dtype
 class CastBF16(Pass):
     """Insert the casts of bf16 training; parameters stay as they are and are cast where used.
 
+    Fused ops keep weights and tables as they are and round once, where the plain calls would have.
     `ilm_compile.passes.precision` says which op computes in what, and `report` prints it for a
     program. The gradient of a float32 parameter is float32, because autograd undoes the cast.
     Changes numerics: `tolerance` is what the 8 bits of bf16 leave of a loss.
@@ -59,11 +69,11 @@ class CastBF16(Pass):
         counts = Counter(
             (
                 called_name(node),
-                str(node.meta["val"].dtype).removeprefix("torch."),
+                str(tensors_of(node.meta["val"])[0].dtype).removeprefix("torch."),
                 precision_of(node, parameter_free).why,
             )
             for node in program.calls()
-            if node.meta["val"].is_floating_point()
+            if tensors_of(node.meta["val"])[0].is_floating_point()
         )
         rows = [(op, str(count), dtype, why) for (op, dtype, why), count in sorted(counts.items())]
         rows.insert(0, ("op", "count", "dtype", "why"))
@@ -107,6 +117,8 @@ class _Caster:
         wanted = BF16 if precision is MOVE and self._is_read_in_bf16(node) else precision.inputs
         if wanted is not None:
             self._cast_inputs(node, wanted)
+        if precision.values:
+            self._cast_values(node, precision.values)
         try:
             node.meta["val"] = _run_on_meta(node)
         except RuntimeError:  # one of the few ops that neither have a row nor promote their inputs
@@ -122,9 +134,34 @@ class _Caster:
         readers = [precision_of(user, self.parameter_free) for user in move.users]
         return not is_partial and all(reader.inputs == BF16 for reader in readers)
 
+    def _cast_values(self, node: fx.Node, count: int) -> None:
+        """Give a fused op its `count` activations in one dtype, and the weight beside them in it.
+
+        The op rounds its result to that dtype. Where a reader would have got float32 from the plain
+        calls (another norm, a sum), it still does.
+        """
+        values, rest = node.all_input_nodes[:count], node.all_input_nodes[count:]
+        is_rounded = all(_dtype(value) == BF16 for value in values) and self._is_rounded(node)
+        dtype = BF16 if is_rounded else FP32
+        for value in (*values, *(r for r in rest if not is_rounded and _dtype(r) == BF16)):
+            if _dtype(value) != dtype:
+                node.replace_input_with(value, self._cast(value, dtype, near=node))
+
+    def _is_rounded(self, node: fx.Node) -> bool:
+        """Whether all who read `node` read it in bf16, at once or after it was moved about."""
+        return all(
+            precision_of(user, self.parameter_free).inputs == BF16
+            or (called_name(user) in CARRIERS and self._is_rounded(user))
+            for user in node.users
+        )
+
     def _cast_inputs(self, node: fx.Node, dtype: torch.dtype) -> None:
         for source in node.all_input_nodes:
-            if source.meta["val"].is_floating_point() and _dtype(source) != dtype:
+            if (
+                not is_tuple(source)
+                and source.meta["val"].is_floating_point()
+                and _dtype(source) != dtype
+            ):
                 node.replace_input_with(source, self._cast(source, dtype, near=node))
 
     def _cast_result(self, node: fx.Node, dtype: torch.dtype) -> None:
@@ -180,14 +217,10 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-def _run_on_meta(node: fx.Node) -> Tensor:
-    """Return the value of a call as a tensor without data, from the values of its inputs."""
+def _run_on_meta(node: fx.Node) -> Any:
+    """Return the value of a call as tensors without data, from the values of its inputs."""
     args: Any
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _as_meta)
-    result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result
-
-
-def _as_meta(node: fx.Node) -> Tensor:
-    val = node.meta["val"]
-    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs), lambda source: without_data(source.meta["val"])
+    )
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -15,11 +15,16 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What an op's floating-point inputs, or its result, are cast to, and why."""
+    """What an op's floating-point inputs, or its result, are cast to, and why.
+
+    `values`: of an op that computes in float32 inside, how many of its inputs are activations; the
+    others, weights and tables, stay as they are.
+    """
 
     why: str
     inputs: torch.dtype | None = None
     result: torch.dtype | None = None
+    values: int = 0
 
 
 PRODUCT = Precision("matrix product: tensor cores, summed in float32", inputs=BF16)
@@ -29,6 +34,10 @@ REDUCTION = Precision("reduction, power, exponential: errors add up", inputs=FP3
 LOOKUP = Precision("lookup: the table stays as it is, the rows are rounded", result=BF16)
 MOVE = Precision("moved in bf16 if all its readers want that, else as it is")
 CAST = Precision("cast")
+FUSED_1, FUSED_2 = (
+    Precision("fused: float32 inside; in bf16 if all readers round to it, else float32", values=n)
+    for n in (1, 2)
+)
 FOLLOW = Precision("follows its inputs by torch's type promotion")
 EXACT = Precision("no parameter reaches it: rotary tables and masks stay exact")
 
@@ -42,6 +51,11 @@ PRECISIONS: dict[str, Precision] = {
     "aten::einsum": PRODUCT,
     "aten::scaled_dot_product_attention": PRODUCT,
     "ilm::attention": PRODUCT,
+    "ilm::rms_norm": FUSED_1,
+    "ilm::qkv_rotary": FUSED_1,
+    "ilm::add_rms_norm": FUSED_2,
+    "ilm::rotary": FUSED_2,
+    "ilm::swiglu": FUSED_2,
     "aten::rms_norm": NORM,
     "aten::layer_norm": NORM,
     "aten::group_norm": NORM,
@@ -63,6 +77,13 @@ PRECISIONS: dict[str, Precision] = {
     "vocab_embedding": LOOKUP,
     "redistribute": MOVE,
     "aten::to": CAST,
+}
+
+
+# Calls that change no number: what is read through them is read as it is.
+CARRIERS = {
+    *("aten::reshape", "aten::transpose", "aten::permute", "aten::expand", "aten::unsqueeze"),
+    *("aten::contiguous", "aten::slice", "aten::select", "getitem", "redistribute"),
 }
 
 

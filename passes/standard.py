@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import torch
+
+from ilm_compile.errors import PlanError
 from ilm_compile.passes.activation_checkpoint import ActivationCheckpoint
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.cast_bf16 import CastBF16
+from ilm_compile.passes.fuse_kernels import FuseKernels
+from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
 from ilm_compile.passes.pipeline_split import PipelineSplit
 from ilm_compile.passes.tensor_parallel import TensorParallel
 from ilm_compile.program.plan import Plan
+
+
+def can_run_triton() -> bool:
+    """Whether this machine has a CUDA device and triton."""
+    return torch.cuda.is_available() and find_spec("triton") is not None
+
+
+def fuses(plan: Plan) -> bool:
+    """Whether `plan` has fused ops.
+
+    "auto" means that this machine can run their kernels: what is compiled here is what runs here. A
+    plan for another machine says "triton", which nothing but `parallelize` asks a GPU for, or
+    "torch".
+    """
+    return plan.kernels == "triton" or (plan.kernels == "auto" and can_run_triton())
+
+
+def settle_kernels(plan: Plan, device: torch.device) -> Plan:
+    """Return `plan` for a run on `device`, with "auto" decided.
+
+    Raises `PlanError` if it demands Triton kernels, which cannot run there.
+    """
+    can_run = device.type == "cuda" and can_run_triton()
+    if plan.kernels == "triton" and not can_run:
+        raise PlanError(
+            f"parallelize: kernels='triton' needs a CUDA device and triton to run, got device "
+            f"{device.type}{'' if find_spec('triton') else ' and no triton'}; use kernels='auto', "
+            "which fuses where both are, or 'torch'. partition and verify take 'triton' anywhere"
+        )
+    return plan if can_run or plan.kernels != "auto" else plan.replace(kernels="torch")
 
 
 def standard_passes(plan: Plan) -> list[Pass]:
@@ -21,6 +58,8 @@ def standard_passes(plan: Plan) -> list[Pass]:
             constraints=plan.constraints,
         )
     ]
+    if fuses(plan):
+        passes += [FuseKernels(), FuseResidual()]
     if plan.dtype:
         passes.append(CastBF16())
     passes += [

@@ -16,6 +16,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.program.placement import I, Placement, S
 
 DTYPES = (None, "bfloat16")
+KERNELS = ("auto", "triton", "torch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,7 @@ class Plan:
     checkpoint: bool | float = False  # fraction of the blocks that recompute their activations
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
     zero: int = 1  # 1: shard gradients and optimizer state over dp, 3: parameters too
+    kernels: str = "auto"  # fused ops: "triton", "torch" (none); "auto": where CUDA and triton are
     seed: int = 1024  # of the initial weights, when the model is on the meta device
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class Plan:
             )
         if self.dtype not in DTYPES:
             raise PlanError(f"plan: dtype must be one of {DTYPES}, got {self.dtype!r}")
+        if self.kernels not in KERNELS:
+            raise PlanError(f"plan: kernels must be one of {KERNELS}, got {self.kernels!r}")
         if self.zero not in (1, 3):
             raise PlanError(f"plan: zero must be 1 or 3, got {self.zero!r}")
         if self.num_chunks > 1 and self.pp == 1:

@@ -12,6 +12,7 @@ from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.passes import Pass, lower, order_passes, run_passes, standard_passes
 from ilm_compile.passes.cut_points import cut_points
+from ilm_compile.passes.fuse_residual import separated
 from ilm_compile.passes.node_cost import step_seconds
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.placement import I
@@ -137,6 +138,7 @@ class Subject:
 
 def _cuts_per_block(program: Program) -> int:
     """Return at how many places each block could be cut; one where the residual is parallel."""
+    program = separated(program)  # as it was when it was cut
     calls = [node for node in program.calls() if not node.meta.get("clone")]
     seconds = step_seconds(program, HARDWARE["h100"])
     cuts = cut_points(program, calls, [seconds[node] for node in calls])

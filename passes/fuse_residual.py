@@ -1,0 +1,123 @@
+"""A sum with the residual stream and the norm that follows it, as one op: `ilm::add_rms_norm`.
+
+The last pass of all. Fused, the sum is made where its norm is: the two terms go from one block to
+the next in the place of their sum. That is free inside a stage, but a stage would receive two
+values and not one, and a recomputed block would keep two. Which blocks are recomputed and where the
+stages begin must therefore be known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from ilm_compile.passes.base import Pass
+from ilm_compile.passes.fuse_kernels import report
+from ilm_compile.passes.fusion import (
+    Found,
+    Left,
+    aten,
+    comes_before_users,
+    dtype,
+    fuse,
+    ilm,
+    is_call,
+    is_mutated,
+    shape,
+)
+from ilm_compile.passes.rewrite import insert_before
+from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.copy import copy_program
+from ilm_compile.program.dump import target_name
+from ilm_compile.program.program import Program
+from ilm_compile.sharding.strategy import placement_of
+
+OP = "add_rms_norm"
+BETWEEN = (redistribute, aten.to.dtype)
+SUM_META = "sum_meta"  # of a fused node: region, stage and source of the sum, for `separated`
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseResidual(Pass):
+    """Replace a sum and the `ilm::rms_norm` of it by one op; who else uses the sum reads its second
+    result. Equal up to the rounding of the gradient's sum in bfloat16."""
+
+    name: ClassVar[str] = "fuse-residual"
+    after: ClassVar[frozenset[str]] = frozenset(
+        {"fused", "sharded", "cast", "checkpointed", "split"}
+    )
+    numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
+    tolerance: ClassVar[float] = 1e-2
+
+    def apply(self, program: Program) -> None:
+        fused: list[fx.Node] = []
+        left: list[Left] = []
+        for norm in program.graph.find_nodes(op="call_function", target=ilm.rms_norm.default):
+            total = norm.args[0]
+            if is_call(total, *BETWEEN) and is_call(total.args[0], aten.add.Tensor):
+                reason = f"{target_name(total)} stands between its sum and its norm"
+                left.append(Left(OP, total.args[0], reason))
+            if not is_call(total, aten.add.Tensor):
+                continue
+            if reason := _refusal(program, total, norm):
+                left.append(Left(OP, total, reason))
+            else:
+                fused.append(_fuse(program, total, norm))
+        report(program, self.name, OP, Found(tuple(fused), tuple(left)))
+
+
+def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
+    terms = total.args[:2]
+    if not all(isinstance(term, fx.Node) for term in terms) or total.kwargs.get("alpha", 1) != 1:
+        return "it adds no two tensors of equal weight"
+    if any(shape(term) != shape(total) or dtype(term) != dtype(total) for term in terms):
+        kinds = " and ".join(f"{list(shape(term))} {dtype(term)}" for term in terms)
+        return f"its terms are not alike: {kinds}"
+    if any(placement_of(term) != placement_of(total) for term in terms):
+        return "its terms are not placed as their sum"
+    if is_mutated(total):
+        return "its sum is changed in place"
+    if not comes_before_users(norm, [total]):
+        return "its sum is used before the norm"
+    if total.meta.get("stage") != norm.meta.get("stage"):
+        return "its norm begins the next stage, which would receive two values and not their sum"
+    here, there = total.meta["region"], norm.meta["region"]
+    if here != there and program.regions[there].recompute:
+        return "its norm begins a recomputed block, which would keep two values and not their sum"
+    return None
+
+
+def _fuse(program: Program, total: fx.Node, norm: fx.Node) -> fx.Node:
+    residual, x = _in_order(*total.args[:2])
+    meta = {key: total.meta[key] for key in ("region", "stage", "source") if key in total.meta}
+    args = (x, residual, *norm.args[1:])
+    call = fuse(program, ilm.add_rms_norm.default, args, [norm, total], point=norm)
+    call.meta[SUM_META] = meta
+    return call
+
+
+def _in_order(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Return the older of two terms first: the residual stream, then what a layer made of it."""
+    return (second, first) if second < first else (first, second)
+
+
+def separated(program: Program) -> Program:
+    """Return a copy in which each fused sum stands in its own block again, before its norm.
+
+    What is fused depends on where the stages begin; a comparison of blocks must not.
+    """
+    result = copy_program(program)
+    nodes = result.graph.find_nodes(op="call_function", target=ilm.add_rms_norm.default)
+    for node in nodes:
+        x, residual, *options = node.args
+        total = insert_before(result, node, aten.add.Tensor, residual, x)
+        total.meta.update(node.meta[SUM_META])
+        norm = insert_before(result, node, ilm.rms_norm.default, total, *options)
+        for item in list(node.users):
+            item.replace_all_uses_with((norm, total)[item.args[1]])
+            result.graph.erase_node(item)
+        result.graph.erase_node(node)
+    result.finish()
+    return result
