@@ -1,8 +1,9 @@
 """The op `ilm::attention`: causal attention that never looks across a document boundary.
 
-One graph node whatever computes it. This file holds the schema, the shape contract and the torch
-reference, which runs on CPU and CUDA alike; its backward is an op of its own, so a joint graph
-shows both.
+One graph node whatever computes it. This file holds the schema, the shape contract and who computes
+it: on the CPU the reference of attention_reference.py, whose backward is an op of its own, so that
+a joint graph shows both; on CUDA a backend of attention_backends.py, which autograd and selective
+checkpointing see through: to them it is the backend's ops, as F.scaled_dot_product_attention is.
 
 Shapes in this file: B batch, S tokens per row, H query heads, G key and value heads, D head size.
 """
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.kernels import attention_backends, attention_reference
+from ilm_compile.kernels.documents import document_starts as document_starts
 
 torch.library.define(
     "ilm::attention",
@@ -45,18 +47,6 @@ def attention(
     return result
 
 
-def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Index of the first token of the document that each token belongs to.
-
-    cu_seqlens: (rows, n) integers, each row beginning at 0. Returns (rows, num_tokens) int64.
-    """
-    bounds = cu_seqlens.to(torch.int64).contiguous()
-    tokens = torch.arange(num_tokens, device=bounds.device)
-    tokens = tokens.expand(bounds.shape[0], num_tokens).contiguous()
-    document = torch.searchsorted(bounds, tokens, right=True) - 1
-    return bounds.gather(1, document)
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     def refuse(expected: str) -> IlmCompileError:
         shapes = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
@@ -81,84 +71,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
         raise refuse("cu_seqlens (batch, n), or (n,) over the flattened tokens")
 
 
-def _fold(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Batch rows laid end to end when the boundaries run over all B*S tokens: (1, B*S, ...)."""
-    flattened = cu_seqlens is not None and cu_seqlens.dim() == 1
-    return x.reshape(1, -1, *x.shape[2:]) if flattened else x
-
-
-def _may_read(num_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """True where a query (last but one dim) may read a key (last dim): (rows or 1, 1, T, T)."""
-    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
-    if cu_seqlens is None:
-        return causal[None, None]
-    starts = document_starts(cu_seqlens.reshape(-1, cu_seqlens.shape[-1]), num_tokens)
-    return causal & (starts[:, None, :, None] == starts[:, None, None, :])
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     _check(q, k, v, cu_seqlens)
-    q_fold, k_fold, v_fold = (_fold(x, cu_seqlens).transpose(1, 2) for x in (q, k, v))
-    mask = None if cu_seqlens is None else _may_read(q_fold.shape[2], cu_seqlens, q.device)
-    out = F.scaled_dot_product_attention(
-        q_fold,
-        k_fold,
-        v_fold,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2).reshape(q.shape).contiguous()
+    return attention_reference.forward(q, k, v, cu_seqlens, scale)
 
 
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, from probabilities that are computed again.
-
-    With P = softmax(scale Q K'), O = P V and dP = dO V': dV = P' dO, dS = P * (dP - sum(dP * P)),
-    dQ = scale dS K, dK = scale dS' Q (FlashAttention, arXiv:2205.14135, appendix B). Written out
-    because torch.autograd is switched off inside an op that runs under a dispatch mode.
-    """
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    exact = torch.promote_types(q.dtype, torch.float32)
-    key, value = (_fold(x, cu_seqlens).to(exact).transpose(1, 2) for x in (k, v))
-    rows, kv_heads, num_tokens, head_dim = key.shape
-    # The R query heads that share a key head become R*T rows of one matrix: (rows, G, R*T, D).
-    grouped = (rows, num_tokens, kv_heads, -1, head_dim)
-    query, grad_out = (
-        _fold(x, cu_seqlens).to(exact).reshape(grouped).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        for x in (q, grad)
-    )
-    query = query * scale
-
-    hidden = ~_may_read(num_tokens, cu_seqlens, q.device).unsqueeze(2)
-    scores = query @ key.mT
-    scores.view(rows, kv_heads, -1, num_tokens, num_tokens).masked_fill_(hidden, float("-inf"))
-    probabilities = scores.softmax(-1)
-
-    # In place from here: these (T, T) matrices are nearly all of the time and the memory.
-    grad_scores = grad_out @ value.mT
-    grad_scores -= (grad_scores * probabilities).sum(-1, keepdim=True)
-    grad_scores *= probabilities
-
-    grad_query = (grad_scores @ key * scale).view(rows, kv_heads, -1, num_tokens, head_dim)
-    grad_query = grad_query.permute(0, 3, 1, 2, 4)
-    grad_key = (grad_scores.mT @ query).transpose(1, 2)
-    grad_value = (probabilities.mT @ grad_out).transpose(1, 2)
-    return (
-        grad_query.reshape(q.shape).to(q.dtype).contiguous(),
-        grad_key.reshape(k.shape).to(k.dtype).contiguous(),
-        grad_value.reshape(v.shape).to(v.dtype).contiguous(),
-    )
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    _check(q, k, v, cu_seqlens)
+    return attention_backends.attention(q, k, v, cu_seqlens, scale)
 
 
 def _forward_fake(
@@ -192,8 +116,14 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None
     return grad_q, grad_k, grad_v, None, None
 
 
-torch.library.impl("ilm::attention", ("cpu", "cuda"), _forward)
-torch.library.impl("ilm::attention_backward", ("cpu", "cuda"), _backward)
+torch.library.impl("ilm::attention", "cpu", _forward)
+torch.library.impl("ilm::attention", "cuda", _cuda)
+torch.library.impl("ilm::attention_backward", ("cpu", "cuda"), attention_reference.backward)
 torch.library.register_fake("ilm::attention", _forward_fake)
 torch.library.register_fake("ilm::attention_backward", _backward_fake)
 torch.library.register_autograd("ilm::attention", _differentiate, setup_context=_save_inputs)
+
+# On CUDA autograd differentiates the backend, which keeps what its backward needs, in place of the
+# rule above. Kept in a name: an implementation lives as long as the library that it came by.
+_CUDA_AUTOGRAD = torch.library.Library("ilm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_CUDA_AUTOGRAD.impl("attention", _cuda, "AutogradCUDA")  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels import attention, document_starts
+from ilm_compile.kernels import attention, attention_reference, document_starts
 
 BATCH, SEQ, HEADS, HEAD_DIM = 2, 8, 4, 6
 BOUNDARIES = {
@@ -62,6 +62,56 @@ def test_output_and_gradients_equal_plain_attention(cu_seqlens, kv_heads, scale)
     expected.backward(grad)
     for mine, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-13)
+
+
+@boundaries
+@kv_heads
+@pytest.mark.parametrize("chunk", [1, 40, 100, 300], ids=lambda n: f"chunk{n}")
+def test_backward_in_chunks(monkeypatch, chunk, cu_seqlens, kv_heads):
+    """One query at a time, several of one key head, several key heads."""
+    whole, parts = inputs(kv_heads), inputs(kv_heads)
+    grad = torch.randn(BATCH, SEQ, HEADS, HEAD_DIM, dtype=torch.float64)
+    attention(*whole, cu_seqlens).backward(grad)
+    monkeypatch.setattr(attention_reference, "CHUNK", chunk)
+    attention(*parts, cu_seqlens).backward(grad)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "two documents"])
+def test_backward_never_holds_the_scores_of_a_long_row(monkeypatch, packed):
+    largest = 0
+    softmax = torch.Tensor.softmax
+
+    def measure(scores, *args):
+        nonlocal largest
+        largest = max(largest, scores.numel())
+        return softmax(scores, *args)
+
+    monkeypatch.setattr(attention_reference, "CHUNK", 2**14)
+    monkeypatch.setattr(torch.Tensor, "softmax", measure)
+    q, k, v = (torch.randn(1, 512, n, 4, requires_grad=True) for n in (4, 2, 2))
+    attention(q, k, v, torch.tensor([[0, 100]]) if packed else None).sum().backward()
+    assert 0 < largest <= 2**14
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=["no rows", "no tokens"])
+def test_empty_inputs(shape):
+    q = torch.zeros(*shape, 2, HEAD_DIM, requires_grad=True)
+    attention(q, q, q).sum().backward()
+    assert q.grad is not None
+    assert q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "row"),
+    [([[0, 8], [1, 8]], 1), ([[0, 5, 3], [0, 1, 8]], 0), ([[0, 8], [0, 9]], 1), ([0, 17], 0)],
+    ids=["not from 0", "falling", "past the row", "past all tokens"],
+)
+def test_refuses_impossible_boundaries(cu_seqlens, row):
+    q, k, v = (x.detach() for x in inputs(2))
+    with pytest.raises(IlmCompileError, match=f"cu_seqlens that begin at 0.* in row {row}"):
+        attention(q, k, v, torch.tensor(cu_seqlens))
 
 
 def test_non_contiguous_inputs():

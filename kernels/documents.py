@@ -1,0 +1,69 @@
+"""Document boundaries, `cu_seqlens`, as the attention op and its backends need them.
+
+cu_seqlens is integers, either (B, n): where the documents of each row of S tokens start, beginning
+at 0 and padded with S, or (n,): the same over the flattened B*S tokens, padded with B*S.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ilm_compile.errors import IlmCompileError
+
+
+def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Index of the first token of the document that each token belongs to.
+
+    cu_seqlens: (rows, n) integers, each row beginning at 0. Returns (rows, num_tokens) int64.
+    """
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    tokens = torch.arange(num_tokens, device=bounds.device)
+    tokens = tokens.expand(bounds.shape[0], num_tokens).contiguous()
+    document = torch.searchsorted(bounds, tokens, right=True) - 1
+    return bounds.gather(1, document)
+
+
+def fold(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Batch rows laid end to end when the boundaries run over all B*S tokens: (1, B*S, ...)."""
+    flattened = cu_seqlens is not None and cu_seqlens.dim() == 1
+    return x.reshape(1, -1, *x.shape[2:]) if flattened else x
+
+
+def flat_boundaries(
+    cu_seqlens: Tensor | None, batch: int, seq: int, device: torch.device
+) -> Tensor:
+    """Boundaries over the flattened batch * seq tokens, int32, ending there; on the device.
+
+    Padding makes documents of no tokens, which the kernels take: to drop them would be to wait for
+    the device.
+    """
+    starts = torch.arange(batch, device=device, dtype=torch.int32) * seq
+    if cu_seqlens is None:
+        bounds = starts
+    elif cu_seqlens.dim() == 1:
+        bounds = cu_seqlens.to(torch.int32)
+    else:
+        bounds = (cu_seqlens.to(torch.int32) + starts.unsqueeze(1)).flatten()
+    return torch.cat((bounds, bounds.new_full((1,), batch * seq)))
+
+
+def documents(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice]]:
+    """Rows and tokens of `fold(x)` of each document; all rows at once where each is one document.
+
+    Raises IlmCompileError for boundaries that do not begin at 0, fall, or pass the last token.
+    """
+    if cu_seqlens is None:
+        yield slice(None), slice(None)
+        return
+    rows = 1 if cu_seqlens.dim() == 1 else x.shape[0]
+    num_tokens = x.shape[0] * x.shape[1] // rows
+    for row, bounds in enumerate(cu_seqlens.reshape(rows, -1).tolist()):
+        if bounds[0] != 0 or sorted(bounds) != bounds or bounds[-1] > num_tokens:
+            raise IlmCompileError(
+                f"ilm::attention: expected cu_seqlens that begin at 0, do not fall and end at most "
+                f"at {num_tokens}; got {bounds} in row {row}"
+            )
+        for start, stop in zip(bounds, [*bounds[1:], num_tokens], strict=True):
+            if start < stop:
+                yield slice(row, row + 1), slice(start, stop)
