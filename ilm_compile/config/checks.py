@@ -11,7 +11,6 @@ from ilm_compile.errors import PlanError
 
 Fault = tuple[str, str]  # the key that is best changed, and what is wrong
 BYTE_VOCABULARY = 258
-_BYTES = ("text", "pydoc")
 _WITHOUT_FOLDER = ("pydoc", "random")
 
 
@@ -68,10 +67,13 @@ def _data(config: Config) -> Iterator[Fault]:
         for key in ("train_folder", "valid_folder"):
             if getattr(data, key) is not None:
                 yield f"data.{key}", f"data.type={data.type!r} reads no files; leave it out"
+    if data.packing == "window" and data.max_documents not in (None, 1):
+        yield "data.max_documents", "rows of packing='window' hold one text; leave it out"
     if any(length < 0 for length in data.min_length_dict.values()):
         yield "data.min_length_dict", "lengths must be 0 or more"
     vocab_size = config.model.fields.get("vocab_size", BYTE_VOCABULARY)
-    if data.type in _BYTES and vocab_size < BYTE_VOCABULARY:
+    is_bytes = data.type == "pydoc" or (data.type == "text" and data.tokenizer == "bytes")
+    if is_bytes and vocab_size < BYTE_VOCABULARY:
         yield (
             "model.vocab_size",
             f"data.type={data.type!r} needs {BYTE_VOCABULARY} for bytes, got {vocab_size}",
@@ -87,15 +89,30 @@ def _checkpoints(config: Config) -> Iterator[Fault]:
         yield "ckpt.load_content", "expected at least one of what a checkpoint has"
 
 
+def _monitor(config: Config) -> Iterator[Fault]:
+    for key in ("loss_spike_ratio", "slow_rank_ratio"):
+        if 0 < (ratio := getattr(config.monitor, key)) <= 1:
+            yield f"monitor.{key}", f"expected more than 1, or 0 for off; got {ratio:g}"
+    profiler = config.profiler
+    if 0 < profiler.every < profiler.num_steps:
+        yield (
+            "profiler.every",
+            f"expected at least profiler.num_steps={profiler.num_steps}, got {profiler.every}",
+        )
+
+
 _CHECKS: tuple[Callable[[Config], Iterator[Fault]], ...] = (
     _plan,
     _schedule,
     _scales,
     _data,
     _checkpoints,
+    _monitor,
 )
 
 
 def _notices(config: Config) -> Iterator[str]:
     if config.data.type == "tokenized" and config.data.train_folder is None:
         yield "data.train_folder is not given, so the run trains on random tokens"
+    if config.data.valid_every and config.data.valid_folder is None:
+        yield "data.valid_every is set without data.valid_folder, so nothing is evaluated"

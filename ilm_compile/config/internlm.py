@@ -25,6 +25,7 @@ _NAMES_OF_DTYPES = {
 }
 _SEQUENCE_PARALLEL = {"mtp": False, "msp": True, "fsp": True}
 _SCHEDULES = {"1F1B": None}
+_CONTENT = {"scheduler": "trainer"}  # of a checkpoint, where ours has another name
 _FORMATS = {"internevo": "internlm", "internlm": "internlm", "normal": "internlm"}
 _HF_FORMATS = {"hf": "hf", "hf_llama": "hf", "hf_internlm2": "hf"}
 
@@ -59,6 +60,12 @@ def _of_internlm2(key: str, *harmless: Any) -> Spread:
     return Spread(spread)
 
 
+def _packing(value: Any, config: Table) -> dict[str, Any]:
+    if not isinstance(value, bool):
+        raise Refusal(f"expected True or False, got {shown(value)}; or write data.packing")
+    return {"data.packing": "window" if value else "cut"}
+
+
 def _zero1_fsdp(value: Any, config: Table) -> dict[str, Any]:
     return {"parallel.zero": 3} if value else {}
 
@@ -91,9 +98,12 @@ def _load_info(value: Any, config: Table) -> dict[str, Any]:
         raise Refusal(f"{min(unknown)!r} is not a key of it; it has path, content and ckpt_type")
     formats = _FORMATS | _HF_FORMATS
     content = value.get("content", ("model",))
+    names = [content] if isinstance(content, str) else content
+    if not isinstance(names, list | tuple):
+        raise Refusal(f"content: expected a list of names, got {shown(content)}")
     return {
         "ckpt.load_path": _local(value.get("path")),
-        "ckpt.load_content": (content,) if isinstance(content, str) else content,
+        "ckpt.load_content": [_CONTENT.get(n, n) if isinstance(n, str) else n for n in names],
         "ckpt.load_format": _choice(
             formats, f"write one of {', '.join(formats)} as ckpt_type, or ckpt.load_format='ilm'"
         )(value.get("ckpt_type", "internevo")),
@@ -104,18 +114,10 @@ def _local(path: Any) -> Any:
     return _folder(path) if isinstance(path, str) else path
 
 
-def _alert(key: str) -> Callable[[Any, Table], dict[str, Any]]:
-    """The address and the file of alerts count only if alerts are switched on beside them."""
-
-    def spread(value: Any, config: Table) -> dict[str, Any]:
-        switch = config.find("monitor.alert.enable_feishu_alert")
-        if switch is None or not switch[0]:
-            return {}
-        if key == "monitor.webhook":
-            return {key: value, "monitor.webhook_kind": "feishu"}
-        return {key: value}
-
-    return spread
+def _alert_address(value: Any, config: Table) -> dict[str, Any]:
+    """The address counts only if alerts are switched on beside it."""
+    switch = config.find("monitor.alert.enable_feishu_alert")
+    return _feishu(value, config) if switch is not None and switch[0] else {}
 
 
 def _feishu(value: Any, config: Table) -> dict[str, Any]:
@@ -132,8 +134,8 @@ _TOP: dict[str, Fate] = {
     "output_tf32": Only((False,), "train.tf32 = true is for all products"),
     "metric_dtype": Only(("fp32",), "metrics are float32; leave it out"),
     "enable_tb": To("logging.tensorboard"),
-    "tensorboard_folder": To("logging.tensorboard_folder"),
-    "resume_tb_folder": To("logging.tensorboard_folder"),
+    "tensorboard_folder": Ignored("they go to the run's folder, see logging.folder"),
+    "resume_tb_folder": Ignored("a resumed run goes on in its own folder"),
     "tensorboard.queue_max_length": Ignored("files are written after every step"),
     "batch_count": Only((0,), "a checkpoint knows its step: write ckpt.load_path"),
     "alert_address": Spread(_feishu),
@@ -215,7 +217,10 @@ _DATA: dict[str, Fate] = {
     "use_packed_dataset": Only((True,), "rows are always packed; leave it out"),
     "packed_length": Ignored("it is seq_len * micro_bsz"),
     "max_length_per_sample": Only((), "a sample is cut at data.seq_len; leave it out"),
-    "empty_cache_and_diag_interval": To("monitor.check_every"),
+    "pack_sample_into_one": Spread(_packing),
+    "valid_micro_num": Ignored("an evaluation takes batches of the shape that is trained on"),
+    "num_worker": Ignored("files are memory-mapped, no process has to load ahead"),
+    "empty_cache_and_diag_interval": To("monitor.slow_rank_every"),
     "diag_outlier_ratio": To("monitor.slow_rank_ratio"),
     "bench_net": Ignored("monitor.slow_rank_ratio looks at the ranks' own times"),
     "tokenizer_path": Only((), "tokenize first: ilm-compile prepare-data"),
@@ -269,8 +274,8 @@ _CKPT: dict[str, Fate] = {
 
 _MONITOR: dict[str, Fate] = {
     "alert.enable_feishu_alert": Ignored("see feishu_alert_address", (True, False)),
-    "alert.feishu_alert_address": Spread(_alert("monitor.webhook")),
-    "alert.alert_file_path": Spread(_alert("monitor.alert_file")),
+    "alert.feishu_alert_address": Spread(_alert_address),
+    "alert.alert_file_path": Ignored("the run's folder keeps ranks from telling the same twice"),
     "alert.light_monitor_address": Ignored("it is a service that is not public"),
     "tensorboard.queue_max_length": Ignored("files are written after every step"),
 }

@@ -15,7 +15,7 @@ from ilm_compile.config.options import option
 from ilm_compile.program.plan import DTYPES
 
 COMPUTE_DTYPES = ("float32", *(name for name in DTYPES if name is not None))
-CONTENTS = ("model", "optimizer", "scheduler", "sampler", "all")
+CONTENTS = ("model", "optimizer", "trainer", "sampler", "random", "all")
 CHECKPOINT_FORMATS = ("ilm", "hf", "internlm")
 
 
@@ -60,20 +60,27 @@ class DataOptions:
     micro_num: int = option(1, "micro-batches of a step on each data-parallel rank", low=1)
     type: Literal["tokenized", "text", "pydoc", "random"] = option(
         "tokenized",
-        "tokenized: InternLM's .bin; text: files as bytes; pydoc: Python's reference; random",
+        "tokenized: .bin of prepare-data or InternLM; text: files of text; pydoc: Python's own "
+        "reference; random; tokenized without a folder is random too",
     )
     train_folder: str | None = option(None, "folder of training data, a sub-folder for each type")
-    valid_folder: str | None = option(None, "folder of validation data")
+    valid_folder: str | None = option(None, "folder of validation data, each sub-folder a set")
     valid_every: int = option(0, "steps between evaluations; 0: never", low=0)
-    valid_micro_num: int | None = option(None, "micro-batches of an evaluation", low=1)
-    pack_sample_into_one: bool = option(False, "rows without boundaries between samples")
-    max_documents: int = option(8, "documents in one row at most", low=1)
+    valid_batches: int | None = option(None, "global batches of an evaluation; all", low=1)
+    tokenizer: str = option("bytes", "of data.type='text': bytes, or a tokenizer's file")
+    packing: Literal["cut", "whole", "window"] = option(
+        "cut", "cut: samples go on in the next row; whole: never; window: rows without boundaries"
+    )
+    long_documents: Literal["refuse", "split", "truncate"] = option(
+        "refuse", "what packing='whole' does with a sample longer than a row"
+    )
+    max_documents: int | None = option(None, "in one row at most; by seq_len if left out", low=1)
     min_length: int = option(0, "leave shorter samples out", low=0)
     min_length_dict: Mapping[str, int] = option({}, "the same by type, for those named")
-    skip_batches: str = option("", "steps whose batch is left out, '2-5,8'")
-    rampup_batch_size: str = option("", "'start increment steps', in micro-batches")
+    zero_is_target: bool = option(True, "token 0 is learnt; InternLM never does")
+    skip_batches: str = option("", "numbers of batches that are left out, from 0: '2-5,8'")
+    rampup_batch_size: str = option("", "'start increment every', in micro-batches")
     seed: int | None = option(None, "of the order of the samples; train.seed if left out", low=0)
-    num_worker: int = option(0, "processes that load ahead; 0: none", low=0)
     fixed_random_dataset_seqlen: bool = option(False, "random data of full rows")
 
 
@@ -145,41 +152,39 @@ class CkptOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MonitorOptions:
-    """What is watched while it runs, and who is told."""
+    """What is watched while it runs, and who is told. Of seconds and ratios, 0 is off."""
 
     webhook: str | None = option(None, "URL that is told of trouble")
     webhook_kind: Literal["feishu", "slack", "json"] = option("json", "what it understands")
-    command: str | None = option(None, "program that is told, the message its last argument")
-    alert_file: str | None = option(None, "alerts as JSON lines too")
-    stuck_s: float = option(300.0, "seconds without a step that count as stuck", above=0)
-    loss_spike_ratio: float = option(1.5, "of the usual loss that counts as a spike", above=1)
-    slow_rank_ratio: float = option(1.1, "of the median rank's time that counts as slow", low=1)
-    check_every: int = option(50, "steps between looks at slow ranks and the disk", low=1)
+    command: tuple[str, ...] = option((), "program and arguments, the message is added")
+    stuck_s: float = option(300.0, "seconds without a step that count as stuck", low=0)
+    loss_spike_ratio: float = option(1.5, "of the usual loss that counts as a spike", low=0)
+    slow_rank_ratio: float = option(1.5, "of the other ranks' time that counts as slow", low=0)
+    slow_rank_every: int = option(50, "steps between measurements of the ranks", low=1)
     min_free_gib: float = option(1.0, "GiB of free disk below which it warns", low=0)
     grace_s: float = option(30.0, "seconds after SIGTERM in which it must have saved", above=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingOptions:
-    """Where and what is written of a run. Every run gets a folder of its own below `folder`."""
+    """Where and what is written of a run. Every run has a folder of its own below `folder`."""
 
     folder: str = option("runs", "metrics.jsonl, config.toml and TensorBoard's files go below it")
-    progress: bool = option(True, "one line a step on the terminal")
+    console: bool = option(True, "one line a step on the terminal")
     tensorboard: bool = option(False, "write TensorBoard's files")
-    tensorboard_folder: str | None = option(None, "where, if not in the run's folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfilerOptions:
-    """torch.profiler over a window of steps, as Chrome traces with stage and micro-batch names."""
+    """torch.profiler over windows of steps, as Chrome traces with stage and micro-batch names."""
 
     enabled: bool = option(False, "also --profiling")
-    skip_first: int = option(3, "steps before the first window", low=0)
-    wait: int = option(1, "steps before each window", low=0)
-    warmup: int = option(1, "steps measured and thrown away", low=0)
-    active: int = option(1, "steps of a window", low=1)
-    repeat: int = option(1, "windows", low=1)
-    memory: bool = option(True, "memory by module as HTML")
+    first_step: int = option(4, "of the first window", low=1)
+    num_steps: int = option(2, "of a window", low=1)
+    every: int = option(0, "steps from one window to the next; 0: only one window", low=0)
+    with_stack: bool = option(False, "the Python stack of every op too")
+    memory: bool = option(True, "memory by module as HTML, of the first step of the first window")
+    timeline: bool = option(True, "that step's pipeline as SVG, beside the schedule planned")
 
 
 SECTIONS: dict[str, Any] = {
