@@ -10,7 +10,11 @@ INTERPRETED = TOLERANCES | {torch.bfloat16: 2**-6}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`, in float64. NaN if any element is."""
+    """Norm of the difference over the norm of `expected`, in float64. NaN if any element is.
+
+    0 if both are zeros or have no elements.
+    """
     assert found.shape == expected.shape
     wanted = expected.detach().double()
-    return float((found.detach().double() - wanted).norm() / wanted.norm())
+    difference = found.detach().double() - wanted
+    return float(difference.norm() / wanted.norm().clamp(min=1e-300))

@@ -1,0 +1,195 @@
+"""The Triton launchers under Triton's interpreter, beside the references on the same inputs.
+
+Launchers are what runs: strides, grids, the choice of tables and the sum of the weight's gradient
+over programs are covered with the kernels. On the CPU the persistent grid counts 2 multiprocessors.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ilm_compile.kernels.launch import flat_rows, row_stride
+from tests.kernels.accuracy import INTERPRETED, relative_error
+from tests.kernels.worker import Worker
+
+EPS = 1e-5
+ilm = torch.ops.ilm
+MODULES = {
+    "rms_norm": "triton_rms_norm",
+    "add_rms_norm": "triton_rms_norm",
+    "swiglu": "triton_swiglu",
+}
+dtypes = pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
+
+
+def rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Rows of different size, so that eps matters in some."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return (x * torch.logspace(-3, 1, x.shape[-2])[:, None]).to(dtype)
+
+
+def compare(interpreter: Worker, op: str, *args: Any) -> list[Tensor]:
+    """What the launcher of `ilm::op` gives in the interpreter, held to the reference.
+
+    Where cast_before_scale rounds inside, float32 results are as coarse as the dtype of the rows.
+    """
+    rows_dtype = args[0].dtype if any(arg is True for arg in args) else None
+    module = MODULES[op.removesuffix("_backward")]
+    found = interpreter.call(f"ilm_compile.kernels.{module}:{op}", *args)
+    expected = getattr(ilm, op)(*args)
+    if isinstance(found, Tensor):
+        found, expected = (found,), (expected,)
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        assert mine.is_contiguous()
+        assert relative_error(mine, other) < INTERPRETED[rows_dtype or mine.dtype]
+    return list(found)
+
+
+def norm_arguments(
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = (7, 100),
+    weight_dtype: torch.dtype | None = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, a residual or total, a gradient, and a weight."""
+    x, other, grad = (rows(shape, dtype, seed) for seed in range(3))
+    weight = None if weight_dtype is None else torch.linspace(0.5, 1.5, shape[-1]).to(weight_dtype)
+    return x, other, grad, weight
+
+
+@dtypes
+@pytest.mark.parametrize("cast", [False, True], ids=["", "cast"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(interpreter, dtype, cast, offset):
+    x, _, grad, weight = norm_arguments(dtype)
+    compare(interpreter, "rms_norm", x, weight, EPS, cast, offset)
+    compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, cast, offset)
+
+
+@dtypes
+def test_add_rms_norm(interpreter, dtype):
+    x, residual, grad, weight = norm_arguments(dtype)
+    compare(interpreter, "add_rms_norm", x, residual, weight, EPS)
+    # the gradient of the sum is random, not that of a loss: it is added after the norm's derivative
+    grads = grad, rows(x.shape, dtype, seed=5)
+    compare(interpreter, "add_rms_norm_backward", *grads, residual, weight, EPS, False, 0.0)
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["", "cast"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_add_rms_norm_with_a_float32_stream(interpreter, dtype, cast):
+    x, residual, grad, weight = norm_arguments(dtype)
+    stream = residual.float() + 2**-20
+    _, total = compare(interpreter, "add_rms_norm", x, stream, weight, EPS, cast)
+    assert torch.equal(total, x.float() + stream)
+    args = grad, rows(x.shape, torch.float32, seed=5), total, weight, EPS, cast, 0.0
+    to_residual, to_x, _ = compare(interpreter, "add_rms_norm_backward", *args)
+    assert (to_residual.dtype, to_x.dtype) == (torch.float32, dtype)
+
+
+def test_add_rms_norm_without_a_gradient_of_the_sum(interpreter):
+    _, total, grad, weight = norm_arguments()
+    compare(interpreter, "add_rms_norm_backward", grad, None, total, weight, EPS, False, 0.0)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16], ids=str)
+def test_other_weights(interpreter, weight_dtype):
+    x, residual, grad, weight = norm_arguments(torch.bfloat16, weight_dtype=weight_dtype)
+    compare(interpreter, "add_rms_norm", x, residual, weight, EPS)
+    compare(interpreter, "rms_norm", x, weight, EPS)
+    compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
+
+
+# Each row of the tables of launches but the last, at its width and below.
+HIDDEN_SIZES = [1, 64, 128, 250, 512, 768, 1024, 2048, 4096, 5120, 8192]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN_SIZES)
+def test_hidden_sizes(interpreter, hidden):
+    x, residual, grad, weight = norm_arguments(shape=(3, hidden))
+    compare(interpreter, "add_rms_norm", x, residual, weight, EPS)
+    args = grad, x, residual, weight, EPS, False, 0.0
+    compare(interpreter, "add_rms_norm_backward", *args)
+
+
+# A persistent grid of at most 2 x 4 programs of 1 row, or 2 x 6 of 16 rows.
+@pytest.mark.parametrize(
+    ("num_rows", "hidden"), [(1, 2048), (7, 2048), (8, 2048), (19, 2048), (1, 64), (200, 64)]
+)
+def test_more_and_fewer_rows_than_programs(interpreter, num_rows, hidden):
+    x, _, grad, weight = norm_arguments(shape=(num_rows, hidden))
+    compare(interpreter, "rms_norm", x, weight, EPS)
+    compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows of a transposed tensor": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "last dim strided": lambda x: x.mT.contiguous().mT,
+    "half of a projection": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "every second row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "one row for all": lambda x: x[:1, :1].expand(x.shape),
+    "one number for all": lambda x: x[0, 0, 0].expand(x.shape),
+}
+every_stride = pytest.mark.parametrize("lay", STRIDES.values(), ids=list(STRIDES))
+
+
+@every_stride
+def test_strides_of_the_norms(interpreter, lay):
+    x, residual, grad, weight = norm_arguments(shape=(2, 3, 100))
+    compare(interpreter, "add_rms_norm", lay(x), lay(residual), weight, EPS)
+    args = lay(grad), lay(x), lay(residual), weight, EPS, False, 0.0
+    compare(interpreter, "add_rms_norm_backward", *args)
+
+
+@every_stride
+def test_strides_of_swiglu(interpreter, lay):
+    gate, up, grad, _ = norm_arguments(shape=(2, 3, 100))
+    compare(interpreter, "swiglu", lay(gate), lay(up))
+    compare(interpreter, "swiglu_backward", lay(grad), lay(gate), lay(up))
+
+
+@dtypes
+@pytest.mark.parametrize("width", [1, 100, 256, 1024, 2500])
+def test_swiglu(interpreter, dtype, width):
+    gate, up, grad, _ = norm_arguments(dtype, shape=(3, width))
+    compare(interpreter, "swiglu", gate, up)
+    compare(interpreter, "swiglu_backward", grad, gate, up)
+
+
+def test_swiglu_of_large_gates(interpreter):
+    gate = torch.tensor([[-60000.0, -100.0, 0.0, 100.0, 60000.0]])
+    ones = torch.ones_like(gate)
+    (out,) = compare(interpreter, "swiglu", gate, ones)
+    assert torch.equal(out, gate.relu())
+    to_gate, _ = compare(interpreter, "swiglu_backward", ones, gate, ones)
+    assert to_gate.tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64)], ids=str)
+def test_no_rows(interpreter, shape):
+    x = torch.zeros(shape)
+    weight = torch.ones(64)
+    compare(interpreter, "rms_norm", x, weight, EPS)
+    _, to_weight = compare(interpreter, "rms_norm_backward", x, x, weight, EPS, False, 0.0)
+    assert not to_weight.any()
+    compare(interpreter, "add_rms_norm", x, x, weight, EPS)
+    compare(interpreter, "add_rms_norm_backward", x, x, x, weight, EPS, False, 0.0)
+    compare(interpreter, "swiglu", x, x)
+    compare(interpreter, "swiglu_backward", x, x, x)
+
+
+def test_only_what_needs_a_copy_is_copied():
+    x = torch.randn(4, 6, 8)
+    views = {"half": x[..., :4], "steps": x[:, ::2], "row": x[:1, :1].expand(4, 6, 8)}
+    for name, view in views.items():
+        shared = flat_rows(view).data_ptr() == view.data_ptr()
+        # steps of rows that do not continue over the batch cannot be one stride
+        assert shared == (name != "steps") or flat_rows(view).stride(0) == 16
+    assert row_stride(flat_rows(x)) is None
+    assert row_stride(flat_rows(views["half"])) == 8
+    assert row_stride(flat_rows(views["row"])) == 0
+    assert flat_rows(x.transpose(1, 2)).stride() == (6, 1)
