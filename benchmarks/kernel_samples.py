@@ -24,6 +24,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 HIDDEN_SIZES = (2048, 4096, 5120, 6144, 8192)
 # Llama-3-8B on two ranks and one, Llama-2-7B on one.
 INTERMEDIATE_SIZES = (7168, 11008, 14336)
+HEAD_SIZES = (64, 96, 128)
+QUERY_HEADS, KEY_HEADS = 32, 8
+# InternLM2's vocabulary on eight ranks and one.
+CLASSES = (11568, 92544)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class Sample:
     launcher: `module:function` in ilm_compile.kernels. arguments: takes a width, whatever that is
     for the kernel. meaning: of the width, for the table. launches: the `module:TABLE`
     of `Launch` that it is launched by. pipelined: whether a loop prefetches with cp.async.
+    narrow_loads, narrow_stores: instructions for the few numbers of a token (its angles, position,
+    target, results), which no vector can hold.
     """
 
     launcher: str
@@ -41,6 +47,8 @@ class Sample:
     meaning: str
     launches: str | None = None
     pipelined: bool = False
+    narrow_loads: int = 0
+    narrow_stores: int = 0
 
     def call(self, width: int) -> Any:
         """Launch it. What comes back is undefined unless the kernel really runs."""
@@ -92,6 +100,51 @@ def swiglu(launcher: str, num_tensors: int, launches: str) -> Sample:
     )
 
 
+def angles(width: int, positions: bool) -> tuple[Any, ...]:
+    """Cosines, sines and position ids for heads of `width`."""
+    table = torch.zeros(NUM_ROWS, width // 2)
+    if positions:
+        return table, table, torch.zeros(1, NUM_ROWS, dtype=torch.int64)
+    return table.unsqueeze(0), table.unsqueeze(0), None
+
+
+def heads(num_heads: int, width: int) -> Tensor:
+    """(1, NUM_ROWS, num_heads, width) of zeros."""
+    return torch.zeros(1, NUM_ROWS, num_heads, width, dtype=BF16)
+
+
+def rotary(
+    launcher: str, *num_heads: int, positions: bool = False, interleaved: bool = False
+) -> Sample:
+    """Rotary positions of tensors of so many heads; every thread loads a cosine and a sine."""
+
+    def arguments(width: int) -> tuple[Any, ...]:
+        tensors = [heads(n, width) for n in num_heads]
+        if launcher == "triton_qkv_rotary:qkv_rotary":
+            tensors = [x.unflatten(2, (KEY_HEADS, -1)) for x in tensors]
+        return (*tensors, *angles(width, positions), interleaved)
+
+    return Sample(
+        launcher=launcher,
+        arguments=arguments,
+        widths=HEAD_SIZES,
+        meaning="head size",
+        narrow_loads=2 + positions,
+    )
+
+
+def vocab_statistics(width: int) -> tuple[Any, ...]:
+    """Arguments of the launcher: logits, targets, and where this rank's classes begin."""
+    return rows(width), torch.zeros(NUM_ROWS, dtype=torch.int64), width, -100, 2 * width
+
+
+def vocab_backward(width: int) -> tuple[Any, ...]:
+    """Arguments of the launcher, with a logsumexp and a gradient for each token."""
+    per_token = torch.zeros(NUM_ROWS)
+    target = torch.zeros(NUM_ROWS, dtype=torch.int64)
+    return rows(width), target, per_token, per_token, width, -100, 0.1, 2 * width
+
+
 # All in bf16; `mixed`: with the residual stream in float32.
 SAMPLES: dict[str, Sample] = {
     "rms_norm": norm("rms_norm", BF16),
@@ -102,4 +155,33 @@ SAMPLES: dict[str, Sample] = {
     "add_rms_norm_backward mixed": norm("add_rms_norm_backward", BF16, FP32, FP32, pipelined=True),
     "swiglu": swiglu("swiglu", 2, "FORWARD"),
     "swiglu_backward": swiglu("swiglu_backward", 3, "BACKWARD"),
+    "rotary": rotary("triton_rotary:rotary", QUERY_HEADS, KEY_HEADS),
+    "rotary interleaved": rotary(
+        "triton_rotary:rotary", QUERY_HEADS, KEY_HEADS, positions=True, interleaved=True
+    ),
+    "rotary_backward": rotary("triton_rotary:rotary_backward", QUERY_HEADS, KEY_HEADS),
+    "qkv_rotary": rotary("triton_qkv_rotary:qkv_rotary", QUERY_HEADS + 2 * KEY_HEADS),
+    "qkv_rotary interleaved": rotary(
+        *("triton_qkv_rotary:qkv_rotary", QUERY_HEADS + 2 * KEY_HEADS),
+        positions=True,
+        interleaved=True,
+    ),
+    "qkv_rotary_backward": rotary(
+        "triton_qkv_rotary:qkv_rotary_backward", QUERY_HEADS, KEY_HEADS, KEY_HEADS
+    ),
+    "vocab_statistics": Sample(
+        launcher="triton_vocab_loss:vocab_statistics",
+        arguments=vocab_statistics,
+        widths=CLASSES,
+        meaning="classes",
+        narrow_loads=2,
+        narrow_stores=4,
+    ),
+    "vocab_cross_entropy_backward": Sample(
+        launcher="triton_vocab_loss:vocab_cross_entropy_backward",
+        arguments=vocab_backward,
+        widths=CLASSES,
+        meaning="classes",
+        narrow_loads=3,
+    ),
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ilm_compile.kernels.launch import device_of
 from ilm_compile.kernels.triton_rotation import (
+    COUNTS,
     WARPS,
     addressable,
     angle_arguments,
@@ -21,7 +22,7 @@ from ilm_compile.kernels.triton_rotation import (
 )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "seq", "num_positions"])
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     qkv,
     q,
@@ -72,7 +73,7 @@ def forward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "seq", "num_positions"])
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_q,
     grad_k,

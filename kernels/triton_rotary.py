@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ilm_compile.kernels.launch import device_of
 from ilm_compile.kernels.triton_rotation import (
+    COUNTS,
     WARPS,
     addressable,
     angle_arguments,
@@ -21,7 +22,7 @@ from ilm_compile.kernels.triton_rotation import (
 )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "seq", "num_positions"])
+@triton.jit(do_not_specialize=COUNTS)
 def rotary_kernel(
     q,
     k,

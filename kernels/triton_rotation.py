@@ -19,6 +19,8 @@ from torch import Tensor
 ELEMENTS = 1024
 MAX_COPIED = 8 * ELEMENTS  # numbers that no pair has: they pass through registers too
 WARPS = 4
+# Arguments that change from call to call and that no wide load depends on.
+COUNTS = ["num_tokens", "seq", "num_positions", "position_batch_stride", "position_stride"]
 MAX_HEADS = 8  # in a tile: more would leave wide heads one token only
 
 
