@@ -104,10 +104,13 @@ def _in_order(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def separated(program: Program) -> Program:
-    """Return a copy in which each fused sum stands in its own block again, before its norm.
+    """Return `program` with each fused sum in its own block again, before its norm.
 
-    What is fused depends on where the stages begin; a comparison of blocks must not.
+    What is fused depends on where the stages begin; a comparison of blocks must not. A copy, unless
+    there is nothing to separate.
     """
+    if not program.graph.find_nodes(op="call_function", target=ilm.add_rms_norm.default):
+        return program
     result = copy_program(program)
     nodes = result.graph.find_nodes(op="call_function", target=ilm.add_rms_norm.default)
     for node in nodes:

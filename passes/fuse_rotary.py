@@ -43,7 +43,7 @@ CARRIERS = (
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The projection (batch, seq, kv_heads, q_per_kv + 2, head_dim) and the values cut out of it."""
+    """A projection (batch, seq, kv_heads, q_per_kv + 2, head_dim), and the values cut out of it."""
 
     qkv: fx.Node
     values: fx.Node

@@ -1,7 +1,7 @@
 """Reading a rotary rotation out of the calls that compute it, in the two forms that models use.
 
-* Hugging Face: x * cos + cat(-second half, first half) * sin, with tables as wide as what is turned.
-  The fused op takes tables of half that width, so both halves of a table must be the same; that is
+* Hugging Face: x * cos + cat(-second half, first half) * sin, with tables as wide as a head. The
+  fused op takes tables of half that width, so both halves of a table must be the same; that is
   proven by finding the cat(f, f) that made it. GPT-NeoX and Phi-3 turn the first numbers of a head
   and append the rest.
 * `ilm_compile.models.rotary.rotate`: cat(first * cos - second * sin, second * cos + first * sin),
@@ -101,7 +101,7 @@ def _both_orders(product: fx.Node) -> list[tuple[Any, Any]]:
 
 
 def _halves(first: Any, second: Any) -> tuple[fx.Node | None, tuple[int, int]]:
-    """Return what two slices of the last dimension are the start and the rest of, and their sizes."""
+    """Return what two slices are the first and the last numbers of, and how many these are."""
     if not all(is_call(half, aten.slice.Tensor) for half in (first, second)):
         return None, (0, 0)
     x, sizes = first.args[0], (shape(first)[-1], shape(second)[-1])

@@ -5,7 +5,8 @@ two together: a block of the big program that the small one has too makes the sa
 wired the same, and every other block of the big program is, sizes and all, one of these again. So a
 pass cannot do in the fortieth layer what no step has seen. Collectives are left to the types, since
 the search may choose others in other blocks; and so are values that no gradient reaches, tables and
-masks, which blocks share in any way.
+masks, which blocks share in any way. A sum that was fused with the norm of the next block is put
+back into its own, since what is fused depends on where the stages begin.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.passes.fuse_residual import separated
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.gradients import gradient_nodes
@@ -41,6 +43,7 @@ Words = Callable[[fx.Node], str]
 
 def check_blocks(program: Program, small: Program) -> None:
     """Raise `ProgramError` naming a region of `program` that `small` does not speak for."""
+    program, small = separated(program), separated(small)
     stepped = _by_region(small, _wiring(small))
     ours = _by_region(program, _wiring(program))
     whole = _by_region(program, _everything(program))
@@ -60,6 +63,7 @@ def placed_otherwise(program: Program, small: Program) -> list[str]:
 
     Where a collective stands, before or after a reshape, is left out: the search is free in it.
     """
+    program, small = separated(program), separated(small)
     known = set(_by_region(small, _placements(small)).values())
     return [n for n, text in _by_region(program, _placements(program)).items() if text not in known]
 

@@ -6,6 +6,7 @@ program and keeps its books (placements, shapes, regions) in order, as a wrong p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,12 +20,13 @@ from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import shapes_of
 from ilm_compile.sharding.strategy import global_shape, placement_of
 
 Edit = Callable[[Program, fx.Node], None]
 Place = tuple[fx.Node, str, Edit]  # where, more words about it, and what to do there
 Kind = Callable[[Program], Iterator[Place]]
-aten = torch.ops.aten
+aten, ilm = torch.ops.aten, torch.ops.ilm
 CAST = aten.to.dtype
 FACTORS = (2.0, 1 + 1e-6)  # a doubled gradient, and one that no loss curve would show
 
@@ -267,6 +269,33 @@ def drop_residual(program: Program) -> Iterator[Place]:
             yield node, "", edit
 
 
+def drop_fused_residual(program: Program) -> Iterator[Place]:
+    """A residual connection lost in a fused op: it is given zeros in the place of one term."""
+
+    def edit(position: int, program: Program, node: fx.Node) -> None:
+        term = node.args[position]
+        zeros = insert_before(program, node, aten.zeros_like.default, term)
+        zeros.meta["placement"] = placement_of(term)  # type: ignore[arg-type]
+        node.update_arg(position, zeros)
+
+    for node in program.graph.find_nodes(op="call_function", target=ilm.add_rms_norm.default):
+        for position, words in enumerate(("the layer's", "the stream's")):
+            yield node, f"{words} term", partial(edit, position)
+
+
+def take_other_result(program: Program) -> Iterator[Place]:
+    """Of an op with several results of one shape, another one."""
+
+    def edit(index: int, program: Program, node: fx.Node) -> None:
+        node.update_arg(1, index)
+
+    for node in program.graph.find_nodes(op="call_function", target=operator.getitem):
+        shapes = shapes_of(node.all_input_nodes[0])
+        for index, shape in enumerate(shapes):
+            if index != node.args[1] and shape == shapes_of(node)[0]:
+                yield node, f"{index} in the place of {node.args[1]}", partial(edit, index)
+
+
 KINDS: dict[str, Kind] = {
     "drop a collective": drop_collective,
     "double a collective": double_collective,
@@ -277,6 +306,8 @@ KINDS: dict[str, Kind] = {
     "forget a gradient (tied)": forget_gradient,
     "swap two parameters": swap_parameters,
     "drop a residual": drop_residual,
+    "drop a fused residual": drop_fused_residual,
+    "take another result": take_other_result,
     "skip a cast": skip_cast,
     "round a partial sum": round_partial_sum,
     "move a node to another stage": move_node,

@@ -21,6 +21,7 @@ from ilm_compile.passes import Pass, check_program
 from ilm_compile.passes.manager import VALIDATORS
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import tensors_of
 from ilm_compile.program.vocab import vocab_embedding
 from ilm_compile.verify.bisect import first_difference, loss_of, ranks_of
 from ilm_compile.verify.exact import exact
@@ -50,9 +51,7 @@ def validate_numerics(step: Pass, program: Program) -> Iterator[None]:
         return
     old, new = exact(before), exact(program)
     tolerance = max(step.tolerance, ROUNDING)
-    found = first_difference(
-        old, new, random_tensors(old), random_inputs(old), tolerance=tolerance
-    )
+    found = first_difference(old, new, random_tensors(old), random_inputs(old), tolerance=tolerance)
     if found is not None:
         raise ProgramError(
             f"it must preserve numerics to {tolerance:g}, but its output computes something else "
@@ -105,7 +104,8 @@ def random_inputs(program: Program) -> dict[str, Tensor]:
 
 
 def _refuse_size(program: Program) -> None:
-    held = sum(node.meta["val"].numel() for node in program.graph.nodes if "val" in node.meta)
+    values = (value for node in program.graph.nodes for value in tensors_of(node.meta.get("val")))
+    held = sum(value.numel() for value in values)
     needed = held * ranks_of(program) * BYTES * COPIES
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
