@@ -133,16 +133,19 @@ def test_an_overflow_lowers_the_scale_and_skips() -> None:
 
 
 def test_a_good_step_after_a_bad_one_is_taken() -> None:
-    """The loss that was not finite is forgotten with its gradients, by any zero_grad."""
+    """The loss that was not finite is forgotten with its gradients, by any zero_grad.
+
+    So is the bad step: only those in a row count towards `max_skips`.
+    """
     parallel = make_parallel(Plan(num_microbatches=2), make_model())
-    trainer = Trainer(parallel)
-    plant_loss(parallel)
-    trainer.execute_schedule(make_batch(2 * ROWS))
-    assert not math.isfinite(trainer.step())
-    parallel.stages[-1].module._forward_hooks.clear()
-    trainer.optimizer.zero_grad()
-    trainer.execute_schedule(make_batch(2 * ROWS))
-    assert math.isfinite(trainer.step())
+    trainer = Trainer(parallel, max_skips=2)
+    for is_bad in (True, False, True):
+        if is_bad:
+            plant_loss(parallel)
+        trainer.optimizer.zero_grad()
+        trainer.execute_schedule(make_batch(2 * ROWS))
+        assert math.isfinite(trainer.step()) is not is_bad
+        parallel.stages[-1].module._forward_hooks.clear()
 
 
 def bad_forever(rank: int) -> str:

@@ -83,7 +83,8 @@ def breakdown(
         for stage in parallel.stages
         for name, path in stage.variables.items()
     }
-    regions: Breakdown = {}
+    # In the order of the stages, which is that of the model.
+    regions: Breakdown = {label: Counter() for stage in labels.values() for label in stage.values()}
     for name, parameter in parallel.named_parameters():
         sizes = regions.setdefault(homes.get(name, "unused"), Counter())
         sizes["parameters"] += _nbytes(parameter)
@@ -101,7 +102,7 @@ def breakdown(
             label = labels[stage].get(region, f"stage {stage}")
             sizes = regions.setdefault(label, Counter())
             sizes["activations"] += live.get(stage, 0) * num_bytes
-    return regions
+    return {label: sizes for label, sizes in regions.items() if sizes}
 
 
 def region_labels(variables: Mapping[str, str]) -> dict[str, str]:

@@ -40,9 +40,9 @@ class Monitor(Hook):
     low-disk: fewer than `min_free_bytes` are left where `folder` is, checked once a minute;
     exception: the training ended with an error; sent by the first rank to find out if `folder` is
     given, by every rank otherwise;
-    sigterm: the launcher asks to stop. Training then stops after the step under way, for which
-    hooks may save, so that the program can end with status 0; late if that has not happened within
-    `grace_s` seconds.
+    stop: somebody asked to stop, such as the launcher by SIGTERM. Training then ends after the step
+    under way, for which hooks may save, so that the program can end with status 0.
+    late: that has not happened within `grace_s` seconds from SIGTERM.
 
     None in place of a number switches a watch off. Alerts that are the same on every rank are sent
     by rank 0. Sending happens in a thread of its own and never stops the training.
@@ -96,7 +96,6 @@ class Monitor(Hook):
         self._last_step_at = self._last_disk_check = time.monotonic()
         self._is_stuck = self._is_late = self._is_disk_low = False
         self._sigterm_at: float | None = None
-        self._was_sigterm_sent = False
         self._previous: Any = None
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +120,8 @@ class Monitor(Hook):
         if self._is_measuring:
             self._is_measuring = False
             self._compare_ranks()
+        if trainer.stop_reason is not None:
+            self._alert("stop", f"stopping: {trainer.stop_reason}")
         if self._losses is not None and (usual := self._losses.update(metrics.loss)) is not None:
             self._alert(
                 "loss-spike", f"loss {metrics.loss:.4f}, median of the last steps {usual:.4f}"
@@ -135,7 +136,7 @@ class Monitor(Hook):
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         lines = traceback.format_exception(error)
         last = "".join(lines).splitlines()[-_LAST_LINES:]
-        self._alert("exception", "\n".join(last), from_any=self._is_first_to_fail())
+        self._alert("exception", "\n".join(last), is_sent=self._is_first_to_fail())
 
     def on_stop(self, trainer: Trainer) -> None:
         if self._is_measuring:
@@ -144,7 +145,6 @@ class Monitor(Hook):
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
         self._watcher.join(_FLUSH_S)
-        self._send_sigterm_alert()
         self._dispatcher.close(_FLUSH_S)
         self._log.close(_FLUSH_S)
 
@@ -153,9 +153,11 @@ class Monitor(Hook):
         assert self._folder is not None
         return self._folder / "exception.alert"
 
-    def _alert(self, kind: str, message: str, *, from_any: bool = False) -> None:
+    def _alert(self, kind: str, message: str, *, is_sent: bool | None = None) -> None:
+        """Log it, and send it if `is_sent`; None: on rank 0, for what is the same on every rank."""
         alert = Alert(kind, message, self._job, self._rank, self._trainer.num_steps)
-        (self._dispatcher if from_any or self._rank == 0 else self._log).put(alert)
+        is_sent = self._rank == 0 if is_sent is None else is_sent
+        (self._dispatcher if is_sent else self._log).put(alert)
 
     def _compare_ranks(self) -> None:
         assert self._slow is not None
@@ -188,10 +190,9 @@ class Monitor(Hook):
         while not self._ended.wait(pace):
             now = time.monotonic()
             self._check_stuck(now)
-            self._send_sigterm_alert()
             if self._sigterm_at and now > self._sigterm_at + self._grace_s and not self._is_late:
                 self._is_late = True
-                self._alert("late", f"not stopped {self._grace_s:g} s after SIGTERM", from_any=True)
+                self._alert("late", f"not stopped {self._grace_s:g} s after SIGTERM", is_sent=True)
             if now > self._last_disk_check + 60:
                 self._check_disk()
 
@@ -200,11 +201,6 @@ class Monitor(Hook):
         if limit is not None and now > self._last_step_at + limit and not self._is_stuck:
             self._is_stuck = True
             self._alert("stuck", f"no step ended for {limit:g} s")
-
-    def _send_sigterm_alert(self) -> None:
-        if self._sigterm_at is not None and not self._was_sigterm_sent:
-            self._was_sigterm_sent = True
-            self._alert("sigterm", "asked to stop; stopping after the step under way")
 
     def _check_disk(self) -> None:
         """Once per node, and once until there is room again."""
@@ -222,6 +218,6 @@ class Monitor(Hook):
                 "low-disk",
                 f"{free / 2**30:.2f} GiB left under {self._folder}, expected at least "
                 f"{self._min_free_bytes / 2**30:.2f} GiB",
-                from_any=True,
+                is_sent=True,
             )
         self._is_disk_low = is_low
