@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.hooks import Hook
+from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.metrics import StepMetrics
 from ilm_compile.runtime.observe.files import write_text
 from ilm_compile.runtime.observe.svg import (
@@ -49,9 +52,7 @@ class PipelineTimeline(Hook):
         if step != self._step:
             return
         trainer.parallel.executor.record_timeline = True
-        # Clocks of different machines do not agree; what ends on all ranks at once sets them all.
-        exchange([0.0], trainer.parallel.mesh)
-        self._origin = time.perf_counter()
+        self._origin = common_origin(trainer.parallel.mesh)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if metrics.step != self._step:
@@ -63,6 +64,26 @@ class PipelineTimeline(Hook):
             title = f"step {metrics.step}, {parallel.schedule.name}"
             text = draw_timelines(parallel.schedule, spans, title=title)
             write_text(self._folder / f"pipeline-step-{metrics.step}.svg", text)
+
+
+def common_origin(mesh: Mesh) -> float:
+    """About now by this rank's `time.perf_counter`, the same moment on all ranks. Collective.
+
+    Clocks of different machines do not agree: there the moment is the end of a collective, which
+    all ranks leave together, to a millisecond or so. Ranks of one machine share its clock.
+    """
+    exchange([0.0], mesh)
+    rows = exchange([float(_machine()), time.perf_counter()], mesh)
+    return min(now for machine, now in rows if machine == rows[mesh.rank][0])
+
+
+def _machine() -> int:
+    """A number for what shares a clock: a running kernel, or a host name where it has no name."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        name = platform.node().encode()
+    return zlib.crc32(name)
 
 
 def gather_spans(
