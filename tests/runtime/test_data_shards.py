@@ -151,8 +151,8 @@ def truncate(size: int, suffix: str = "") -> Damage:
 AT_OPENING: dict[str, tuple[Damage, str]] = {
     "no index": (lambda p: Path(f"{p}.meta").unlink(), r"index of .*a\.bin at .*a\.bin\.meta"),
     "no file": (lambda p: p.unlink(), r"readable file at .*a\.bin: No such file"),
-    "truncated": (truncate(50), r"document 3 should start at offset 57 of .*a\.bin, which has 50"),
-    "cut in a line": (truncate(70), r"the end of a line at offset 69 of .*a\.bin, got '9'"),
+    "truncated": (truncate(22), r"document 1 should start at offset 22 of .*a\.bin, which has 22"),
+    "cut in a line": (truncate(70), r"the end of a line at offset 69 of .*a\.bin, got '1'"),
     "empty": (truncate(0), r"document 0 should start at offset 0 of .*a\.bin, which has 0 bytes"),
     "index truncated": (truncate(150, ".meta"), r"cannot read .*a\.bin\.meta as a NumPy array"),
     "index empty": (truncate(0, ".meta"), r"cannot read .*a\.bin\.meta"),

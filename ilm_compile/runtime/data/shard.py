@@ -37,9 +37,10 @@ class TokenShard:
             raise IlmCompileError(
                 f"token file: expected a readable file at {self.path}: {error.strerror}"
             ) from error
+        if self.num_bytes:
+            self._check_end()
         self._index = read_index(self.path, self.num_bytes)
         self._map: mmap.mmap | None = None
-        self._check_end()
 
     def __len__(self) -> int:
         return len(self._index.lengths)
