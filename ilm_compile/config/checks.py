@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ilm_compile.config.config import Config
+from ilm_compile.config.schema import CHECKPOINT
 from ilm_compile.config.table import Place, Problems, Table
 from ilm_compile.errors import PlanError
 
@@ -67,6 +68,8 @@ def _data(config: Config) -> Iterator[Fault]:
         for key in ("train_folder", "valid_folder"):
             if getattr(data, key) is not None:
                 yield f"data.{key}", f"data.type={data.type!r} reads no files; leave it out"
+    if data.type in ("text", "pydoc") and data.packing != "cut":
+        yield "data.packing", f"data.type={data.type!r} is packed by 'cut'; prepare it as tokens"
     if data.packing == "window" and data.max_documents not in (None, 1):
         yield "data.max_documents", "rows of packing='window' hold one text; leave it out"
     if any(length < 0 for length in data.min_length_dict.values()):
@@ -85,6 +88,11 @@ def _checkpoints(config: Config) -> Iterator[Fault]:
     for key in ("folder", "load_path", "stop_file"):
         if getattr(ckpt, key) == "":
             yield f"ckpt.{key}", "expected a path, got an empty text; leave it out"
+    if ckpt.load_format != CHECKPOINT and ckpt.load_content != ("model",):
+        yield (
+            "ckpt.load_content",
+            f"load_format={ckpt.load_format!r} holds the weights alone; write ['model']",
+        )
     if not ckpt.load_content:
         yield "ckpt.load_content", "expected at least one of what a checkpoint has"
 

@@ -25,9 +25,8 @@ _NAMES_OF_DTYPES = {
 }
 _SEQUENCE_PARALLEL = {"mtp": False, "msp": True, "fsp": True}
 _SCHEDULES = {"1F1B": None}
-_CONTENT = {"scheduler": "trainer"}  # of a checkpoint, where ours has another name
 _FORMATS = {"internevo": "internlm", "internlm": "internlm", "normal": "internlm"}
-_HF_FORMATS = {"hf": "hf", "hf_llama": "hf", "hf_internlm2": "hf"}
+_HF_FORMATS = {"hf": "hf", "hf_llama": "hf-llama", "hf_internlm2": "hf-internlm2"}
 
 
 def _choice(table: Mapping[str, Any], instead: str) -> Callable[[Any], Any]:
@@ -96,16 +95,16 @@ def _load_info(value: Any, config: Table) -> dict[str, Any]:
     unknown = set(value) - {"path", "content", "ckpt_type"}
     if unknown:
         raise Refusal(f"{min(unknown)!r} is not a key of it; it has path, content and ckpt_type")
-    formats = _FORMATS | _HF_FORMATS
-    content = value.get("content", ("model",))
-    names = [content] if isinstance(content, str) else content
-    if not isinstance(names, list | tuple):
-        raise Refusal(f"content: expected a list of names, got {shown(content)}")
+    formats, content = _FORMATS | _HF_FORMATS, value.get("content", "model")
+    if content not in ("model", ["model"], ("model",)):
+        raise Refusal(
+            f"content={shown(content)}: of a checkpoint of InternEvo only the weights can be read; "
+            "write ('model',)"
+        )
     return {
         "ckpt.load_path": _local(value.get("path")),
-        "ckpt.load_content": [_CONTENT.get(n, n) if isinstance(n, str) else n for n in names],
         "ckpt.load_format": _choice(
-            formats, f"write one of {', '.join(formats)} as ckpt_type, or ckpt.load_format='ilm'"
+            formats, f"write one of {', '.join(formats)} as ckpt_type, or ckpt.load_format"
         )(value.get("ckpt_type", "internevo")),
     }
 

@@ -16,7 +16,8 @@ from ilm_compile.program.plan import DTYPES
 
 COMPUTE_DTYPES = ("float32", *(name for name in DTYPES if name is not None))
 CONTENTS = ("model", "optimizer", "trainer", "sampler", "random", "all")
-CHECKPOINT_FORMATS = ("ilm", "hf", "internlm")
+CHECKPOINT = "checkpoint"
+WEIGHT_FORMATS = ("ilm", "hf", "hf-llama", "hf-internlm2", "internlm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +147,11 @@ class CkptOptions:
     asynchronous: bool = option(True, "write while training goes on")
     load_path: str | None = option(None, "start from this one where there is none to resume")
     load_content: tuple[str, ...] = option(("model",), "what of it", choices=CONTENTS)
-    load_format: str = option("ilm", "of load_path", choices=CHECKPOINT_FORMATS)
+    load_format: str = option(
+        CHECKPOINT,
+        "of load_path: a checkpoint, or weights alone in one of the formats of convert",
+        choices=(CHECKPOINT, *WEIGHT_FORMATS),
+    )
     stop_file: str | None = option(None, "'+N' in it saves at step N and ends, '-N' goes on")
 
 

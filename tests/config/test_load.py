@@ -120,6 +120,11 @@ def test_the_sample_with_bases_takes_its_own_values_over_theirs() -> None:
         ({"data": {"type": "pydoc"}, "model": {"vocab_size": 100}}, "needs 258 for bytes"),
         ({"ckpt": {"load_content": ["weights"]}}, "load_content: expected one of 'model'"),
         ({"ckpt": {"load_content": []}}, "expected at least one"),
+        (
+            {"ckpt": {"load_content": ["all"], "load_format": "hf"}},
+            "load_format='hf' holds the weights alone",
+        ),
+        ({"data": {"type": "pydoc", "packing": "whole"}}, "is packed by 'cut'"),
         ({"monitor": {"slow_rank_ratio": 1.0}}, "expected more than 1, or 0 for off; got 1"),
         ({"profiler": {"every": 1}}, "expected at least profiler.num_steps=2, got 1"),
         ({"data": {"packing": "window", "max_documents": 4}}, "hold one text; leave it out"),
@@ -365,6 +370,7 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
         ({"ckpt": {"save_ckpt_folder": "volc:vc://a.b/c"}}, "'s3://...'"),
         ({"ckpt": {"load_ckpt_info": {"pth": "x"}}}, "it has path, content and ckpt_type"),
         ({"ckpt": {"load_ckpt_info": {"ckpt_type": "llama"}}}, "write one of internevo"),
+        ({"ckpt": {"load_ckpt_info": {"content": "all"}}}, "only the weights can be read"),
         ({"data": {"total_steps": 7}}, "train.total_steps is set to 7 here and to 100 at"),
     ],
 )
@@ -385,13 +391,6 @@ def test_what_ours_cannot_do_says_what_to_write(sections: dict[str, Any], messag
         ("ckpt", {"load_ckpt_folder": "local:a/49"}, "ckpt", "load_path", "local:a/49"),
         ("ckpt", {"load_ckpt_info": None}, "ckpt", "load_path", None),
         ("data", {"pack_sample_into_one": True}, "data", "packing", "window"),
-        (
-            "ckpt",
-            {"load_ckpt_info": {"path": "a", "content": ("model", "scheduler")}},
-            "ckpt",
-            "load_content",
-            ("model", "trainer"),
-        ),
         ("model", {"dtype": "torch.bfloat16"}, "train", "dtype", "bfloat16"),
         ("monitor", {"alert": {"feishu_alert_address": "u"}}, "monitor", "webhook", None),
     ],
