@@ -1,70 +1,64 @@
 """Rewrite the weights of an InternLM or InternLM2 in the names and layout of another format.
 
-Formats: ilm (our own), hf-llama (transformers' LlamaForCausalLM), hf-internlm2 (InternLM2 on the
-Hugging Face hub).
+Formats: ilm (our own, a folder of a checkpoint too), hf-llama (transformers' LlamaForCausalLM),
+hf-internlm2 (InternLM2 on the Hugging Face hub), hf (either), internlm (InternLM's own
+model_tp0_pp0.pt and so on). Tensors are read and written in pieces, so memory does not grow with
+the model.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+import torch
 
-from ilm_compile import models
-from ilm_compile.cli.files import read_tensors, write_tensors
 from ilm_compile.cli.model import add_model_argument, load_model
+from ilm_compile.convert import FORMATS, open_weights, to_format, write_weights
+from ilm_compile.convert.formats import check_formats
+from ilm_compile.convert.hf_config import hf_llama_config
+from ilm_compile.convert.write import DEFAULT_SHARD_BYTES
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.checkpoint.storage import MANIFEST
 
-Rewrite = Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
+DTYPES = ("float32", "bfloat16", "float16")
+WRITTEN = [name for name, form in FORMATS.items() if form.is_written]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_model_argument(parser)
-    parser.add_argument("input", type=Path, metavar="INPUT", help="safetensors file or folder")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="safetensors file")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="file or folder of weights")
+    parser.add_argument(
+        "output", type=Path, metavar="OUTPUT", help="a .safetensors file, or a new folder"
+    )
     parser.add_argument("--from", dest="source", choices=FORMATS, required=True)
-    parser.add_argument("--to", dest="target", choices=FORMATS, required=True)
+    parser.add_argument("--to", dest="target", choices=WRITTEN, required=True)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the output; else as the input")
+    parser.add_argument(
+        "--shard-gb",
+        type=float,
+        default=DEFAULT_SHARD_BYTES / 1e9,
+        help="largest file of a folder, in 10^9 bytes (%(default)g)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read, rewrite into our own format and out of it, write."""
-    if options.source == options.target:
+    """Open, see it under the other names, write it piece by piece."""
+    is_checkpoint = (options.input / MANIFEST).is_file()
+    if options.source == options.target and not (is_checkpoint or options.dtype):
         raise IlmCompileError(
             f"convert: --from and --to are both {options.source}, so there is nothing to do"
         )
+    if not options.shard_gb > 0:
+        raise IlmCompileError(f"convert: --shard-gb must be above 0, got {options.shard_gb}")
     model = load_model(options.model)
-    if not isinstance(model, models.InternLM | models.InternLM2):
-        raise IlmCompileError(
-            f"convert: expected an InternLM or InternLM2, got {type(model).__name__}"
-        )
-    (read, _), (_, write) = FORMATS[options.source], FORMATS[options.target]
-    converted = write(model, read(model, read_tensors(options.input)))
-    write_tensors(converted, options.output)
-    print(f"wrote {len(converted)} tensors to {options.output}")
-
-
-def _own(model: models.InternLM | models.InternLM2, tensors: Mapping[str, Tensor]) -> Any:
-    """The tensors unchanged, if they are those of `model`."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    got = {name: tuple(value.shape) for name, value in tensors.items()}
-    for name in sorted(expected.keys() | got.keys()):
-        if expected.get(name) != got.get(name):
-            raise IlmCompileError(
-                f"convert: {name}: expected {_shape(expected, name)}, got {_shape(got, name)}; "
-                "are MODEL and --from those of the input?"
-            )
-    return tensors
-
-
-def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    return f"shape {shapes[name]}" if name in shapes else "no such tensor"
-
-
-# Of each format: how it is read into our own, and how it is written from our own.
-FORMATS: dict[str, tuple[Rewrite, Rewrite]] = {
-    "ilm": (_own, _own),
-    "hf-llama": (models.from_hf_llama_state_dict, models.to_hf_llama_state_dict),
-    "hf-internlm2": (models.from_hf_internlm2_state_dict, models.to_hf_internlm2_state_dict),
-}
+    check_formats(model, options.source, options.target)
+    source = open_weights(model, options.input, options.source)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    number = write_weights(
+        to_format(model, source, options.target),
+        options.output,
+        dtype=dtype,
+        shard_bytes=int(options.shard_gb * 1e9),
+        extra=hf_llama_config(model, dtype) if options.target == "hf-llama" else None,
+    )
+    print(f"wrote {number} tensors to {options.output}")

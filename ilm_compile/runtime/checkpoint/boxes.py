@@ -50,6 +50,10 @@ class Box:
         """This box in coordinates that start where `outer` does."""
         return Box(tuple(a - b for a, b in zip(self.start, outer.start, strict=True)), self.sizes)
 
+    def after(self, outer: Box) -> Box:
+        """The inverse of `inside`."""
+        return Box(tuple(a + b for a, b in zip(self.start, outer.start, strict=True)), self.sizes)
+
     def of(self, tensor: Tensor) -> Tensor:
         """The view of `tensor` that this box cuts out."""
         for dim, (start, size) in enumerate(zip(self.start, self.sizes, strict=True)):
@@ -89,9 +93,9 @@ def held_boxes(
         kept = own.intersect(own_limits)
         if kept is None:
             continue
-        shifted = _move(kept, own, full).intersect(user_limits)
+        shifted = kept.inside(own).after(full).intersect(user_limits)
         if shifted is not None:
-            found.append(Held(_move(shifted, full, own).inside(own_limits), shifted))
+            found.append(Held(shifted.inside(full).after(own).inside(own_limits), shifted))
     return found
 
 
@@ -126,9 +130,3 @@ def _tp_boxes(variable: Variable, rank: int, size: int) -> list[tuple[Box, Box]]
 
 def _at(dim: int, start: int, ndim: int) -> Coordinates:
     return tuple(start if d == dim else 0 for d in range(ndim))
-
-
-def _move(box: Box, source: Box, target: Box) -> Box:
-    """`box`, a part of `source`, at the same place in `target`."""
-    relative = box.inside(source)
-    return Box(tuple(a + b for a, b in zip(relative.start, target.start, strict=True)), box.sizes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ilm_compile.runtime.checkpoint.boxes import boxes_of
+from ilm_compile.runtime.checkpoint.boxes import Box, boxes_of
 from ilm_compile.runtime.checkpoint.contents import group_names, group_options, local_of
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
@@ -44,9 +46,15 @@ def check_model(manifest: Manifest, parallel: Parallel, where: str) -> None:
 
 def restore_model(reader: SliceReader, parallel: Parallel) -> None:
     """Load the parameters and buffers of this rank; second copies follow by themselves."""
+    fill_model(lambda name, box: reader.read(f"model/{name}", box), parallel)
+
+
+def fill_model(read: Callable[[str, Box], Tensor], parallel: Parallel) -> None:
+    """Overwrite this rank's parameters and persistent buffers by what `read` gives of each."""
     for shard in parallel.parameters.shards.values():
         if shard.variable.is_parameter or shard.variable.persistent:
-            _fill(shard.local, f"model/{shard.variable.name}", shard, reader, parallel)
+            name = shard.variable.name
+            _fill(shard.local, partial(read, name), shard, parallel)
 
 
 def check_groups(manifest: Manifest, parallel: Parallel, optimizer: Optimizer, where: str) -> None:
@@ -104,10 +112,10 @@ def restore_random(reader: SliceReader, parallel: Parallel) -> None:
         torch.cuda.set_rng_state(reader.read(f"{prefix}cuda"), device)
 
 
-def _fill(local: Tensor, name: str, shard: Shard, reader: SliceReader, parallel: Parallel) -> None:
+def _fill(local: Tensor, read: Callable[[Box], Tensor], shard: Shard, parallel: Parallel) -> None:
     for held in boxes_of(shard, parallel.mesh):
         with torch.no_grad():
-            held.own.of(local).copy_(reader.read(name, held.full))
+            held.own.of(local).copy_(read(held.full))
 
 
 def _state(
@@ -127,7 +135,7 @@ def _state(
         )
     # Zeros where the compiler padded: those elements have no gradient and never move.
     whole = torch.zeros_like(shard.public, dtype=record.dtype, requires_grad=False)
-    _fill(local_of(whole), name, shard, reader, parallel)
+    _fill(local_of(whole), partial(reader.read, name), shard, parallel)
     return whole
 
 
