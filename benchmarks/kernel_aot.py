@@ -52,7 +52,7 @@ def compile_samples(names: Sequence[str], architectures: Sequence[int]) -> Itera
 def table(rows: Sequence[Row]) -> Table:
     """The rows for a console."""
     columns = "kernel, width, sm, warps, registers, spilled, shared, load, narrow, prefetch"
-    found = Table(title="Triton kernels compiled ahead of time, bf16")
+    found = Table(title="Triton kernels compiled ahead of time, bf16", box=None)
     for column in columns.split(", "):
         found.add_column(column, justify="left" if column == "kernel" else "right")
     for row in rows:

@@ -4,6 +4,8 @@ Compiled from a real call of its launcher: a change that narrows loads, spills r
 in float64, loses the prefetch of a loop or does not fit as often as its table says is found here.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -42,8 +44,9 @@ def count_compilations(name: str, num_rows: list[int]) -> int:
     from benchmarks.ahead_of_time import compile_kernels
 
     def launch_all() -> None:
-        for kernel_samples.NUM_ROWS in num_rows:
-            SAMPLES[name].call(SAMPLES[name].widths[0])
+        for rows in num_rows:
+            with mock.patch.object(kernel_samples, "NUM_ROWS", rows):
+                SAMPLES[name].call(SAMPLES[name].widths[0])
 
     return len(compile_kernels(launch_all, 90))
 

@@ -116,6 +116,8 @@ def test_add_rms_norm(dtype, stream, offset):
     y, total = add_rms_norm(x, residual, weight, EPS, weight_offset=offset)
     assert (y.dtype, total.dtype) == (dtype, stream)
     assert torch.equal(total, (x.to(stream) + residual))
+    if dtype == stream:  # the norm is of the sum as it was rounded
+        assert torch.equal(y, rms_norm(total, weight, EPS, weight_offset=offset))
     assert relative_error(y, exactly(total, weight, offset)) < TOLERANCES[dtype]
 
     grads = rows(100, dtype, seed=2), rows(100, stream, seed=3)

@@ -55,7 +55,11 @@ class Worker:
         if not self._pipe.poll(TIMEOUT_S):
             self._process.kill()
             raise RuntimeError(f"{target}: no answer within {TIMEOUT_S} s")
-        succeeded, answer = pickle.loads(self._pipe.recv_bytes())
+        try:
+            succeeded, answer = pickle.loads(self._pipe.recv_bytes())
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"{target}: died, exit code {self._process.exitcode}") from None
         if not succeeded:
             raise RuntimeError(f"{target} failed:\n{answer}")
         return answer

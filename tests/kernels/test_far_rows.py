@@ -1,0 +1,57 @@
+"""Rows that lie further apart than 32 bits count: a slice of a long fused projection has such.
+
+The tensors are holes in a sparse file, so that gigabytes cost nothing. Runs in the interpreter,
+which computes in the widths that the kernel names, as a GPU does.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.accuracy import relative_error
+from tests.kernels.worker import Worker
+
+WIDTH = 64
+STRIDE = 2**30  # of a row: the third begins at element 2^31
+NUM_ROWS = 3
+CALLS = {
+    "rms_norm": ("triton_rms_norm", 1, (None, 1e-5, False, 0.0)),
+    "rms_norm_backward": ("triton_rms_norm", 2, (None, 1e-5, False, 0.0)),
+    "add_rms_norm": ("triton_rms_norm", 2, (None, 1e-5, False, 0.0)),
+    "add_rms_norm_backward": ("triton_rms_norm", 3, (None, 1e-5, False, 0.0)),
+    "swiglu": ("triton_swiglu", 2, ()),
+    "swiglu_backward": ("triton_swiglu", 3, ()),
+}
+
+
+def apart(rows: Tensor, path: str) -> Tensor:
+    """The same rows with STRIDE elements from one to the next."""
+    size = STRIDE * (NUM_ROWS - 1) + WIDTH
+    whole = torch.from_file(path, shared=True, size=size, dtype=rows.dtype)
+    return whole.as_strided((NUM_ROWS, WIDTH), (STRIDE, 1)).copy_(rows)
+
+
+def launch_far(name: str, path: str) -> list[tuple[Tensor, Tensor]]:
+    """Outputs for rows far apart, and for the same rows end to end."""
+    import importlib
+
+    module, num_tensors, options = CALLS[name]
+    function = getattr(importlib.import_module(f"ilm_compile.kernels.{module}"), name)
+    torch.manual_seed(0)
+    near = [torch.randn(NUM_ROWS, WIDTH).half() for _ in range(num_tensors)]
+    far = [apart(x, f"{path}.{index}") for index, x in enumerate(near)]
+    found, expected = function(*far, *options), function(*near, *options)
+    if isinstance(found, Tensor):
+        return [(found, expected)]
+    return list(zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_rows_further_apart_than_32_bits_count(
+    interpreter: Worker, tmp_path: Path, name: str
+) -> None:
+    target = "tests.kernels.test_far_rows:launch_far"
+    for far, near in interpreter.call(target, name, str(tmp_path / "rows")):
+        assert relative_error(far, near) == 0
