@@ -12,6 +12,9 @@ compiles anew. Row numbers become int64 before they meet a stride.
 Shapes in this file: x (R, H) with any row stride, weight (H,), partial (programs, H).
 """
 
+# Triton types neither its decorator nor what a kernel sees of its arguments.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import torch
 import triton
 import triton.language as tl

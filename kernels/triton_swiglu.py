@@ -6,6 +6,9 @@ be halves of one projection: rows have any stride, and row numbers become int64 
 Shapes in this file: gate, up (R, N) with any row stride.
 """
 
+# Triton types neither its decorator nor what a kernel sees of its arguments.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import torch
 import triton
 import triton.language as tl
