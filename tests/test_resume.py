@@ -1,9 +1,18 @@
 """The promise: training saved under any plan goes on under any other as if nothing had happened."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import ilm_compile
+from examples.custom_pass import MergeGateUp
+from ilm_compile.models import internlm2_tiny
+from ilm_compile.runtime import adamw
+from ilm_compile.runtime.checkpoint import CheckpointManager
+from tests.support.promote import promoted_float32
 from tests.support.resume import NUM_STEPS, PLANS, WORLD_SIZES, Run
 from tests.support.world import World
 
@@ -93,6 +102,52 @@ def test_training_goes_on_under_another_plan(
     first: str, second: str, uninterrupted: list[float], resumed: Curves
 ) -> None:
     assert resumed[first, second] == pytest.approx(uninterrupted[NUM_STEPS:], rel=1e-9)
+
+
+# Under a pass that merges weights
+
+MERGED: dict[str, Any] = {"tp": 2, "pp": 2, "num_microbatches": 2, "passes": [MergeGateUp()]}
+PLAIN: dict[str, Any] = {"num_microbatches": 2}
+
+
+def train_merged(
+    rank: int, folder: str, options: dict[str, Any], num_steps: int
+) -> tuple[list[float], list[str]]:
+    """Losses of the next steps from what is in `folder`, saved there; names of the parameters."""
+    torch.manual_seed(0)
+    model = internlm2_tiny(num_layers=2, max_seq_len=16).double()
+    with promoted_float32():
+        parallel = ilm_compile.parallelize(model, **options)
+        optimizer = adamw(parallel.named_parameters(), lr=0.01)
+        manager = CheckpointManager(folder, parallel, optimizer=optimizer)
+        start = manager.resume() or 0
+        losses = []
+        for step in range(start, start + num_steps):
+            parallel.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            tokens = torch.randint(512, (2, 16), generator=generator)
+            loss = parallel.execute_schedule({"input_ids": tokens, "labels": tokens})
+            assert isinstance(loss, torch.Tensor)
+            losses.append(loss.item())
+            optimizer.step()
+        manager.save(start + num_steps, wait=True)
+        manager.close()
+    return losses, [name for name, _ in parallel.named_parameters()]
+
+
+@pytest.mark.parametrize("merged", ["first", "second"])
+def test_training_goes_on_with_and_without_a_pass_that_merges_weights(
+    worlds: dict[int, World], tmp_path: Path, merged: str
+) -> None:
+    (through, _), *_ = worlds[1].run(train_merged, f"{tmp_path}/through", PLAIN, 4)
+    legs = [(4, MERGED), (1, PLAIN)] if merged == "first" else [(1, PLAIN), (4, MERGED)]
+    losses, names = [], set()
+    for size, options in legs:
+        (part, own), *_ = worlds[size].run(train_merged, f"{tmp_path}/ckpt", options, 2)
+        losses += part
+        names |= set(own)
+    assert any("_and_up" in name for name in names)
+    assert losses == pytest.approx(through, rel=1e-9)
 
 
 def test_the_curve_depends_on_what_is_resumed(uninterrupted: list[float], resumed: Curves) -> None:

@@ -19,6 +19,7 @@ from ilm_compile.program.communicator import set_communicators
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.parameter_map import (
+    ParameterMap,
     gradients_to_model,
     model_variables,
     to_model,
@@ -149,9 +150,15 @@ class Parallel:
         """What this rank holds of parameters and buffers."""
         return self._parameters
 
+    @property
+    def parameter_maps(self) -> tuple[ParameterMap, ...]:
+        """What passes have made of the model's parameters, in order."""
+        return self._maps
+
     def saved_variables(self) -> dict[str, Variable]:
-        """The parameters and persistent buffers of the program, of all ranks, by name."""
-        return {variable.name: variable for variable in self._saved()}
+        """The parameters and persistent buffers of the user's model, of all ranks, by name."""
+        found = model_variables(self._maps, self._variables)
+        return {name: variable for name, variable in found.items() if _is_saved(variable)}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -126,6 +126,7 @@ class CheckpointManager(Hook):
         with together(self._mesh, f"checkpoint of step {step}"):
             pieces, groups = self._state.snapshot()
             manifest = self._state.describe(step, self._config)
+        pieces += self._state.mapped()
         written = self._thread.submit(
             write_part, self._storage, working, self._mesh.rank, pieces, groups
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,46 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ilm_compile.runtime.checkpoint.boxes import Box, boxes_of
+from ilm_compile.runtime.checkpoint.boxes import Box, boxes_of, whole
 from ilm_compile.runtime.checkpoint.contents import group_names, group_options, local_of
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
+from ilm_compile.runtime.checkpoint.mapped import mapped_groups, names_of
 from ilm_compile.runtime.checkpoint.slices import SliceReader
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.shard import Shard
+
+ReadBox = Callable[[str, Box], Tensor]
+
+
+class ProgramView:
+    """Reads the program's tensors where only those of the user's model can be read.
+
+    prefix: what `read` wants before the name of a parameter, for states that are cut like it.
+    """
+
+    def __init__(self, read: ReadBox, parallel: Parallel) -> None:
+        self._read = read
+        self.shapes = {n: v.user_shape for n, v in parallel.saved_variables().items()}
+        self._mapped = dict(names_of(mapped_groups(parallel)))
+        self._last: tuple[tuple[str, str], dict[str, Tensor]] = (("", ""), {})
+
+    def model_name(self, name: str) -> str:
+        """The tensor of the model that `name` of the program is, or the first it was made of."""
+        return self._mapped[name].model[0].name if name in self._mapped else name
+
+    def read(self, prefix: str, name: str, box: Box) -> Tensor:
+        """A box of a tensor of the program; what passes have made is made anew, group by group."""
+        group = self._mapped.get(name)
+        if group is None:
+            return self._read(prefix + name, box)
+        key = (prefix, group.program[0])
+        if self._last[0] != key:
+            self._last = (("", ""), {})
+            names = [variable.name for variable in group.model]
+            full = {n: self._read(prefix + n, whole(self.shapes[n])) for n in names}
+            self._last = (key, group.to_program(full))
+        return box.of(self._last[1][name])
 
 
 def check_model(manifest: Manifest, parallel: Parallel, where: str) -> None:
@@ -49,12 +81,15 @@ def restore_model(reader: SliceReader, parallel: Parallel) -> None:
     fill_model(lambda name, box: reader.read(f"model/{name}", box), parallel)
 
 
-def fill_model(read: Callable[[str, Box], Tensor], parallel: Parallel) -> None:
-    """Overwrite this rank's parameters and persistent buffers by what `read` gives of each."""
+def fill_model(read: ReadBox, parallel: Parallel) -> None:
+    """Overwrite this rank's parameters and persistent buffers.
+
+    read: gives a box of a tensor of the user's model, by name.
+    """
+    view = ProgramView(read, parallel)
     for shard in parallel.parameters.shards.values():
         if shard.variable.is_parameter or shard.variable.persistent:
-            name = shard.variable.name
-            _fill(shard.local, partial(read, name), shard, parallel)
+            _fill(shard.local, "", view, shard, parallel)
 
 
 def check_groups(manifest: Manifest, parallel: Parallel, optimizer: Optimizer, where: str) -> None:
@@ -76,21 +111,21 @@ def check_groups(manifest: Manifest, parallel: Parallel, optimizer: Optimizer, w
 
 def restore_optimizer(reader: SliceReader, parallel: Parallel, optimizer: Optimizer) -> None:
     """Replace the optimizer's state and the numbers of its param groups."""
-    keys: dict[str, list[str]] = {}
+    keys: dict[str, list[str]] = {}  # of each parameter of the model
     for name in reader.manifest.tensors:
         if name.startswith("optimizer/"):
             _, key, parameter = name.split("/", 2)
             keys.setdefault(parameter, []).append(key)
+    view = ProgramView(reader.read, parallel)
     optimizer.state.clear()
     for group in optimizer.param_groups:
         on_device = bool(group.get("fused") or group.get("capturable"))
         own = {id(p) for p in group["params"]}
         for shard in parallel.parameters.parameters():
-            name = shard.variable.name
+            name = view.model_name(shard.variable.name)
             if id(shard.public) in own and name in keys:
                 optimizer.state[shard.public] = {
-                    key: _state(f"optimizer/{key}/{name}", shard, reader, parallel, on_device)
-                    for key in keys[name]
+                    key: _state(key, shard, view, reader, parallel, on_device) for key in keys[name]
                 }
     for group, saved in zip(optimizer.param_groups, reader.manifest.groups, strict=True):
         for key in group_options(optimizer)[0]:
@@ -112,31 +147,38 @@ def restore_random(reader: SliceReader, parallel: Parallel) -> None:
         torch.cuda.set_rng_state(reader.read(f"{prefix}cuda"), device)
 
 
-def _fill(local: Tensor, read: Callable[[Box], Tensor], shard: Shard, parallel: Parallel) -> None:
+def _fill(local: Tensor, prefix: str, view: ProgramView, shard: Shard, parallel: Parallel) -> None:
     for held in boxes_of(shard, parallel.mesh):
         with torch.no_grad():
-            held.own.of(local).copy_(read(held.full))
+            held.own.of(local).copy_(view.read(prefix, shard.variable.name, held.full))
 
 
 def _state(
-    name: str, shard: Shard, reader: SliceReader, parallel: Parallel, on_device: bool
+    key: str,
+    shard: Shard,
+    view: ProgramView,
+    reader: SliceReader,
+    parallel: Parallel,
+    on_device: bool,
 ) -> Tensor | bool | int | float:
     """One entry of a parameter's optimizer state, as `torch.optim` lays it out."""
+    of = view.model_name(shard.variable.name)
+    name = f"optimizer/{key}/{of}"
     record = reader.manifest.tensors[name]
-    if not record.shape and (shard.variable.shape or name.startswith("optimizer/step/")):
+    if not record.shape and (shard.variable.shape or key == "step"):
         value = reader.read(name)
         if record.is_number:
             number: bool | int | float = value.item()
             return number
         return value.to(parallel.mesh.device) if on_device else value
-    if record.shape != shard.variable.user_shape:
+    if record.shape != view.shapes[of]:
         raise CheckpointError(
-            f"{name}: expected shape {list(shard.variable.user_shape)}, got {list(record.shape)}"
+            f"{name}: expected shape {list(view.shapes[of])}, got {list(record.shape)}"
         )
     # Zeros where the compiler padded: those elements have no gradient and never move.
-    whole = torch.zeros_like(shard.public, dtype=record.dtype, requires_grad=False)
-    _fill(local_of(whole), partial(reader.read, name), shard, parallel)
-    return whole
+    state = torch.zeros_like(shard.public, dtype=record.dtype, requires_grad=False)
+    _fill(local_of(state), f"optimizer/{key}/", view, shard, parallel)
+    return state
 
 
 def _set_option(group: dict[str, Any], key: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from ilm_compile.runtime.checkpoint.contents import (
     Stateful,
     group_names,
     group_options,
+    mapped_pieces,
     model_pieces,
     optimizer_pieces,
     plain_states,
@@ -47,6 +48,10 @@ class TrainingState:
         """The names of what there is, as in `CheckpointManager.load`'s content."""
         optimizer = [] if self.optimizer is None else [OPTIMIZER]
         return [MODEL, *optimizer, RANDOM, *self.states]
+
+    def mapped(self) -> list[Piece]:
+        """The part of a snapshot that ranks have to make together. Collective."""
+        return list(mapped_pieces(self.parallel, self.optimizer))
 
     def snapshot(self) -> tuple[list[Piece], list[list[str]]]:
         """Host copies of this rank's slices, and the names in its param groups."""
