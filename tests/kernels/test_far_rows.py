@@ -16,6 +16,9 @@ from tests.kernels.worker import Worker
 WIDTH = 64
 STRIDE = 2**30  # of a row: the third begins at element 2^31
 NUM_ROWS = 3
+ANGLES = torch.rand(1, NUM_ROWS, 8) * 6
+TURNS = (ANGLES.cos(), ANGLES.sin(), None, False)
+TARGET = torch.tensor([-100, 3, 70])
 CALLS = {
     "rms_norm": ("triton_rms_norm", 1, (None, 1e-5, False, 0.0)),
     "rms_norm_backward": ("triton_rms_norm", 2, (None, 1e-5, False, 0.0)),
@@ -23,6 +26,21 @@ CALLS = {
     "add_rms_norm_backward": ("triton_rms_norm", 3, (None, 1e-5, False, 0.0)),
     "swiglu": ("triton_swiglu", 2, ()),
     "swiglu_backward": ("triton_swiglu", 3, ()),
+    "rotary": ("triton_rotary", 2, TURNS),
+    "rotary_backward": ("triton_rotary", 2, TURNS),
+    "qkv_rotary": ("triton_qkv_rotary", 1, TURNS),
+    "qkv_rotary_backward": ("triton_qkv_rotary", 3, TURNS),
+    "vocab_statistics": ("triton_vocab_loss", 1, (TARGET, WIDTH, -100, 3 * WIDTH)),
+    "vocab_cross_entropy_backward": (
+        *("triton_vocab_loss", 1),
+        (TARGET, torch.ones(NUM_ROWS), torch.ones(NUM_ROWS), WIDTH, -100, 0.1, 3 * WIDTH),
+    ),
+}
+# What an op takes of a row: heads, or groups of heads.
+SHAPES = {
+    "triton_rotary": lambda x: x.unflatten(1, (4, 16)).unsqueeze(0),
+    "triton_qkv_rotary": lambda x: x.unflatten(1, (4, 16)).unsqueeze(0),
+    "qkv_rotary": lambda x: x.unflatten(1, (1, 4, 16)).unsqueeze(0),
 }
 
 
@@ -42,6 +60,8 @@ def launch_far(name: str, path: str) -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     near = [torch.randn(NUM_ROWS, WIDTH).half() for _ in range(num_tensors)]
     far = [apart(x, f"{path}.{index}") for index, x in enumerate(near)]
+    shape = SHAPES.get(name) or SHAPES.get(module, lambda x: x)
+    near, far = ([shape(x) for x in xs] for xs in (near, far))
     found, expected = function(*far, *options), function(*near, *options)
     if isinstance(found, Tensor):
         return [(found, expected)]
