@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from ilm_compile.runtime.data import (
     BatchNumbers,
     BatchRamp,
     PackedText,
+    TokenDataset,
     ValidationBatches,
     pack_documents,
+    write_shard,
 )
 
 NUM_ROWS = 12
@@ -188,6 +191,38 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(
 def test_anything_else_is_no_state(state: Any) -> None:
     with pytest.raises(IlmCompileError, match="expected the keys"):
         iterator().load_state_dict(state)
+
+
+# reading ahead
+
+
+def test_workers_give_the_same_batches_and_go_on_exactly() -> None:
+    options: dict[str, Any] = {"ramp": BatchRamp(1, 1, 2), "skip": "1,5-6"}
+    expected = take(iterator(**options), 9)
+    ahead = iterator(num_workers=2, **options)
+    assert take(ahead, 3) == expected[:3]
+    state = ahead.state_dict()
+    assert take(ahead, 2) == expected[3:5]
+    ahead.load_state_dict(state)
+    assert take(ahead, 6) == expected[3:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_that_cannot_be_read_is_not_taken(tmp_path: Path, num_workers: int) -> None:
+    write_shard(tmp_path / "a.bin", [[1, 2, 30]])
+    data = TokenDataset.open(tmp_path, seq_len=3, vocab_size=20)
+    batches = BatchIterator(data, global_batch_size=1, num_workers=num_workers)
+    for _ in range(2):
+        with pytest.raises(IlmCompileError) as error:
+            next(batches)
+    assert batches.batches_taken == 0
+    assert "vocabulary size 20 at offset 0" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_negative_number_of_workers_is_refused() -> None:
+    with pytest.raises(IlmCompileError, match="num_workers of at least 0, got -1"):
+        iterator(num_workers=-1)
 
 
 # validation

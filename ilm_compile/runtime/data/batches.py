@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.data.batch_plan import BatchNumbers, BatchRamp
-from ilm_compile.runtime.data.dataset import IGNORED_LABEL, Identity, RowDataset
+from ilm_compile.runtime.data.dataset import Identity, RowDataset, padded_batch
+from ilm_compile.runtime.data.read_ahead import read_ahead
+from ilm_compile.runtime.data.row_order import RowOrder
 
 _COUNTERS = ("rows_taken", "batches_taken")
 
@@ -27,7 +27,7 @@ class BatchIterator:
     ramp: the first batches have fewer rows. They are filled up with rows that have no target, since
     a compiled program takes one shape only: loss and gradients are those of the smaller batch, the
     time is that of the full one. skip: numbers of batches, from 0, whose rows are passed over; a
-    text as "2-5,10" or `BatchNumbers`.
+    text as "2-5,10" or `BatchNumbers`. num_workers: processes that read batches ahead; none when 0.
     """
 
     def __init__(
@@ -38,11 +38,16 @@ class BatchIterator:
         seed: int = 0,
         ramp: BatchRamp | None = None,
         skip: BatchNumbers | str = "",
+        num_workers: int = 0,
     ) -> None:
         if global_batch_size < 1 or seed < 0:
             raise IlmCompileError(
                 "BatchIterator: global_batch_size must be at least 1 and seed at least 0, "
                 f"got global_batch_size={global_batch_size}, seed={seed}"
+            )
+        if num_workers < 0:
+            raise IlmCompileError(
+                f"BatchIterator: expected num_workers of at least 0, got {num_workers}"
             )
         if ramp is not None and ramp.start > global_batch_size:
             raise IlmCompileError(
@@ -54,40 +59,51 @@ class BatchIterator:
         self._dataset = dataset
         self._global_batch_size = global_batch_size
         self._seed = seed
-        self._ramp = ramp
-        self._skip = BatchNumbers.parse(skip) if isinstance(skip, str) else skip
-        self._rows_taken = 0
-        self._batches_taken = 0
-        self._order = self._epoch_order(0)
-        self.num_rows = 0
+        self._num_workers = num_workers
+        numbers = BatchNumbers.parse(skip) if isinstance(skip, str) else skip
+        self._order = RowOrder(len(dataset), global_batch_size, seed, ramp, numbers)
+        self._ahead: Iterator[dict[str, Tensor]] | None = None
+        self.num_rows = 0  # of the last batch, without those that fill it up
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        while self._batches_taken in self._skip:
-            self._take()
-        rows = self._take()
+        position = (self._order.rows_taken, self._order.batches_taken)
+        if self._num_workers and self._ahead is None:
+            self._ahead = read_ahead(
+                self._dataset,
+                self._order.copy(),
+                size=self._global_batch_size,
+                num_workers=self._num_workers,
+            )
+        rows = next(self._order)
         self.num_rows = len(rows)
-        return padded_batch(self._dataset, rows, self._global_batch_size)
+        try:
+            if self._ahead is not None:
+                return next(self._ahead)
+            return padded_batch(self._dataset, rows, self._global_batch_size)
+        except BaseException:
+            self._go_to(*position)  # a batch that nobody saw was not taken
+            raise
 
     @property
     def epoch(self) -> int:
         """How many times every row has been taken."""
-        return self._rows_taken // len(self._dataset)
+        return self._order.epoch
 
     @property
     def batches_taken(self) -> int:
         """How many batches have been drawn, those skipped among them."""
-        return self._batches_taken
+        return self._order.batches_taken
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on with the next batch; JSON values only."""
         return {
             "seed": self._seed,
             **self._identity,
-            "rows_taken": self._rows_taken,
-            "batches_taken": self._batches_taken,
+            "rows_taken": self._order.rows_taken,
+            "batches_taken": self._order.batches_taken,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,28 +131,15 @@ class BatchIterator:
                     f"BatchIterator.load_state_dict: expected a count of at least 0 as {key}, got "
                     f"{state[key]!r}"
                 )
-        self._rows_taken, self._batches_taken = state["rows_taken"], state["batches_taken"]
-        self._order = self._epoch_order(self.epoch)
+        self._go_to(state["rows_taken"], state["batches_taken"])
+
+    def _go_to(self, rows_taken: int, batches_taken: int) -> None:
+        self._order.go_to(rows_taken, batches_taken)
+        self._ahead = None
 
     @cached_property
     def _identity(self) -> Identity:
         return self._dataset.identity()
-
-    def _take(self) -> list[int]:
-        """The rows of the next batch."""
-        full = self._global_batch_size
-        wanted = full if self._ramp is None else self._ramp.rows(self._batches_taken, full)
-        rows: list[int] = []
-        for _ in range(wanted):
-            rows.append(int(self._order[self._rows_taken % len(self._dataset)]))
-            self._rows_taken += 1
-            if self._rows_taken % len(self._dataset) == 0:
-                self._order = self._epoch_order(self.epoch)
-        self._batches_taken += 1
-        return rows
-
-    def _epoch_order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.random.default_rng((self._seed, epoch)).permutation(len(self._dataset))
 
 
 class ValidationBatches:
@@ -169,10 +172,3 @@ class ValidationBatches:
         for batch in range(self._num_batches):
             rows = list(range(batch * size, min((batch + 1) * size, len(self.dataset))))
             yield padded_batch(self.dataset, rows, size)
-
-
-def padded_batch(dataset: RowDataset, rows: list[int], size: int) -> dict[str, Tensor]:
-    """The rows, and then copies of the first with no target, `size` rows in all."""
-    batch = dataset.batch(torch.tensor(rows + rows[:1] * (size - len(rows))))
-    batch["labels"][len(rows) :] = IGNORED_LABEL
-    return batch

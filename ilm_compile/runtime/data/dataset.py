@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -43,3 +44,10 @@ class RowDataset(Protocol):
         Plain JSON values. Equal identities mean the same rows in the same places.
         """
         ...
+
+
+def padded_batch(dataset: RowDataset, rows: list[int], size: int) -> dict[str, Tensor]:
+    """The rows, and then copies of the first with no target, `size` rows in all."""
+    batch = dataset.batch(torch.tensor(rows + rows[:1] * (size - len(rows))))
+    batch["labels"][len(rows) :] = IGNORED_LABEL
+    return batch
