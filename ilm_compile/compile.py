@@ -21,7 +21,7 @@ from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.schedule import build, check
 
-DTYPE_NAMES = {None: None, torch.bfloat16: "bfloat16"}
+DTYPE_NAMES = {None: None, torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def make_plan(plan: Plan | str | Path | None = None, **keywords: Any) -> Plan:
@@ -33,7 +33,7 @@ def make_plan(plan: Plan | str | Path | None = None, **keywords: Any) -> Plan:
     start = plan if isinstance(plan, Plan) else Plan() if plan is None else Plan.from_json(plan)
     dtype = keywords.pop("dtype", None)
     if dtype not in DTYPE_NAMES and dtype not in DTYPE_NAMES.values():
-        raise PlanError(f"plan: dtype must be None or torch.bfloat16, got {dtype}")
+        raise PlanError(f"plan: dtype must be None, torch.bfloat16 or torch.float16, got {dtype}")
     keywords["dtype"] = DTYPE_NAMES.get(dtype, dtype)
     given = {name: value for name, value in keywords.items() if value is not None}
     changed = start.replace(**given)
@@ -71,12 +71,12 @@ def partition(
 
     Keywords are the fields of `Plan`: tp, pp, num_chunks, num_microbatches, schedule,
     sequence_parallel, embed_split_hidden, constraints (parameter name or glob to Shard(dim)),
-    checkpoint, dtype (torch.bfloat16), zero, seed, kernels ("triton": fused ops, which are
-    partitioned anywhere and run on CUDA; "torch": none; "auto": those if this machine can run
-    them). `passes` are run beside the standard ones, in the order their requirements give, without
-    those named in `disable`, each checked as `validate` says ("types", "numerics" or None: see
-    `run_passes`); `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the model
-    cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
+    checkpoint, dtype (torch.bfloat16 or torch.float16), zero, seed, kernels ("triton": fused ops,
+    which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this machine can
+    run them). `passes` are run beside the standard ones, in the order their requirements give,
+    without those named in `disable`, each checked as `validate` says ("types", "numerics" or None:
+    see `run_passes`); `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the
+    model cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)

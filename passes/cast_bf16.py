@@ -1,4 +1,4 @@
-"""Mixed precision as casts in the graph: matrix products in bf16, delicate sums in float32."""
+"""Mixed precision as casts in the graph: products in a low dtype, delicate sums in float32."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class CastBF16(Pass):
     """
 
     name: ClassVar[str] = "cast-bf16"
+    low: ClassVar[torch.dtype] = BF16
     after: ClassVar[frozenset[str]] = frozenset({"sharded"})
     ensures: ClassVar[frozenset[str]] = frozenset({"cast"})
     numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
@@ -49,17 +50,18 @@ class CastBF16(Pass):
 
     def apply(self, program: Program) -> None:
         for variable in program.parameters().values():
-            if variable.dtype not in (FP32, BF16):
+            if variable.dtype not in (FP32, self.low):
                 raise PlanError(
-                    f"{self.name}: expected parameters in float32 or bfloat16, got {variable.name} "
-                    f"in {variable.dtype}; convert the model with model.float(), or use dtype=None"
+                    f"{self.name}: expected parameters in float32 or {_name(self.low)}, got "
+                    f"{variable.name} in {variable.dtype}; convert the model with model.float(), "
+                    "or use dtype=None"
                 )
         before = len(program.graph.find_nodes(op="call_function", target=_CAST))
-        products = _Caster(program).run()
+        products = _Caster(program, self.low).run()
         casts = len(program.graph.find_nodes(op="call_function", target=_CAST)) - before
         program.decisions.append(
-            f"{self.name}: {products} matrix products run in bfloat16; norms, softmax, loss and "
-            f"reductions in float32; {casts} casts added, parameters stay as they are"
+            f"{self.name}: {products} matrix products run in {_name(self.low)}; norms, softmax, "
+            f"loss and reductions in float32; {casts} casts added, parameters stay as they are"
         )
 
     @staticmethod
@@ -84,21 +86,34 @@ class CastBF16(Pass):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CastFP16(CastBF16):
+    """The same for float16, which has 11 bits, but no numbers above 65504 and few below 6e-5.
+
+    Gradients that small would be lost: train with a loss scale (`ilm_compile.runtime.LossScaler`).
+    """
+
+    name: ClassVar[str] = "cast-fp16"
+    low: ClassVar[torch.dtype] = torch.float16
+    tolerance: ClassVar[float] = 3e-3
+
+
 class _Caster:
     """Walks the graph in order, casting inputs and carrying the new dtypes forward."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, low: torch.dtype) -> None:
         self.program = program
+        self.low = low
         self.parameter_free = parameter_free_nodes(program)
         # One cast per value, dtype and region: a cast shared by several blocks would have to be
         # sent between stages, and kept by blocks that are recomputed.
         self.casts: dict[tuple[fx.Node, torch.dtype, int], fx.Node] = {}
 
     def run(self) -> int:
-        """Insert all casts; returns the number of matrix products in bf16."""
+        """Insert all casts; returns the number of matrix products in the low dtype."""
         for node in self.program.graph.find_nodes(op="placeholder"):
             if node.target in self.program.target_counts:
-                # bf16 counts up to 256 only
+                # bf16 counts up to 256 only, fp16 up to 2048
                 node.meta["val"] = node.meta["val"].to(FP32)
         products = 0
         with communicators(tp=ShapeCommunicator(self.program.plan.tp)), torch.no_grad():
@@ -110,13 +125,13 @@ class _Caster:
         precision = precision_of(node, self.parameter_free)
         if node in self.parameter_free:
             return False
-        if node.target is _CAST and (same := _already(node.all_input_nodes[0], node.args[1])):
+        if node.target is _CAST and (same := self._already(node.all_input_nodes[0], node.args[1])):
             node.replace_all_uses_with(same)
             self.program.graph.erase_node(node)
             return False
-        wanted = BF16 if precision is MOVE and self._is_read_in_bf16(node) else precision.inputs
+        wanted = BF16 if precision is MOVE and self._is_read_low(node) else precision.inputs
         if wanted is not None:
-            self._cast_inputs(node, wanted)
+            self._cast_inputs(node, self._lowered(wanted))
         if precision.values:
             self._cast_values(node, precision.values)
         try:
@@ -125,10 +140,14 @@ class _Caster:
             self._cast_inputs(node, FP32)
             node.meta["val"] = _run_on_meta(node)
         if precision.result is not None:
-            self._cast_result(node, precision.result)
+            self._cast_result(node, self._lowered(precision.result))
         return precision is PRODUCT
 
-    def _is_read_in_bf16(self, move: fx.Node) -> bool:
+    def _lowered(self, dtype: torch.dtype) -> torch.dtype:
+        """What a row of the table, written for bf16, asks for."""
+        return self.low if dtype == BF16 else dtype
+
+    def _is_read_low(self, move: fx.Node) -> bool:
         """Whether a value can be rounded before it moves between ranks, at half the bytes."""
         is_partial = move.all_input_nodes[0].meta.get("placement") == P
         readers = [precision_of(user, self.parameter_free) for user in move.users]
@@ -175,7 +194,7 @@ class _Caster:
 
     def _cast(self, source: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
         """Return `source` in `dtype`, for the use of node `near`."""
-        if same := _already(source, dtype):
+        if same := self._already(source, dtype):
             return same
         key = source, dtype, near.meta["region"]
         if key not in self.casts:
@@ -191,18 +210,17 @@ class _Caster:
         cast.meta["val"] = source.meta["val"].to(dtype)
         return cast
 
+    def _already(self, source: fx.Node, dtype: Any) -> fx.Node | None:
+        """Return a node that holds `source` in `dtype` without a cast, if there is one.
 
-def _already(source: fx.Node, dtype: Any) -> fx.Node | None:
-    """Return a node that holds `source` in `dtype` without a cast, if there is one.
-
-    bf16 -> float32 -> bf16 is exact and gives the original; float32 -> bf16 -> float32 rounds.
-    """
-    if _dtype(source) == dtype:
-        return source
-    if source.target is _CAST and _dtype(source) == FP32:
-        origin = source.all_input_nodes[0]
-        return origin if _dtype(origin) == dtype == BF16 else None
-    return None
+        bf16 -> float32 -> bf16 is exact and gives the original; float32 -> bf16 -> float32 rounds.
+        """
+        if _dtype(source) == dtype:
+            return source
+        if source.target is _CAST and _dtype(source) == FP32:
+            origin = source.all_input_nodes[0]
+            return origin if _dtype(origin) == dtype == self.low else None
+        return None
 
 
 def _where_whole(node: fx.Node) -> list[fx.Node]:
@@ -210,6 +228,10 @@ def _where_whole(node: fx.Node) -> list[fx.Node]:
     if node.meta.get("placement") != P:
         return [node]
     return list(dict.fromkeys(whole for user in node.users for whole in _where_whole(user)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

@@ -1,4 +1,7 @@
-"""Which op computes in what under bf16 training, and why: the table behind `CastBF16`."""
+"""Which op computes in what under bf16 training, and why: the table behind `CastBF16`.
+
+`CastFP16` reads float16 where it says bf16.
+"""
 
 from __future__ import annotations
 

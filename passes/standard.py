@@ -9,7 +9,7 @@ import torch
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.activation_checkpoint import ActivationCheckpoint
 from ilm_compile.passes.base import Pass
-from ilm_compile.passes.cast_bf16 import CastBF16
+from ilm_compile.passes.cast_bf16 import CastBF16, CastFP16
 from ilm_compile.passes.fuse_kernels import FuseKernels
 from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
@@ -48,6 +48,9 @@ def settle_kernels(plan: Plan, device: torch.device) -> Plan:
     return plan if can_run or plan.kernels != "auto" else plan.replace(kernels="torch")
 
 
+CASTS: dict[str, type[Pass]] = {"bfloat16": CastBF16, "float16": CastFP16}
+
+
 def standard_passes(plan: Plan) -> list[Pass]:
     """Return the passes that `plan` asks for; the manager puts them in order."""
     passes: list[Pass] = [
@@ -61,7 +64,7 @@ def standard_passes(plan: Plan) -> list[Pass]:
     if fuses(plan):
         passes += [FuseKernels(), FuseResidual()]
     if plan.dtype:
-        passes.append(CastBF16())
+        passes.append(CASTS[plan.dtype]())
     passes += [
         ActivationCheckpoint(fraction=plan.checkpoint),
         PipelineSplit(num_stages=plan.num_stages),

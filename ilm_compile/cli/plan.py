@@ -20,7 +20,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
     plan.add_argument("--embed-split-hidden", action=argparse.BooleanOptionalAction)
     plan.add_argument("--checkpoint", type=float, metavar="FRACTION", help="of the blocks")
-    plan.add_argument("--dtype", help="of matmuls and attention: bfloat16")
+    plan.add_argument("--dtype", help="of matmuls and attention: bfloat16, float16")
 
 
 def read_plan(options: argparse.Namespace) -> Plan:

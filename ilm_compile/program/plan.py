@@ -15,7 +15,7 @@ from typing import Any
 from ilm_compile.errors import PlanError
 from ilm_compile.program.placement import I, Placement, S
 
-DTYPES = (None, "bfloat16")
+DTYPES = (None, "bfloat16", "float16")
 KERNELS = ("auto", "triton", "torch")
 
 

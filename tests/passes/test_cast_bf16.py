@@ -12,6 +12,7 @@ from ilm_compile.models import internlm2_tiny, internlm_tiny
 from ilm_compile.passes import (
     ActivationCheckpoint,
     CastBF16,
+    CastFP16,
     PipelineSplit,
     TensorParallel,
     lower,
@@ -145,6 +146,24 @@ def test_loss_and_gradients_are_close_to_float32(name: str, num_stages: int) -> 
         error = (cast_grads[key] - grad).norm() / grad.norm()
         assert error < 0.05, (key, error)
     assert max((cast_grads[key] - grad).abs().max() for key, grad in grads.items()) > 0
+
+
+def test_float16_takes_the_places_of_bf16_with_more_digits() -> None:
+    torch.manual_seed(0)
+    model = MODELS["internlm2"]()
+    input_ids, labels = random_tokens(2, SEQ, VOCAB)
+    batch = {"input_ids": input_ids, "labels": labels}
+    loss, grads = model_loss_and_grads(model, batch)
+    program = trace(model, example_inputs=INPUTS)
+    run_passes(program, [CastFP16()])
+    places = [[str(n.meta["val"].dtype) for n in p.calls()] for p in (program, cast(model))]
+    assert [d.replace("float16", "bfloat16") for d in places[0]] == places[1]
+    run_passes(program, [ActivationCheckpoint(fraction=0.5), PipelineSplit(num_stages=1)])
+    outputs, cast_grads = staged_outputs_and_grads(lower(program), model, batch)
+    torch.testing.assert_close(outputs["loss"], loss, rtol=CastFP16.tolerance, atol=0)
+    for key, grad in grads.items():
+        assert cast_grads[key].dtype == FP32
+        assert (cast_grads[key] - grad).norm() / grad.norm() < 0.01, key
 
 
 class DtypeRecorder(fx.Interpreter):
