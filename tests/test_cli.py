@@ -1,6 +1,5 @@
 """The command `ilm-compile`, run through `main` as the shell would."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from torch import nn
 
 from ilm_compile import models
 from ilm_compile.cli import main
-from tests.support.world import World
 
 FORMATS = ("ilm", "hf-llama", "hf-internlm2")
 TEXT = "Bytes are tokens. " * 40
@@ -37,29 +35,12 @@ def hf_llama() -> nn.Module:
     )
 
 
-def small_vocabulary() -> nn.Module:
-    return models.internlm2_tiny(vocab_size=64)
-
-
 def no_model() -> int:
     return 7
 
 
 def named(function: str) -> str:
     return f"{__name__}:{function}"
-
-
-def train_arguments(out: Path, *data: Path, steps: int = 2) -> list[str]:
-    options = ["--steps", str(steps), "--out", str(out)]
-    return ["train", named("byte_model"), *options, "--data", *(str(path) for path in data)]
-
-
-def run_on_rank(rank: int, arguments: list[str]) -> int:
-    return main(arguments)
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -164,16 +145,7 @@ def test_convert_reads_a_folder_of_files(tmp_path: Path, weights_file: Path) -> 
     assert "model.layers.1.self_attn.q_proj.weight" in load_file(out)
 
 
-# prepare-data and train
-
-
-def test_prepared_text_trains_like_the_text_itself(tmp_path: Path, text_file: Path) -> None:
-    prepared = tmp_path / "prepared" / "text.safetensors"
-    arguments = ["prepare-data", str(text_file), "--out", str(prepared), "--seq-len", "32"]
-    assert main(arguments) == 0
-    assert main(train_arguments(tmp_path / "a", prepared)) == 0
-    assert main([*train_arguments(tmp_path / "b", text_file), "--seq-len", "32"]) == 0
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+# prepare-data
 
 
 def test_prepare_data_says_what_it_wrote(
@@ -184,25 +156,6 @@ def test_prepare_data_says_what_it_wrote(
     # 40 sentences of 18 bytes and the end of the document are 721 tokens
     expected = f"wrote 2 rows of 500 tokens, 27.9% of them padding, to {out}\n"
     assert capsys.readouterr().out == expected
-
-
-def test_training_lowers_the_loss_and_can_be_continued(tmp_path: Path, text_file: Path) -> None:
-    first = train_arguments(tmp_path / "a", text_file, steps=10)
-    assert main([*first, "--seq-len", "32", "--lr", "0.01"]) == 0
-    weights = tmp_path / "a" / "weights.safetensors"
-    assert load_file(weights).keys() == byte_model().state_dict().keys()
-    second = train_arguments(tmp_path / "b", text_file, steps=1)
-    assert main([*second, "--seq-len", "32", "--weights", str(weights)]) == 0
-    assert losses(tmp_path / "b")[0] < losses(tmp_path / "a")[0] - 0.5
-
-
-def test_two_processes_train_as_one_does(tmp_path: Path, text_file: Path, world2: World) -> None:
-    one = train_arguments(tmp_path / "one", text_file)
-    assert main([*one, "--seq-len", "32", "--rows", "2", "--num-microbatches", "2"]) == 0
-    two = train_arguments(tmp_path / "two", text_file)
-    plan = ["--pp", "2", "--num-microbatches", "2", "--schedule", "gpipe"]
-    assert world2.run(run_on_rank, [*two, "--seq-len", "32", "--rows", "2", *plan]) == [0, 0]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
 # errors
@@ -246,51 +199,6 @@ def test_error_is_one_message_and_exit_code_1(
     assert captured.out == ""
     assert captured.err.startswith("ilm-compile: ")
     assert message in captured.err
-
-
-@pytest.mark.parametrize(
-    ("model", "extra", "message"),
-    [
-        ("hf_llama", [], "expected a model whose forward takes input_ids, labels, position_ids"),
-        ("small_vocabulary", [], "expected a vocabulary of at least 258 for bytes"),
-        ("byte_model", ["--pp", "2"], "must be started by torchrun"),
-    ],
-    ids=["forward", "vocabulary", "torchrun"],
-)
-def test_train_refuses(
-    model: str,
-    extra: list[str],
-    message: str,
-    tmp_path: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = train_arguments(tmp_path / "out", text_file)
-    arguments[1] = named(model)
-    assert main([*arguments, *extra]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_train_never_adds_to_an_earlier_run(
-    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    assert main(train_arguments(tmp_path, text_file)) == 1
-    assert "metrics.jsonl exists; choose another folder" in capsys.readouterr().err
-    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
-
-
-def test_train_refuses_the_wrong_kind_of_data(
-    tmp_path: Path, text_file: Path, weights_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    for data, extra, message in (
-        ([weights_file], [], "is not from ilm-compile prepare-data"),
-        ([weights_file, text_file], [], "expected text files or one prepared file"),
-        ([weights_file], ["--seq-len", "8"], "--seq-len is for text files"),
-    ):
-        assert main([*train_arguments(out, *data), *extra]) == 1
-        assert message in capsys.readouterr().err
 
 
 def test_a_plan_that_is_not_json_is_named(

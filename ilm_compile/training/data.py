@@ -1,0 +1,203 @@
+"""The data of a config: rows from files or from nowhere, and global batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ilm_compile.config import Config
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.data import (
+    BatchIterator,
+    BatchRamp,
+    DummyDataset,
+    RowDataset,
+    TokenDataset,
+    TokenShard,
+    ValidationBatches,
+    documents_from_files,
+    documents_from_pydoc,
+    load_tokenizer,
+    open_shards,
+    open_validation_shards,
+    pack_documents,
+)
+from ilm_compile.training.launch import read_place
+from ilm_compile.training.model import input_spec, max_documents
+
+DUMMY_ROWS = 100_000  # of random data
+Batches = Iterable[dict[str, Tensor]]
+
+
+class TrainBatches:
+    """Endless global batches with the inputs that the model takes; resumable like the iterator."""
+
+    def __init__(self, batches: BatchIterator, names: Iterable[str]) -> None:
+        self._batches = batches
+        self._names = frozenset(names)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        return {name: value for name, value in batch.items() if name in self._names}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._batches.load_state_dict(state)
+
+
+def get_train_data_loader(config: Config) -> TrainBatches:
+    """The global batches of training, the same on every rank.
+
+    Raises `IlmCompileError` naming the folder or file that is missing or damaged.
+    """
+    dp = data_parallel_size(config)
+    data = config.data
+    batches = BatchIterator(
+        _train_rows(config),
+        global_batch_size=global_batch_size(config),
+        seed=_seed(config),
+        ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.micro_bsz * dp),
+        skip=data.skip_batches,
+    )
+    return TrainBatches(batches, input_spec(config))
+
+
+def get_validation_data_loaders(config: Config) -> dict[str, Batches]:
+    """The batches of each validation set by name: each sub-folder of data.valid_folder is one."""
+    folder = config.data.valid_folder
+    if folder is None or not config.data.valid_every:
+        return {}
+    names = input_spec(config)
+    return {
+        name: _ValidBatches(_batches(config, rows), names)
+        for name, rows in _VALID[config.data.type](config, Path(folder)).items()
+    }
+
+
+def data_parallel_size(config: Config) -> int:
+    """Ranks that tensor and pipeline leave of the world, by the launcher's variables."""
+    parallel = config.parallel
+    return max(1, read_place().world_size // (parallel.tensor * parallel.pipeline))
+
+
+def global_batch_size(config: Config) -> int:
+    """Rows of a step of all ranks."""
+    return config.data.micro_bsz * config.data.micro_num * data_parallel_size(config)
+
+
+class _ValidBatches:
+    def __init__(self, batches: ValidationBatches, names: Iterable[str]) -> None:
+        self._batches = batches
+        self._names = frozenset(names)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self._batches:
+            yield {name: value for name, value in batch.items() if name in self._names}
+
+
+def _batches(config: Config, rows: RowDataset) -> ValidationBatches:
+    return ValidationBatches(
+        rows,
+        global_batch_size=global_batch_size(config),
+        max_batches=config.data.valid_batches,
+    )
+
+
+def _seed(config: Config) -> int:
+    return config.train.seed if config.data.seed is None else config.data.seed
+
+
+def _train_rows(config: Config) -> RowDataset:
+    data = config.data
+    if data.type == "tokenized" and data.train_folder is None:
+        return _random(config)
+    return _TRAIN[data.type](config)
+
+
+def _random(config: Config) -> RowDataset:
+    return DummyDataset(
+        num_rows=DUMMY_ROWS,
+        seq_len=config.data.seq_len,
+        vocab_size=_vocab_size(config),
+        max_documents=max_documents(config),
+        seed=_seed(config),
+        fixed_length=config.data.fixed_random_dataset_seqlen or config.data.packing == "window",
+    )
+
+
+def _tokenized(config: Config, shards: list[TokenShard], only: str | None = None) -> RowDataset:
+    """The rows of token files. only: the name of the one type that they are of."""
+    data = config.data
+    return TokenDataset(
+        shards,
+        seq_len=data.seq_len,
+        vocab_size=_vocab_size(config),
+        packing=data.packing,
+        max_documents=max_documents(config),
+        long_documents=data.long_documents,
+        min_length=data.min_length,
+        min_length_by_type={
+            name: length for name, length in data.min_length_dict.items() if only in (None, name)
+        },
+        shuffle_seed=_seed(config),
+        zero_is_target=data.zero_is_target,
+    )
+
+
+def _text(config: Config, documents: Iterable[str]) -> RowDataset:
+    return pack_documents(
+        documents,
+        seq_len=config.data.seq_len,
+        max_documents=max_documents(config),
+        tokenizer=load_tokenizer(config.data.tokenizer),
+    )
+
+
+def _files_below(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    if not files:
+        raise IlmCompileError(f"data: expected text files below {folder}, found none")
+    return files
+
+
+def _text_sets(config: Config, folder: Path) -> dict[str, RowDataset]:
+    sets: dict[str, list[Path]] = {}
+    for path in _files_below(folder):
+        parts = path.relative_to(folder).parts
+        sets.setdefault(parts[0] if len(parts) > 1 else folder.name, []).append(path)
+    return {name: _text(config, documents_from_files(paths)) for name, paths in sets.items()}
+
+
+def _vocab_size(config: Config) -> int:
+    size = config.model.fields.get("vocab_size")
+    if not isinstance(size, int):
+        raise IlmCompileError(
+            f"model.vocab_size: data.type={config.data.type!r} needs it, and a model of type "
+            f"{config.model.type!r} has no such key"
+        )
+    return size
+
+
+_TRAIN: dict[str, Callable[[Config], RowDataset]] = {
+    "tokenized": lambda config: _tokenized(config, open_shards(config.data.train_folder or "")),
+    "text": lambda config: _text(
+        config, documents_from_files(_files_below(Path(config.data.train_folder or "")))
+    ),
+    "pydoc": lambda config: _text(config, documents_from_pydoc()),
+    "random": _random,
+}
+_VALID: dict[str, Callable[[Config, Path], dict[str, RowDataset]]] = {
+    "tokenized": lambda config, folder: {
+        name: _tokenized(config, shards, only=name)
+        for name, shards in open_validation_shards(folder).items()
+    },
+    "text": _text_sets,
+}

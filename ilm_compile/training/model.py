@@ -1,0 +1,95 @@
+"""The model of a config, on the meta device and in parallel."""
+
+from __future__ import annotations
+
+import inspect
+from datetime import timedelta
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ilm_compile.compile import make_plan, parallelize
+from ilm_compile.config import Config
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.models import MODEL_INITIALIZER
+from ilm_compile.program.trace import ExampleInputs, LossFn
+from ilm_compile.runtime import Parallel
+from ilm_compile.runtime.data import IGNORED_LABEL
+
+MIN_DOCUMENTS = 8
+TOKENS_A_DOCUMENT = 64
+
+
+def initialize_model(config: Config) -> Parallel:
+    """This rank's part of the model that the config asks for, ready to train.
+
+    Joins the process group of the job and makes the groups by kind; see `ParallelMode`. Raises
+    `PlanError` if the plan does not fit the model or the world.
+    """
+    return parallelize(
+        build_model(config),
+        plan=make_plan(config.plan()),
+        example_inputs=input_spec(config),
+        loss_fn=loss_function(config),
+        timeout=timedelta(seconds=config.train.timeout_s),
+    )
+
+
+def build_model(config: Config) -> nn.Module:
+    """The whole model on the meta device, from `MODEL_INITIALIZER`."""
+    builder = MODEL_INITIALIZER.get_module(config.model.type)
+    with torch.device("meta"):
+        return builder(**config.model_fields())
+
+
+def max_documents(config: Config) -> int:
+    """Documents in one row at most: as many boundaries the program is compiled for."""
+    data = config.data
+    if data.packing == "window":
+        return 1
+    return data.max_documents or max(MIN_DOCUMENTS, data.seq_len // TOKENS_A_DOCUMENT)
+
+
+def input_spec(config: Config) -> ExampleInputs:
+    """Shape and dtype of each input of one micro-batch, by name.
+
+    Those that the data offer and the model's forward takes. Rows of packing="window" have no
+    boundaries, so positions and boundaries are left out there.
+    """
+    rows = (config.data.micro_bsz, config.data.seq_len)
+    spec = {"input_ids": (rows, torch.int64), "labels": (rows, torch.int64)}
+    if config.data.packing != "window":
+        borders = (config.data.micro_bsz, max_documents(config) + 1)
+        spec |= {"position_ids": (rows, torch.int64), "cu_seqlens": (borders, torch.int32)}
+    with torch.device("meta"):
+        arguments = inspect.signature(build_model(config).forward).parameters
+    taken = {name: value for name, value in spec.items() if name in arguments or name == "labels"}
+    if "input_ids" not in taken or ("labels" not in arguments and not loss_function(config)):
+        raise IlmCompileError(
+            f"model.type={config.model.type!r}: expected a model whose forward takes input_ids and "
+            f"labels, it takes {', '.join(arguments)}; call parallelize with a loss_fn instead"
+        )
+    return taken
+
+
+def loss_function(config: Config) -> LossFn | None:
+    """The loss to trace in place of the model's own, None where that will do."""
+    smoothing = config.loss.label_smoothing
+    return partial(_smoothed_loss, smoothing=smoothing) if smoothing else None
+
+
+def _smoothed_loss(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+    """Cross entropy against (1 - smoothing) of the target and the rest spread over all tokens.
+
+    Szegedy et al., arXiv 1512.00567, section 7. logits: (batch, seq, vocab).
+    """
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED_LABEL,
+        label_smoothing=smoothing,
+    )

@@ -1,0 +1,243 @@
+"""What would make a run fail later, found in its first seconds, before any group is made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ilm_compile.compile import make_plan, partition
+from ilm_compile.config import Config
+from ilm_compile.config.model_section import FAMILIES
+from ilm_compile.cost.memory import static_bytes_per_parameter
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.plan import Plan
+from ilm_compile.runtime.data import BatchNumbers, BatchRamp
+from ilm_compile.training.checkpoints import checkpoint_folder, local_path
+from ilm_compile.training.data import global_batch_size
+from ilm_compile.training.hooks import make_sinks
+from ilm_compile.training.launch import Place, read_place
+from ilm_compile.training.model import build_model, input_spec, loss_function
+
+GIB = 2**30
+METRICS_FILE = "metrics.jsonl"
+
+
+class StartError(IlmCompileError):
+    """A run cannot start; the message has a line for each reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A run that is about to start."""
+
+    config: Config
+    place: Place
+    plan: Plan
+    model: nn.Module
+
+    @property
+    def data_parallel(self) -> int:
+        return max(1, self.place.world_size // (self.plan.tp * self.plan.pp))
+
+
+def check_start(config: Config) -> None:
+    """Raise `StartError` if the run cannot work here: sizes, plan, paths, disk, dtype, memory.
+
+    Local: no collective, no group, no weight. Costs about a second, in which a small model of the
+    same widths is partitioned.
+    """
+    try:
+        start = Start(config, read_place(), make_plan(config.plan()), build_model(config))
+        input_spec(config)
+    except IlmCompileError as error:
+        raise StartError(str(error)) from error
+    problems = [problem for check in _CHECKS for problem in _run(check, start)]
+    if problems:
+        raise StartError("\n  ".join(problems))
+
+
+def _run(check: Callable[[Start], Iterator[str]], start: Start) -> Iterator[str]:
+    try:
+        yield from check(start)
+    except IlmCompileError as error:
+        yield str(error)
+
+
+def _world(start: Start) -> Iterator[str]:
+    needed, found = start.plan.tp * start.plan.pp, start.place.world_size
+    if not start.place.is_started and needed > 1:
+        yield (
+            f"parallel.tensor={start.plan.tp} and parallel.pipeline={start.plan.pp} need {needed} "
+            f"processes: torchrun --nproc-per-node {needed} -m ilm_compile.cli train ..."
+        )
+    elif found % needed:
+        yield (
+            f"expected a multiple of parallel.tensor*parallel.pipeline = {needed} processes, got "
+            f"{found}: start {-(-found // needed) * needed}, or change the plan"
+        )
+
+
+def _batches(start: Start) -> Iterator[str]:
+    data = start.config.data
+    BatchNumbers.parse(data.skip_batches)
+    ramp = BatchRamp.parse(data.rampup_batch_size, unit=data.micro_bsz * start.data_parallel)
+    full = global_batch_size(start.config)
+    if ramp is not None and ramp.start > full:
+        yield (
+            f"data.rampup_batch_size={data.rampup_batch_size!r} starts with {ramp.start} rows, a "
+            f"full step has {full}; start lower"
+        )
+
+
+def _model(start: Start) -> Iterator[str]:
+    """Partition a model of the same widths with a block for each stage: it shows what cannot be."""
+    config, plan = start.config, start.plan
+    if config.model.type not in FAMILIES:
+        return
+    num_layers = config.model.fields["num_layers"]
+    if num_layers < plan.num_stages:
+        yield (
+            f"parallel.pipeline * parallel.num_chunks = {plan.num_stages} stages need as many "
+            f"blocks, model.num_layers={num_layers}"
+        )
+        return
+    fields = {**config.model.fields, "num_layers": 1}
+    partition(
+        build_model(replace(config, model=replace(config.model, fields=fields))),
+        plan=plan.replace(pp=1, num_chunks=1, num_microbatches=1, schedule="1f1b"),
+        example_inputs=input_spec(config),
+        loss_fn=loss_function(config),
+    )
+
+
+def _device(start: Start) -> Iterator[str]:
+    dtype = start.config.train.dtype
+    if not torch.cuda.is_available():
+        return
+    if start.place.local_rank >= torch.cuda.device_count():
+        yield (
+            f"local rank {start.place.local_rank} needs a GPU of its own, this machine has "
+            f"{torch.cuda.device_count()}: start fewer processes on it"
+        )
+    elif dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield f"train.dtype={dtype!r}: {torch.cuda.get_device_name()} has no bfloat16; use float32"
+
+
+def _memory(start: Start) -> Iterator[str]:
+    """Weights, gradients and optimizer state alone must fit; activations come on top."""
+    dp, plan = start.data_parallel, start.plan
+    total = sum(
+        prod(p.shape) * static_bytes_per_parameter(p.dtype, dp=dp, zero=plan.zero)
+        for p in start.model.parameters()
+    )
+    needed, available = total / (plan.tp * plan.pp), available_bytes(start.place)
+    if needed > available:
+        yield (
+            f"memory: weights, gradients and optimizer state need about {needed / GIB:.1f} GiB on "
+            f"each rank, {available / GIB:.1f} GiB are there; raise parallel.tensor or "
+            "parallel.pipeline, take parallel.zero=3, or start more processes"
+        )
+
+
+def available_bytes(place: Place) -> float:
+    """Memory of this rank's device: all of its GPU's, or its share of the machine's."""
+    if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
+        return float(torch.cuda.get_device_properties(place.local_rank).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float(total) / place.local_world_size
+
+
+def _folders(start: Start) -> Iterator[str]:
+    config = start.config
+    folders = {"logging.folder": config.run_folder}
+    ckpt = checkpoint_folder(config)
+    if config.ckpt.enabled and "://" not in ckpt:
+        folders["ckpt.folder"] = Path(local_path(ckpt))
+    for key, folder in folders.items():
+        if problem := unwritable(folder):
+            yield f"{key}: {problem}"
+    if not any(unwritable(folder) for folder in folders.values()) and "ckpt.folder" in folders:
+        yield from _disk(start, folders["ckpt.folder"])
+    yield from _earlier_run(start, folders.get("ckpt.folder"))
+
+
+def _disk(start: Start, folder: Path) -> Iterator[str]:
+    """A checkpoint holds every weight and Adam's two moments."""
+    size = sum(3 * prod(p.shape) * p.dtype.itemsize for p in start.model.parameters())
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < size:
+        yield (
+            f"ckpt.folder: a checkpoint needs about {size / GIB:.1f} GiB, {folder} has "
+            f"{free / GIB:.1f} GiB free; free some or choose another folder"
+        )
+
+
+def _earlier_run(start: Start, checkpoints: Path | None) -> Iterator[str]:
+    """Two runs must not write into one folder, unless the second goes on with the first."""
+    config = start.config
+    is_resumed = config.ckpt.enabled and config.ckpt.auto_resume
+    has_checkpoint = checkpoints is None or any(checkpoints.glob("step-*"))
+    if (config.run_folder / METRICS_FILE).exists() and not (is_resumed and has_checkpoint):
+        yield (
+            f"{config.run_folder} holds an earlier run and there is no checkpoint to go on from; "
+            "choose another job_name, or remove it"
+        )
+
+
+def _sources(start: Start) -> Iterator[str]:
+    config = start.config
+    for key in ("train_folder", "valid_folder"):
+        value = getattr(config.data, key)
+        if value is not None and not os.access(value, os.R_OK):
+            yield f"data.{key}: expected a folder that can be read, found none at {value}"
+    path = config.ckpt.load_path
+    if path is None:
+        return
+    if "://" not in path and not Path(local_path(path)).exists():
+        yield f"ckpt.load_path: found nothing at {local_path(path)}"
+
+
+def _alerts(start: Start) -> Iterator[str]:
+    make_sinks(start.config)
+    command = start.config.monitor.command
+    if command and shutil.which(command[0]) is None:
+        yield f"monitor.command: found no program {command[0]!r}"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why a file cannot be made in the folder, None if it can. Makes nothing that stays."""
+    existing = _existing(folder)
+    if not existing.is_dir():
+        return f"{existing} is a file, expected a folder"
+    probe = existing / f".ilm_compile_probe_{os.getpid()}"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        return f"cannot write in {existing}: {error.strerror}"
+    return None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    return next((path for path in (folder, *folder.parents) if path.exists()), folder)
+
+
+_CHECKS: tuple[Callable[[Start], Iterator[str]], ...] = (
+    _world,
+    _batches,
+    _device,
+    _memory,
+    _folders,
+    _sources,
+    _alerts,
+    _model,
+)

@@ -1,0 +1,88 @@
+"""The Trainer of a config, and the same job in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ilm_compile.config import Config
+from ilm_compile.runtime import Beta2Scheduler, Hook, Parallel, Trainer
+from ilm_compile.training.agreement import agree_on_start
+from ilm_compile.training.checkpoints import initialize_checkpoints, start_from
+from ilm_compile.training.data import get_train_data_loader, get_validation_data_loaders
+from ilm_compile.training.hooks import make_hooks
+from ilm_compile.training.model import initialize_model
+from ilm_compile.training.optimizer import initialize_optimizer, loss_scaler
+from ilm_compile.training.preflight import check_start
+
+CONFIG_FILE = "config.toml"
+
+
+def initialize_trainer(
+    config: Config,
+    parallel: Parallel,
+    optimizer: Optimizer,
+    *,
+    beta2_scheduler: Beta2Scheduler | None = None,
+    lr_scheduler: LRScheduler | None = None,
+    hooks: Sequence[Hook] = (),
+) -> Trainer:
+    """The Trainer: train(), eval(), zero_grad(), execute_schedule(batch), step(), or fit()."""
+    return Trainer(
+        parallel,
+        optimizer=optimizer,
+        beta2_scheduler=beta2_scheduler,
+        lr_scheduler=lr_scheduler,
+        scaler=loss_scaler(config),
+        max_grad_norm=config.train.max_grad_norm or None,
+        max_skips=config.train.max_skips,
+        hooks=hooks,
+    )
+
+
+def train(config: Config) -> Trainer:
+    """The whole job of a config: check, build, resume, train; returns the Trainer at its end.
+
+    Under torchrun every rank calls it. Raises `StartError` before any process group is made if the
+    run cannot work.
+    """
+    set_torch_flags(config)
+    check_start(config)
+    batches = get_train_data_loader(config)
+    validation = get_validation_data_loaders(config)
+    parallel = initialize_model(config)
+    agree_on_start(config, parallel.mesh)
+    optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(config, parallel)
+    trainer = initialize_trainer(
+        config,
+        parallel,
+        optimizer,
+        beta2_scheduler=beta2_scheduler,
+        lr_scheduler=lr_scheduler,
+        hooks=make_hooks(config, parallel, validation),
+    )
+    is_first = parallel.mesh.rank == 0
+    if is_first:
+        config.save(config.run_folder / CONFIG_FILE)
+    if config.ckpt.enabled or config.ckpt.load_path is not None:
+        manager = initialize_checkpoints(config, trainer, batches)
+        said = start_from(config, manager, trainer)
+        if config.ckpt.enabled:
+            trainer.hooks.append(manager)
+        if is_first and config.logging.console:
+            print(said, flush=True)
+    left = config.train.total_steps - trainer.num_steps
+    if left > 0:
+        trainer.fit(batches, left, progress=False)
+    return trainer
+
+
+def set_torch_flags(config: Config) -> None:
+    """What the config says of kernels, for this process."""
+    train = config.train
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.backends.cudnn.benchmark = train.cudnn_benchmark
+    torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
