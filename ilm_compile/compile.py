@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ilm_compile.cost import model_flops
+from ilm_compile.cost import forward_flops_by_region, model_flops
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes import standard_passes as standard_passes
@@ -81,8 +81,11 @@ def partition(
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
     program.flops = model_flops(program.graph)
+    forward = forward_flops_by_region(program.graph)
     every = [*standard_passes(plan), *passes]
     run_passes(program, every, disable=disable, callback=callback, validate=validate)
+    marked = [index for index, region in enumerate(program.regions) if region.recompute]
+    program.recomputed_flops = sum(forward[index] for index in marked)
     return program
 
 
@@ -111,6 +114,7 @@ def parallelize(
         model,
         initializer=program.initializer,
         model_flops=program.flops,
+        hardware_flops=program.flops + program.recomputed_flops,
     )
 
 

@@ -4,6 +4,7 @@ from ilm_compile.cost.collectives import collective_bytes as collective_bytes
 from ilm_compile.cost.collectives import collective_time as collective_time
 from ilm_compile.cost.flops import backward_flops as backward_flops
 from ilm_compile.cost.flops import forward_flops as forward_flops
+from ilm_compile.cost.flops import forward_flops_by_region as forward_flops_by_region
 from ilm_compile.cost.flops import model_flops as model_flops
 from ilm_compile.cost.hardware import HARDWARE as HARDWARE
 from ilm_compile.cost.hardware import Hardware as Hardware

@@ -11,6 +11,7 @@ checkpointing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -128,3 +129,11 @@ def model_flops(graph: fx.Graph) -> int:
         forward_flops(node) + backward_flops(node, requires_grad=requires_grad)
         for node in graph.nodes
     )
+
+
+def forward_flops_by_region(graph: fx.Graph) -> Counter[int]:
+    """Return the FLOPs of one forward of each region, which is what recomputing it costs."""
+    flops: Counter[int] = Counter()
+    for node in graph.nodes:
+        flops[node.meta.get("region", -1)] += forward_flops(node)
+    return flops

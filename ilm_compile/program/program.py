@@ -123,6 +123,7 @@ class Program:
     initializer: Callable[..., Tensor] | None = None  # of parameters on the meta device
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice
+    recomputed_flops: int = 0  # of one micro-batch, what activation checkpointing computes twice
 
     @property
     def graph(self) -> fx.Graph:

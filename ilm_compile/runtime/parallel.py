@@ -53,7 +53,8 @@ class Parallel:
     model: where the initial values come from; its real tensors are copied, meta ones initialised
     from ``lowered.plan.seed``. It must be the same on every rank. initializer: gives the value of a
     parameter that is on meta (`InitialValues`); None for models without one. model_flops: forward
-    and backward operations of one micro-batch of the whole model, if known.
+    and backward operations of one micro-batch of the whole model, if known. hardware_flops: those
+    with what activation checkpointing computes twice. The attributes are of the global batch.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Parallel:
         *,
         initializer: Callable[..., Tensor] | None = None,
         model_flops: float | None = None,
+        hardware_flops: float | None = None,
     ) -> None:
         values = InitialValues(
             model, seed=lowered.plan.seed, initializer=initializer, maps=lowered.parameter_maps
@@ -90,8 +92,9 @@ class Parallel:
             num_microbatches=schedule.num_microbatches,
             dp=mesh.dp,
         )
-        # Of the global batch.
-        self.model_flops = None if model_flops is None else model_flops * self._layout.num_slices
+        slices = self._layout.num_slices
+        self.model_flops = None if model_flops is None else model_flops * slices
+        self.hardware_flops = None if hardware_flops is None else hardware_flops * slices
         last = lowered.stages[-1]
         self._output_names = last.outputs[1:]
         self._output_placements = lowered.output_placements[1:]

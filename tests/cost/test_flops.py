@@ -7,7 +7,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from torch.utils.flop_counter import FlopCounterMode
 
 import ilm_compile.kernels.attention  # noqa: F401  registers torch.ops.ilm.attention
+from ilm_compile.compile import partition
 from ilm_compile.cost import backward_flops, forward_flops, model_flops
+from ilm_compile.models import internlm2_tiny
 from ilm_compile.program.gradients import gradient_nodes
 from tests.cost.graphs import (
     BATCH,
@@ -170,3 +172,13 @@ def test_parameters_are_found_behind_attributes() -> None:
         node.meta["val"] = node.meta["val"].detach()  # the value alone does not say it is trained
     names = {node.target for node in gradient_nodes(module.graph) if node.op == "get_attr"}
     assert names == {"trained.weight"}
+
+
+@pytest.mark.parametrize(("fraction", "blocks"), [(False, 0), (0.5, 2), (True, 4)])
+def test_checkpointed_blocks_run_forward_once_more(fraction: bool | float, blocks: int) -> None:
+    """All four blocks do what is left of a forward without the head."""
+    program = partition(internlm2_tiny(), tp=2, checkpoint=fraction)
+    rows, seq = program.inputs["input_ids"].shape
+    vocab, hidden = internlm2_tiny().output.weight.shape
+    all_blocks = program.flops // 3 - 2 * rows * seq * vocab * hidden
+    assert program.recomputed_flops == blocks * all_blocks // 4

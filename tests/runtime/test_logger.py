@@ -35,7 +35,8 @@ def metrics(step: int = 1, **changes: Any) -> StepMetrics:
 
 def train(logger: Logger, *, num_steps: int = 3, plan: Plan | None = None) -> None:
     plan = plan or Plan(num_microbatches=2)
-    parallel = make_parallel(plan, make_model(), model_flops=1000.0)
+    flops = {"model_flops": 1000.0, "hardware_flops": 1250.0}
+    parallel = make_parallel(plan, make_model(), **flops)
     batches = [make_batch(2 * ROWS, seed=seed) for seed in range(num_steps)]
     Trainer(parallel, hooks=[logger]).fit(batches, num_steps, progress=False)
 
@@ -91,6 +92,14 @@ def test_mfu_is_the_models_operations_and_hfu_the_hardwares_per_devices_peak() -
     figures = speed.update(metrics(model_flops=6e6, step_time_s=0.5))
     assert figures["mfu"] == pytest.approx(12e6 / 4e7)
     assert figures["hfu"] == pytest.approx(16e6 / 4e7)
+
+
+def test_figures_of_a_run_follow_from_the_parallels_operations(tmp_path: Path) -> None:
+    train(Logger(tmp_path, console=False, peak_flops=1e6), num_steps=1)
+    (line,) = lines_of(tmp_path)
+    per_second = 2 / line["step_time_s"] / 1e6  # two micro-batches
+    assert line["mfu"] == pytest.approx(1000 * per_second)
+    assert line["hfu"] == pytest.approx(1250 * per_second)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ class Logger(Hook):
 
     folder: gets ``metrics.jsonl``, one line per step, and with `tensorboard` the folder of that
     name; None for neither. A resumed run appends. console: prints a line per step, on a terminal
-    above a progress bar. peak_flops, hardware_flops: see `Speed`. Raises `IlmCompileError` if
-    `tensorboard` is wanted but not installed, or has no folder to go to.
+    above a progress bar. peak_flops: see `Speed`; without it there is no MFU. Raises
+    `IlmCompileError` if `tensorboard` is wanted but not installed, or has no folder to go to.
     """
 
     def __init__(
@@ -39,7 +39,6 @@ class Logger(Hook):
         console: bool | Console = True,
         tensorboard: bool = False,
         peak_flops: float | None = None,
-        hardware_flops: float | None = None,
     ) -> None:
         if tensorboard and folder is None:
             raise IlmCompileError("logger: tensorboard needs a folder, got none; give folder=")
@@ -47,7 +46,6 @@ class Logger(Hook):
         self._console = Console() if console is True else console or None
         self._make_writer = _summary_writer() if tensorboard else None
         self._peak_flops = peak_flops
-        self._hardware_flops = hardware_flops
         self._file: TextIO | None = None
         self._writer: Any = None
         self._bar: Progress | None = None
@@ -60,7 +58,7 @@ class Logger(Hook):
         self._speed = Speed(
             trainer.parallel.mesh.world_size,
             peak_flops=self._peak_flops,
-            hardware_flops=self._hardware_flops,
+            hardware_flops=trainer.parallel.hardware_flops,
         )
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
