@@ -89,11 +89,18 @@ def norm(launcher: str, *dtypes: torch.dtype, pipelined: bool = False) -> Sample
     )
 
 
-def swiglu(launcher: str, num_tensors: int, launches: str) -> Sample:
-    """SwiGLU of as many tensors of rows."""
+def swiglu(launcher: str, num_tensors: int, launches: str, *, halves: bool = False) -> Sample:
+    """SwiGLU of as many tensors of rows; `halves`: gate and up are those of one projection."""
+
+    def arguments(width: int) -> tuple[Any, ...]:
+        if halves:
+            grads = [rows(width) for _ in range(num_tensors - 2)]
+            return (*grads, *rows(2 * width).chunk(2, dim=-1))
+        return tuple(rows(width) for _ in range(num_tensors))
+
     return Sample(
         launcher=f"triton_swiglu:{launcher}",
-        arguments=lambda width: tuple(rows(width) for _ in range(num_tensors)),
+        arguments=arguments,
         widths=INTERMEDIATE_SIZES,
         meaning="intermediate",
         launches=f"triton_swiglu:{launches}",
@@ -155,6 +162,8 @@ SAMPLES: dict[str, Sample] = {
     "add_rms_norm_backward mixed": norm("add_rms_norm_backward", BF16, FP32, FP32, pipelined=True),
     "swiglu": swiglu("swiglu", 2, "FORWARD"),
     "swiglu_backward": swiglu("swiglu_backward", 3, "BACKWARD"),
+    "swiglu halves": swiglu("swiglu", 2, "FORWARD", halves=True),
+    "swiglu_backward halves": swiglu("swiglu_backward", 3, "BACKWARD", halves=True),
     "rotary": rotary("triton_rotary:rotary", QUERY_HEADS, KEY_HEADS),
     "rotary interleaved": rotary(
         "triton_rotary:rotary", QUERY_HEADS, KEY_HEADS, positions=True, interleaved=True

@@ -4,6 +4,7 @@ Launchers are what runs: strides, grids, the choice of tables and the sum of the
 over programs are covered with the kernels. On the CPU the persistent grid counts 2 multiprocessors.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -182,6 +183,28 @@ def test_no_rows(interpreter, shape):
     compare(interpreter, "add_rms_norm_backward", x, x, x, weight, EPS, False, 0.0)
     compare(interpreter, "swiglu", x, x)
     compare(interpreter, "swiglu_backward", x, x, x)
+
+
+def arguments_after(target: str, *args: Any) -> tuple[Any, ...]:
+    """The arguments of a launcher after the call."""
+    module, name = target.split(":")
+    getattr(importlib.import_module(module), name)(*args)
+    return args
+
+
+@pytest.mark.parametrize(
+    "op", ["rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "swiglu_backward"]
+)
+def test_inputs_are_left_alone(interpreter, op):
+    x, residual, grad, weight = norm_arguments()
+    tensors = {"rms_norm_backward": (grad, x), "add_rms_norm": (x, residual)}
+    args = tensors.get(op, (grad, x, residual))
+    if op != "swiglu_backward":
+        args = (*args, weight, EPS, False, 0.0)
+    target = f"ilm_compile.kernels.{MODULES[op.removesuffix('_backward')]}:{op}"
+    after = interpreter.call("tests.kernels.test_interpreted:arguments_after", target, *args)
+    for mine, before in zip(after, args, strict=True):
+        assert torch.equal(mine, before) if isinstance(before, Tensor) else mine == before
 
 
 def test_only_what_needs_a_copy_is_copied():
