@@ -5,11 +5,13 @@ runs out of it leaves its traceback in the JSON, and the next one starts. The fi
 after every section, so that a run that is cut short keeps what it had.
 
     --device cpu --smoke    the same code on tiny sizes, to test this script without a GPU
+    --sweep                 instead: launch choices for the backward of rms_norm, timed
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import time
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +29,16 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import RESULTS, make_console, save_json
-from benchmarks.gpu import precision, tests, throughput
+from benchmarks.gpu import (
+    bandwidth,
+    blocks,
+    correctness,
+    guarantees,
+    precision,
+    tests,
+    throughput,
+)
+from benchmarks.gpu.failure import OutOfTime, SectionError
 from ilm_compile.errors import IlmCompileError
 
 
@@ -38,12 +50,25 @@ class Section:
     budget_s: float
 
 
+def _sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
+    from benchmarks.gpu.sweep import sweep  # needs triton to be installed
+
+    return sweep(device, smoke)
+
+
+# What does not compile for long comes first: a run that is cut short has most of the sections then.
 SECTIONS: dict[str, Section] = {
-    "equality": Section(precision.equality, 60),
-    "bfloat16": Section(precision.bfloat16, 60),
-    "throughput": Section(throughput.throughput, 210),
-    "gpu_tests": Section(tests.gpu_tests, 120),
+    "equality": Section(precision.equality, 30),
+    "bfloat16": Section(precision.bfloat16, 25),
+    "throughput": Section(throughput.throughput, 55),
+    "kernel_guarantees": Section(guarantees.kernel_guarantees, 40),
+    "bandwidth": Section(bandwidth.bandwidth, 110),
+    "kernel_correctness": Section(correctness.kernel_correctness, 100),
+    "blocks": Section(blocks.blocks, 75),
+    "gpu_tests": Section(tests.gpu_tests, 40),
 }
+SWEEP = {"sweep": Section(_sweep, 400)}
+PACKAGES = ("triton", "transformers", "liger-kernel", "flash-attn", "quack-kernels", "numpy")
 
 
 def run_sections(
@@ -59,9 +84,25 @@ def run_sections(
     for name, section in sections.items():
         console.print(f"{name} (at most {section.budget_s:.0f} s) ...")
         found[name] = _run_section(section, device, smoke=smoke)
-        save_json(path, {"device": str(device), "smoke": smoke, "sections": found})
+        save_json(path, {**describe(device), "smoke": smoke, "sections": found})
         outcome = "ok" if found[name]["ok"] else f"failed: {found[name]['error'].splitlines()[-1]}"
         console.print(f"  {outcome}, {found[name]['seconds']:.1f} s", markup=False)
+    return found
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The device and the versions of packages; None: not installed."""
+    found: dict[str, Any] = {"device": str(device), "versions": {}}
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = version(package)
+        except PackageNotFoundError:
+            found["versions"][package] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["multiprocessors"] = properties.multi_processor_count
+        found["memory_bytes"] = properties.total_memory
+        found["compute_capability"] = [properties.major, properties.minor]
     return found
 
 
@@ -71,20 +112,23 @@ def _run_section(section: Section, device: torch.device, *, smoke: bool) -> dict
     try:
         with time_limit(section.budget_s):
             found["result"] = section.run(device, smoke)
-    except Exception:
+    except SectionError as error:
+        found |= {"ok": False, "error": str(error), "result": error.result}
+    except (Exception, OutOfTime):
         found |= {"ok": False, "error": traceback.format_exc()}
     found["seconds"] = time.perf_counter() - start
     if device.type == "cuda":
+        gc.collect()  # models that refer to themselves
         torch.cuda.empty_cache()
     return found
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` inside the block after `seconds`; in the main thread only."""
+    """Raise `OutOfTime` inside the block after `seconds`; in the main thread only."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"the section took longer than its budget of {seconds:g} s")
+        raise OutOfTime(f"the section took longer than its budget of {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -103,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, no tests")
-    parser.add_argument("--only", action="append", choices=list(SECTIONS), help="may be repeated")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", action="append", choices=list(SECTIONS), help="may be repeated")
+    which.add_argument("--sweep", action="store_true", help="launch choices, and nothing else")
     parser.add_argument(
         "--output",
         type=Path,
@@ -118,9 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cpu" and torch.cuda.is_available():
         raise SystemExit("--device cpu: hide the GPU first, with CUDA_VISIBLE_DEVICES=''")
     date = datetime.now(UTC).date().isoformat()
-    path = options.output / f"gpu-{date}.json"
+    path = options.output / f"{'sweep' if options.sweep else 'gpu'}-{date}.json"
     console = make_console()
-    sections = {name: SECTIONS[name] for name in options.only or SECTIONS}
+    sections = SWEEP if options.sweep else {n: SECTIONS[n] for n in options.only or SECTIONS}
     device = torch.device(options.device)
     found = run_sections(sections, device, path, smoke=options.smoke, console=console)
     console.print(f"written to {path}")

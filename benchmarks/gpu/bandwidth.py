@@ -1,0 +1,238 @@
+"""GB/s of the fused ops, forward and backward, beside who else computes them, in bf16.
+
+The bytes are what an op cannot avoid moving (`KernelOp`), the same for all, and the fraction is of
+what a large copy moves on this card in the same run. Backwards go through autograd, for all.
+
+Goals: 90 % of the copy forward and 85 % backward from 8192 rows on, and never slower than the best
+peer. A row that misses one says so; the section does not fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.failure import Deadline
+from benchmarks.gpu.ops import TIMED
+from benchmarks.gpu.ops.op import Function, Tensors, maker
+from benchmarks.gpu.peers import COMPILED, OURS, load_peers
+from benchmarks.gpu.pool import run_all
+from benchmarks.gpu.reference import relative_error, run
+from benchmarks.gpu.timing import Times, copy_bandwidth, measure
+
+DTYPE = torch.bfloat16
+WIDTHS = (2048, 4096, 5120, 6144, 8192)
+ROWS = (4096, 8192, 16384, 32768, 65536)
+SMOKE_WIDTHS, SMOKE_ROWS = (64,), (16, 32)
+GOALS = {"forward": 0.90, "backward": 0.85}
+GOAL_ROWS = 8192
+NOISE = 0.01  # a peer that is faster by less is not
+AGREEMENT = 2e-2  # relative error within which a peer computes the same
+# Intermediate sizes of InternLM2-1.8B, 7B, InternLM-20B, InternLM2-20B and Llama-3-70B.
+INTERMEDIATE = {2048: 8192, 4096: 14336, 5120: 13824, 6144: 16384, 8192: 28672}
+TIME_S = 102.0
+PREPARE_S = 35.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One contestant in one row. fraction: of the copy's bandwidth."""
+
+    gb_per_s: float
+    fraction: float
+    times: Times
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An op at one size in one direction. width: hidden, or intermediate size for swiglu.
+
+    best_peer: None without one. ratio: its time by ours, above 1 where we are faster. goals: "ok"
+    or "missed", or "-" where there is none.
+    """
+
+    op: str
+    direction: str
+    hidden: int
+    width: int
+    rows: int
+    bytes: int
+    entries: dict[str, Entry]
+    best_peer: str | None = None
+    ratio: float | None = None
+    goals: dict[str, str] = field(default_factory=dict)
+
+
+def bandwidth(device: torch.device, smoke: bool) -> dict[str, Any]:
+    """Every row that time allows, the copy's bandwidth, who was left out and why."""
+    deadline = Deadline(TIME_S)
+    if device.type == "cuda":
+        _compile_ahead(device)
+    copy = copy_bandwidth(device, smoke=smoke)
+    sizes = [(h, r) for h in (SMOKE_WIDTHS if smoke else WIDTHS) for r in _rows(smoke)]
+    rows: list[Row] = []
+    peers_left_out: dict[str, dict[str, str]] = {}
+    untimed: list[str] = []
+    for op in TIMED:
+        peers, peers_left_out[op] = load_peers(op, device)
+        contestants = {OURS: TIMED[op].fused, **peers}
+        last_hidden = None
+        for hidden, count in sizes:
+            if deadline.passed:
+                untimed.append(f"{op}, hidden {hidden}, {count} rows")
+                continue
+            if hidden != last_hidden:
+                _forget_compiled(device)
+                last_hidden = hidden
+            rows += _measure(
+                op, hidden, count, contestants, peers_left_out[op], device, copy, smoke
+            )
+    return {
+        "copy_gb_per_s": copy * 1e-9,
+        "dtype": "bfloat16",
+        "goals": {"fraction": GOALS, "from_rows": GOAL_ROWS, "noise": NOISE},
+        "missed": [_name(row) for row in rows if "missed" in row.goals.values()],
+        "peers_left_out": peers_left_out,
+        "untimed": untimed,
+        "rows": rows,
+    }
+
+
+def judge(row: Row) -> Row:
+    """The row with its best peer and its goals."""
+    ours = row.entries[OURS]
+    peers = {n: e.times.median_s for n, e in row.entries.items() if n != OURS}
+    enough = ours.fraction >= GOALS[row.direction]
+    goals = {"bandwidth": "-" if row.rows < GOAL_ROWS else "ok" if enough else "missed"}
+    if not peers:
+        return replace(row, goals=goals | {"fastest": "-"})
+    best = min(peers, key=peers.__getitem__)
+    ratio = peers[best] / ours.times.median_s
+    goals["fastest"] = "ok" if ratio >= 1 - NOISE else "missed"
+    return replace(row, best_peer=best, ratio=ratio, goals=goals)
+
+
+def _name(row: Row) -> str:
+    missed = [goal for goal, outcome in row.goals.items() if outcome == "missed"]
+    return f"{row.op} {row.direction}, hidden {row.hidden}, {row.rows} rows: {', '.join(missed)}"
+
+
+def _rows(smoke: bool) -> Sequence[int]:
+    return SMOKE_ROWS if smoke else ROWS
+
+
+def _width(op: str, hidden: int) -> int:
+    return INTERMEDIATE.get(hidden, hidden) if op == "swiglu" else hidden
+
+
+def _measure(
+    op: str,
+    hidden: int,
+    count: int,
+    contestants: dict[str, Function],
+    left_out: dict[str, str],
+    device: torch.device,
+    copy: float,
+    smoke: bool,
+) -> Iterator[Row]:
+    """Both directions. A peer that raises or computes something else is left out from here on."""
+    inputs, grads = _random(op, hidden, count, device)
+    with torch.no_grad():
+        outputs = TIMED[op].fused(inputs)
+    num_bytes = {
+        "forward": TIMED[op].forward_bytes(inputs, outputs),
+        "backward": TIMED[op].backward_bytes(inputs, outputs),
+    }
+    del outputs
+    entries: dict[str, dict[str, Entry]] = {direction: {} for direction in num_bytes}
+    for name, call in contestants.items():
+        if name in left_out:
+            continue
+        try:
+            if count == _rows(smoke)[0] and name != OURS:
+                _check_same(op, call, inputs, grads)
+            for direction, before, timed in _calls(op, call, inputs, grads):
+                times = measure(timed, device, before=before, smoke=smoke)
+                speed = num_bytes[direction] / times.median_s
+                entries[direction][name] = Entry(speed * 1e-9, speed / copy, times)
+        except Exception as error:
+            if name == OURS:
+                raise
+            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            for found in entries.values():
+                found.pop(name, None)
+    for direction, found in entries.items():
+        width = _width(op, hidden)
+        yield judge(Row(op, direction, hidden, width, count, num_bytes[direction], found))
+
+
+def _calls(
+    op: str, call: Function, inputs: Tensors, grads: Sequence[Tensor]
+) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:
+    """By direction: what is run before, and what is timed. Each backward has a graph of its own."""
+    leaves = {n: t.detach().requires_grad_(n in TIMED[op].trained) for n, t in inputs.items()}
+    wanted = [leaves[name] for name in TIMED[op].trained]
+    own = [grad.clone() for grad in grads]  # some write into them
+    yield "forward", lambda: leaves, call
+    yield (
+        "backward",
+        lambda: call(leaves),
+        lambda outputs: torch.autograd.grad(outputs, wanted, own),
+    )
+
+
+def _check_same(op: str, call: Function, inputs: Tensors, grads: Sequence[Tensor]) -> None:
+    """Raise ValueError unless a peer's outputs and gradients are ours, within bf16's rounding."""
+    expected = run(TIMED[op], TIMED[op].fused, inputs, grads)
+    copies = {n: t.clone() for n, t in inputs.items()}  # some work in place
+    found = run(TIMED[op], call, copies, [g.clone() for g in grads])
+    errors = {n: relative_error(found[n], tensor) for n, tensor in expected.items()}
+    if not max(errors.values()) <= AGREEMENT:
+        raise ValueError(f"computes something else: relative errors {errors}")
+
+
+def _random(op: str, hidden: int, count: int, device: torch.device) -> tuple[Tensors, list[Tensor]]:
+    make = maker(device, DTYPE, count)
+    inputs = TIMED[op].inputs(make, count, _width(op, hidden))
+    with torch.no_grad():
+        outputs = TIMED[op].fused(inputs)
+    return inputs, [make.normal(*out.shape, dtype=out.dtype) for out in outputs]
+
+
+def _forget_compiled(device: torch.device) -> None:
+    """So that what is compiled next is for its own sizes, and not left uncompiled as one too many.
+
+    What is on disk stays there.
+    """
+    if device.type == "cuda":
+        torch.compiler.reset()
+
+
+def _compile_ahead(device: torch.device) -> None:
+    """Fill torch.compile's and Triton's caches on disk, many processes at a time."""
+    deadline = Deadline(PREPARE_S)
+    tasks = [(op, hidden, device) for op in TIMED for hidden in WIDTHS]
+    for _ in run_all(compile_once, tasks, device):
+        if deadline.passed:
+            break
+
+
+def compile_once(task: tuple[str, int, torch.device]) -> None:
+    """Run torch.compile's version and ours at the first two numbers of rows.
+
+    The second has torch compile for any number. What fails here fails again where it is recorded.
+    """
+    op, hidden, device = task
+    try:
+        _forget_compiled(device)
+        compiled = load_peers(op, device)[0][COMPILED]
+        for count in ROWS[:2]:
+            inputs, grads = _random(op, hidden, count, device)
+            for function in (TIMED[op].fused, compiled):
+                run(TIMED[op], function, inputs, grads)
+    except Exception:
+        return

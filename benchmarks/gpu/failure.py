@@ -1,0 +1,31 @@
+"""How a section ends early: by faults that it found, by its own clock, by the alarm."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ilm_compile.errors import IlmCompileError
+
+
+class SectionError(IlmCompileError):
+    """A section's checks failed. `result`: what it measured all the same, for the JSON."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class OutOfTime(BaseException):
+    """The alarm of a section's budget. No Exception, so that what records those lets it through."""
+
+
+class Deadline:
+    """Seconds from now after which a section starts nothing more, and reports what it has."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.perf_counter() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return time.perf_counter() > self._end
