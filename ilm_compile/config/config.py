@@ -96,6 +96,7 @@ class Config:
             checkpoint=parallel.checkpoint,
             dtype=None if train.dtype == "float32" else train.dtype,
             zero=parallel.zero,
+            kernels=train.kernels,
             seed=train.seed,
         )
 

@@ -218,7 +218,6 @@ _DATA: dict[str, Fate] = {
     "max_length_per_sample": Only((), "a sample is cut at data.seq_len; leave it out"),
     "pack_sample_into_one": Spread(_packing),
     "valid_micro_num": Ignored("an evaluation takes batches of the shape that is trained on"),
-    "num_worker": Ignored("files are memory-mapped, no process has to load ahead"),
     "empty_cache_and_diag_interval": To("monitor.slow_rank_every"),
     "diag_outlier_ratio": To("monitor.slow_rank_ratio"),
     "bench_net": Ignored("monitor.slow_rank_ratio looks at the ranks' own times"),

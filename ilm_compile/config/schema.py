@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ilm_compile.config.options import option
-from ilm_compile.program.plan import DTYPES
+from ilm_compile.program.plan import DTYPES, KERNELS
 
 COMPUTE_DTYPES = ("float32", *(name for name in DTYPES if name is not None))
 CONTENTS = ("model", "optimizer", "trainer", "sampler", "random", "all")
@@ -29,6 +29,7 @@ class TrainOptions:
     dtype: str = option(
         "float32", "of matmuls and attention; parameters are float32", choices=COMPUTE_DTYPES
     )
+    kernels: str = option("auto", "fused Triton kernels, or none; auto: on CUDA", choices=KERNELS)
     tf32: bool = option(False, "float32 matmuls in TF32 on GPUs that have it")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: off", low=0)
     max_skips: int = option(100, "steps in a row without finite gradients that end it", low=1)
@@ -82,6 +83,7 @@ class DataOptions:
     skip_batches: str = option("", "numbers of batches that are left out, from 0: '2-5,8'")
     rampup_batch_size: str = option("", "'start increment every', in micro-batches")
     seed: int | None = option(None, "of the order of the samples; train.seed if left out", low=0)
+    num_worker: int = option(0, "processes that read batches ahead; 0: none", low=0)
     fixed_random_dataset_seqlen: bool = option(False, "random data of full rows")
 
 

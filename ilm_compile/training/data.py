@@ -66,6 +66,7 @@ def get_train_data_loader(config: Config) -> TrainBatches:
         seed=_seed(config),
         ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.micro_bsz * dp),
         skip=data.skip_batches,
+        num_workers=data.num_worker,
     )
     return TrainBatches(batches, input_spec(config))
 

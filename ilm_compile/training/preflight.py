@@ -18,6 +18,7 @@ from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.cost.memory import static_bytes_per_parameter
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
+from ilm_compile.runtime.checkpoint.storage import open_storage
 from ilm_compile.runtime.data import BatchNumbers, BatchRamp
 from ilm_compile.training.checkpoints import checkpoint_folder, local_path
 from ilm_compile.training.data import global_batch_size
@@ -160,6 +161,8 @@ def _folders(start: Start) -> Iterator[str]:
     ckpt = checkpoint_folder(config)
     if config.ckpt.enabled and "://" not in ckpt:
         folders["ckpt.folder"] = Path(local_path(ckpt))
+    if config.ckpt.enabled and "://" in ckpt:
+        open_storage(ckpt)  # what it needs must be installed
     for key, folder in folders.items():
         if problem := unwritable(folder):
             yield f"{key}: {problem}"

@@ -10,6 +10,7 @@ from torch import nn
 from ilm_compile.config import Config, ConfigError, load_config, make_config
 from ilm_compile.config.schema import SECTIONS
 from ilm_compile.models import MODEL_INITIALIZER
+from ilm_compile.program.plan import Plan
 
 SAMPLES = Path(__file__).parent / "samples"
 SIZES = {"num_layers": 2, "hidden_size": 64, "vocab_size": 512, "num_attention_heads": 4}
@@ -56,6 +57,25 @@ def test_a_resolved_config_is_saved_and_loads_to_an_equal_one(name: str, tmp_pat
     assert load_config(tmp_path / "runs" / "config.toml") == loaded
     assert make_config(loaded.to_dict()) == loaded
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["config.toml"]
+
+
+def test_every_field_of_a_plan_follows_from_the_config() -> None:
+    sections: dict[str, Any] = {
+        "train": {"total_steps": 9, "dtype": "float16", "kernels": "torch", "seed": 3},
+        "data": {"seq_len": 32, "micro_num": 4},
+        "parallel": {
+            "tensor": 2, "pipeline": 2, "num_chunks": 2, "zero": 3, "sequence_parallel": True,
+            "embed_split_hidden": False, "checkpoint": 0.5, "constraints": {"a": "S(0)"},
+        },
+    }  # fmt: skip
+    plan = config(**sections).plan()
+    assert plan == Plan(
+        tp=2, pp=2, num_chunks=2, num_microbatches=4, schedule="interleaved_1f1b",
+        sequence_parallel=True, embed_split_hidden=False, constraints=(("a", "S(0)"),),
+        checkpoint=0.5, dtype="float16", zero=3, kernels="torch", seed=3,
+    )  # fmt: skip
+    sections["parallel"]["schedule"] = "gpipe"
+    assert config(**sections).plan().schedule == "gpipe"
 
 
 def test_odd_text_survives_saving(tmp_path: Path) -> None:
@@ -197,6 +217,8 @@ def test_a_misspelt_name_of_a_python_file_is_told_from_a_helper(tmp_path: Path) 
         ("adam.lr=0.5", "optimizer", "lr", 0.5),
         ("data.min_length_dict.en=3", "data", "min_length_dict", {"en": 3}),
         ("parallel.zero1.fsdp=true", "parallel", "zero", 3),
+        ("train.dtype=float16", "train", "dtype", "float16"),
+        ("train.kernels=torch", "train", "kernels", "torch"),
     ],
 )
 def test_set_wins_over_the_file(override: str, section: str, key: str, expected: object) -> None:
@@ -308,7 +330,7 @@ THEIRS: dict[str, Any] = {
 NOTICED = [
     *["moe", "tensorboard.queue_max_length", "tensorboard_folder", "resume_tb_folder"],
     *["model.dropout_selective_checkpoint", "model.max_position_embeddings", "model.moe_type"],
-    *["parallel.zero1.size", "data.packed_length", "data.num_worker", "data.valid_micro_num"],
+    *["parallel.zero1.size", "data.packed_length", "data.valid_micro_num"],
     *["ckpt.async_upload_tmp_folder", "ckpt.oss_snapshot_freq", "ckpt.snapshot_ckpt_folder"],
     *["monitor.alert.light_monitor_address", "monitor.alert.alert_file_path"],
     *["monitor.tensorboard.queue_max_length", "loss.moe_loss_coeff"],

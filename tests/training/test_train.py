@@ -25,6 +25,7 @@ from ilm_compile.models import MODEL_INITIALIZER
 from ilm_compile.runtime.data import write_shard
 from ilm_compile.training import hooks
 from ilm_compile.training.agreement import agree_on_start
+from ilm_compile.training.optimizer import loss_scaler
 from ilm_compile.training.trainer import set_torch_flags
 from tests.support.world import World, WorldError
 from tests.training.jobs import losses, metrics, tiny, train_on
@@ -169,8 +170,9 @@ def test_token_files_with_validation_sets(tmp_path: Path) -> None:
         {"type": "tokenized"},
         {"type": "random", "packing": "window"},
         {"type": "random", "skip_batches": "0", "rampup_batch_size": "1 1 2"},
+        {"type": "random", "num_worker": 1},
     ],
-    ids=["random", "no folder", "window", "ramp"],
+    ids=["random", "no folder", "window", "ramp", "ahead"],
 )
 def test_every_kind_of_data_trains(data: dict[str, Any], tmp_path: Path) -> None:
     config = tiny(tmp_path, "train.total_steps=1", "lr_scheduler.total_steps=4", data=data)
@@ -201,6 +203,22 @@ def test_label_smoothing_is_in_the_loss(tmp_path: Path) -> None:
         logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.25
     )
     assert parallel.execute_schedule(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_float16_trains_under_the_loss_scale_of_the_config(tmp_path: Path) -> None:
+    options = {
+        "initial_scale": 512.0, "min_scale": 4.0, "max_scale": 2048.0, "growth_interval": 2,
+        "growth_factor": 4.0, "backoff_factor": 0.25, "hysteresis": 1,
+    }  # fmt: skip
+    config = tiny(tmp_path, "train.dtype=float16", grad_scaler=options)
+    scaler = loss_scaler(config)
+    assert scaler is not None
+    assert {name: getattr(scaler, name) for name in options if name != "initial_scale"} == {
+        name: value for name, value in options.items() if name != "initial_scale"
+    }
+    train_on(0, config)
+    assert [line["loss_scale"] for line in metrics(tmp_path)] == [512, 512, 2048, 2048]
+    assert loss_scaler(tiny(tmp_path, "train.dtype=bfloat16")) is None
 
 
 def test_a_run_may_start_from_weights(tmp_path: Path) -> None:
