@@ -18,20 +18,32 @@ from ilm_compile.errors import IlmCompileError
 Implementation = Callable[..., Any]
 
 
+# Op -> where its Triton launcher is, as `module:function`.
+LAUNCHERS: dict[str, str] = {}
+
+
 def implement(op: str, reference: Implementation, triton: str) -> None:
     """Bind an op to its devices: the reference on the CPU, a Triton launcher on CUDA.
 
-    op: `ilm::name`. triton: `module:function`, called with the op's arguments. float64 runs the
-    reference on CUDA too: it is for proofs, and the kernels compute in float32.
+    op: `ilm::name`. triton: `module:function`, called with the op's arguments.
+    """
+    LAUNCHERS[op] = triton
+    torch.library.impl(op, "cpu", reference)
+    torch.library.impl(op, "cuda", on_cuda(op, reference))
+
+
+def on_cuda(op: str, reference: Implementation) -> Implementation:
+    """What runs on CUDA: the launcher, or the reference where a tensor is float64.
+
+    float64 is for proofs, and the kernels compute in float32.
     """
 
-    def cuda(*args: Any) -> Any:
+    def choose(*args: Any) -> Any:
         if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
             return reference(*args)
-        return launcher(op, triton)(*args)
+        return launcher(op, LAUNCHERS[op])(*args)
 
-    torch.library.impl(op, "cpu", reference)
-    torch.library.impl(op, "cuda", cuda)
+    return choose
 
 
 @cache

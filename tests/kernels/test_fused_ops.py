@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import add_rms_norm, rms_norm, swiglu
-from ilm_compile.kernels.library import launcher
+from ilm_compile.kernels.library import LAUNCHERS, launcher, on_cuda
 
 BATCH, SEQ, WIDTH = 2, 3, 16
 ilm = torch.ops.ilm
@@ -278,3 +278,11 @@ def test_missing_triton_is_named(monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     with pytest.raises(IlmCompileError, match=r"ilm::rms_norm: expected triton.*pip install"):
         launcher("ilm::rms_norm", "ilm_compile.kernels.triton_rms_norm:rms_norm")
+
+
+def test_cuda_runs_the_launcher_and_the_reference_in_float64(monkeypatch):
+    monkeypatch.setitem(LAUNCHERS, "ilm::of_a_test", "operator:add")
+    run = on_cuda("ilm::of_a_test", torch.sub)
+    ones = torch.ones(2)
+    assert run(ones, ones).tolist() == [2.0, 2.0]
+    assert run(ones, ones.double()).tolist() == [0.0, 0.0]

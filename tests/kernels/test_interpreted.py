@@ -13,16 +13,12 @@ import torch
 from torch import Tensor
 
 from ilm_compile.kernels.launch import flat_rows, row_stride
+from ilm_compile.kernels.library import LAUNCHERS
 from tests.kernels.accuracy import INTERPRETED, relative_error
 from tests.kernels.worker import Worker
 
 EPS = 1e-5
 ilm = torch.ops.ilm
-MODULES = {
-    "rms_norm": "triton_rms_norm",
-    "add_rms_norm": "triton_rms_norm",
-    "swiglu": "triton_swiglu",
-}
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
 
 
@@ -39,8 +35,7 @@ def compare(interpreter: Worker, op: str, *args: Any) -> list[Tensor]:
     Where cast_before_scale rounds inside, float32 results are as coarse as the dtype of the rows.
     """
     rows_dtype = args[0].dtype if any(arg is True for arg in args) else None
-    module = MODULES[op.removesuffix("_backward")]
-    found = interpreter.call(f"ilm_compile.kernels.{module}:{op}", *args)
+    found = interpreter.call(LAUNCHERS[f"ilm::{op}"], *args)
     expected = getattr(ilm, op)(*args)
     if isinstance(found, Tensor):
         found, expected = (found,), (expected,)
@@ -201,8 +196,8 @@ def test_inputs_are_left_alone(interpreter, op):
     args = tensors.get(op, (grad, x, residual))
     if op != "swiglu_backward":
         args = (*args, weight, EPS, False, 0.0)
-    target = f"ilm_compile.kernels.{MODULES[op.removesuffix('_backward')]}:{op}"
-    after = interpreter.call("tests.kernels.test_interpreted:arguments_after", target, *args)
+    target = "tests.kernels.test_interpreted:arguments_after"
+    after = interpreter.call(target, LAUNCHERS[f"ilm::{op}"], *args)
     for mine, before in zip(after, args, strict=True):
         assert torch.equal(mine, before) if isinstance(before, Tensor) else mine == before
 
