@@ -45,7 +45,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         top, exps, picked, total = vocab_statistics(logits, target, first, ignore_index, vocab)
         top_here, top = top, comm.all_reduce(top, op="max")
         counted = target != ignore_index
-        here = counted & (target >= first) & (target < first + width)
+        here = (target >= first) & (target < first + width)
         sums = [exps * (top_here - top).exp(), (picked - top).masked_fill(~here, 0.0)]
         sums += [total - width * top] if smoothing else []
         exps, picked, *rest = comm.all_reduce(torch.stack(sums)).unbind(0)

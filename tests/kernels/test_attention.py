@@ -16,6 +16,7 @@ BOUNDARIES = {
     "per row int64": torch.tensor([[0, 8, 8], [0, 4, 8]]),
     "flattened": torch.tensor([0, 3, 8, 13, 16, 16], dtype=torch.int32),
     "flattened across rows": torch.tensor([0, 5, 12, 16]),
+    "longer than a row": torch.tensor([0, 3, 13, 16]),
 }
 boundaries = pytest.mark.parametrize("cu_seqlens", BOUNDARIES.values(), ids=list(BOUNDARIES))
 kv_heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=lambda n: f"kv{n}")
