@@ -1,10 +1,16 @@
 """The op ilm::attention against attention written out in the plainest way."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention, attention_reference, document_starts
@@ -218,3 +224,39 @@ def test_refuses_wrong_inputs(args, message, device):
     args = [x if x is None else x.to(device) for x in args]
     with pytest.raises(IlmCompileError, match=message):
         attention(*args)
+
+
+def squared_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A loss whose gradient needs the attention's result."""
+    return attention(q, k, v).square().sum()
+
+
+def test_compile():
+    ours, plain = inputs(2), inputs(2)
+    compiled = torch.compile(squared_attention, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(*ours), ours)
+    expected = torch.autograd.grad(squared_attention(*plain), plain)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("save", [True, False], ids=["saved", "recomputed"])
+def test_selective_checkpointing(monkeypatch, save):
+    runs = []
+    forward = attention_reference.forward
+    monkeypatch.setattr(
+        attention_reference, "forward", lambda *args: runs.append(1) or forward(*args)
+    )
+
+    def policy(ctx, op, *args, **kwargs):
+        is_saved = save and op is torch.ops.ilm.attention.default
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    ours, plain = inputs(2), inputs(2)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    out = checkpoint(squared_attention, *ours, use_reentrant=False, context_fn=contexts)
+    found = torch.autograd.grad(out, ours)
+    assert len(runs) == (1 if save else 2)
+    expected = torch.autograd.grad(squared_attention(*plain), plain)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
