@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_samples import SAMPLES
+from ilm_compile.kernels.library import LAUNCHERS
 from tests.kernels.aot import ARCHITECTURES, compile_sample
 from tests.kernels.worker import Worker
 
@@ -37,6 +38,11 @@ def test_compiled_kernel(compiler: Worker, name: str, width: int, arch: int) -> 
         assert report.warps == launch.warps
         assert report.registers * 32 * launch.warps * launch.programs_per_sm <= 65536
         assert report.shared * launch.programs_per_sm <= SHARED_BYTES[arch]
+
+
+def test_every_launcher_has_a_sample() -> None:
+    sampled = {f"ilm_compile.kernels.{sample.launcher}" for sample in SAMPLES.values()}
+    assert set(LAUNCHERS.values()) <= sampled
 
 
 @pytest.mark.parametrize("name", ["add_rms_norm_backward", "add_rms_norm", "swiglu_backward"])
