@@ -4,6 +4,9 @@ Import it lazily. Shapes in this file: qkv (B, S, G, R + 2, D); q (B, S, G * R, 
 (B, S, G, D); cos and sin as in rotary.py. The slots of a token are the heads of qkv in order.
 """
 
+# Triton types neither its decorator nor what a kernel sees of its arguments.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -3,6 +3,9 @@
 Shapes in this file: q (B, S, H, D), k (B, S, G, D), cos and sin as in rotary.py.
 """
 
+# Triton types neither its decorator nor what a kernel sees of its arguments.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import torch
 import triton
 import triton.language as tl

@@ -9,6 +9,9 @@ stride.
 Shapes in this file: tiles are (TOKENS, HEADS, columns of a head); B, S, D, W as in rotation.py.
 """
 
+# Triton types neither its decorator nor what a kernel sees of its arguments.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from typing import Any, NamedTuple
 
 import triton
@@ -36,7 +39,7 @@ class Tile(NamedTuple):
 
     def programs(self, num_tokens: int, slots: int) -> int:
         """How many programs cover `slots` heads of every token."""
-        return triton.cdiv(num_tokens, self.TOKENS) * triton.cdiv(slots, self.HEADS)
+        return int(triton.cdiv(num_tokens, self.TOKENS) * triton.cdiv(slots, self.HEADS))
 
 
 def tile_for(pairs: int, head_dim: int, slots: int) -> Tile:

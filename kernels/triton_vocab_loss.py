@@ -6,6 +6,9 @@ length and no rank compiles anew. Row numbers become int64 before they meet a st
 Shapes in this file: logits (N, V) with any row stride, target and the numbers of a token (N,).
 """
 
+# Triton types neither its decorator nor what a kernel sees of its arguments.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import torch
 import triton
 import triton.language as tl
