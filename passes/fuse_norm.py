@@ -18,6 +18,7 @@ from ilm_compile.passes.fusion import (
     LOW_PRECISION,
     Found,
     Left,
+    args,
     argument,
     aten,
     dtype,
@@ -52,14 +53,14 @@ def fuse_norms(program: Program) -> Found:
     fused: list[fx.Node] = []
     left: list[Left] = []
     for node in list(program.calls()):
-        read = _READERS.get(node.target)
+        read = next((r for op, r in _READERS.items() if is_call(node, op)), None)
         norm = read(node) if read else None
         reason = norm if isinstance(norm, str) else norm and _refusal(program, norm)
         if reason:
             left.append(Left(OP, node, reason))
         elif isinstance(norm, Norm):
-            args = (norm.x, norm.weight, norm.eps, norm.cast_before_scale, norm.weight_offset)
-            call = fuse(program, ilm.rms_norm.default, args, [norm.result], point=norm.result)
+            inputs = (norm.x, norm.weight, norm.eps, norm.cast_before_scale, norm.weight_offset)
+            call = fuse(program, ilm.rms_norm.default, inputs, [norm.result], point=norm.result)
             fused.append(call)
     return Found(tuple(fused), tuple(left))
 
@@ -76,11 +77,11 @@ def _whole(node: fx.Node) -> Norm | str:
 
 def _spelled_out(node: fx.Node) -> Norm | str | None:
     """Read the calls around an rsqrt; None if they have nothing of a norm."""
-    total = node.args[0]
-    if not is_call(total, *SUMS) or not is_call(total.args[0], aten.mean.dim):
+    total = args(node)[0]
+    if not is_call(total, *SUMS) or not is_call(args(total)[0], aten.mean.dim):
         return None
-    mean, eps = total.args[:2]
-    square = mean.args[0]
+    mean, eps = args(total)[:2]
+    square = args(mean)[0]
     x = _squared(square)
     if x is None:
         return None
@@ -101,11 +102,11 @@ def _spelled_out(node: fx.Node) -> Norm | str | None:
 
 def _squared(node: fx.Node) -> fx.Node | None:
     """Return what `node` is the square of."""
-    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
-        return node.args[0]
-    is_square = is_call(node, aten.square.default)
-    is_square |= is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]
-    return node.args[0] if is_square else None
+    is_square = is_call(node, aten.pow.Tensor_Scalar) and args(node)[1] == 2
+    is_square |= is_call(node, aten.square.default)
+    is_square |= is_call(node, aten.mul.Tensor) and args(node)[0] is args(node)[1]
+    squared: fx.Node | None = args(node)[0] if is_square else None
+    return squared
 
 
 def _scaled(norm: Norm) -> list[Norm]:
@@ -128,8 +129,8 @@ def _scaled(norm: Norm) -> list[Norm]:
 def _weight(factor: fx.Node, norm: Norm) -> tuple[fx.Node, float]:
     """Read w or number + w, each of them perhaps cast."""
     offset = 0.0
-    if is_call(factor, *SUMS) and isinstance(factor.args[1], (int, float)):
-        factor, offset = factor.args[0], float(factor.args[1])
+    if is_call(factor, *SUMS) and isinstance(args(factor)[1], (int, float)):
+        factor, offset = args(factor)[0], float(args(factor)[1])
     return factor, offset
 
 
@@ -143,7 +144,7 @@ def _widest(norms: list[Norm], x: fx.Node, inside: set[fx.Node]) -> Norm | str:
         norms = [*norms, changed(norms[-1], result=cast)]
     sources = [x]
     if is_call(x, CAST) and inside.issuperset(x.users):
-        sources.insert(0, x.args[0])
+        sources.insert(0, args(x)[0])
     for norm in reversed(norms):
         for source in sources:
             if dtype(source) == dtype(norm.result):
@@ -153,8 +154,8 @@ def _widest(norms: list[Norm], x: fx.Node, inside: set[fx.Node]) -> Norm | str:
 
 def _uncast(weight: fx.Node | None, wanted: torch.dtype) -> fx.Node | None:
     """Return the weight before a cast, if the op takes it in that dtype: of x, or float32."""
-    if is_call(weight, CAST) and dtype(weight.args[0]) in (wanted, torch.float32):
-        return weight.args[0]
+    if is_call(weight, CAST) and dtype(args(weight)[0]) in (wanted, torch.float32):
+        weight = args(weight)[0]
     return weight
 
 

@@ -18,6 +18,7 @@ from ilm_compile.passes.fuse_kernels import report
 from ilm_compile.passes.fusion import (
     Found,
     Left,
+    args,
     aten,
     comes_before_users,
     dtype,
@@ -49,16 +50,16 @@ class FuseResidual(Pass):
         {"fused", "sharded", "cast", "checkpointed", "split"}
     )
     numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
-    tolerance: ClassVar[float] = 1e-2
+    tolerance: ClassVar[float] = 2e-3
 
     def apply(self, program: Program) -> None:
         fused: list[fx.Node] = []
         left: list[Left] = []
         for norm in program.graph.find_nodes(op="call_function", target=ilm.rms_norm.default):
-            total = norm.args[0]
-            if is_call(total, *BETWEEN) and is_call(total.args[0], aten.add.Tensor):
-                reason = f"{target_name(total)} stands between its sum and its norm"
-                left.append(Left(OP, total.args[0], reason))
+            total = args(norm)[0]
+            if is_call(total, *BETWEEN) and is_call(args(total)[0], aten.add.Tensor):
+                between = f"{target_name(total)} stands between its sum and its norm"
+                left.append(Left(OP, args(total)[0], between))
             if not is_call(total, aten.add.Tensor):
                 continue
             if reason := _refusal(program, total, norm):
@@ -69,7 +70,7 @@ class FuseResidual(Pass):
 
 
 def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
-    terms = total.args[:2]
+    terms = args(total)[:2]
     if not all(isinstance(term, fx.Node) for term in terms) or total.kwargs.get("alpha", 1) != 1:
         return "it adds no two tensors of equal weight"
     if any(shape(term) != shape(total) or dtype(term) != dtype(total) for term in terms):
@@ -90,10 +91,10 @@ def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
 
 
 def _fuse(program: Program, total: fx.Node, norm: fx.Node) -> fx.Node:
-    residual, x = _in_order(*total.args[:2])
+    residual, x = _in_order(*args(total)[:2])
     meta = {key: total.meta[key] for key in ("region", "stage", "source") if key in total.meta}
-    args = (x, residual, *norm.args[1:])
-    call = fuse(program, ilm.add_rms_norm.default, args, [norm, total], point=norm)
+    inputs = (x, residual, *args(norm)[1:])
+    call = fuse(program, ilm.add_rms_norm.default, inputs, [norm, total], point=norm)
     call.meta[SUM_META] = meta
     return call
 
@@ -114,12 +115,12 @@ def separated(program: Program) -> Program:
     result = copy_program(program)
     nodes = result.graph.find_nodes(op="call_function", target=ilm.add_rms_norm.default)
     for node in nodes:
-        x, residual, *options = node.args
+        x, residual, *options = args(node)
         total = insert_before(result, node, aten.add.Tensor, residual, x)
         total.meta.update(node.meta[SUM_META])
         norm = insert_before(result, node, ilm.rms_norm.default, total, *options)
         for item in list(node.users):
-            item.replace_all_uses_with((norm, total)[item.args[1]])
+            item.replace_all_uses_with((norm, total)[args(item)[1]])
             result.graph.erase_node(item)
         result.graph.erase_node(node)
     result.finish()

@@ -18,6 +18,7 @@ from torch import fx
 from ilm_compile.passes.fusion import (
     Found,
     Left,
+    args,
     argument,
     aten,
     comes_before_users,
@@ -103,14 +104,14 @@ class _Search:
         turned = q.heads_dim == 1
         if packed:
             op: Any = ilm.qkv_rotary.default
-            args = [packed.qkv]
+            inputs = [packed.qkv]
         else:
             op = ilm.rotary.default
-            args = [self._tokens_first(r.x, point) if turned else r.x for r in (q, k)]
+            inputs = [self._tokens_first(r.x, point) if turned else r.x for r in (q, k)]
         call = fuse(
             self.program,
             op,
-            (*args, *tables, None, interleaved),
+            (*inputs, *tables, None, interleaved),
             results,
             point=point,
             turned=turned,
@@ -119,8 +120,9 @@ class _Search:
 
     def _tokens_first(self, x: fx.Node, point: fx.Node) -> fx.Node:
         """Return x (batch, heads, seq, head_dim) as (batch, seq, heads, head_dim)."""
-        if is_call(x, aten.transpose.int) and {d % 4 for d in x.args[1:]} == {1, 2}:
-            return x.args[0]
+        if is_call(x, aten.transpose.int) and {d % 4 for d in args(x)[1:]} == {1, 2}:
+            found: fx.Node = args(x)[0]
+            return found
         return insert_before(self.program, point, aten.transpose.int, x, 1, 2)
 
     def _table(self, table: fx.Node, rotation: Rotation) -> fx.Node:
@@ -128,8 +130,8 @@ class _Search:
         if (table, rotation.is_doubled) in self.tables:
             return self.tables[table, rotation.is_doubled]
         found = table
-        if is_call(table, aten.unsqueeze.default) and table.args[1] % 4 == rotation.heads_dim:
-            found = table.args[0]
+        if is_call(table, aten.unsqueeze.default) and args(table)[1] % 4 == rotation.heads_dim:
+            found = args(table)[0]
         else:
             op = aten.squeeze.dim
             found = insert_after(self.program, table, op, table, rotation.heads_dim)
@@ -177,7 +179,7 @@ def _attention_uses(node: fx.Node) -> set[tuple[fx.Node, int]] | None:
     found: set[tuple[fx.Node, int]] = set()
     for user in node.users:
         if is_call(user, *ATTENTIONS):
-            found |= {(user, index) for index, arg in enumerate(user.args) if arg is node}
+            found |= {(user, index) for index, arg in enumerate(args(user)) if arg is node}
         elif is_call(user, *CARRIERS) and shape(user)[-1] == shape(node)[-1]:
             further = _attention_uses(user)
             if further is None:
@@ -193,11 +195,11 @@ def _packed(q: Rotation, k: Rotation) -> Packed | None:
     heads, key = q.x, k.x
     if q.heads_dim != 2 or not is_call(heads, aten.reshape.default):
         return None
-    queries = heads.args[0]
+    queries = args(heads)[0]
     if not is_call(queries, aten.slice.Tensor) or not is_call(key, aten.select.int):
         return None
-    qkv = queries.args[0]
-    if key.args[0] is not qkv or len(shape(qkv)) != 5 or not _is_at(key, shape(qkv)[3] - 2):
+    qkv = args(queries)[0]
+    if args(key)[0] is not qkv or len(shape(qkv)) != 5 or not _is_at(key, shape(qkv)[3] - 2):
         return None
     bounds = tuple(argument(queries, name) for name in ("start", "end", "step"))
     picked = range(*slice(*bounds).indices(shape(qkv)[3]))
@@ -213,5 +215,5 @@ def _packed(q: Rotation, k: Rotation) -> Packed | None:
 
 def _is_at(select: fx.Node, index: int) -> bool:
     """Whether `select` picks `index` of dimension 3 of 5."""
-    size = shape(select.args[0])[3]
-    return select.args[1] % 5 == 3 and select.args[2] % size == index
+    size = shape(args(select)[0])[3]
+    return bool(args(select)[1] % 5 == 3 and args(select)[2] % size == index)

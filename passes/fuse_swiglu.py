@@ -7,6 +7,7 @@ from torch import fx
 from ilm_compile.passes.fusion import (
     Found,
     Left,
+    args,
     aten,
     dtype,
     fuse,
@@ -34,8 +35,8 @@ def fuse_swiglus(program: Program) -> Found:
         if reason := _refusal(silu, up):
             left.append(Left(OP, silu, reason))
             continue
-        args = (silu.args[0], up)
-        fused.append(fuse(program, ilm.swiglu.default, args, products, point=products[0]))
+        inputs = (args(silu)[0], up)
+        fused.append(fuse(program, ilm.swiglu.default, inputs, products, point=products[0]))
     return Found(tuple(fused), tuple(left))
 
 

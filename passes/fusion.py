@@ -39,9 +39,15 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def args(node: Any) -> Any:
+    """Return the arguments of a call, which torch.fx types as any of twenty kinds."""
+    return node.args
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """Return the argument of a call that its op's schema calls `name`, or its default."""
-    for index, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    schema = node.target._schema  # type: ignore[union-attr]
+    for index, declared in enumerate(schema.arguments):
         if declared.name == name:
             given = node.args[index] if index < len(node.args) else None
             return node.kwargs.get(name, declared.default_value) if given is None else given
@@ -59,14 +65,14 @@ def dtype(node: fx.Node) -> torch.dtype:
     return found
 
 
-def only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> Any:
     """Return who uses `node`, None if it is not one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def other_operand(call: fx.Node, known: fx.Node) -> Any:
+def other_operand(call: Any, known: Any) -> Any:
     """Return the operand beside `known` of a sum or product of two."""
-    first, second = call.args[:2]
+    first, second = args(call)[:2]
     return second if first is known else first
 
 
@@ -79,18 +85,18 @@ def is_mutated(node: fx.Node) -> bool:
 def fuse(
     program: Program,
     op: Any,
-    args: Sequence[Any],
+    arguments: Sequence[Any],
     results: Sequence[fx.Node | None],
     *,
     point: fx.Node,
     turned: bool = False,
 ) -> fx.Node:
-    """Put ``op(*args)`` before `point`, give its results to who uses `results`; return the call.
+    """Put ``op(*arguments)`` before `point` for those who use `results`, and return the call.
 
     A result that replaces None is not used. turned: dims 1 and 2 of each result change places, for
     a graph that has the heads before the tokens. What nobody uses any more is erased.
     """
-    call = insert_before(program, point, op, *args)
+    call = insert_before(program, point, op, *arguments)
     is_one = isinstance(call.meta["val"], torch.Tensor)
     for index, old in enumerate(results):
         if old is None:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from ilm_compile.passes.fusion import (
+    args,
     argument,
     aten,
     dtype,
@@ -51,12 +52,12 @@ class Rotation:
 
 def read_rotation(node: fx.Node) -> Rotation | str | None:
     """Return the rotation whose core is the cat `node`, why it is none, or None if far from one."""
-    parts = node.args[0]
+    parts = args(node)[0]
     if not isinstance(parts, (list, tuple)) or len(parts) != 2:
         return None
     first, second = parts
     if is_call(first, aten.neg.default):
-        return _hugging_face(node, first.args[0], second)
+        return _hugging_face(node, args(first)[0], second)
     if is_call(first, aten.sub.Tensor) and is_call(second, aten.add.Tensor):
         return _written_out(node, first, second)
     return None
@@ -66,14 +67,14 @@ def _hugging_face(cat: fx.Node, second: fx.Node, first: fx.Node) -> Rotation | s
     x, halves = _halves(first, second)
     if x is None:
         return None
-    if len(set(halves)) != 1 or not _is_last(cat) or sum(halves) != shape(x)[-1]:
+    if len(set(halves)) != 1 or not _is_last(cat):
         return f"it turns {' and '.join(map(str, halves))} numbers, expected two halves of a head"
     by_sin = only_user(cat)
-    total = only_user(by_sin) if is_call(by_sin, aten.mul.Tensor) else None
+    total: Any = only_user(by_sin) if is_call(by_sin, aten.mul.Tensor) else None
     if not is_call(total, aten.add.Tensor):
         return "its turned half is not multiplied and added to the other product"
     by_cos = other_operand(total, by_sin)
-    if not is_call(by_cos, aten.mul.Tensor) or x not in by_cos.args[:2]:
+    if not is_call(by_cos, aten.mul.Tensor) or x not in args(by_cos)[:2]:
         return "its sum holds no product of the value and a table"
     cos, sin = other_operand(by_cos, x), other_operand(by_sin, cat)
     whole, result = _with_rest(x, total)
@@ -81,22 +82,20 @@ def _hugging_face(cat: fx.Node, second: fx.Node, first: fx.Node) -> Rotation | s
 
 
 def _written_out(cat: fx.Node, difference: fx.Node, total: fx.Node) -> Rotation | str | None:
-    products = (*difference.args[:2], *total.args[:2])
+    products = (*args(difference)[:2], *args(total)[:2])
     if not all(is_call(product, aten.mul.Tensor) for product in products) or not _is_last(cat):
         return None
     for first, cos in _both_orders(products[0]):
         for second, sin in _both_orders(products[1]):
-            x, halves = _halves(first, second)
+            x, _ = _halves(first, second)
             crossed = {frozenset((second, cos)), frozenset((first, sin))}
-            if x is not None and crossed == {frozenset(p.args[:2]) for p in products[2:]}:
-                if len(set(halves)) != 1 or sum(halves) != shape(x)[-1]:
-                    return f"it turns {' and '.join(map(str, halves))} of {shape(x)[-1]} numbers"
+            if x is not None and crossed == {frozenset(args(p)[:2]) for p in products[2:]}:
                 return _finished(x, cat, cos, sin, is_doubled=False)
     return None
 
 
 def _both_orders(product: fx.Node) -> list[tuple[Any, Any]]:
-    a, b = product.args[:2]
+    a, b = args(product)[:2]
     return [(a, b), (b, a)]
 
 
@@ -104,16 +103,16 @@ def _halves(first: Any, second: Any) -> tuple[fx.Node | None, tuple[int, int]]:
     """Return what two slices are the first and the last numbers of, and how many these are."""
     if not all(is_call(half, aten.slice.Tensor) for half in (first, second)):
         return None, (0, 0)
-    x, sizes = first.args[0], (shape(first)[-1], shape(second)[-1])
+    x, sizes = args(first)[0], (shape(first)[-1], shape(second)[-1])
     runs = [_run(half) for half in (first, second)]
-    if second.args[0] is not x or runs != [(0, sizes[0]), (sizes[0], shape(x)[-1])]:
+    if args(second)[0] is not x or runs != [(0, sizes[0]), (sizes[0], shape(x)[-1])]:
         return None, sizes
     return x, sizes
 
 
 def _run(node: fx.Node) -> tuple[int, int] | None:
     """Return (start, end) of a slice of the last dimension without gaps."""
-    x = node.args[0]
+    x = args(node)[0]
     rank, step = len(shape(x)), argument(node, "step")
     if argument(node, "dim") % rank != rank - 1 or step != 1:
         return None
@@ -128,14 +127,14 @@ def _is_last(cat: fx.Node) -> bool:
 def _with_rest(x: fx.Node, total: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Return the whole head and its result where only the first numbers, `x`, are turned."""
     cat = only_user(total)
-    if not is_call(cat, aten.cat.default) or not _is_last(cat) or len(cat.args[0]) != 2:
+    if not is_call(cat, aten.cat.default) or not _is_last(cat) or len(args(cat)[0]) != 2:
         return x, total
-    turned, rest = cat.args[0]
+    turned, rest = args(cat)[0]
     if turned is not total or not is_call(rest, aten.slice.Tensor):
         return x, total
-    whole, width = rest.args[0], shape(x)[-1]
+    whole, width = args(rest)[0], shape(x)[-1]
     is_start = x is whole or (
-        is_call(x, aten.slice.Tensor) and x.args[0] is whole and _run(x) == (0, width)
+        is_call(x, aten.slice.Tensor) and args(x)[0] is whole and _run(x) == (0, width)
     )
     is_rest = _run(rest) == (width, shape(whole)[-1])
     return (whole, cat) if is_start and is_rest else (x, total)
@@ -173,18 +172,18 @@ def _heads_dim(x: fx.Node, table: fx.Node) -> int | None:
 
 def _unsorted(x: fx.Node) -> fx.Node | None:
     """Return what `x` sorts into even and then odd numbers of the last dimension."""
-    if not is_call(x, aten.cat.default) or not _is_last(x) or len(x.args[0]) != 2:
+    if not is_call(x, aten.cat.default) or not _is_last(x) or len(args(x)[0]) != 2:
         return None
-    even, odd = x.args[0]
+    even, odd = args(x)[0]
     if not all(is_call(part, aten.slice.Tensor) for part in (even, odd)):
         return None
-    source = even.args[0]
+    source: fx.Node = args(even)[0]
     rank = len(shape(source))
     for part, start in ((even, 0), (odd, 1)):
         bounds = slice(*(argument(part, name) for name in ("start", "end", "step")))
         wanted = range(start, shape(source)[-1], 2)
         is_last = argument(part, "dim") % rank == rank - 1
-        if part.args[0] is not source or not is_last:
+        if args(part)[0] is not source or not is_last:
             return None
         if range(*bounds.indices(shape(source)[-1])) != wanted:
             return None
@@ -196,14 +195,14 @@ def is_two_alike(table: fx.Node) -> bool:
     node = table
     while isinstance(node, fx.Node) and node.op == "call_function":
         if is_call(node, aten.cat.default) and _is_last(node):
-            parts = node.args[0]
+            parts = args(node)[0]
             return len(parts) == 2 and parts[0] is parts[1]
         if is_call(node, aten.unsqueeze.default):
-            alike = node.args[1] % len(shape(node)) != len(shape(node)) - 1
+            alike = args(node)[1] % len(shape(node)) != len(shape(node)) - 1
         else:
-            by_number = is_call(node, *BY_NUMBER) and isinstance(node.args[1], (int, float))
+            by_number = is_call(node, *BY_NUMBER) and isinstance(args(node)[1], (int, float))
             alike = is_call(node, *ALIKE) or by_number
         if not alike:
             return False
-        node = node.args[0]
+        node = args(node)[0]
     return False

@@ -209,7 +209,16 @@ def test_numbers_stay_in_their_places_only_where_an_attention_alone_reads_them()
     def scored(m: Body, x: Tensor) -> Tensor:
         return sorted_and_returned(m, x)[0]
 
-    for function, interleaved in ((scored, True), (sorted_and_returned, False)):
+    def keys_as_values(m: Body, x: Tensor) -> Tensor:
+        tables = m.angles.cos(), m.angles.sin()
+        q, k = (rotate(even_then_odd(v), *tables) for v in (x, 2 * x))
+        return attention(q, k, k) * m.weight
+
+    for function, interleaved in (
+        (scored, True),
+        (sorted_and_returned, False),
+        (keys_as_values, False),
+    ):
         program = fused(traced(function))
         (node,) = program.graph.find_nodes(op="call_function", target=ilm.rotary.default)
         assert node.args[-1] is interleaved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_a_wrong_strategy_is_not_proven():
     op_call, tensors = make_call(aten.linear.default, *call(x(2, 4, 8), x(12, 8), x(12)), size=2)
     with pytest.raises(AssertionError):
         prove(op_call, tensors, Strategy((S(2), S(1), R), P))  # the bias would be counted twice
+
+
+def test_every_result_of_an_op_must_divide():
+    op_call, _ = make_call(*_add_rms_norm(), size=2)
+    whole = Strategy((S(1), S(1), R), S(1))
+    assert whole in all_strategies(op_call)
+    assert whole not in all_strategies(replace(op_call, further=((2, 3, 8),)))
+
+
+def _add_rms_norm():
+    target = ilm.add_rms_norm.default
+    return target, *SAMPLES[target][0]()
 
 
 def test_strategies_come_in_an_order_that_hashing_does_not_change():
