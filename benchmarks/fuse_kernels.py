@@ -44,7 +44,7 @@ from tests.support.zoo import full_model, listed_model
 
 LAYERS, ROWS, TOKENS, VOCAB = 4, 2, 16, 512
 FULL_TOKENS = 512
-PLANS: tuple[dict[str, int], ...] = ({"tp": 2}, {"tp": 2, "pp": 2})
+PLANS: tuple[dict[str, Any], ...] = ({"tp": 2}, {"tp": 2, "pp": 2})
 SMALL = {"num_layers": LAYERS, "max_seq_len": TOKENS}
 FULL = {"num_layers": LAYERS}
 Make = Callable[[], nn.Module]
@@ -163,7 +163,7 @@ def compare(make: Make, precision: str, exact: dict[str, Tensor]) -> Numbers:
     )
 
 
-def prove(make: Make, plan: dict[str, int]) -> Proof:
+def prove(make: Make, plan: dict[str, Any]) -> Proof:
     inputs = {name: ((1, FULL_TOKENS), torch.int64) for name in ("input_ids", "labels")}
     start = time.perf_counter()
     report = ilm_compile.verify(make(), example_inputs=inputs, kernels="triton", **plan)
