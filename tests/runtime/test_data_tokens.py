@@ -135,6 +135,12 @@ def test_types_follow_the_documents(folder: Path) -> None:
     assert everything(given)["type_ids"][:2] == [[4] * 6, [2] * 6]
 
 
+def test_padding_is_of_the_last_documents_type(tmp_path: Path) -> None:
+    for name, document in (("a", [1, 2]), ("b", [3])):
+        write_shard(tmp_path / name / "x.bin", [document])
+    assert everything(open_dataset(tmp_path, with_types=True))["type_ids"] == [[0, 0, 1, 1, 1, 1]]
+
+
 def test_a_type_without_a_number_is_refused(folder: Path) -> None:
     with pytest.raises(IlmCompileError, match=r"the type 'code' of .*a\.bin among \{'en': 0\}"):
         open_dataset(folder, ids={"en": 0})

@@ -169,8 +169,7 @@ class TokenDataset:
         pieces, position = [], start
         while position < stop:
             begin = int(self._ends[document - 1]) if document else 0
-            tokens = self._tokens(document)[: int(self._ends[document]) - begin]
-            pieces.append(tokens[position - begin : stop - begin])
+            pieces.append(self._tokens(document)[position - begin : stop - begin])
             position, document = position + len(pieces[-1]), document + 1
         return np.concatenate(pieces)
 
