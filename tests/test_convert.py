@@ -274,28 +274,39 @@ def test_each_rank_reads_what_it_holds(world2: World, tmp_path: Path, pp: int) -
 
 
 CONVERT = """
-import resource, sys, ilm_compile.cli.convert, torch
-def build():
-    from ilm_compile import models
-    return models.internlm2_tiny(num_layers=2, hidden_size=512, vocab_size=80_000)
+import sys
+from ilm_compile import models
+from ilm_compile.cli import main
+
+def small(): return models.internlm2_tiny(num_layers=2)
+def large(): return models.internlm2_tiny(num_layers=2, hidden_size=512, vocab_size=80_000)
+
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+def convert(name):
+    arguments = [f"measured:{name}", f"{name}.safetensors", f"{name}-out"]
+    assert main(["convert", *arguments, "--from", "ilm", "--to", "hf-llama"]) == 0
+
 if __name__ == "__main__":
-    from ilm_compile.cli import main
-    torch.empty(10).sum()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert main(["convert", "measured:build", *sys.argv[1:]]) == 0
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) / 1024)
+    convert("small")  # whatever is imported when it is first needed
+    open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
+    before = peak()
+    convert("large")
+    print(peak() - before)
 """
 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
-    """Two tensors of 156 MiB each, converted in a process that may take some 16 MiB at a time."""
+    """Two tensors of 156 MiB each: MiB that a process takes beyond what a small model takes."""
     (tmp_path / "measured.py").write_text(CONVERT)
-    model = models.internlm2_tiny(num_layers=2, hidden_size=512, vocab_size=80_000)
-    save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / "a.safetensors")
-    command = [sys.executable, "measured.py", "a.safetensors", "out", "--from", "ilm"]
+    large = models.internlm2_tiny(num_layers=2, hidden_size=512, vocab_size=80_000)
+    for name, model in (("small", models.internlm2_tiny(num_layers=2)), ("large", large)):
+        tensors = {n: t.clone() for n, t in model.state_dict().items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
     result = subprocess.run(
-        [*command, "--to", "hf-llama"],
+        [sys.executable, "measured.py"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
@@ -303,8 +314,8 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 300 << 20
-    assert float(result.stdout.split()[-1]) < 120
+    assert (tmp_path / "large-out" / "model.safetensors").stat().st_size > 300 << 20
+    assert float(result.stdout.split()[-1]) < 100
 
 
 # Refusals
@@ -389,7 +400,8 @@ def torch_file(path: Path, pickled: bytes, *, compressed: bool = False) -> Path:
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_payload_is_not_executed(tmp_path: Path, protocol: int) -> None:
     pickled = pickle.dumps({"w": Payload(tmp_path / "executed")}, protocol=protocol)
-    with pytest.raises(IlmCompileError, match="nothing in it was executed"):
+    reason = "" if protocol == 0 else r"refers to \w+\.mkdir.*"
+    with pytest.raises(IlmCompileError, match=f"{reason}nothing in it was executed"):
         TorchFile(torch_file(tmp_path / "x.pt", pickled))
     assert not (tmp_path / "executed").exists()
 

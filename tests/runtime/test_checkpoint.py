@@ -184,6 +184,24 @@ def test_an_error_of_the_thread_comes_with_the_next_step(
     assert job.manager.latest() == 3
 
 
+def test_a_file_that_shrank_before_the_save_is_complete_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another node's disk has lost the end of a file."""
+    write = manager.write_part
+
+    def shrinking(storage: Any, working: str, *arguments: Any) -> None:
+        write(storage, working, *arguments)
+        cut(tmp_path / working / "rank-00000-000.safetensors")
+
+    monkeypatch.setattr(manager, "write_part", shrinking)
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000-000\.safetensors: wrote \d+ bytes, found"
+    ):
+        Job(tmp_path).manager.save(1, wait=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     job = Job(tmp_path)

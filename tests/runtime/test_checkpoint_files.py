@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 from math import prod
 from pathlib import Path
 
@@ -130,6 +132,17 @@ def test_data_that_do_not_fit_the_header_are_refused() -> None:
         write_tensor_file(io.BytesIO(), {"a": (torch.float32, (2,))}, [torch.zeros(1)])
 
 
+@pytest.mark.parametrize("offsets", [[[0, 1], [0, 1]], [[0, 1], [2, 3]], [[1, 2], [2, 3]]])
+def test_holes_and_overlaps_in_a_file_are_refused(offsets: list[list[int]]) -> None:
+    """Even where the end is right: two names of one byte could each be changed by the other."""
+    fields = {"dtype": "I8", "shape": [1]}
+    header = {name: {**fields, "data_offsets": at} for name, at in zip("ab", offsets, strict=True)}
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + bytes(max(stop for _, stop in offsets))
+    with pytest.raises(CheckpointError, match="x: expected the data of"):
+        read_header(io.BytesIO(data), len(data), "x")
+
+
 def _equal(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(
         first.contiguous().view(-1).view(torch.uint8),
@@ -213,9 +226,14 @@ def test_a_file_that_is_not_what_the_manifest_says_is_named(tmp_path: Path, chan
         reader.read("model/w")
 
 
-def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
-    import os
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"")
+    (tmp_path / "f").symlink_to("secret")
+    with pytest.raises(OSError, match="symbolic links"), LocalStorage(tmp_path).open("f"):
+        pass
 
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "f")
     with (
         pytest.raises(CheckpointError, match="expected a regular file"),

@@ -77,7 +77,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Tensors(dict[str, Tensor]):
-    """Tensors by name, in few words: Hypothesis prints the arguments of a failure."""
+    """Tensors by name and the manifest, in few words: Hypothesis prints a failure's arguments."""
+
+    manifest: Manifest
 
     def __repr__(self) -> str:
         return f"{len(self)} tensors"
@@ -95,7 +97,9 @@ def read_all(folder: Path) -> Tensors:
     for file in manifest.files:
         check_file(storage, name, manifest, file)
     with SliceReader(storage, name, manifest) as reader:
-        return Tensors((tensor, reader.read(tensor)) for tensor in manifest.tensors)
+        found = Tensors((tensor, reader.read(tensor)) for tensor in manifest.tensors)
+    found.manifest = manifest
+    return found
 
 
 def read_or_refuse(folder: Path) -> Tensors | None:
@@ -115,6 +119,7 @@ def check_read(folder: Path, truth: Tensors) -> None:
     values = read_or_refuse(folder)
     if values is None:
         return
+    assert values.manifest == truth.manifest
     assert values.keys() == truth.keys()
     assert all(torch.equal(values[name], truth[name]) for name in truth)
 

@@ -257,9 +257,16 @@ class CheckpointManager(Hook):
             raise CheckpointError(f"{task} was not written: {problem}") from error
         with together(self._mesh, task):
             if self._mesh.rank == 0:
-                merge_parts(self._storage, working, manifest)
-                self._storage.publish(working, step_name(manifest.step), manifest.to_bytes())
-                self._thread.submit(self._delete_superseded)
+                self._commit(working, manifest)
+
+    def _commit(self, working: str, manifest: Manifest) -> None:
+        try:
+            merge_parts(self._storage, working, manifest)
+            self._storage.publish(working, step_name(manifest.step), manifest.to_bytes())
+        except Exception:
+            self._storage.remove(working)
+            raise
+        self._thread.submit(self._delete_superseded)
 
     def _verified(self, storage: Storage, name: str) -> Manifest:
         """The manifest of a checkpoint whose files are all there and unchanged.

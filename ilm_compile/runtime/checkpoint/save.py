@@ -109,7 +109,7 @@ def merge_parts(storage: Storage, working: str, manifest: Manifest) -> None:
         for name, (size, sha256) in part["files"].items():
             if (found := storage.size(f"{working}/{name}")) != size:
                 raise CheckpointError(
-                    f"{storage.url}/{working}/{name}: wrote {size}, found {found}"
+                    f"{storage.url}/{working}/{name}: wrote {size} bytes, found {found}"
                 )
             manifest.files[name] = File(size, sha256)
         for name, shape, dtype, is_number, file, key, start, sizes in part["pieces"]:

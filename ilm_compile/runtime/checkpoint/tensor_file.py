@@ -37,7 +37,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
-READ_BYTES = 16 << 20  # at most so much of a tensor is read at a time, or one row
+READ_BYTES = 8 << 20  # at most so much of a tensor is read at a time, or one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +177,13 @@ def _entry(record: object, data_start: int, where: str) -> Entry:
 
 
 def _tensor(file: BinaryIO, entry: Entry, start: int, numel: int, path: str) -> Tensor:
+    data = bytearray(numel * entry.dtype.itemsize)
     file.seek(start)
-    data = bytearray(_read(file, numel * entry.dtype.itemsize, path))
+    got = file.readinto(data)  # type: ignore[attr-defined]  # every binary file has it
+    if got != len(data):
+        raise CheckpointError(
+            f"{path}: expected {len(data)} more bytes, got {got}; the file is cut short"
+        )
     return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype)
 
 
