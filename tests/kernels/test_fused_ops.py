@@ -128,14 +128,15 @@ def test_exports_with_dynamic_batch_and_length(op):
 
 
 class CountCalls(TorchDispatchMode):
-    """How often an op runs."""
+    """How often an op runs, and the arguments of the last call."""
 
     def __init__(self, op):
         super().__init__()
-        self.op, self.count = op, 0
+        self.op, self.count, self.args = op, 0, ()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is self.op
+        if func is self.op:
+            self.count, self.args = self.count + 1, args
         return func(*args, **(kwargs or {}))
 
 
@@ -232,6 +233,15 @@ def test_the_backward_is_one_op(op):
     with CountCalls(getattr(ilm, f"{op.name}_backward").default) as counted:
         torch.autograd.grad(outputs, inputs, [torch.ones_like(out) for out in outputs])
     assert counted.count == 1
+
+
+def test_an_unused_sum_brings_no_tensor_of_zeros():
+    inputs = [x.requires_grad_() for x in (torch.ones(2, 4), torch.ones(2, 4), torch.ones(4))]
+    y, _ = add_rms_norm(*inputs, 1e-5)
+    with CountCalls(ilm.add_rms_norm_backward.default) as counted:
+        torch.autograd.grad(y.sum(), inputs)
+    assert counted.count == 1
+    assert counted.args[1] is None
 
 
 @every_op
