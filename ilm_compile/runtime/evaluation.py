@@ -10,29 +10,19 @@ logits are never gathered nor kept. Over dp and pp there is one all-reduce, at t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.program.loss import cross_entropy_arguments
-from ilm_compile.program.lowered import Stage
-from ilm_compile.program.token_metrics import TokenMetrics, token_metrics
-from ilm_compile.program.vocab import vocab_cross_entropy
+from ilm_compile.program.token_metrics import TokenMetrics
 from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.data import IGNORED_LABEL, TYPE_IDS
-from ilm_compile.runtime.materialize import graph_modules, recompile
+from ilm_compile.runtime.loss_probe import last_stage, probe
 from ilm_compile.runtime.parallel import LABELS, Parallel
 from ilm_compile.schedule import Kind, forward_only
-
-_WHOLE = torch.ops.aten.cross_entropy_loss.default
-_LOSSES = (_WHOLE, vocab_cross_entropy)
-
-Record = Callable[[TokenMetrics, bool], None]
 
 
 def evaluate(
@@ -57,7 +47,7 @@ def evaluate(
     totals = _Totals(parallel, types)
     parallel.eval()
     try:
-        with _probe(parallel, totals.add):
+        with probe(parallel, totals.add):
             for batch in batches:
                 if LABELS in batch and bool((batch[LABELS] == IGNORED_LABEL).all()):
                     continue
@@ -156,77 +146,10 @@ def _metrics(sums: Tensor, suffix: str) -> dict[str, float]:
     }
 
 
-def _last_stage(parallel: Parallel) -> Stage | None:
-    """The stage with the loss, None if another rank holds it."""
-    return next((stage for stage in parallel.stages if not stage.sent), None)
-
-
 def _order(parallel: Parallel) -> list[int]:
     """The micro-batches in the order in which this rank runs the last stage."""
-    stage = _last_stage(parallel)
+    stage = last_stage(parallel)
     if stage is None:
         return []
     row = forward_only(parallel.schedule).actions[parallel.mesh.pp.rank]
     return [a.microbatch for a in row if a.kind is Kind.F and a.stage == stage.index]
-
-
-@contextmanager
-def _probe(parallel: Parallel, record: Record) -> Iterator[None]:
-    """Have the first cross entropy of the program tell `record` of every micro-batch it sees."""
-    stage = _last_stage(parallel)
-    found = None if stage is None else _find_loss(stage)
-    if not _any_rank(found is not None, parallel):
-        raise IlmCompileError(
-            "evaluate: expected a model whose loss is a cross entropy of class numbers "
-            "(torch.nn.functional.cross_entropy), found none in its graph; "
-            "execute_schedule(batch, forward_only=True) gives the loss of any model"
-        )
-    if found is None:
-        yield
-        return
-    graph_module, node = found
-    target = node.target
-    node.target = _observed(node, parallel.mesh.tp.size, record)
-    recompile(graph_module)
-    try:
-        yield
-    finally:
-        node.target = target
-        recompile(graph_module)
-
-
-def _find_loss(stage: Stage) -> tuple[fx.GraphModule, fx.Node] | None:
-    for graph_module in graph_modules(stage.module):
-        for node in graph_module.graph.nodes:
-            if node.target in _LOSSES:
-                return graph_module, node
-    return None
-
-
-def _observed(node: fx.Node, tp_size: int, record: Record) -> Callable[..., Tensor]:
-    """The cross entropy of `node`, which also tells `record` what it was given."""
-    original: Callable[..., Tensor] = node.target  # type: ignore[assignment]
-    is_sharded = original is vocab_cross_entropy
-    if is_sharded:
-        ignore_index, axis = int(node.args[3]), str(node.args[5])  # type: ignore[arg-type]
-    else:
-        ignore_index, axis = cross_entropy_arguments(node)[2], None
-    placement = node.meta.get("placement")
-    by_token = tp_size > 1 and placement is not None and placement.kind == "P"
-
-    def observed_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        flat = logits if is_sharded else logits.movedim(1, -1).flatten(0, -2)
-        metrics = token_metrics(
-            flat.detach(), target.flatten(), ignore_index=ignore_index, axis=axis
-        )
-        record(metrics, by_token)
-        return original(logits, target, *args, **kwargs)
-
-    return observed_cross_entropy
-
-
-def _any_rank(own: bool, parallel: Parallel) -> bool:
-    flag = torch.tensor(int(own), device=parallel.mesh.device)
-    if parallel.mesh.is_distributed:
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel.mesh.group)
-    return bool(flag.item())

@@ -21,8 +21,8 @@ from ilm_compile.runtime.data import (
     pack_documents,
     write_shard,
 )
+from ilm_compile.runtime.data.document_reader import OPEN_FILES
 from ilm_compile.runtime.data.row_layout import PACKINGS, cut
-from ilm_compile.runtime.data.token_dataset import OPEN_FILES
 
 NONE, PAD = -100, 99
 CODE = [[11, 12, 9], [0, 13, 9]]

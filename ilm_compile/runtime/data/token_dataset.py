@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,14 +14,12 @@ from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.data.dataset import IGNORED_LABEL, TYPE_IDS, Identity
+from ilm_compile.runtime.data.document_reader import DocumentReader
 from ilm_compile.runtime.data.row_layout import PACKINGS
 from ilm_compile.runtime.data.selection import LONG_DOCUMENTS, select
 from ilm_compile.runtime.data.shard import TokenShard
 from ilm_compile.runtime.data.shard_folder import check_type_ids, open_shards, type_ids
 from ilm_compile.runtime.data.shard_index import Int64
-
-CACHED_DOCUMENTS = 16
-OPEN_FILES = 64
 
 
 class TokenDataset:
@@ -70,7 +67,7 @@ class TokenDataset:
         self.type_ids = dict(type_ids(self.shards) if ids is None else ids)
         check_type_ids(self.shards, self.type_ids)
         self.seq_len, self.max_documents, self.packing = seq_len, max_documents, packing
-        self._vocab_size, self._padding = vocab_size, padding
+        self._padding = padding
         self._with_types, self._zero_is_target = with_types, zero_is_target
         limit = long_documents if packing == "whole" else "split"
         chosen = select(
@@ -89,8 +86,7 @@ class TokenDataset:
         least = (min_length, dict(min_length_by_type or {}))
         packed = (packing, max_documents, limit, shuffle_seed)
         self._options = (*packed, zero_is_target, padding, *least)
-        self._cache: OrderedDict[int, Int64] = OrderedDict()
-        self._open: OrderedDict[int, TokenShard] = OrderedDict()
+        self._reader = DocumentReader(self.shards, vocab_size=vocab_size)
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> Self:
@@ -127,9 +123,7 @@ class TokenDataset:
 
     def close(self) -> None:
         """Unmap the files; reading maps them again."""
-        for shard in self.shards:
-            shard.close()
-        self._open.clear()
+        self._reader.close()
 
     def _row(self, row: int) -> dict[str, Any]:
         """The arrays of one row, by name."""
@@ -169,7 +163,8 @@ class TokenDataset:
         pieces, position = [], start
         while position < stop:
             begin = int(self._ends[document - 1]) if document else 0
-            pieces.append(self._tokens(document)[position - begin : stop - begin])
+            place = (int(self._shard_of[document]), int(self._document_of[document]))
+            pieces.append(self._reader.tokens(*place)[position - begin : stop - begin])
             position, document = position + len(pieces[-1]), document + 1
         return np.concatenate(pieces)
 
@@ -181,23 +176,6 @@ class TokenDataset:
         widths = np.diff(borders)
         widths[-1] += self.seq_len - borders[-1]
         return np.repeat(np.array(numbers, np.int64), widths)
-
-    def _tokens(self, document: int) -> Int64:
-        """The tokens of a document, in the order of packing."""
-        if document in self._cache:
-            self._cache.move_to_end(document)
-            return self._cache[document]
-        number = int(self._shard_of[document])
-        shard = self.shards[number]
-        tokens = shard.tokens(int(self._document_of[document]), vocab_size=self._vocab_size)
-        self._open[number] = shard
-        self._open.move_to_end(number)
-        if len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)[1].close()
-        self._cache[document] = tokens
-        if len(self._cache) > CACHED_DOCUMENTS:
-            self._cache.popitem(last=False)
-        return tokens
 
 
 def _check_options(

@@ -1,0 +1,92 @@
+"""Looks at what a program's cross entropy is given, wherever in graph and plan it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.loss import cross_entropy_arguments
+from ilm_compile.program.lowered import Stage
+from ilm_compile.program.token_metrics import TokenMetrics, token_metrics
+from ilm_compile.program.vocab import vocab_cross_entropy
+from ilm_compile.runtime.materialize import graph_modules, recompile
+from ilm_compile.runtime.parallel import Parallel
+
+_WHOLE = torch.ops.aten.cross_entropy_loss.default
+_LOSSES = (_WHOLE, vocab_cross_entropy)
+
+# Told of one micro-batch: the metrics, and whether each tp rank has tokens of its own.
+Record = Callable[[TokenMetrics, bool], None]
+
+
+@contextmanager
+def probe(parallel: Parallel, record: Record) -> Iterator[None]:
+    """Have the first cross entropy of the program tell `record` of every micro-batch it sees."""
+    stage = last_stage(parallel)
+    found = None if stage is None else _find_loss(stage)
+    if not _any_rank(found is not None, parallel):
+        raise IlmCompileError(
+            "evaluate: expected a model whose loss is a cross entropy of class numbers "
+            "(torch.nn.functional.cross_entropy), found none in its graph; "
+            "execute_schedule(batch, forward_only=True) gives the loss of any model"
+        )
+    if found is None:
+        yield
+        return
+    graph_module, node = found
+    target = node.target
+    node.target = _observed(node, parallel.mesh.tp.size, record)
+    recompile(graph_module)
+    try:
+        yield
+    finally:
+        node.target = target
+        recompile(graph_module)
+
+
+def _find_loss(stage: Stage) -> tuple[fx.GraphModule, fx.Node] | None:
+    for graph_module in graph_modules(stage.module):
+        for node in graph_module.graph.nodes:
+            if node.target in _LOSSES and not node.args[1].meta["val"].is_floating_point():
+                return graph_module, node
+    return None
+
+
+def _observed(node: fx.Node, tp_size: int, record: Record) -> Callable[..., Tensor]:
+    """The cross entropy of `node`, which also tells `record` what it was given."""
+    original: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+    is_sharded = original is vocab_cross_entropy
+    if is_sharded:
+        ignore_index, axis = int(node.args[3]), str(node.args[5])  # type: ignore[arg-type]
+    else:
+        ignore_index, axis = cross_entropy_arguments(node)[2], None
+    placement = node.meta.get("placement")
+    by_token = tp_size > 1 and placement is not None and placement.kind == "P"
+
+    def observed_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        flat = logits if is_sharded else logits.movedim(1, -1).flatten(0, -2)
+        metrics = token_metrics(
+            flat.detach(), target.flatten(), ignore_index=ignore_index, axis=axis
+        )
+        record(metrics, by_token)
+        return original(logits, target, *args, **kwargs)
+
+    return observed_cross_entropy
+
+
+def _any_rank(own: bool, parallel: Parallel) -> bool:
+    flag = torch.tensor(int(own), device=parallel.mesh.device)
+    if parallel.mesh.is_distributed:
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel.mesh.group)
+    return bool(flag.item())
+
+
+def last_stage(parallel: Parallel) -> Stage | None:
+    """The stage with the loss, None if another rank holds it."""
+    return next((stage for stage in parallel.stages if not stage.sent), None)
