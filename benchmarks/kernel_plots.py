@@ -51,7 +51,9 @@ def plot_op(rows: Sequence[dict[str, Any]], copy: float, title: str, path: Path)
     )
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    unfinished = path.with_suffix(".unfinished")
+    figure.savefig(unfinished, dpi=120, format="png")
+    unfinished.replace(path)
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, Any]], copy: float) -> None:

@@ -57,11 +57,9 @@ def bfloat16(device: torch.device, smoke: bool) -> dict[str, Any]:
 
     exact = _run_model(fresh().to(device), batch, device)
     parallel = _parallelize(fresh(), seq_len, device, dtype=torch.bfloat16)
-    with torch.autocast(device.type, torch.bfloat16):
-        autocast = _run_model(fresh().to(device), batch, device)
     runs = {
         "CastBF16": _run_parallel(parallel, batch),
-        "eager autocast": autocast,
+        "eager autocast": _run_model(fresh().to(device), batch, device, autocast=True),
         "eager bfloat16 model": _run_model(fresh().to(device, torch.bfloat16), batch, device),
     }
     return {name: _errors(run, exact) for name, run in runs.items()}
@@ -110,9 +108,10 @@ def _run_parallel(parallel: Parallel, batch: dict[str, Tensor]) -> tuple[Tensor,
 
 
 def _run_model(
-    model: nn.Module, batch: dict[str, Tensor], device: torch.device
+    model: nn.Module, batch: dict[str, Tensor], device: torch.device, *, autocast: bool = False
 ) -> tuple[Tensor, Gradients]:
-    loss = model(**{name: value.to(device) for name, value in batch.items()})
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        loss = model(**{name: value.to(device) for name, value in batch.items()})
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach().cpu().double(), {n: g.cpu().double() for n, g in grads.items()}

@@ -9,6 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.gpu.failure import OutOfTime, SectionError
+from benchmarks.gpu.ops import CHECKED, TIMED
 from benchmarks.gpu.run_all import SECTIONS, Section, main, run_sections, time_limit
 from benchmarks.gpu.throughput import peak_flops
 
@@ -22,21 +24,65 @@ def run_one(tmp_path: Path, section: Section) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the script refuses the CPU beside a GPU")
-def test_all_sections_run_on_the_cpu(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run of all sections, but for the tests, writes."""
+    if torch.cuda.is_available():
+        pytest.skip("the script refuses the CPU beside a GPU")
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("gpu")
     chosen = [f"--only={name}" for name in SECTIONS if name != "gpu_tests"]
-    main(["--device", "cpu", "--smoke", "--output", str(tmp_path), *chosen])
-    (path,) = tmp_path.glob("gpu-*.json")
-    written = json.loads(path.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secrets.randbits", lambda bits: 1)  # the same numbers in every run
+        main(["--device", "cpu", "--smoke", "--output", str(folder), *chosen])
+    (path,) = folder.glob("gpu-*.json")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_all_sections_run_on_the_cpu(written: dict[str, Any]) -> None:
     assert {name: section["ok"] for name, section in written["sections"].items()} == {
         name: True for name in SECTIONS if name != "gpu_tests"
     }
+
+
+def test_the_file_says_where_it_was_measured(written: dict[str, Any]) -> None:
     assert written["circumstances"]["torch"] == torch.__version__
-    errors = written["sections"]["equality"]["result"]["relative_errors"]
-    assert len(errors) == 6
+    assert written["device"] == "cpu"
+    assert set(written["versions"]) >= {"triton", "liger-kernel", "flash-attn", "quack-kernels"}
+
+
+def test_models_are_compared(written: dict[str, Any]) -> None:
+    assert len(written["sections"]["equality"]["result"]["relative_errors"]) == 6
     speed = written["sections"]["throughput"]["result"]["compiled"]
     assert speed["tokens_per_second"] == pytest.approx(2 * 16 / speed["step_time_s"])
     assert speed["busiest_ops"]
+
+
+def test_every_op_is_checked_in_every_dtype(written: dict[str, Any]) -> None:
+    result = written["sections"]["kernel_correctness"]["result"]
+    dtypes = ("float32", "float16", "bfloat16")
+    assert set(result["worst"]) == {f"{op}, {dtype}" for op in CHECKED for dtype in dtypes}
+    assert result["faults"] == []
+
+
+def test_every_timed_op_has_a_row_by_direction_and_size(written: dict[str, Any]) -> None:
+    result = written["sections"]["bandwidth"]["result"]
+    found = [(row["op"], row["direction"], row["rows"]) for row in result["rows"]]
+    expected = [(op, d, n) for op in TIMED for n in (16, 32) for d in ("forward", "backward")]
+    assert found == expected
+    assert all({"ilm", "eager torch"} <= set(row["entries"]) for row in result["rows"])
+
+
+def test_blocks_are_timed_with_both_kinds_of_kernels_and_beside_a_llama(
+    written: dict[str, Any],
+) -> None:
+    result = written["sections"]["blocks"]["result"]
+    assert result["left_out"] == {}
+    contestants = {name: entry for name, entry in result["tiny"].items() if name != "shape"}
+    assert len(contestants) == 5
+    for entry in contestants.values():
+        assert entry["tokens_per_second"] == pytest.approx(2 * 16 / entry["step_time_s"])
 
 
 def test_a_failing_section_is_recorded(tmp_path: Path) -> None:
@@ -48,13 +94,24 @@ def test_a_failing_section_is_recorded(tmp_path: Path) -> None:
     assert found["error"].splitlines()[-1] == "RuntimeError: no such kernel"
 
 
-def test_a_section_that_hangs_is_stopped(tmp_path: Path) -> None:
+def test_a_section_with_faults_keeps_its_figures(tmp_path: Path) -> None:
+    def fail(device: torch.device, smoke: bool) -> dict[str, Any]:
+        raise SectionError("one fault", {"error": 2.0})
+
+    found = run_one(tmp_path, Section(fail, 10))
+    assert (found["ok"], found["error"], found["result"]) == (False, "one fault", {"error": 2.0})
+
+
+def test_a_section_that_hangs_is_stopped_whatever_it_catches(tmp_path: Path) -> None:
     def hang(device: torch.device, smoke: bool) -> dict[str, Any]:
-        time.sleep(30)
-        return {}
+        while True:
+            try:
+                time.sleep(30)
+            except Exception:
+                continue
 
     found = run_one(tmp_path, Section(hang, 0.1))
-    assert "longer than its budget of 0.1 s" in found["error"]
+    assert "longer than its budget of 0.4 s" in found["error"]
     assert found["seconds"] < 5
 
 
@@ -62,6 +119,8 @@ def test_the_time_limit_leaves_no_alarm_behind() -> None:
     with time_limit(0.05):
         pass
     time.sleep(0.1)
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        time.sleep(5)
 
 
 def test_the_budgets_fit_in_eight_minutes() -> None:
