@@ -59,6 +59,18 @@ class NoCrossEntropy(nn.Module):
         return self.body(input_ids, labels)["logits"].square().mean()
 
 
+class Probabilities(nn.Module):
+    """A model whose targets are probabilities of the classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = TinyTransformer(num_blocks=2)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits = self.body(input_ids, labels)["logits"]
+        return F.cross_entropy(logits.flatten(0, 1), logits.detach().flatten(0, 1).softmax(-1))
+
+
 def internlm2() -> nn.Module:
     # 33 classes: no tp divides them, so that the vocabulary is padded.
     return models.internlm2_tiny(num_layers=2, vocab_size=33, max_seq_len=SEQ)
@@ -70,6 +82,10 @@ def dropping() -> nn.Module:
 
 def smoothed() -> nn.Module:
     return Shifted(smoothing=0.1)
+
+
+def probabilities() -> nn.Module:
+    return Probabilities()
 
 
 def no_cross_entropy() -> nn.Module:
@@ -186,10 +202,10 @@ def refusal(build: str, data: list[dict[str, Tensor]], **options: Any) -> str:
     return str(error.value)
 
 
-def test_a_loss_that_is_no_cross_entropy_is_refused() -> None:
-    assert "expected a model whose loss is a cross entropy" in refusal(
-        "no_cross_entropy", batches("no_cross_entropy")
-    )
+@pytest.mark.parametrize("build", ["no_cross_entropy", "probabilities"])
+def test_a_loss_that_is_no_cross_entropy_of_classes_is_refused(build: str) -> None:
+    message = "expected a model whose loss is a cross entropy of class numbers"
+    assert message in refusal(build, batches(build))
 
 
 def test_no_batch_is_refused() -> None:
