@@ -56,7 +56,7 @@ def _of_internlm2(key: str, *harmless: Any) -> Spread:
             raise Refusal(f"{shown(value)} is for model_type = 'INTERNLM2'; leave it out")
         return {}
 
-    return Spread(spread)
+    return Spread(spread, f"`model.{key}` of INTERNLM2")
 
 
 def _packing(value: Any, config: Table) -> dict[str, Any]:
@@ -137,7 +137,7 @@ _TOP: dict[str, Fate] = {
     "resume_tb_folder": Ignored("a resumed run goes on in its own folder"),
     "tensorboard.queue_max_length": Ignored("files are written after every step"),
     "batch_count": Only((0,), "a checkpoint knows its step: write ckpt.load_path"),
-    "alert_address": Spread(_feishu),
+    "alert_address": Spread(_feishu, "`monitor.webhook` of kind feishu"),
     "moe": Ignored("there are no experts in this model"),
     "fp8": Only((False,), "train.dtype is float32 or a 16-bit type"),
     "selective_checkpoint": Only((False,), "write parallel.checkpoint"),
@@ -148,7 +148,7 @@ _TOP: dict[str, Fate] = {
 _MODEL: dict[str, Fate] = {
     "num_chunks": To("parallel.num_chunks"),
     "checkpoint": To("parallel.checkpoint"),
-    "dtype": Spread(_dtype),
+    "dtype": Spread(_dtype, "`train.dtype`; torch.tf32 sets `train.tf32`"),
     "embed_split_hidden": To("parallel.embed_split_hidden"),
     "multiple_of": Only((256,), "the width of an MLP is a multiple of 256; leave it out"),
     "parallel_output": Ignored("logits stay sharded where that is cheaper", (True,)),
@@ -177,7 +177,7 @@ _MODEL: dict[str, Fate] = {
 _PARALLEL: dict[str, Fate] = {
     "zero1": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
     "zero1.size": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
-    "zero1.fsdp": Spread(_zero1_fsdp),
+    "zero1.fsdp": Spread(_zero1_fsdp, "True sets `parallel.zero` = 3"),
     "tensor.size": To("parallel.tensor"),
     "tensor.mode": To(
         "parallel.sequence_parallel",
@@ -216,7 +216,7 @@ _DATA: dict[str, Fate] = {
     "use_packed_dataset": Only((True,), "rows are always packed; leave it out"),
     "packed_length": Ignored("it is seq_len * micro_bsz"),
     "max_length_per_sample": Only((), "a sample is cut at data.seq_len; leave it out"),
-    "pack_sample_into_one": Spread(_packing),
+    "pack_sample_into_one": Spread(_packing, "`data.packing`: True is window, False is cut"),
     "valid_micro_num": Ignored("an evaluation takes batches of the shape that is trained on"),
     "empty_cache_and_diag_interval": To("monitor.slow_rank_every"),
     "diag_outlier_ratio": To("monitor.slow_rank_ratio"),
@@ -257,8 +257,8 @@ _CKPT: dict[str, Fate] = {
     "enable_save_ckpt": To("ckpt.enabled"),
     "save_ckpt_folder": To("ckpt.folder", _folder),
     "checkpoint_every": To("ckpt.every", _endless),
-    "load_ckpt_info": Spread(_load_info),
-    "load_ckpt_folder": Spread(_load_info),
+    "load_ckpt_info": Spread(_load_info, "`ckpt.load_path` and `ckpt.load_format`"),
+    "load_ckpt_folder": Spread(_load_info, "`ckpt.load_path` and `ckpt.load_format`"),
     "load_model_only_folder": To("ckpt.load_path", _folder),
     "load_optimizer": Only((True, False), "write ckpt.load_content"),
     "async_upload": To("ckpt.asynchronous"),
@@ -272,7 +272,9 @@ _CKPT: dict[str, Fate] = {
 
 _MONITOR: dict[str, Fate] = {
     "alert.enable_feishu_alert": Ignored("see feishu_alert_address", (True, False)),
-    "alert.feishu_alert_address": Spread(_alert_address),
+    "alert.feishu_alert_address": Spread(
+        _alert_address, "`monitor.webhook`, if enable_feishu_alert is True"
+    ),
     "alert.alert_file_path": Ignored("the run's folder keeps ranks from telling the same twice"),
     "alert.light_monitor_address": Ignored("it is a service that is not public"),
     "tensorboard.queue_max_length": Ignored("files are written after every step"),

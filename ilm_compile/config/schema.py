@@ -161,7 +161,7 @@ class CkptOptions:
 class MonitorOptions:
     """What is watched while it runs, and who is told. Of seconds and ratios, 0 is off."""
 
-    webhook: str | None = option(None, "URL that is told of trouble")
+    webhook: str | None = option(None, "URL that is told of trouble, or the variable, 'env:NAME'")
     webhook_kind: Literal["feishu", "slack", "json"] = option("json", "what it understands")
     command: tuple[str, ...] = option((), "program and arguments, the message is added")
     stuck_s: float = option(300.0, "seconds without a step that count as stuck", low=0)

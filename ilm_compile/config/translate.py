@@ -28,9 +28,10 @@ class To:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Becomes several keys: `function(value, config)` returns them by path."""
+    """Becomes several keys: `function(value, config)` returns them by path. told: which, if any."""
 
     function: Callable[[Any, Table], Mapping[str, Any]]
+    told: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class Mesh:
         started = dist.is_initialized() or "WORLD_SIZE" in os.environ
         world_size = dist.get_world_size() if dist.is_initialized() else _world_size()
         _check_world(plan, started, world_size)
-        place = _choose_device(device)
+        place = choose_device(device)
         if place.type == "cuda":
             torch.cuda.set_device(place)
         if not started:
@@ -97,10 +97,7 @@ class Mesh:
         if dist.is_initialized():
             everyone = dist.new_group(timeout=timeout)  # the default group keeps its own timeout
         else:
-            backend = "nccl" if place.type == "cuda" else "gloo"
-            bound = place if place.type == "cuda" else None
-            dist.init_process_group(backend, timeout=timeout, device_id=bound)
-            atexit.register(_leave)
+            join_job(place, timeout=timeout)
             everyone = dist.group.WORLD
         dp_size = world_size // (plan.pp * plan.tp)
         layout = torch.arange(world_size).view(plan.pp, dp_size, plan.tp)
@@ -138,6 +135,20 @@ class Mesh:
                 if self.rank in ranks:
                     mine = group
         return mine
+
+
+def join_job(device: torch.device, *, timeout: timedelta) -> None:
+    """Make the process group of all ranks, NCCL on a GPU and gloo on a CPU; left at a normal exit.
+
+    For what ranks must tell each other before `Mesh.create`, which joins by itself if need be.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
+    )
+    atexit.register(_leave)
 
 
 def _leave() -> None:
@@ -184,7 +195,11 @@ def _check_world(plan: Plan, started: bool, world_size: int) -> None:
         )
 
 
-def _choose_device(device: torch.device | str | None) -> torch.device:
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """This rank's GPU if there is one and the process group is not gloo, else the CPU.
+
+    Raises `PlanError` if there are more local ranks than GPUs.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device is None:
         has_gloo = dist.is_initialized() and "nccl" not in dist.get_backend()

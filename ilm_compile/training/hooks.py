@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
 
 from ilm_compile.config import Config
 from ilm_compile.cost.hardware import HARDWARE
+from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime import Hook, Parallel
 from ilm_compile.runtime.observe import (
     Command,
@@ -24,6 +26,7 @@ from ilm_compile.training.evaluation import Evaluation
 
 PROFILE_FOLDER = "profile"
 MONITOR_FOLDER = "monitor"
+ENV = "env:"
 GIB = 2**30
 
 
@@ -68,10 +71,20 @@ def make_sinks(config: Config) -> list[Sink]:
     """Who is told beside the log. Raises `IlmCompileError` for an address that cannot be one."""
     options, sinks = config.monitor, list[Sink]()
     if options.webhook:
-        sinks.append(Webhook(options.webhook, style=options.webhook_kind))
+        sinks.append(Webhook(_address(options.webhook), style=options.webhook_kind))
     if options.command:
         sinks.append(Command(options.command))
     return sinks
+
+
+def _address(text: str) -> str:
+    """The address, from the environment where the config says "env:NAME" to keep it secret."""
+    if not text.startswith(ENV):
+        return text
+    name = text.removeprefix(ENV)
+    if not os.environ.get(name):
+        raise IlmCompileError(f"monitor.webhook={text!r}: the variable {name} is not set")
+    return os.environ[name]
 
 
 def make_profilers(config: Config) -> list[Hook]:

@@ -47,14 +47,14 @@ def train(config: Config) -> Trainer:
     """The whole job of a config: check, build, resume, train; returns the Trainer at its end.
 
     Under torchrun every rank calls it. Raises `StartError` before any process group is made if the
-    run cannot work.
+    run cannot work, and `IlmCompileError` on all ranks if one was started otherwise.
     """
     set_torch_flags(config)
     check_start(config)
     batches = get_train_data_loader(config)
     validation = get_validation_data_loaders(config)
+    agree_on_start(config)
     parallel = initialize_model(config)
-    agree_on_start(config, parallel.mesh)
     optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(config, parallel)
     trainer = initialize_trainer(
         config,

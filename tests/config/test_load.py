@@ -176,6 +176,7 @@ def test_a_problem_names_the_line_of_a_toml_file(tmp_path: Path) -> None:
     assert f"  {path}:6: model.num_layers: expected an integer, got '2'" in lines
     assert f"  {path}:8: data.seq_len: expected at least 1, got 0" in lines
     assert f"{path}:11: train.optimizer is not a key" in str(error.value)
+    assert f"  {path}:1: model.hidden_size is missing" in lines
 
 
 def test_a_problem_in_a_base_config_names_that_file(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ BIG = {"num_layers": 48, "hidden_size": 6144, "num_attention_heads": 48, "vocab_
         ({"model": BIG}, "memory: weights, gradients and optimizer state need about"),
         ({"model": BIG}, "ckpt.folder: a checkpoint needs about"),
         ({"monitor": {"webhook": "ftp://x"}}, "expected an address that starts with https://"),
+        ({"monitor": {"webhook": "env:NO_SUCH"}}, "the variable NO_SUCH is not set"),
         ({"monitor": {"command": ["no_such_program"]}}, "found no program 'no_such_program'"),
         ({"ckpt": {"folder": "nowhere://bucket/path"}}, "nowhere"),
         ({"ckpt": {"load_path": "/no/such"}}, "ckpt.load_path: found nothing at /no/such"),

@@ -23,8 +23,7 @@ from ilm_compile.cli import main
 from ilm_compile.config import Config, load_config
 from ilm_compile.models import MODEL_INITIALIZER
 from ilm_compile.runtime.data import write_shard
-from ilm_compile.training import hooks
-from ilm_compile.training.agreement import agree_on_start
+from ilm_compile.training import agreement, hooks
 from ilm_compile.training.optimizer import loss_scaler
 from ilm_compile.training.trainer import set_torch_flags
 from tests.support.world import World, WorldError
@@ -126,15 +125,25 @@ def test_groups_are_known_by_kind(world2: World, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def agree_with(rank: int, config: Config) -> None:
-    mesh = ilm_compile.initialize_model(config).mesh
-    agree_on_start(config, mesh)
-    agree_on_start(replace(config, job_name=f"job{rank}"), mesh)
+def train_otherwise(rank: int, config: Config) -> None:
+    train_on(rank, replace(config, job_name=f"job{rank}"))
 
 
-def test_ranks_with_other_configs_do_not_start(world2: World, tmp_path: Path) -> None:
-    with pytest.raises(WorldError, match=r"same config on all ranks, ranks \[1\] differ"):
-        world2.run(agree_with, tiny(tmp_path))
+def train_with_other_code(rank: int, config: Config) -> None:
+    agreement.code_digest = lambda: bytes([rank])
+    train_on(rank, config)
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [(train_otherwise, "config"), (train_with_other_code, "code of ilm_compile")],
+    ids=["config", "code"],
+)
+def test_ranks_that_differ_do_not_start(
+    function: Any, what: str, world2: World, tmp_path: Path
+) -> None:
+    with pytest.raises(WorldError, match=rf"same {what} on all ranks, ranks \[1\] differ"):
+        world2.run(function, tiny(tmp_path))
 
 
 # data
@@ -237,12 +246,16 @@ def test_a_run_may_start_from_weights(tmp_path: Path) -> None:
     assert not (tmp_path / "tiny" / "checkpoints" / "step-00000002").exists()
 
 
-def test_a_run_may_start_from_another_run_s_checkpoint(one: tuple[Path, Config]) -> None:
+def test_a_run_may_start_from_another_run_s_checkpoint(
+    one: tuple[Path, Config], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = one
     source = str(folder / "tiny" / "checkpoints" / "step-00000004")
     load = {"load_path": source, "load_content": ["model"]}
     train_on(0, tiny(folder, "job_name=next", ckpt=load))
     assert losses(folder, "next")[0] < losses(folder)[1]
+    train_on(0, tiny(folder, "job_name=next", "logging.console=true", ckpt=load))
+    assert "resumed after step 4 from" in capsys.readouterr().out
 
 
 def test_a_model_of_the_user_is_trained(tmp_path: Path) -> None:
@@ -295,13 +308,14 @@ def test_profiling_leaves_traces_memory_and_timeline(tmp_path: Path) -> None:
 
 def test_the_monitor_has_the_limits_of_the_config(tmp_path: Path) -> None:
     options = {
-        "webhook": "https://hooks.example/x", "webhook_kind": "slack", "command": ["true", "-x"],
+        "webhook": "env:TEST_WEBHOOK", "webhook_kind": "slack", "command": ["true", "-x"],
         "stuck_s": 0, "loss_spike_ratio": 3.0, "slow_rank_ratio": 0, "slow_rank_every": 7,
         "min_free_gib": 0.5, "grace_s": 9.0,
     }  # fmt: skip
     made: dict[str, Any] = {}
     config = tiny(tmp_path, monitor=options)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEST_WEBHOOK", "https://hooks.example/x")
         patch.setattr(hooks, "Monitor", lambda **keywords: made.update(keywords))
         hooks.make_monitor(config)
     sinks = [repr(sink) for sink in made.pop("sinks")]
