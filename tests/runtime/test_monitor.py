@@ -1,78 +1,29 @@
-"""What the monitor notices, where its alerts go, and that neither harms the training."""
+"""What the monitor notices, whom it tells, and how SIGTERM ends a training."""
 
-import json
 import logging
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
-from ilm_compile.runtime import Hook, LossScaler, StepMetrics, Trainer
-from ilm_compile.runtime.observe import Command, Monitor, Webhook
+from ilm_compile.runtime import LossScaler, Trainer
+from ilm_compile.runtime.observe import Monitor
 from ilm_compile.runtime.observe.busy import BusyClock
 from ilm_compile.runtime.observe.loss_watch import LossWatch
-from ilm_compile.runtime.observe.sinks import Alert, Dispatcher
 from ilm_compile.runtime.observe.slow_rank import SlowRankWatch
-from tests.runtime.handmade import ROWS, make_batch, make_model, make_parallel
+from tests.runtime.handmade import ROWS, make_batch
+from tests.runtime.watching import At, Kept, fail, spoil_loss, train
 from tests.support.world import World
-
-
-@dataclass
-class Kept:
-    """A sink that keeps what it gets."""
-
-    alerts: list[Alert] = field(default_factory=list)
-
-    def send(self, alert: Alert) -> None:
-        self.alerts.append(alert)
-
-    def kinds(self) -> list[str]:
-        return [alert.kind for alert in self.alerts]
-
-
-def train(
-    *hooks: Hook, plan: Plan | None = None, num_steps: int = 3, **keywords: Any
-) -> tuple[Trainer, list[StepMetrics]]:
-    plan = plan or Plan(num_microbatches=2)
-    trainer = Trainer(make_parallel(plan, make_model()), hooks=hooks, **keywords)
-    rows = ROWS * plan.num_microbatches * trainer.parallel.mesh.dp.size
-    batches = [make_batch(rows, seed=seed) for seed in range(num_steps)]
-    return trainer, trainer.fit(batches, num_steps, progress=False)
-
-
-@dataclass
-class At(Hook):
-    """Does something at the start of one step."""
-
-    step: int
-    action: Callable[[Trainer], None]
-
-    def on_step_start(self, trainer: Trainer, step: int) -> None:
-        if step == self.step:
-            self.action(trainer)
-
-
-def spoil_loss(trainer: Trainer) -> None:
-    module = trainer.parallel.stages[-1].module
-    module.register_forward_hook(lambda m, a, outputs: (outputs[0] * torch.nan, *outputs[1:]))
-
-
-def fail(trainer: Trainer) -> None:
-    raise ValueError("the disk is on fire")
 
 
 def test_a_healthy_training_raises_no_alert(tmp_path: Path) -> None:
@@ -252,7 +203,9 @@ def test_sigterm_to_one_rank_ends_the_training_of_all(world2: World) -> None:
 PROGRAM = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from tests.runtime.test_monitor import *
+from ilm_compile.runtime import Hook
+from ilm_compile.runtime.observe import Command, Monitor
+from tests.runtime.watching import train
 
 class Saving(Hook):
     def on_step_end(self, trainer, metrics):
@@ -293,149 +246,9 @@ def test_a_stop_that_takes_longer_than_the_grace_time_is_told() -> None:
     assert kept.kinds() == ["late", "stop"]
 
 
-class Server(HTTPServer):
-    """Keeps the bodies it is sent; answers with `status` after `delay_s`."""
-
-    status, delay_s = 200, 0.0
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.bodies: list[Any] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/hook/s3cret-token"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        assert isinstance(self.server, Server)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.bodies.append((self.path, self.headers["Content-Type"], json.loads(body)))
-        time.sleep(self.server.delay_s)
-        try:
-            self.send_response(self.server.status)
-            self.end_headers()
-        except OSError:  # the client did not wait
-            pass
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-ALERT = Alert("stuck", 'no step; `rm -rf "$HOME"`\nline', "7B", 3, 12, 1700000000.0)
-
-
-@pytest.mark.parametrize(
-    ("style", "body"),
-    [
-        ("feishu", {"msg_type": "text", "content": {"text": ALERT.text()}}),
-        ("slack", {"text": ALERT.text()}),
-        (
-            "json",
-            {
-                "kind": "stuck",
-                "message": ALERT.message,
-                "job": "7B",
-                "rank": 3,
-                "step": 12,
-                "time": 1700000000.0,
-            },
-        ),
-    ],
-    ids=["feishu", "slack", "json"],
-)
-def test_a_webhook_posts_json_in_the_readers_form(
-    server: Server, style: str, body: dict[str, Any]
-) -> None:
-    Webhook(server.url, style=style).send(ALERT)
-    assert server.bodies == [("/hook/s3cret-token", "application/json", body)]
-
-
-def run_with(server: Server, caplog: pytest.LogCaptureFixture, timeout_s: float) -> float:
-    """Train with a webhook and one alert; returns the seconds that the steps took."""
-    webhook = Webhook(server.url, timeout_s=timeout_s)
-    with caplog.at_level(logging.WARNING, "ilm_compile.monitor"):
-        _, history = train(At(1, spoil_loss), Monitor(sinks=[webhook]), num_steps=1)
-    assert len(history) == 1
-    assert "s3cret" not in caplog.text + repr(webhook)
-    return history[0].step_time_s
-
-
-def test_a_webhook_that_refuses_is_logged_without_its_secret(
-    server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    server.status = 500
-    run_with(server, caplog, 5.0)
-    assert "an alert could not be sent: Webhook to 127.0.0.1: answered 500" in caplog.messages
-
-
-def test_a_webhook_that_hangs_runs_out_of_time(
-    server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    server.delay_s = 0.5
-    run_with(server, caplog, 0.1)
-    assert "an alert could not be sent: Webhook to 127.0.0.1: TimeoutError" in caplog.messages
-
-
-def test_a_webhook_that_nobody_answers_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    gone = Server()
-    gone.server_close()
-    run_with(gone, caplog, 5.0)
-    assert any("Webhook to 127.0.0.1: ConnectionRefusedError" in m for m in caplog.messages)
-
-
-def test_a_sink_that_takes_long_holds_nothing_up() -> None:
-    ready = threading.Event()
-
-    class Slow:
-        def send(self, alert: Alert) -> None:
-            ready.wait(5)
-
-    dispatcher = Dispatcher([Slow()])
-    start = time.monotonic()
-    dispatcher.put(ALERT)
-    dispatcher.close(timeout_s=0.05)
-    assert time.monotonic() - start < 1
-    ready.set()
-
-
-def test_a_command_gets_the_alert_as_an_argument_no_shell_reads(tmp_path: Path) -> None:
-    script = "import sys; open(sys.argv[1], 'w').write(sys.argv[2] + chr(0) + sys.stdin.read())"
-    Command([sys.executable, "-c", script, str(tmp_path / "out")]).send(ALERT)
-    text, standard_input = (tmp_path / "out").read_text().split("\0")
-    assert text == ALERT.text()
-    assert json.loads(standard_input)["message"] == ALERT.message
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [("import sys; sys.exit(3)", "exit status 3"), ("import time; time.sleep(9)", "longer than")],
-    ids=["fails", "hangs"],
-)
-def test_a_command_that_fails_or_hangs_is_an_error(code: str, message: str) -> None:
-    with pytest.raises(IlmCompileError, match=message):
-        Command([sys.executable, "-c", code], timeout_s=1.0).send(ALERT)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Webhook("file:///etc/passwd"), "https:// or http://, got one with scheme 'file'"),
-        (lambda: Webhook("https://host/x", style="teams"), "one of .'feishu', 'json', 'slack'."),
-        (lambda: Command("rm -rf /"), "expected a list of program and arguments"),
-        (lambda: Command([]), "expected a list of program and arguments"),
         (lambda: Monitor(stuck_after_s=0), "stuck_after_s must be above 0, got 0"),
         (lambda: Monitor(spike_ratio=1.0), "spike_ratio must be above 1, got 1.0"),
         (lambda: Monitor(slow_ratio=0.5), "slow_ratio must be above 1, got 0.5"),
