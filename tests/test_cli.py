@@ -145,19 +145,6 @@ def test_convert_reads_a_folder_of_files(tmp_path: Path, weights_file: Path) -> 
     assert "model.layers.1.self_attn.q_proj.weight" in load_file(out)
 
 
-# prepare-data
-
-
-def test_prepare_data_says_what_it_wrote(
-    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "text.safetensors"
-    assert main(["prepare-data", str(text_file), "--out", str(out), "--seq-len", "500"]) == 0
-    # 40 sentences of 18 bytes and the end of the document are 721 tokens
-    expected = f"wrote 2 rows of 500 tokens, 27.9% of them padding, to {out}\n"
-    assert capsys.readouterr().out == expected
-
-
 # errors
 
 
@@ -175,7 +162,7 @@ def test_prepare_data_says_what_it_wrote(
         (["explain", "internlm2_tiny", "--dtype", "fp8"], "dtype must be None, torch.bfloat16 or"),
         (["explain", "internlm2_tiny", "--plan", "absent.json"], "absent.json"),
         (["explain", "internlm2_tiny", "--after", "x"], "expected one of trace, tensor-parallel"),
-        (["prepare-data", "absent.txt", "--out", "x.safetensors"], "absent.txt"),
+        (["prepare-data", "absent.txt", "--out", "x"], "absent.txt"),
         (
             ["convert", "internlm2_tiny", "a", "b", "--from", "ilm", "--to", "ilm"],
             "--from and --to are both ilm",

@@ -163,15 +163,6 @@ def test_nothing_is_overwritten(
     assert "a.jsonl exists; remove it" in error_of(capsys, lines, "--out", lines)
 
 
-def test_packed_rows_do_not_overwrite_a_file(
-    tmp_path: Path, lines: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "rows.safetensors").write_bytes(b"old")
-    message = error_of(capsys, lines, "--out", tmp_path / "rows.safetensors")
-    assert "rows.safetensors exists" in message
-    assert (tmp_path / "rows.safetensors").read_bytes() == b"old"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,11 +176,6 @@ def test_packed_rows_do_not_overwrite_a_file(
         (["a.jsonl", "--out", "out", "--shard-tokens", "0"], "got shard_tokens=0"),
         (["a.jsonl", "--out", "out", "--begin-of-document", "<s>"], "needs a --tokenizer file"),
         (["a.jsonl", "--out", "out", "--end-of-document", "x"], "leave the piece 'x' out"),
-        (["a.jsonl", "--out", "out", "--seq-len", "8"], "--seq-len does nothing for --out out"),
-        (
-            ["a.jsonl", "--out", "x.safetensors", "--field", "y"],
-            "--field does nothing for --out x.safetensors: it is for a folder",
-        ),
         (["empty.jsonl", "--out", "out"], "expected at least one document, got none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
