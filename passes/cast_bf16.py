@@ -18,6 +18,7 @@ from ilm_compile.passes.precision import (
     BF16,
     CARRIERS,
     FP32,
+    LOSS,
     MOVE,
     PRODUCT,
     called_name,
@@ -134,6 +135,8 @@ class _Caster:
             self._cast_inputs(node, self._lowered(wanted))
         if precision.values:
             self._cast_values(node, precision.values)
+        if precision is LOSS:
+            self._drop_cast(node)
         try:
             node.meta["val"] = _run_on_meta(node)
         except RuntimeError:  # one of the few ops that neither have a row nor promote their inputs
@@ -160,11 +163,29 @@ class _Caster:
         calls (another norm, a sum), it still does.
         """
         values, rest = node.all_input_nodes[:count], node.all_input_nodes[count:]
-        is_rounded = all(_dtype(value) == BF16 for value in values) and self._is_rounded(node)
-        dtype = BF16 if is_rounded else FP32
-        for value in (*values, *(r for r in rest if not is_rounded and _dtype(r) == BF16)):
+        is_rounded = all(_dtype(value) == self.low for value in values) and self._is_rounded(node)
+        dtype = self.low if is_rounded else FP32
+        for value in (*values, *(r for r in rest if not is_rounded and _dtype(r) == self.low)):
             if _dtype(value) != dtype:
                 node.replace_input_with(value, self._cast(value, dtype, near=node))
+
+    def _drop_cast(self, loss: fx.Node) -> None:
+        """Give a loss that computes in float32 inside the low logits that the model widened for it.
+
+        The widened copy, the largest value of the model, is then never made.
+        """
+        chain = [loss.all_input_nodes[0]]
+        while called_name(chain[-1]) in CARRIERS and len(chain[-1].users) == 1:
+            chain.append(chain[-1].all_input_nodes[0])
+        cast = chain.pop()
+        if cast.target is not _CAST or len(cast.users) > 1 or _dtype(cast) != FP32:
+            return
+        origin = cast.all_input_nodes[0]
+        if _dtype(origin) == self.low:
+            cast.replace_all_uses_with(origin)
+            self.program.graph.erase_node(cast)
+            for node in reversed(chain):
+                node.meta["val"] = _run_on_meta(node)
 
     def _is_rounded(self, node: fx.Node) -> bool:
         """Whether all who read `node` read it in bf16, at once or after it was moved about."""

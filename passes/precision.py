@@ -33,6 +33,7 @@ class Precision:
 PRODUCT = Precision("matrix product: tensor cores, summed in float32", inputs=BF16)
 NORM = Precision("norm: squares need the range, their mean the digits", inputs=FP32)
 SOFTMAX = Precision("softmax and loss: differences and sums of exponentials", inputs=FP32)
+LOSS = Precision("fused loss: float32 inside, reads logits as they are, gives float32")
 REDUCTION = Precision("reduction, power, exponential: errors add up", inputs=FP32)
 LOOKUP = Precision("lookup: the table stays as it is, the rows are rounded", result=BF16)
 MOVE = Precision("moved in bf16 if all its readers want that, else as it is")
@@ -67,7 +68,7 @@ PRECISIONS: dict[str, Precision] = {
     "aten::log_softmax": SOFTMAX,
     "aten::logsumexp": SOFTMAX,
     "aten::cross_entropy_loss": SOFTMAX,
-    "vocab_cross_entropy": SOFTMAX,
+    "vocab_cross_entropy": LOSS,
     "aten::pow": REDUCTION,
     "aten::mean": REDUCTION,
     "partial_mean": REDUCTION,

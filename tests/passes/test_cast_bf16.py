@@ -300,6 +300,15 @@ def test_values_move_between_ranks_in_bf16_when_read_in_bf16() -> None:
             assert any(not str(u.target).startswith("aten.to") for u in node.users), node
 
 
+@pytest.mark.parametrize("name", ["internlm2", "HF llama"])
+def test_no_float32_copy_of_sharded_logits_is_made(name: str) -> None:
+    program = cast(MODELS[name](), Plan(tp=2), TensorParallel(size=2))
+    widest = max(node.meta["val"].numel() for node in calls(program, "aten.linear"))
+    logits = [n for n in program.calls() if n.meta["val"].numel() == widest]
+    assert {n.meta["val"].dtype for n in logits} == {BF16}
+    assert program.outputs[0].meta["val"].dtype == FP32
+
+
 def test_report_says_what_and_why() -> None:
     lines = CastBF16.report(cast(MODELS["internlm2"]())).splitlines()
     assert lines[0].split() == ["op", "count", "dtype", "why"]

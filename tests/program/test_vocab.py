@@ -202,9 +202,9 @@ def test_low_precision_logits_are_summed_in_float32(smoothing: float) -> None:
     expected = F.cross_entropy(exact, target, label_smoothing=smoothing)
     (3 * expected).backward()
     losses, gradient = sharded_loss(logits, target, 2, MEAN, -100, smoothing)
-    assert (losses[0].dtype, gradient.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (losses[0].dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
     assert exact.grad is not None
-    assert abs(losses[0].item() - expected.item()) <= 2**-8 * expected.item()
+    assert abs(losses[0].item() - expected.item()) <= 1e-6 * expected.item()
     assert (gradient - exact.grad).norm() <= 2**-8 * exact.grad.norm()
 
 
