@@ -59,6 +59,7 @@ def test_a_bad_start_is_named(
 ) -> None:
     monkeypatch.setattr(preflight, "available_bytes", lambda place: 64 * 2.0**30)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: _Usage(free=2**30))
+    monkeypatch.setattr(preflight, "partition", lambda model, **keywords: None)  # takes a second
     with pytest.raises(StartError) as error:
         train(tiny(tmp_path, **sections))
     assert message in str(error.value)
