@@ -214,11 +214,9 @@ def _forget_compiled(device: torch.device) -> None:
 
 def _compile_ahead(device: torch.device) -> None:
     """Fill torch.compile's and Triton's caches on disk, many processes at a time."""
-    deadline = Deadline(PREPARE_S)
     tasks = [(op, hidden, device) for op in TIMED for hidden in WIDTHS]
-    for _ in run_all(compile_once, tasks, device):
-        if deadline.passed:
-            break
+    for _ in run_all(compile_once, tasks, device, Deadline(PREPARE_S)):
+        pass
 
 
 def compile_once(task: tuple[str, int, torch.device]) -> None:

@@ -202,11 +202,9 @@ CONTESTANTS: dict[str, Callable[[Shape, torch.device], Step]] = {
 
 def _compile_ahead(device: torch.device) -> None:
     """Fill torch.compile's and Triton's caches on disk, all contestants at a time."""
-    deadline = Deadline(PREPARE_S)
     tasks = [(shape, name, device) for shape in SHAPES for name in CONTESTANTS]
-    for _ in run_all(compile_once, tasks, device):
-        if deadline.passed:
-            break
+    for _ in run_all(compile_once, tasks, device, Deadline(PREPARE_S)):
+        pass
 
 
 def compile_once(task: tuple[str, str, torch.device]) -> None:

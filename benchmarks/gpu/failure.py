@@ -27,5 +27,10 @@ class Deadline:
         self._end = time.perf_counter() + seconds
 
     @property
+    def left(self) -> float:
+        """Seconds, 0 after the end."""
+        return max(self._end - time.perf_counter(), 0.0)
+
+    @property
     def passed(self) -> bool:
-        return time.perf_counter() > self._end
+        return self.left == 0

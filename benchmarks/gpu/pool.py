@@ -5,9 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import Pool
 from typing import TypeVar
+from unittest import mock
 
 import torch
+
+from benchmarks.gpu.failure import Deadline
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
@@ -19,21 +23,31 @@ def run_all(
     function: Callable[[TaskT], ResultT],
     tasks: Sequence[TaskT],
     device: torch.device,
+    deadline: Deadline,
     num_processes: int | None = None,
 ) -> Iterator[ResultT]:
-    """The results as they come, in any order; in this process on the CPU, unless a number is given.
+    """The results as they come, in any order, until all are there or the deadline has passed.
 
-    function: of a module, must not raise. Leaving the iterator early ends the processes.
+    In this process on the CPU, unless a number is given. function: of a module, must not raise. A
+    process that dies takes its task's result with it; the others go on.
     """
     if num_processes is None and device.type == "cpu":
         yield from map(function, tasks)
         return
     count = num_processes or min(MAX_PROCESSES, os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(count, len(tasks)), initializer=_start) as pool:
-        yield from pool.imap_unordered(function, tasks)
+    with _pool(min(count, len(tasks))) as pool:
+        results = pool.imap_unordered(function, tasks)
+        for _ in tasks:
+            try:
+                yield results.next(timeout=deadline.left)
+            except multiprocessing.TimeoutError:
+                return
+
+
+def _pool(count: int) -> Pool:
+    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}):
+        return multiprocessing.get_context("spawn").Pool(count, initializer=_start)
 
 
 def _start() -> None:
     torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are as many as the cores

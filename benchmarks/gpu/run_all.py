@@ -56,14 +56,14 @@ def _sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
     return sweep(device, smoke)
 
 
-# What does not compile for long comes first: a run that is cut short has most of the sections then.
+# kernel_correctness leaves kernels in Triton's cache that the sections after it need.
 SECTIONS: dict[str, Section] = {
     "equality": Section(precision.equality, 30),
     "bfloat16": Section(precision.bfloat16, 25),
     "throughput": Section(throughput.throughput, 55),
+    "kernel_correctness": Section(correctness.kernel_correctness, 100),
     "kernel_guarantees": Section(guarantees.kernel_guarantees, 40),
     "bandwidth": Section(bandwidth.bandwidth, 110),
-    "kernel_correctness": Section(correctness.kernel_correctness, 100),
     "blocks": Section(blocks.blocks, 75),
     "gpu_tests": Section(tests.gpu_tests, 40),
 }

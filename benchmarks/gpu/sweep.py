@@ -55,10 +55,8 @@ def sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
     if smoke:
         tasks = tasks[:3]
     if device.type == "cuda":
-        ready = Deadline(PREPARE_S)
-        for _ in run_all(compile_once, tasks, device):
-            if ready.passed:
-                break
+        for _ in run_all(compile_once, tasks, device, Deadline(PREPARE_S)):
+            pass
     copy = copy_bandwidth(device, smoke=smoke)
     found = [_time(*task, copy) for task in tasks if not deadline.passed]
     found.sort(key=lambda choice: (choice.width, -choice.fraction))

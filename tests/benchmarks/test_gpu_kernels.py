@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -14,11 +15,12 @@ from torch import Tensor
 from benchmarks.gpu import bandwidth, correctness, guarantees
 from benchmarks.gpu.bandwidth import Entry, Row, judge
 from benchmarks.gpu.correctness import Task, check
-from benchmarks.gpu.failure import SectionError
+from benchmarks.gpu.failure import Deadline, SectionError
 from benchmarks.gpu.layouts import LAYOUTS
 from benchmarks.gpu.ops import CHECKED, FAMILIES, TIMED
 from benchmarks.gpu.ops.op import KernelOp, Tensors, maker
 from benchmarks.gpu.peers import COMPILED, EAGER, load_peers
+from benchmarks.gpu.pool import run_all
 from benchmarks.gpu.reference import poisoned
 from benchmarks.gpu.timing import Times, measure
 
@@ -89,6 +91,20 @@ def test_an_error_within_the_bound_but_twice_plain_torchs_is_found(
     faults = [e for e in check(Task("rms_norm", 64, CPU, 0, True)) if e.fault]
     assert faults
     assert all(e.error < 1e-6 and "plain torch" in str(e.fault) for e in faults)
+
+
+def test_an_error_above_the_bound_is_found_though_plain_torchs_is_as_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    op = spoiled(CHECKED["rms_norm"], lambda y: y * 1.02)
+    monkeypatch.setitem(correctness.CHECKED, "rms_norm", replace(op, plain=op.fused))
+    faults = [e for e in check(Task("rms_norm", 64, CPU, 0, True)) if e.fault]
+    assert {str(e.fault) for e in faults} == {"above 1e-06", "above 0.001", "above 0.005"}
+
+
+def test_processes_share_the_work_until_the_deadline() -> None:
+    assert sorted(run_all(abs, [-1, -2, -3], CPU, Deadline(60), num_processes=1)) == [1, 2, 3]
+    assert list(run_all(time.sleep, [60.0], CPU, Deadline(0.1), num_processes=1)) == []
 
 
 def test_a_kernel_that_raises_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
