@@ -26,7 +26,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         found = pool.submit(resumed_after_each_crash, str(tmp_path)).result(timeout=300)
-    assert len(found) > 50
+    assert len(found) > 25
     assert found == sorted(found)  # before the rename step 1, from then on step 2
     assert set(found) == {1, 2}
 
@@ -117,7 +117,7 @@ def load_until_killed(rank: int, folder: str, victim: int) -> None:
     job.manager.resume()
 
 
-@pytest.mark.parametrize(("victim", "at"), [(1, 7), (0, 40)])
+@pytest.mark.parametrize(("victim", "at"), [(1, 4), (0, 12)])
 def test_a_rank_killed_in_a_save(world2: World, tmp_path: Path, victim: int, at: int) -> None:
     """Then in a load: the older checkpoint is whole after both, whatever the plan."""
     start = time.monotonic()
