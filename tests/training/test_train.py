@@ -141,10 +141,11 @@ def refusal(rank: int, config: Config, differs: str) -> str:
     return "no refusal"
 
 
-@pytest.mark.parametrize("what", ["config", "code of ilm_compile"])
+@pytest.mark.parametrize("what", ["config", "code"])
 def test_ranks_that_differ_do_not_start(what: str, world2: World, tmp_path: Path) -> None:
     for told in world2.run(refusal, tiny(tmp_path), what):
-        assert f"the same {what} on all ranks, ranks [1] differ from rank 0" in told
+        assert f"expected the same {what}" in told
+        assert "ranks [1] differ from rank 0" in told
 
 
 # data
