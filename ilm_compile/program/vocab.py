@@ -76,8 +76,9 @@ def vocab_cross_entropy(
 
     logits: (tokens, vocab / size); target: (tokens,), the same on all ranks. `reduction` is ATen's:
     1 mean over the targets that are not `ignore_index`, 2 sum. The scalar result has placement I
-    and is float32, or float64 for float64 logits, as is everything before it. The backward pass keeps the logits and one logsumexp a token, no softmax. A target outside the
-    vocabulary raises IlmCompileError on the CPU and makes the loss NaN on CUDA.
+    and is float32, or float64 for float64 logits, as is everything before it. The backward pass
+    keeps the logits and one logsumexp a token, no softmax. A target outside the vocabulary raises
+    IlmCompileError on the CPU and makes the loss NaN on CUDA.
     """
     losses: Tensor = _VocabCrossEntropy.apply(logits, target, axis, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]
     total = losses.sum()
