@@ -94,7 +94,9 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, which may hold dataclasses, with the circumstances it was measured under."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"circumstances": circumstances(), **content}
-    path.write_text(json.dumps(whole, indent=2, default=asdict) + "\n")
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps(whole, indent=2, default=asdict) + "\n")
+    unfinished.replace(path)
 
 
 def _main_module() -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention_backends, attention_reference
 from ilm_compile.kernels.documents import document_starts as document_starts
+from ilm_compile.kernels.library import as_written
 
 torch.library.define(
     "ilm::attention",
@@ -116,9 +117,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None
     return grad_q, grad_k, grad_v, None, None
 
 
-torch.library.impl("ilm::attention", "cpu", _forward)
+torch.library.impl("ilm::attention", "cpu", as_written(_forward))
 torch.library.impl("ilm::attention", "cuda", _cuda)
-torch.library.impl("ilm::attention_backward", ("cpu", "cuda"), attention_reference.backward)
+torch.library.impl(
+    "ilm::attention_backward", ("cpu", "cuda"), as_written(attention_reference.backward)
+)
 torch.library.register_fake("ilm::attention", _forward_fake)
 torch.library.register_fake("ilm::attention_backward", _backward_fake)
 torch.library.register_autograd("ilm::attention", _differentiate, setup_context=_save_inputs)

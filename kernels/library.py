@@ -28,8 +28,20 @@ def implement(op: str, reference: Implementation, triton: str) -> None:
     op: `ilm::name`. triton: `module:function`, called with the op's arguments.
     """
     LAUNCHERS[op] = triton
-    torch.library.impl(op, "cpu", reference)
+    torch.library.impl(op, "cpu", as_written(reference))
     torch.library.impl(op, "cuda", on_cuda(op, reference))
+
+
+def as_written(reference: Implementation) -> Implementation:
+    """`reference` in the dtypes that it says: a caller's autocast does not reach into an op."""
+
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return reference(*args)
+        with torch.autocast("cpu", enabled=False):
+            return reference(*args)
+
+    return run
 
 
 def on_cuda(op: str, reference: Implementation) -> Implementation:

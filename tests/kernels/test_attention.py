@@ -260,3 +260,16 @@ def test_selective_checkpointing(monkeypatch, save):
     expected = torch.autograd.grad(squared_attention(*plain), plain)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_autocast_does_not_reach_into_the_op() -> None:
+    """Forward and backward inside autocast compute in the dtype of their inputs."""
+    results = []
+    for enabled in (False, True):
+        tensors = inputs(2, torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = attention(*tensors)
+            grads = torch.autograd.grad(out.square().sum(), tensors)
+        results.append((out, *grads))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
