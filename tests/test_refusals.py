@@ -76,9 +76,9 @@ INPUTS = {"x": ((2, 4), torch.float32), "labels": ((2,), torch.int64)}
         (models.internlm2_tiny, {"checkpoint": 1.5}, PlanError, r"fraction in \[0, 1\], got 1.5"),
         (
             models.internlm2_tiny,
-            {"dtype": torch.float16},
+            {"dtype": torch.float64},
             PlanError,
-            "dtype must be None or torch.bfloat16",
+            "dtype must be None, torch.bfloat16 or torch.float16",
         ),
         (models.internlm2_tiny, {"zero": 2}, PlanError, "zero must be 1 or 3, got 2"),
         (models.internlm2_tiny, {"tensor": 2}, PlanError, r"unknown option \['tensor'\]"),

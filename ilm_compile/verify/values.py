@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.passes.precision import PRECISIONS, PRODUCT, called_name
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of, without_data
@@ -34,6 +35,11 @@ def _check(program: Program, node: fx.Node) -> None:
             f"value check: {_name(node)} cannot run on ({_inputs(node)}) at {program.where(node)}: "
             f"{reason}"
         ) from None
+    if PRECISIONS.get(called_name(node)) is PRODUCT and len(dtypes := _float_dtypes(node)) > 1:
+        raise ProgramError(  # without data the op does not ask for it, with data it does
+            f"value check: {_name(node)} takes one dtype, got {' and '.join(sorted(dtypes))} "
+            f"({_inputs(node)}) at {program.where(node)}. Is a cast missing?"
+        )
     expected, found = _types(node.meta["val"]), _types(value)
     if expected != found:
         raise ProgramError(
@@ -53,6 +59,11 @@ def _without_data(node: fx.Node) -> Any:
 
 def _inputs(node: fx.Node) -> str:
     return ", ".join(_types(source.meta["val"]) for source in node.all_input_nodes)
+
+
+def _float_dtypes(node: fx.Node) -> set[str]:
+    tensors = [t for source in node.all_input_nodes for t in tensors_of(source.meta["val"])]
+    return {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
 
 
 def _name(node: fx.Node) -> str:

@@ -75,7 +75,8 @@ def test_what_only_bf16_can_get_wrong_is_found_without_running_it():
         if mutant.kind in kinds:
             verdict = trial.judge(mutant)
             assert verdict.first() == kinds[mutant.kind], verdict
-            assert verdict.first(without=kinds[mutant.kind]) is None, verdict
+            # a step finds no more than what cannot run at all: float64 rounds nothing
+            assert verdict.caught.get("step", "RuntimeError").startswith("RuntimeError"), verdict
 
 
 def test_making_a_mutant_leaves_the_program_alone(trial):

@@ -43,6 +43,16 @@ def test_a_missing_cast_is_refused():
         check_values(program)
 
 
+def test_a_product_of_two_dtypes_is_refused():
+    program = bf16_program()
+    linear = next(n for n in program.calls() if n.name == "linear")
+    weight = linear.args[1]
+    assert weight.target is aten.to.dtype
+    linear.replace_input_with(weight, weight.args[0])  # without data torch lets it pass
+    with pytest.raises(ProgramError, match="takes one dtype, got bfloat16 and float32"):
+        check_values(program)
+
+
 def test_a_global_size_in_a_rank_local_program_is_refused():
     program = compile_model(make_model("internlm2"), tp=2)
     node = next(n for n in program.calls() if n.name == "linear")
