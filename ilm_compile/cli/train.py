@@ -10,11 +10,14 @@ A run that is started again goes on from its newest checkpoint, under any plan.
 import argparse
 import os
 import sys
+import time
 
 from ilm_compile.config import Config, ConfigError
 from ilm_compile.training import StartError, config_from_arguments, train
 from ilm_compile.training.launch import read_place
 from ilm_compile.training.parser import add_arguments as add_arguments
+
+_TURN_S = 5.0  # the first rank of a node speaks first; the launcher then ends the others
 
 
 def run(options: argparse.Namespace) -> None:
@@ -24,9 +27,9 @@ def run(options: argparse.Namespace) -> None:
         _tell(config)
         trainer = train(config)
     except (ConfigError, StartError):
-        if _is_first_of_node():
-            raise
-        sys.exit(1)  # the others of this node would only repeat it
+        if not _is_first_of_node():
+            time.sleep(_TURN_S)
+        raise
     if trainer.parallel.mesh.rank == 0:
         how = f"stopped ({trainer.stop_reason})" if trainer.stop_reason else "finished"
         print(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ilm_compile.errors import ScheduleError
 from ilm_compile.program.lowered import Stage
 from ilm_compile.runtime.data_parallel import GradientSync
+from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.p2p import MAX_TENSORS, Channel, Message
 from ilm_compile.runtime.stage_runner import StageRunner
@@ -91,8 +92,10 @@ class Executor:
             if self.record_timeline:
                 self._run_timed(steps)
             else:
-                for _, step in steps:
+                for text, step in steps:
+                    ACTIVITY.do(text)
                     step()
+            ACTIVITY.do("wait for sends")
             self.channel.finish()
         last = [runner for runner in self._runners.values() if runner.is_last]
         return StepResult(
@@ -103,6 +106,7 @@ class Executor:
     def _run_timed(self, steps: list[Step]) -> None:
         self.timeline = []
         for text, step in steps:
+            ACTIVITY.do(text)
             start = time.perf_counter()
             step()
             if self.channel.device.type == "cuda":

@@ -141,13 +141,21 @@ def join_job(device: torch.device, *, timeout: timedelta) -> None:
     """Make the process group of all ranks, NCCL on a GPU and gloo on a CPU; left at a normal exit.
 
     For what ranks must tell each other before `Mesh.create`, which joins by itself if need be.
+    Raises `PlanError` if not all ranks come within `timeout`.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
+        )
+    except dist.DistError as error:
+        raise PlanError(
+            f"start: not all {_world_size()} processes came together within "
+            f"{timeout.total_seconds():g} s; start as many as WORLD_SIZE says, on every node with "
+            f"the same MASTER_ADDR and MASTER_PORT ({str(error).splitlines()[0]})"
+        ) from error
     atexit.register(_leave)
 
 

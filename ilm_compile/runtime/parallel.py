@@ -35,6 +35,7 @@ from ilm_compile.runtime.communicator import (
     communicator_over,
 )
 from ilm_compile.runtime.executor import Executor, StepResult
+from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
@@ -139,7 +140,9 @@ class Parallel:
         if not forward_only:
             self.num_steps += 1
             self._note_losses(result)
+            ACTIVITY.do("gradients")
             self._parameters.collect_gradients()
+        ACTIVITY.do("loss")
         loss = self._global_loss(result) if return_loss else None
         if not return_output_label:
             return loss

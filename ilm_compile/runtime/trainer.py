@@ -18,6 +18,7 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.fit_hooks import fit_hooks
+from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.hooks import Hook, Hooks
 from ilm_compile.runtime.metrics import StepMetrics
 from ilm_compile.runtime.optimizer import Beta2Scheduler, LossScaler, adamw
@@ -113,6 +114,7 @@ class Trainer:
         after `max_skips` such steps in a row.
         """
         scale = 1.0 if self.scaler is None else self.scaler.scale
+        ACTIVITY.do("gradient norm")
         norm = self.parallel.clip_grad_norm_(self.max_grad_norm, scale=scale).item()
         is_finite = math.isfinite(norm)
         self.num_steps += 1
@@ -122,6 +124,7 @@ class Trainer:
             self._count_skip(norm)
             return norm
         self._num_skips_in_a_row = 0
+        ACTIVITY.do("optimizer")
         self.optimizer.step()
         for scheduler in (self.lr_scheduler, self.beta2_scheduler):
             if scheduler is not None:
@@ -159,6 +162,7 @@ class Trainer:
         history: list[StepMetrics] = []
         error: BaseException | None = None
         try:
+            ACTIVITY.enter("hooks before the first step", patient=True)
             hooks.start(self)
             self._run(islice(batches, num_steps), hooks, history)
             if len(history) < num_steps and self.stop_reason is None:
@@ -168,9 +172,11 @@ class Trainer:
                 )
         except BaseException as raised:
             error = raised
+            raised.add_note(f"rank {self.parallel.mesh.rank}, in {ACTIVITY.text()}")
             hooks.exception(self, raised)
             raise
         finally:
+            ACTIVITY.enter("hooks after the last step", patient=True)
             hooks.stop(self, error)
         return history
 
@@ -232,14 +238,20 @@ class Trainer:
 
     def _run(self, batches: Iterable[Batch], hooks: Hooks, history: list[StepMetrics]) -> None:
         for batch in batches:
-            hooks.step_start(self, self.num_steps + 1)
-            metrics = self._step_on(batch)
+            step = self.num_steps + 1
+            ACTIVITY.enter(f"hooks before step {step}", patient=True)
+            hooks.step_start(self, step)
+            metrics = self._step_on(batch, is_first=not history)
             history.append(metrics)
+            ACTIVITY.enter(f"hooks after step {step}", patient=True)
             hooks.step_end(self, metrics)
+            ACTIVITY.enter(f"reading the batch of step {step + 1}", patient=True)
             if self.stop_reason is not None:
                 return
 
-    def _step_on(self, batch: Batch) -> StepMetrics:
+    def _step_on(self, batch: Batch, *, is_first: bool) -> StepMetrics:
+        # The first step may take long, for kernels are compiled.
+        ACTIVITY.enter(f"step {self.num_steps + 1}", patient=is_first)
         start = time.perf_counter()
         lr = float(self.optimizer.param_groups[0]["lr"])
         scale = 1.0 if self.scaler is None else self.scaler.scale
@@ -252,6 +264,7 @@ class Trainer:
             torch.cuda.synchronize(loss.device)
         num_tokens = next(iter(batch.values())).numel()
         self.num_tokens += num_tokens
+        ACTIVITY.do("agreement on stopping")
         ranks = exchange([float(self._stop_wish is not None)], self.parallel.mesh)
         self._agree_to_stop([wish for (wish,) in ranks])
         flops = self.parallel.model_flops

@@ -1,11 +1,14 @@
-"""Whether all ranks were started with the same config and the same code."""
+"""Whether all ranks were started with the same config, code and versions."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,31 +19,64 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.mesh import choose_device, join_job
 from ilm_compile.training.launch import read_place
 
-_WHAT = ("config", "code of ilm_compile")
-
 
 def agree_on_start(config: Config) -> None:
     """Join the job's process group and compare hashes, the first collective of all.
 
     A rank with another plan would wait in another group; here it is named. Raises
-    `IlmCompileError` on all ranks with the numbers of those that differ from rank 0. Does nothing
-    in a process that was started alone.
+    `IlmCompileError` on all ranks with the numbers of those that differ from rank 0, and in what.
+    Does nothing in a process that was started alone.
     """
     if not dist.is_initialized():
         if not read_place().is_started:
             return
         join_job(choose_device(), timeout=timedelta(seconds=config.train.timeout_s))
-    numbers = [_number(config.to_toml().encode()), _number(code_digest())]
-    own = torch.tensor(numbers, device=choose_device())
+    # The code first, for another code may have other keys.
+    for what, facts in (("code", code_facts()), ("config", config_facts(config))):
+        if differences := _differences(facts):
+            raise IlmCompileError(
+                f"start: expected the same {what} on all ranks, {'; '.join(differences)}; start "
+                "every node with the same files, flags and packages"
+            )
+
+
+def code_facts() -> dict[str, bytes]:
+    """What runs on this rank, by name."""
+    return {
+        "the sources of ilm_compile": code_digest(),
+        "the version of torch": torch.__version__.encode(),
+        "the version of Python": platform.python_version().encode(),
+    }
+
+
+def config_facts(config: Config) -> dict[str, bytes]:
+    """Every value of the config by its key; the keys of the model, which depend on it, as one."""
+    return {key: repr(value).encode() for key, value in _keys(config.to_dict())}
+
+
+def _keys(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, value in values.items():
+        if isinstance(value, Mapping) and section != "model":
+            yield from ((f"{section}.{key}", each) for key, each in value.items())
+        else:
+            yield section, value
+
+
+def _differences(facts: Mapping[str, bytes]) -> list[str]:
+    """A text for each group of ranks that differ from rank 0 in the same facts. Collective."""
+    own = torch.tensor([_number(value) for value in facts.values()], device=choose_device())
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
-    for column, what in enumerate(_WHAT):
-        values = [int(each[column]) for each in everyone]
-        if others := [rank for rank, value in enumerate(values) if value != values[0]]:
-            raise IlmCompileError(
-                f"start: expected the same {what} on all ranks, ranks {others} differ from rank 0; "
-                "start every node with the same files and flags"
-            )
+    table = torch.stack(everyone).cpu()
+    ranks_by_names: dict[tuple[str, ...], list[int]] = {}
+    for rank, differs in enumerate((table != table[0]).tolist()):
+        names = tuple(name for name, is_other in zip(facts, differs, strict=True) if is_other)
+        if names:
+            ranks_by_names.setdefault(names, []).append(rank)
+    return [
+        f"ranks {ranks} differ from rank 0 in {', '.join(names)}"
+        for names, ranks in ranks_by_names.items()
+    ]
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.optim import Optimizer
@@ -12,7 +12,13 @@ from ilm_compile.config import Config
 from ilm_compile.runtime import Beta2Scheduler, Hook, Parallel, Trainer
 from ilm_compile.training.agreement import agree_on_start
 from ilm_compile.training.checkpoints import initialize_checkpoints, start_from
-from ilm_compile.training.data import get_train_data_loader, get_validation_data_loaders
+from ilm_compile.training.data import (
+    Batches,
+    TrainBatches,
+    get_train_data_loader,
+    get_validation_data_loaders,
+)
+from ilm_compile.training.guard import Guard
 from ilm_compile.training.hooks import make_hooks
 from ilm_compile.training.model import initialize_model
 from ilm_compile.training.optimizer import initialize_optimizer, loss_scaler
@@ -51,9 +57,17 @@ def train(config: Config) -> Trainer:
     """
     set_torch_flags(config)
     check_start(config)
-    batches = get_train_data_loader(config)
-    validation = get_validation_data_loaders(config)
-    agree_on_start(config)
+    with Guard(config) as guard:
+        batches = get_train_data_loader(config)
+        validation = get_validation_data_loaders(config)
+        agree_on_start(config)
+        guard.watch()
+        trainer = _train(config, batches, validation)
+        guard.record_success(trainer)
+    return trainer
+
+
+def _train(config: Config, batches: TrainBatches, validation: Mapping[str, Batches]) -> Trainer:
     parallel = initialize_model(config)
     optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(config, parallel)
     trainer = initialize_trainer(

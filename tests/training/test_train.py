@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,9 +351,10 @@ def test_the_command_tells_what_has_no_effect_and_how_it_ended(
     assert told.out.endswith(f"finished after step 1 of 1; see {tmp_path / 'tiny'}\n")
 
 
-@pytest.mark.parametrize("local_rank", [0, 1])
-def test_a_bad_start_is_told_by_one_rank_of_a_node(
+@pytest.mark.parametrize(("local_rank", "waits"), [(0, []), (1, [5.0])])
+def test_a_bad_start_is_told_by_the_first_rank_of_a_node_before_the_others(
     local_rank: int,
+    waits: list[float],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -360,13 +362,11 @@ def test_a_bad_start_is_told_by_one_rank_of_a_node(
     for name, value in {"WORLD_SIZE": 3, "RANK": local_rank, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, str(value))
     tiny(tmp_path, "parallel.tensor=2").save(tmp_path / "tiny.toml")
-    try:
-        code = main(["train", "--config", str(tmp_path / "tiny.toml")])
-    except SystemExit as stop:
-        code = stop.code
-    told = capsys.readouterr().err
-    assert code == 1
-    assert ("expected a multiple of parallel.tensor" in told) is (local_rank == 0)
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert main(["train", "--config", str(tmp_path / "tiny.toml")]) == 1
+    assert "expected a multiple of parallel.tensor" in capsys.readouterr().err
+    assert waited == waits
 
 
 def test_sigterm_saves_and_ends_well(tmp_path: Path) -> None:

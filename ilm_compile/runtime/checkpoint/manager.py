@@ -28,6 +28,7 @@ from ilm_compile.runtime.checkpoint.space import check_space, estimate
 from ilm_compile.runtime.checkpoint.stop_file import Order, StopFile
 from ilm_compile.runtime.checkpoint.storage import Storage, open_storage
 from ilm_compile.runtime.checkpoint.training_state import ALL, TrainingState
+from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.parallel import Parallel
 
@@ -111,6 +112,7 @@ class CheckpointManager(Hook):
                 if self._stop_file is not None:
                     self._stop_file.create()
 
+    @ACTIVITY.during("saving a checkpoint")
     def save(self, step: int, *, wait: bool = False) -> None:
         """Save the state after `step` steps; returns before it is written unless `wait`.
 
@@ -150,6 +152,7 @@ class CheckpointManager(Hook):
         self._advance(wait=False)
         return next(iter(self._candidates(complete=True)), None)
 
+    @ACTIVITY.during("loading the newest checkpoint")
     def resume(self, content: Iterable[str] = (ALL,)) -> int | None:
         """Load the newest complete checkpoint; returns its step, or None if there is none.
 
@@ -170,6 +173,7 @@ class CheckpointManager(Hook):
             return step
         return None
 
+    @ACTIVITY.during("loading a checkpoint")
     def load(self, source: int | str | Path, content: Iterable[str] = (ALL,)) -> int:
         """Load one checkpoint, no other in its stead; returns its step.
 
@@ -237,6 +241,7 @@ class CheckpointManager(Hook):
         if order.save or last or (self._every and step % self._every == 0):
             self.save(step)
 
+    @ACTIVITY.during("completing a checkpoint")
     def _advance(self, *, wait: bool) -> None:
         """Complete the save in flight once all ranks have written their part."""
         if self._in_flight is None:

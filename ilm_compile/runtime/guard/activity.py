@@ -1,0 +1,51 @@
+"""What this process does at the moment, in words: written by its main thread, read by the watchdog.
+
+The executor tells every action, the trainer every part of a step, the checkpoints every save and
+load. Telling costs two attribute writes, so it is always on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Activity:
+    """phase: a part of the job, such as "step 5: forward and backward". action: what is done of it,
+    such as "wait 1F0", empty where the phase says it all. changes: grows with everything told, so
+    that one who looks twice knows whether anything moved. patient: the phase may well take long, as
+    reading a checkpoint does.
+    """
+
+    __slots__ = ("action", "changes", "patient", "phase")
+
+    def __init__(self) -> None:
+        self.phase = "start"
+        self.action = ""
+        self.patient = True
+        self.changes = 0
+
+    def enter(self, phase: str, *, patient: bool = False) -> None:
+        """The next phase begins."""
+        self.phase, self.action, self.patient = phase, "", patient
+        self.changes += 1
+
+    def do(self, action: str) -> None:
+        """The next action of the phase begins."""
+        self.action = action
+        self.changes += 1
+
+    @contextmanager
+    def during(self, phase: str, *, patient: bool = True) -> Iterator[None]:
+        """A phase within another, which goes on after it; an error leaves it as it is."""
+        before = self.phase, self.patient
+        self.enter(f"{self.phase}: {phase}", patient=patient)
+        yield
+        self.enter(before[0], patient=before[1])
+
+    def text(self) -> str:
+        """Both in one line."""
+        return f"{self.phase}, {self.action}" if self.action else self.phase
+
+
+ACTIVITY = Activity()  # of this process
