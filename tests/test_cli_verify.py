@@ -28,3 +28,15 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
     assert report["max_grad_error"] < 1e-12
+
+
+def test_a_config_brings_its_model_plan_and_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "examples/configs/tiny_cpu.toml", "--pp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "tp=2, pp=2, num_microbatches=4" in out.splitlines()[0]
+    assert "4 ranks emulated" in out
+
+
+def test_what_a_config_says_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "examples/configs/tiny_cpu.toml", "--seq-len", "64"]) == 1
+    assert "says it already: leave out --seq-len" in capsys.readouterr().err

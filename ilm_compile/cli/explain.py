@@ -5,50 +5,43 @@ Runs in one process and computes nothing: ilm-compile explain internlm2_7b --tp 
 
 import argparse
 
-from torch import nn
-
-from ilm_compile.cli.inputs import add_input_arguments, read_inputs
-from ilm_compile.cli.model import add_model_argument, load_model
-from ilm_compile.cli.plan import add_plan_arguments, read_plan
+from ilm_compile.cli.job import Job, add_job_arguments, read_job
 from ilm_compile.compile import partition
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.passes import order_passes, run_passes, standard_passes
-from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
-from ilm_compile.program.trace import ExampleInputs, trace
+from ilm_compile.program.trace import trace
 
 TRACE = "trace"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    add_model_argument(parser)
-    add_input_arguments(parser)
+    add_job_arguments(parser)
     parser.add_argument(
         "--after", metavar="PASS", help=f"stop after this pass; {TRACE}: before the first"
     )
     parser.add_argument("--dump", action="store_true", help="print the graph")
-    add_plan_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Partition and print."""
-    plan = read_plan(options)
-    inputs = read_inputs(options)
-    model = load_model(options.model)
-    if options.after is None:
-        program = partition(model, example_inputs=inputs, plan=plan)
+    job = read_job(options)
+    if options.after is not None:
+        program = _partition_until(options.after, job)
     else:
-        program = _partition_until(options.after, model, inputs, plan)
+        program = partition(
+            job.model, example_inputs=job.example_inputs, loss_fn=job.loss_fn, plan=job.plan
+        )
     print(program.dump() if options.dump else program.explain(), end="")
 
 
-def _partition_until(
-    last: str, model: nn.Module, inputs: ExampleInputs | None, plan: Plan
-) -> Program:
+def _partition_until(last: str, job: Job) -> Program:
     """Trace, then run the passes up to the one named `last`."""
-    program = trace(model, example_inputs=inputs, plan=plan)
-    passes = order_passes(standard_passes(plan), program.facts)
+    program = trace(
+        job.model, example_inputs=job.example_inputs, loss_fn=job.loss_fn, plan=job.plan
+    )
+    passes = order_passes(standard_passes(job.plan), program.facts)
     names = [TRACE, *(step.name for step in passes)]
     if last not in names:
         raise IlmCompileError(

@@ -20,13 +20,14 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
     plan.add_argument("--embed-split-hidden", action=argparse.BooleanOptionalAction)
     plan.add_argument("--checkpoint", type=float, metavar="FRACTION", help="of the blocks")
+    plan.add_argument("--kernels", help="auto, triton or torch: fused ops, or none")
     plan.add_argument("--dtype", help="of matmuls and attention: bfloat16, float16")
 
 
-def read_plan(options: argparse.Namespace) -> Plan:
-    """The plan that the options describe."""
+def read_plan(options: argparse.Namespace, start: Plan | None = None) -> Plan:
+    """The plan that the options describe, beginning from `start` where --plan is left out."""
     given = vars(options)
     try:
-        return make_plan(options.plan, **{f.name: given.get(f.name) for f in fields(Plan)})
+        return make_plan(options.plan or start, **{f.name: given.get(f.name) for f in fields(Plan)})
     except json.JSONDecodeError as error:
         raise PlanError(f"expected the JSON of a plan in {options.plan}: {error}") from error

@@ -15,6 +15,7 @@ from ilm_compile.training.data import get_validation_data_loaders as get_validat
 from ilm_compile.training.groups import ParallelMode as ParallelMode
 from ilm_compile.training.groups import ProcessGroups as ProcessGroups
 from ilm_compile.training.launch import launch_from_slurm as launch_from_slurm
+from ilm_compile.training.model import build_model as build_model
 from ilm_compile.training.model import initialize_model as initialize_model
 from ilm_compile.training.optimizer import initialize_optimizer as initialize_optimizer
 from ilm_compile.training.parser import config_from_arguments as config_from_arguments

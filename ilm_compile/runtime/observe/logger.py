@@ -113,8 +113,9 @@ class Logger(Hook):
         if self._writer is not None:
             self._write_scalars(group, step, values)
         if self._console is not None:
-            text = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
-            self._console.print(f"step {step}  {group}  {text}", highlight=False, markup=False)
+            text = "  ".join(f"{key} {_figure(value)}" for key, value in values.items())
+            line = f"step {step}  {group}  {text}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _write(self, values: Mapping[str, Any]) -> None:
         if self._file is not None:
@@ -124,6 +125,10 @@ class Logger(Hook):
     def _write_scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._writer.add_scalar(f"{group}/{key}", value, step)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def step_line(

@@ -154,9 +154,11 @@ class Monitor(Hook):
         return self._folder / "exception.alert"
 
     def _alert(self, kind: str, message: str, *, is_sent: bool | None = None) -> None:
-        """Log it, and send it if `is_sent`; None: on rank 0, for what is the same on every rank."""
+        """Log it, and send it if `is_sent`; None: the same on every rank, so rank 0 alone does."""
+        if is_sent is None and self._rank != 0:
+            return
         alert = Alert(kind, message, self._job, self._rank, self._trainer.num_steps)
-        is_sent = self._rank == 0 if is_sent is None else is_sent
+        is_sent = True if is_sent is None else is_sent
         (self._dispatcher if is_sent else self._log).put(alert)
 
     def _compare_ranks(self) -> None:
