@@ -168,6 +168,12 @@ def _nan(arguments: list[str]) -> None:
     _replace(Parallel, "grad_norm", spoiled)
 
 
+def _kill_launcher(arguments: list[str]) -> None:
+    """In a step that takes so long that the training is not over before anybody looks."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(2)
+
+
 def _hold_the_lock(arguments: list[str]) -> None:
     """Native code that never returns and never lets another thread of Python run."""
     re.match(r"(a+)+$", "a" * 64 + "b")
@@ -182,7 +188,7 @@ ACTIONS: dict[str, Callable[[list[str]], object]] = {
     "raise": lambda _: 1 / 0,
     "terminate rank": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "terminate launcher": lambda _: os.kill(os.getppid(), signal.SIGTERM),
-    "kill launcher": lambda _: os.kill(os.getppid(), signal.SIGKILL),
+    "kill launcher": _kill_launcher,
     "sleep": lambda _: time.sleep(10_000),
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
     "hold the lock": _hold_the_lock,

@@ -11,15 +11,12 @@ checkpoint and end with the losses and gradient norms of the undisturbed run, bi
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -29,9 +26,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import fault_launch
 from benchmarks.common import RESULTS, make_console, save_json
-from benchmarks.fault_job import INJECTED, Fault, run
+from benchmarks.fault_job import INJECTED, Fault
 from benchmarks.fault_kinds import (
     DATA,
     DISK,
@@ -47,78 +43,20 @@ from benchmarks.fault_kinds import (
     mount_disk,
     unmount_disk,
 )
-from ilm_compile.runtime.data import write_shard
-from ilm_compile.runtime.guard.ending import read_ending
+from benchmarks.fault_runs import (
+    JOB,
+    RUN_LIMIT_S,
+    Outcome,
+    curve,
+    newest_complete,
+    prepare,
+    resumed,
+    run_job,
+    write_data,
+)
 from ilm_compile.training import agreement
 
-RUN_LIMIT_S = 180.0
-LEFT_S = 40.0  # in which the ranks of a dead launcher must be gone
-JOB = "job"
-CONFIG = f"""
-job_name = "{JOB}"
-[model]
-type = "INTERNLM2"
-num_layers = 2
-hidden_size = 32
-num_attention_heads = 4
-num_kv_attention_heads = 2
-vocab_size = 64
-mlp_ratio = 2.0
-[parallel]
-pipeline = {NUM_PROCESSES}
-[train]
-total_steps = {STEPS}
-timeout_s = {TIMEOUT_S}
-[data]
-type = "tokenized"
-seq_len = 32
-micro_num = 2
-[optimizer]
-lr = 1e-2
-[ckpt]
-every = {EVERY}
-[monitor]
-hang_s = {HANG_S}
-grace_s = 20.0
-min_free_gib = 0.0
-"""
-# Who noticed, by what the first message says.
-NOTICED_BY = (
-    (r"does not answer|busy in|every rank waits", "watchdog"),
-    (r"left out", "checksums at load"),
-    (r"token file", "data reader"),
-    (r"differ from rank 0", "agreement at start"),
-    (r"came together", "rendezvous"),
-    (r"expected a multiple of", "check before start"),
-    (r"No space left", "writer, told to all ranks"),
-    (r"SIGTERM|asked for by", "monitor"),
-    (r"step skipped", "gradient norm, on all ranks"),
-    (r"ZeroDivisionError", "the rank itself"),
-    (r"(?i)connection|reset by peer|broken pipe|closed", "connection of a peer"),
-    (r"SIGKILL", "launcher"),
-)
-MESSAGES = (
-    r"checkpoint of step \d+ is left out: .*",
-    r"ilm-compile: .*",
-    r".*step skipped.*",
-    r"(torch\.\S+|\w+)?Error: .*",
-    r"process \d+ terminated with signal \w+",
-)
-
-
-@dataclass
-class Outcome:
-    """One run. seconds: from the injection to what noticed it, and to the end of all processes."""
-
-    code: int
-    ranks: dict[str, int]
-    message: str
-    noticed_by: str
-    noticed_s: float | None
-    gone_s: float | None
-    last_step: int
-    left: int
-    timed_out: bool
+SAME = ("loss", "grad_norm", "lr")
 
 
 @dataclass
@@ -142,12 +80,12 @@ def main() -> int:
     options = _options()
     work = Path(tempfile.mkdtemp(prefix="ilm_faults_"))
     print(f"in {work}", flush=True)
-    _write_data(work / DATA)
+    write_data(work / DATA)
     agreement.code_digest()  # once, for all: the sources may change while this runs
     chosen = [k for k in KINDS if not options.only or any(word in k.name for word in options.only)]
     needs_half = any(kind.from_half for kind in chosen)
     _finish([_reference(work), *([_half(work)] if needs_half else [])], jobs=2)
-    expected = _curve(work / "reference")
+    expected = curve(work / "reference")
     assert sorted(expected) == list(range(1, STEPS + 1)), "the undisturbed run did not finish"
     trials: list[Trial] = []
     experiments = [
@@ -210,29 +148,14 @@ def _finish(experiments: list[Experiment], *, jobs: int) -> None:
         running = still
 
 
-def _write_data(folder: Path) -> None:
-    folder.mkdir()
-    random = Random(0)
-    documents = [[random.randrange(1, 64) for _ in range(40)] for _ in range(20)]
-    write_shard(folder / "a.bin", documents)
-
-
 def _reference(work: Path) -> Experiment:
-    _prepare(work / "reference", work)
-    yield from _run(work / "reference", None, [])
+    prepare(work / "reference", work)
+    yield from run_job(work / "reference", None, [])
 
 
 def _half(work: Path) -> Experiment:
-    _prepare(work / "half", work)
-    yield from _run(work / "half", Fault("terminate rank", "step", step=HALF), [])
-
-
-def _prepare(folder: Path, work: Path, template: Path | None = None) -> None:
-    folder.mkdir()
-    shutil.copytree(work / DATA, folder / DATA)
-    (folder / "job.toml").write_text(CONFIG)
-    if template is not None:
-        shutil.copytree(template / RUNS, folder / RUNS)
+    prepare(work / "half", work)
+    yield from run_job(work / "half", Fault("terminate rank", "step", step=HALF), [])
 
 
 def _experiment(
@@ -246,7 +169,7 @@ def _experiment(
     random = Random(f"{seed} {number} {kind.name}")
     slug = re.sub(r"\W+", "-", kind.name)
     folder = work / f"{slug}-{number}"
-    _prepare(folder, work, work / "half" if kind.from_half else None)
+    prepare(folder, work, work / "half" if kind.from_half else None)
     if kind.disk and not mount_disk(folder / DISK):
         print(f"{kind.name}: left out, only root may mount a file system")
         return
@@ -255,18 +178,18 @@ def _experiment(
         if kind.damage is not None:
             kind.damage(folder, random)
         settings = ["ckpt.folder=local:" + str(folder / DISK)] if kind.disk else []
-        first = yield from _run(folder, fault, [*settings, *kind.options], kind.num_processes)
-        newest = _newest_complete(folder, kind)
+        first = yield from run_job(folder, fault, [*settings, *kind.options], kind.num_processes)
+        newest = newest_complete(folder, kind)
         before = (folder / RUNS / JOB / "metrics.jsonl") if first.last_step else None
         if before is not None:
             shutil.copy(before, folder / "metrics-before.jsonl")
         if kind.repair is not None:
             kind.repair(folder)
-        second = yield from _run(folder, None, settings)
+        second = yield from run_job(folder, None, settings)
         trial = Trial(kind.name, fault, first, second, newest, max(0, first.last_step - newest))
         if kind.survives:
-            resumed = _resumed(folder / "run-1") if kind.from_half else 0
-            trial.resumed, trial.lost_steps = resumed, (HALF - resumed) if kind.from_half else 0
+            trial.resumed = resumed(folder / "run-1") if kind.from_half else 0
+            trial.lost_steps = HALF - trial.resumed if kind.from_half else 0
         trial.problems = list(_problems(trial, kind, folder, expected, newest))
         trials.append(trial)
         print(f"{'BAD ' if trial.problems else 'ok  '} {kind.name}: {first.message}", flush=True)
@@ -296,120 +219,21 @@ def _problems(
     if is_silent and first.last_step == STEPS and first.code == 0:
         yield "the fault was injected and the run went on as if nothing were wrong"
     if not kind.survives and was_injected and first.last_step:
-        if _resumed(folder / "run-2") != newest:
-            yield f"resumed after step {_resumed(folder / 'run-2')}, {newest} was complete"
+        if resumed(folder / "run-2") != newest:
+            yield f"resumed after step {resumed(folder / 'run-2')}, {newest} was complete"
     if first.last_step - newest > 2 * EVERY and not kind.survives:
         yield f"lost {first.last_step - newest} steps, saved every {EVERY}"
-    curve = _curve(folder)
-    skipped = sorted(step for step, line in curve.items() if line["is_skipped"])
+    found = curve(folder)
+    skipped = sorted(step for step, line in found.items() if line["is_skipped"])
     if len(skipped) != kind.skips:
         yield f"expected {kind.skips} skipped steps, got {skipped}"
     until = min([STEPS + 1, *skipped])
     for step in range(1, until):
-        if curve.get(step, {}).get("loss") != expected[step]["loss"]:
-            yield f"step {step}: another loss than in the undisturbed run"
+        if any(found.get(step, {}).get(key) != expected[step][key] for key in SAME):
+            yield f"step {step}: another loss or gradient norm than in the undisturbed run"
             break
-    if sorted(curve) != list(range(1, STEPS + 1)):
-        yield f"expected steps 1 to {STEPS}, got {sorted(curve)}"
-
-
-def _run(
-    folder: Path, fault: Fault | None, settings: list[str], num_processes: int = NUM_PROCESSES
-) -> Generator[Callable[[], bool], None, Outcome]:
-    """Start the job, wait for it and for its ranks; the generator's value is the `Outcome`."""
-    place = folder / f"run-{1 + len(list(folder.glob('run-*')))}"
-    place.mkdir()
-    overrides = [f"logging.folder={folder / RUNS}", f"data.train_folder={folder / DATA}", *settings]
-    options = [part for text in overrides for part in ("--set", text)]
-    launcher = fault_launch.start(
-        run, (folder / "job.toml", options, fault, place), num_processes=num_processes, folder=place
-    )
-    deadline = time.monotonic() + RUN_LIMIT_S
-    status: list[int] = []
-
-    def is_over() -> bool:
-        if not status:
-            pid, code = os.waitpid(launcher, os.WNOHANG)
-            if pid:
-                status.append(os.waitstatus_to_exitcode(code))
-        return bool(status) or time.monotonic() > deadline
-
-    yield is_over
-    timed_out = not status
-    limit = time.monotonic() + LEFT_S
-    yield lambda: not _alive(place) or time.monotonic() > limit
-    gone_at = time.time()
-    left = _alive(place)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    if timed_out:
-        os.kill(launcher, signal.SIGKILL)
-        os.waitpid(launcher, 0)
-    return _outcome(folder, place, status[0] if status else -9, gone_at, len(left), timed_out)
-
-
-def _outcome(
-    folder: Path, place: Path, code: int, gone_at: float, left: int, timed_out: bool
-) -> Outcome:
-    ending = read_ending(folder / RUNS / JOB)
-    log = (place / fault_launch.LOG).read_text(errors="replace")
-    injected_at = float((place / INJECTED).read_text()) if (place / INJECTED).exists() else None
-    message = _message(log)
-    noticed_at = gone_at
-    if ending is not None and ending["how"] != "finished":
-        noticed_at = ending["time"]
-        message = ending["reason"]
-    noticed_by = next((who for pattern, who in NOTICED_BY if re.search(pattern, message)), "-")
-    return Outcome(
-        code=code,
-        ranks=fault_launch.codes(place),
-        message=re.sub(r" \[/\S+\]", "", message.replace(str(folder), "")),
-        noticed_by=noticed_by,
-        noticed_s=None if injected_at is None else noticed_at - injected_at,
-        gone_s=None if injected_at is None else gone_at - injected_at,
-        last_step=max(_curve(folder), default=0),
-        left=left,
-        timed_out=timed_out,
-    )
-
-
-def _message(log: str) -> str:
-    for pattern in MESSAGES:
-        if match := re.search(pattern, log):
-            return match[0].strip()
-    return ""
-
-
-def _alive(place: Path) -> list[int]:
-    """The ranks that still run; those that nobody has waited for yet do not count."""
-    found = []
-    for pid in fault_launch.pids(place):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            found.append(pid)
-    return found
-
-
-def _newest_complete(folder: Path, kind: Kind) -> int:
-    place = folder / DISK if kind.disk else folder / RUNS / JOB / "checkpoints"
-    complete = place.glob("step-????????/manifest.json")
-    return max((int(path.parent.name.removeprefix("step-")) for path in complete), default=0)
-
-
-def _resumed(place: Path) -> int:
-    match = re.search(r"resumed after step (\d+)", (place / fault_launch.LOG).read_text())
-    return int(match[1]) if match else 0
-
-
-def _curve(folder: Path) -> dict[int, Any]:
-    path = folder / RUNS / JOB / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["step"]: line for line in lines if "group" not in line}
+    if sorted(found) != list(range(1, STEPS + 1)):
+        yield f"expected steps 1 to {STEPS}, got {sorted(found)}"
 
 
 def _any(trials: list[Trial], kind: Kind) -> bool:

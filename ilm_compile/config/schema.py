@@ -166,7 +166,10 @@ class MonitorOptions:
     command: tuple[str, ...] = option((), "program and arguments, the message is added")
     stuck_s: float = option(300.0, "seconds without a step that count as stuck", low=0)
     hang_s: float = option(
-        120.0, "seconds in one action of a step that end a job of several processes", low=0
+        120.0,
+        "seconds in one action of a step that end a job of several processes; at most 0.8 of "
+        "train.timeout_s",
+        low=0,
     )
     loss_spike_ratio: float = option(1.5, "of the usual loss that counts as a spike", low=0)
     slow_rank_ratio: float = option(1.5, "of the other ranks' time that counts as slow", low=0)

@@ -60,14 +60,15 @@ class Guard:
 
 
 def make_watchdog(config: Config, place: Place) -> Watchdog:
-    """A watchdog with the limits of the config, where 0 is off."""
+    """A watchdog with the limits of the config, where 0 is off; it is first to give up."""
+    patience_s = PATIENCE * config.train.timeout_s
     return Watchdog(
         config.run_folder,
         config.run_folder / MONITOR_FOLDER,
         rank=place.rank,
         world_size=place.world_size,
-        hang_s=config.monitor.hang_s or None,
-        patience_s=PATIENCE * config.train.timeout_s,
+        hang_s=min(config.monitor.hang_s, patience_s) or None,
+        patience_s=patience_s,
         grace_s=config.monitor.grace_s,
     )
 

@@ -26,7 +26,7 @@ _GATHER_S = 5.0
 
 
 class Watchdog:
-    """Watches `activity` from `start` to `stop`.
+    """Watches `activity` from `start` to `stop`. folder: one that all ranks share.
 
     hang_s: seconds without a change that are a hang, None never; patience_s: in the phases that may
     take long. On a hang every rank dumps the stacks of all its threads to the log and to
