@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.guard import watchdog
 from ilm_compile.runtime.guard.activity import Activity
 from ilm_compile.runtime.guard.ending import (
     ExitCode,
@@ -153,6 +155,27 @@ def test_patience_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ending = read_ending(tmp_path)
     assert ending is not None
     assert ending["reason"].startswith("rank 1: does not answer (stopped or gone); rank 0: busy")
+
+
+def test_the_hang_of_one_rank_ends_those_that_are_patient(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, hang_s=60.0)
+    watched.activity.patient = True
+    watched.watchdog.start()
+    watched.board.tell(Report(1, "step 3, 1F0", "x", waits=False, seconds=1))
+    assert watched.wait() == [ExitCode.HUNG]
+
+
+def test_a_machine_that_slept_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + slept[0], sleep=time.sleep)
+    monkeypatch.setattr(watchdog, "time", clock)
+    watched = Watched(tmp_path, hang_s=2.0)
+    watched.watchdog.start()
+    time.sleep(0.3)
+    slept[0] = 100.0
+    time.sleep(0.6)
+    watched.watchdog.stop()
+    assert watched.codes == []
 
 
 def test_a_process_whose_parent_died_stops_in_order_then_at_once(
