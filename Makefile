@@ -23,7 +23,8 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	@# A file's tests stay on one worker, so that their processes are started once.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check
