@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ilm_compile import models
+from ilm_compile.files import write_text
 from ilm_compile.models.causal_lm import CausalLM
 
 THREADS = "OMP_NUM_THREADS"
@@ -34,7 +35,16 @@ def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) ->
     unless the environment sets OMP_NUM_THREADS. Raises torch's `ChildFailedError` if a rank fails.
     """
     os.environ.setdefault(THREADS, "1")
-    config = LaunchConfig(
+    config = launch_config(num_processes, start_method="spawn", monitor_interval=0.05)
+    results = elastic_launch(config, _call)(function, arguments)
+    return [results[rank] for rank in range(num_processes)]
+
+
+def launch_config(
+    num_processes: int, *, start_method: str, monitor_interval: float
+) -> LaunchConfig:
+    """That of torchrun --standalone, without restarts. monitor_interval: in seconds."""
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_processes,
@@ -42,11 +52,9 @@ def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) ->
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        monitor_interval=0.05,
-        start_method="spawn",
+        monitor_interval=monitor_interval,
+        start_method=start_method,
     )
-    results = elastic_launch(config, _call)(function, arguments)
-    return [results[rank] for rank in range(num_processes)]
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -92,11 +100,8 @@ def make_console() -> Console:
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, which may hold dataclasses, with the circumstances it was measured under."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"circumstances": circumstances(), **content}
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps(whole, indent=2, default=asdict) + "\n")
-    unfinished.replace(path)
+    write_text(path, json.dumps(whole, indent=2, default=asdict) + "\n")
 
 
 def _main_module() -> str:

@@ -12,13 +12,14 @@ import os
 import signal
 import sys
 import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
+
+from benchmarks.common import launch_config
 
 LOG, CODES, RANKS = "log.txt", "codes.json", "ranks"
 _PR_SET_PDEATHSIG = 1
@@ -67,17 +68,7 @@ def _redirect(path: Path) -> None:
 def _run_agent(
     function: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, folder: Path
 ) -> int:
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",
-    )
+    config = launch_config(num_processes, start_method="fork", monitor_interval=0.1)
     try:
         elastic_launch(config, _rank)(function, arguments, folder)
     except ChildFailedError as error:

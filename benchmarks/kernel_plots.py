@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ilm_compile.files import whole_file
+
 OURS = "ilm"
 # A peer has its colour and mark in every picture.
 STYLES: dict[str, tuple[str, str]] = {
@@ -50,10 +52,8 @@ def plot_op(rows: Sequence[dict[str, Any]], copy: float, title: str, path: Path)
         fontsize=9,
     )
     figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    figure.savefig(unfinished, dpi=120, format="png")
-    unfinished.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, Any]], copy: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from ilm_compile.config.schema import (
     TrainOptions,
 )
 from ilm_compile.config.toml_text import to_toml
+from ilm_compile.files import write_text
 from ilm_compile.program.plan import Plan
-
-FILE_NAME = "config.toml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +62,7 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write `to_toml`; the file is whole or not there."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self.to_toml(), encoding="utf-8")
-        temporary.replace(path)
+        write_text(Path(path), self.to_toml())
 
     @property
     def run_folder(self) -> Path:

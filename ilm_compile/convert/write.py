@@ -15,6 +15,7 @@ from torch import Tensor
 from ilm_compile.convert.safetensors_files import INDEX
 from ilm_compile.convert.source import Source, Spec
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.files import whole_file
 from ilm_compile.runtime.checkpoint.boxes import Box, whole
 from ilm_compile.runtime.checkpoint.tensor_file import (
     READ_BYTES,
@@ -41,15 +42,12 @@ def write_weights(
     specs = {n: _cast(spec, dtype) for n, spec in source.specs().items()}
     if not specs:
         raise IlmCompileError(f"convert: expected tensors in {source.where}, found none")
+    if path.suffix == SUFFIX:
+        with whole_file(path) as partial:
+            _write_file(source, specs, partial)
+        return len(specs)
     path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(f"{path.name}.tmp-{os.urandom(4).hex()}")
-    if path.suffix == SUFFIX:
-        try:
-            _write_file(source, specs, working)
-            os.replace(working, path)
-        finally:
-            working.unlink(missing_ok=True)
-        return len(specs)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise IlmCompileError(f"convert: {path} exists; expected a new or an empty folder")
     try:

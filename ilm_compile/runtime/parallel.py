@@ -213,8 +213,10 @@ class Parallel:
         Collective. Names (aliases of tied tensors included) and layout are the user's.
         """
         full = to_model(self._maps, self._gather(self._saved(), gradients=False))
-        saved = [v for v in model_variables(self._maps, self._variables).values() if _is_saved(v)]
-        return {alias: full[v.name] for v in saved if full for alias in (v.name, *v.aliases)}
+        if not full:
+            return {}
+        saved = self.saved_variables().values()
+        return {alias: full[v.name] for v in saved for alias in (v.name, *v.aliases)}
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every gradient, whole, on the CPU of rank 0; empty elsewhere. Collective."""
@@ -229,8 +231,7 @@ class Parallel:
         Raises `IlmCompileError` on every rank, before anything is changed, for missing or
         unexpected names, other shapes or other dtypes.
         """
-        wanted = [v for v in model_variables(self._maps, self._variables).values() if _is_saved(v)]
-        state.check_full(full, wanted, self.mesh)
+        state.check_full(full, list(self.saved_variables().values()), self.mesh)
         if self.mesh.rank == 0:
             full = to_program(self._maps, full)
         state.load_full(full, self._saved(), self._parameters, self.mesh)

@@ -76,6 +76,11 @@ class Trainer:
         self._num_skips_in_a_row = 0
         self._stop_wish: str | None = None
 
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients of the next step are multiplied by until `step` divides it out."""
+        return 1.0 if self.scaler is None else self.scaler.scale
+
     def train(self, mode: bool = True) -> Self:
         """Switch to training (dropout on), or to evaluation if not `mode`."""
         self.parallel.train(mode)
@@ -103,7 +108,7 @@ class Trainer:
             forward_only=forward_only,
             return_loss=return_loss,
             return_output_label=return_output_label,
-            loss_scale=1.0 if self.scaler is None else self.scaler.scale,
+            loss_scale=self.loss_scale,
         )
 
     def step(self) -> float:
@@ -113,7 +118,7 @@ class Trainer:
         anything: not the parameters, nor the schedules. Raises `IlmCompileError` on all ranks
         after `max_skips` such steps in a row.
         """
-        scale = 1.0 if self.scaler is None else self.scaler.scale
+        scale = self.loss_scale
         ACTIVITY.do("gradient norm")
         norm = self.parallel.clip_grad_norm_(self.max_grad_norm, scale=scale).item()
         is_finite = math.isfinite(norm)
@@ -254,7 +259,7 @@ class Trainer:
         ACTIVITY.enter(f"step {self.num_steps + 1}", patient=is_first)
         start = time.perf_counter()
         lr = float(self.optimizer.param_groups[0]["lr"])
-        scale = 1.0 if self.scaler is None else self.scaler.scale
+        scale = self.loss_scale
         num_skipped = self.num_skipped_steps
         self.zero_grad()
         loss = self.execute_schedule(batch)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ilm_compile.program.program import Input
+from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import LossFn, call_model
 from ilm_compile.runtime.optimizer import adamw
 from ilm_compile.verify.emulate import LEARNING_RATE, Step, clip_coefficient
@@ -72,6 +72,13 @@ def random_batch(inputs: Mapping[str, Input], count: int, vocab_size: int) -> di
             for row in range(shape[0]):
                 batch[name][row, : (5 * row) % (shape[1] - 1)] = IGNORED
     return batch
+
+
+def complete_inputs(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `values` with ones for what the compiler added: numbers of targets, dropout seeds."""
+    specs = {str(n.target): n.meta["val"] for n in program.graph.find_nodes(op="placeholder")}
+    added = {n: torch.ones(s.shape, dtype=s.dtype) for n, s in specs.items() if n not in values}
+    return {**values, **added}
 
 
 def _boundaries(shape: tuple[int, ...], inputs: Mapping[str, Input], dtype: torch.dtype) -> Tensor:

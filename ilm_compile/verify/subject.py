@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ilm_compile.cost import HARDWARE
@@ -26,7 +25,12 @@ from ilm_compile.verify.emulate import Step, emulate
 from ilm_compile.verify.exact import exact
 from ilm_compile.verify.narrow import narrow
 from ilm_compile.verify.promote import promoted_float32
-from ilm_compile.verify.reference import random_batch, single_device_step, small_inputs
+from ilm_compile.verify.reference import (
+    complete_inputs,
+    random_batch,
+    single_device_step,
+    small_inputs,
+)
 from ilm_compile.verify.shrink import shrink
 
 
@@ -96,10 +100,7 @@ class Subject:
         """Return the first pass after which a node differs on one micro-batch, and that node."""
         traced, program = self._exact(self._trace(self.plan)), self._trace(self.plan)
         values = {name: self.batch[name][: i.shape[0]] for name, i in self.inputs.items()}
-        for node in traced.graph.find_nodes(op="placeholder"):
-            if node.target not in values:  # numbers of targets, seeds
-                spec = node.meta["val"]
-                values[str(node.target)] = torch.ones(spec.shape, dtype=spec.dtype)
+        values = complete_inputs(traced, values)
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for step in order_passes([*standard_passes(self.plan), *self.passes], program.facts):
             run_passes(program, [step])

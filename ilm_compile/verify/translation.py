@@ -25,7 +25,7 @@ from ilm_compile.program.values import tensors_of
 from ilm_compile.program.vocab import vocab_embedding
 from ilm_compile.verify.bisect import first_difference, loss_of, ranks_of
 from ilm_compile.verify.exact import exact
-from ilm_compile.verify.reference import random_batch
+from ilm_compile.verify.reference import complete_inputs, random_batch
 
 LOOKUPS = (torch.ops.aten.embedding.default, vocab_embedding)
 # Bit for bit is asked of the values; gradients of a value used twice may be added in another order.
@@ -95,12 +95,7 @@ def random_inputs(program: Program) -> dict[str, Tensor]:
     """Return one micro-batch of random data, by placeholder; counts of targets and seeds are 1."""
     tables = [str(n.args[0].target) for n in program.calls() if n.target in LOOKUPS]  # type: ignore[union-attr]
     sizes = [program.variables[t].user_shape[0] for t in tables if t in program.variables]
-    values = random_batch(program.inputs, 1, min(sizes, default=2))
-    for node in program.graph.find_nodes(op="placeholder"):
-        if (name := str(node.target)) not in values:
-            spec = node.meta["val"]
-            values[name] = torch.ones(spec.shape, dtype=spec.dtype)
-    return values
+    return complete_inputs(program, random_batch(program.inputs, 1, min(sizes, default=2)))
 
 
 def _refuse_size(program: Program) -> None:

@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from ilm_compile.runtime.observe.files import write_text
+from ilm_compile.files import write_text
 
 ENDING_FILE = "ended.json"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ilm_compile.runtime.observe.files import write_text
+from ilm_compile.files import write_text
 
 
 @dataclass(frozen=True, slots=True)

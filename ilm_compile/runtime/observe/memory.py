@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ilm_compile.files import write_text
 from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.metrics import StepMetrics
-from ilm_compile.runtime.observe.files import write_text
 from ilm_compile.runtime.observe.memory_picture import KINDS, Breakdown, draw_memory
 from ilm_compile.runtime.observe.profiler import is_first_of_stage
 from ilm_compile.runtime.observe.saved import SavedBytes

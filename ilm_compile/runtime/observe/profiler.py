@@ -7,6 +7,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.files import whole_file
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.metrics import StepMetrics
@@ -80,11 +81,9 @@ class Profiler(Hook):
         trainer.parallel.executor.annotate = False
         recorded.stop()
         rank = trainer.parallel.mesh.rank
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"trace-steps-{self._window[0]}-{last}-rank-{rank}.json"
-        partial = path.with_name(path.name + ".partial")
-        recorded.export_chrome_trace(str(partial))
-        partial.replace(path)
+        with whole_file(path) as partial:
+            recorded.export_chrome_trace(str(partial))
 
 
 def is_first_of_stage(mesh: Mesh) -> bool:

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from ilm_compile.files import write_text
 from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.metrics import StepMetrics
-from ilm_compile.runtime.observe.files import write_text
 from ilm_compile.runtime.observe.svg import (
     BACKWARD,
     FORWARD,
