@@ -121,12 +121,12 @@ def _scaled(norm: Norm) -> list[Norm]:
     if is_call(product, aten.mul.Tensor):
         factor = other_operand(product, norm.result)
         if isinstance(factor, fx.Node) and shape(factor) == shape(norm.x)[-1:]:
-            weight, offset = _weight(factor, norm)
+            weight, offset = _weight(factor)
             found.append(changed(norm, result=product, weight=weight, weight_offset=offset))
     return found
 
 
-def _weight(factor: fx.Node, norm: Norm) -> tuple[fx.Node, float]:
+def _weight(factor: fx.Node) -> tuple[fx.Node, float]:
     """Read w or number + w, each of them perhaps cast."""
     offset = 0.0
     if is_call(factor, *SUMS) and isinstance(args(factor)[1], (int, float)):

@@ -158,8 +158,7 @@ class Monitor(Hook):
         if is_sent is None and self._rank != 0:
             return
         alert = Alert(kind, message, self._job, self._rank, self._trainer.num_steps)
-        is_sent = True if is_sent is None else is_sent
-        (self._dispatcher if is_sent else self._log).put(alert)
+        (self._log if is_sent is False else self._dispatcher).put(alert)
 
     def _compare_ranks(self) -> None:
         assert self._slow is not None
