@@ -29,7 +29,8 @@ def step(plan, dp=1):
         model = gpt2()
         program = ilm_compile.partition(model, example_inputs=INPUTS, **plan)
         batch = random_batch(program.inputs, 4, 512)
-        return emulate(lower(program), make_schedule(program.plan), model, batch, dp=dp), program
+        schedule = make_schedule(program.plan)
+        return emulate(lower(program), schedule, model, [batch], dp=dp)[0], program
 
 
 @pytest.fixture(scope="module")

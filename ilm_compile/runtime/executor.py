@@ -20,7 +20,7 @@ from ilm_compile.program.lowered import Stage
 from ilm_compile.runtime.data_parallel import GradientSync
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.p2p import MAX_TENSORS, Channel, Message
+from ilm_compile.runtime.p2p import MAX_TENSORS, Channel, Message, ProcessGroupChannel
 from ilm_compile.runtime.stage_runner import StageRunner
 from ilm_compile.schedule import Action, Kind, Schedule, forward_only
 
@@ -61,7 +61,7 @@ class Executor:
         self.record_timeline = False
         self.annotate = False
         self.timeline: list[tuple[str, float, float]] = []
-        self.channel = channel or Channel(mesh.pp.group, mesh.device)
+        self.channel: Channel = channel or ProcessGroupChannel(mesh.pp.group, mesh.device)
         self._syncs = syncs or {}
         self._runners = {
             stage.index: StageRunner(stage, schedule.num_microbatches)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +24,24 @@ from ilm_compile.program.program import Variable
 
 
 class InitialValues:
-    """Reads or computes the values of `model`, which may be on the meta device in part or whole."""
+    """Reads or computes the values of `model`, which may be on the meta device in part or whole.
+
+    model: or its parameters and buffers by name, all of them real.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Tensor],
         *,
         seed: int,
         initializer: Callable[..., Tensor] | None = None,
         maps: Sequence[ParameterMap] = (),
     ) -> None:
-        self._model = model
+        self._model = nn.Module() if isinstance(model, Mapping) else model
         self._seed = seed
-        self._tensors: dict[str, Tensor] = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        self._tensors: dict[str, Tensor] = (
+            dict(model) if isinstance(model, Mapping) else tensors_of(model)
+        )
         self._initializer = initializer
         self._made = {name: each for each in maps for name in each.targets}
         self._rebuilt: tuple[str, dict[str, Tensor]] = ("", {})
@@ -71,13 +73,19 @@ class InitialValues:
         """The model's own initialiser, if `variable` is a parameter without a value."""
         if not variable.is_parameter or variable.name in self._made:
             return None
-        return self._initializer if self._tensors[variable.name].is_meta else None
+        value = self._tensors.get(variable.name)
+        return self._initializer if value is not None and value.is_meta else None
 
     def _full(self, variable: Variable) -> Tensor:
         name = variable.name
         if (made := self._made.get(name)) is not None:
             sources = {s.name: self._full(s).to(s.dtype) for s in made.sources}
             return made.forward(sources)[name]
+        if name not in self._tensors:
+            raise IlmCompileError(
+                f"initial values: the program needs {name} of shape {variable.user_shape}, which "
+                "is not among the values given; give every parameter and buffer of the model"
+            )
         if not self._tensors[name].is_meta:
             return self._tensors[name].detach()
         if (initializer := self._initializer_of(variable)) is not None:
@@ -125,6 +133,14 @@ class InitialValues:
                 outer._modules[parts.pop()] = owner
                 owner = outer
         return owned
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _shell(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,22 @@ class Message:
     is_send: bool
 
 
-class Channel:
+class Channel(Protocol):
+    """What carries the messages of one pipeline rank."""
+
+    device: torch.device
+    bytes_sent: int
+
+    def transfer(self, messages: Sequence[Message]) -> Callable[[], None]:
+        """A function that issues `messages` as one batch."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until everything sent has arrived."""
+        ...
+
+
+class ProcessGroupChannel:
     """This rank's side of the pipeline group: the sends under way and the bytes sent so far."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.communicator import set_communicators
-from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.parameter_map import (
     ParameterMap,
@@ -28,7 +27,7 @@ from ilm_compile.program.parameter_map import (
 from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
-from ilm_compile.runtime.batch import Batch, BatchLayout
+from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.communicator import (
     ProcessGroupCommunicator,
     SingleCommunicator,
@@ -41,6 +40,7 @@ from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
 from ilm_compile.runtime.parameters import Parameters
 from ilm_compile.runtime.shard import Shard, gather
+from ilm_compile.runtime.step_inputs import StepInputs
 from ilm_compile.schedule import Schedule
 
 LABELS = "labels"
@@ -83,19 +83,7 @@ class Parallel:
         self._variables = lowered.variables
         self._maps = lowered.parameter_maps
         self._parameters = Parameters(lowered, schedule, mesh, values)
-        # Counts and losses are float32 at least: bfloat16 cannot hold the number 257.
-        dtypes = {v.dtype for v in lowered.variables.values() if v.is_parameter}
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
-        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._target_counts = lowered.target_counts
-        self._layout = BatchLayout(
-            inputs=lowered.inputs,
-            num_microbatches=schedule.num_microbatches,
-            dp=mesh.dp,
-        )
-        slices = self._layout.num_slices
-        self.model_flops = None if model_flops is None else model_flops * slices
-        self.hardware_flops = None if hardware_flops is None else hardware_flops * slices
         last = lowered.stages[-1]
         self._output_names = last.outputs[1:]
         self._output_placements = lowered.output_placements[1:]
@@ -104,8 +92,16 @@ class Parallel:
         self.stages = [
             stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
         ]
-        used = {name for stage in self.stages for name in stage.batch_inputs}
-        self._batch_inputs = used - set(lowered.target_counts) - {SEED}
+        self._inputs = StepInputs.of(
+            lowered,
+            self.stages,
+            num_microbatches=schedule.num_microbatches,
+            dp=mesh.dp,
+            device=mesh.device,
+        )
+        slices = self._inputs.layout.num_slices
+        self.model_flops = None if model_flops is None else model_flops * slices
+        self.hardware_flops = None if hardware_flops is None else hardware_flops * slices
         self.executor = Executor(lowered.stages, schedule, mesh, self._parameters.syncs)
 
     def execute_schedule(
@@ -127,13 +123,12 @@ class Parallel:
         not the loss returned. Raises `BatchError` for another batch than the program was compiled
         for.
         """
-        self._layout.check(batch)
+        self._inputs.layout.check(batch)
         set_communicators({"tp": self._tp})
         self._parameters.follow()
-        inputs = self._layout.split(batch, self._batch_inputs, self.mesh.device)
         result = self.executor.run(
-            inputs | self._count_targets(batch) | self._seeds(),
-            loss_gradient=loss_scale / self._layout.num_slices,
+            self._inputs.of_step(batch, self.num_steps),
+            loss_gradient=self._inputs.loss_gradient(loss_scale),
             forward_only=forward_only,
             keep_outputs=return_output_label,
         )
@@ -148,7 +143,7 @@ class Parallel:
             return loss
         if not self._has_outputs:
             return None, None, loss
-        labels = self._layout.own(batch, LABELS) if LABELS in batch else None
+        labels = self._inputs.layout.own(batch, LABELS) if LABELS in batch else None
         return self._outputs(result), labels, loss
 
     @property
@@ -275,27 +270,12 @@ class Parallel:
             self._losses = []
         self._losses += result.losses
 
-    def _seeds(self) -> dict[str, list[Tensor]]:
-        """The dropout seed of each micro-batch: of its place in the training, not in the plan."""
-        return {SEED: self._layout.dropout_seeds(self.plan.seed, self.num_steps)}
-
-    def _count_targets(self, batch: Batch) -> dict[str, list[Tensor]]:
-        """For each loss the number of targets per micro-batch, as every micro-batch's input."""
-        counts: dict[str, list[Tensor]] = {}
-        for name, graph in self._target_counts.items():
-            value = self._layout.count_targets(batch, graph) / self._layout.num_slices
-            tensor = torch.tensor(value, dtype=self._dtype, device=self.mesh.device)
-            counts[name] = [tensor] * self._layout.num_microbatches
-        return counts
-
     def _global_loss(self, result: StepResult) -> Tensor:
         """The mean loss of all micro-batches, in float64 for a float64 model, else in float32."""
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        if self.mesh.tp.rank == 0 and result.losses:
-            total += torch.stack(result.losses).double().sum() / self._layout.num_slices
+        total = self._inputs.share_of_loss(result.losses if self.mesh.tp.rank == 0 else [])
         if self.mesh.is_distributed:
             dist.all_reduce(total, group=self.mesh.group)
-        return total.to(self._dtype)
+        return total.to(self._inputs.dtype)
 
     def _outputs(self, result: StepResult) -> Tensor | None:
         """The logits of all micro-batches, whole; the first output where none has that name."""

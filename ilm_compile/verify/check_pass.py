@@ -232,7 +232,7 @@ class _Trial:
             num_microbatches=MICROBATCHES,
             num_chunks=num_chunks,
         )
-        return emulate(lowered, schedule, self.model, _batch())
+        return emulate(lowered, schedule, self.model, [_batch()])[0]
 
 
 def _batch() -> dict[str, Tensor]:

@@ -30,6 +30,10 @@ class Mailroom:
         self.changed = threading.Condition()
         self.closed_because = ""
 
+    def start(self) -> None:
+        """Begin another step of all ranks: none has finished."""
+        self.finished.clear()
+
     def post(self, sender: int, receiver: int, tensors: list[Tensor]) -> None:
         """Add a message; never blocks."""
         with self.changed:
@@ -56,7 +60,8 @@ class Mailroom:
                 if self._is_stuck() or not self.changed.wait(TIMEOUT_S):
                     self.close(self._who_waits())
             del self.waiting[receiver]
-        return line[number]
+            tensors, line[number] = line[number], []  # each is collected once
+        return tensors
 
     def _is_stuck(self) -> bool:
         """Whether nobody is left who could send anything."""

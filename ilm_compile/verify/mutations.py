@@ -179,7 +179,7 @@ class Trial:
         return self.program.plan.dtype is not None
 
     def _run(self, program: Program, schedule: Schedule) -> Step:
-        return emulate(lower(program), schedule, self.model, self.batch)
+        return emulate(lower(program), schedule, self.model, [self.batch])[0]
 
 
 def judge_all(trial: Trial, *, limit: int | None = None) -> Iterator[Verdict]:

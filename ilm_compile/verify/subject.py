@@ -86,7 +86,7 @@ class Subject:
             num_chunks=plan.num_chunks,
         )
         lowered = lower(self._exact(program))
-        return emulate(lowered, schedule, self.model, batch, dp=self.dp), lowered
+        return emulate(lowered, schedule, self.model, [batch], dp=self.dp)[0], lowered
 
     def expected(self, batch: Mapping[str, Tensor]) -> Step:
         """Return the same step of the plain model, or of the program on one rank."""

@@ -92,7 +92,7 @@ def _cover(result: Coverage, model: nn.Module, sizes: Sequence[int]) -> None:
         for tp in sizes:
             program = partition(model, example_inputs=EXAMPLE, tp=tp)
             shares = repeated_weights(program), repeated_flops(traced, program)
-            step = emulate(lower(program), make_schedule(program.plan), model, batch)
+            step = emulate(lower(program), make_schedule(program.plan), model, [batch])[0]
             errors = compare(step, expected)
             result.sharded.append(Sharded(tp, errors.loss, errors.max_gradient, *shares))
             if not errors.is_equal(BOUND):

@@ -26,5 +26,5 @@ def _compare(case: Case) -> Errors | None:
     gradients = parallel.full_gradients()
     if not gradients:
         return None
-    step = emulate(lower(program), make_schedule(program.plan), model, batch, dp=case.dp)
+    [step] = emulate(lower(program), make_schedule(program.plan), model, [batch], dp=case.dp)
     return compare(step.loss, loss, step.gradients, gradients)

@@ -58,7 +58,7 @@ def test_weights_after_a_step_equal_the_plain_model_s():
     model, program, schedule, batch = setup("internlm2", tp=2, pp=2, num_microbatches=3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = compare(
-        emulate(lower(program), schedule, model, batch), single_device_step(model, batch)
+        emulate(lower(program), schedule, model, [batch])[0], single_device_step(model, batch)
     )
     assert found.is_equal(1e-10)
     assert found.weights.keys() == before.keys()
@@ -67,7 +67,7 @@ def test_weights_after_a_step_equal_the_plain_model_s():
 
 def test_the_emulation_gives_the_same_bits_each_time():
     model, program, schedule, batch = setup("hf-gpt2", tp=2, pp=2, num_microbatches=3)
-    first, second = (emulate(lower(program), schedule, model, batch) for _ in range(2))
+    first, second = (emulate(lower(program), schedule, model, [batch])[0] for _ in range(2))
     assert all(torch.equal(first.gradients[n], g) for n, g in second.gradients.items())
 
 
@@ -81,7 +81,7 @@ def test_a_message_that_is_never_sent_is_refused_at_once():
     model, program, schedule, batch = setup("internlm2", pp=2)
     row = [action for action in schedule.actions[0] if str(action) != "0SEND_F1"]
     with pytest.raises(ScheduleError, match="rank 1 waits for message 1 of rank 0, which was"):
-        emulate(lower(program), with_row(schedule, 0, row), model, batch)
+        emulate(lower(program), with_row(schedule, 0, row), model, [batch])
 
 
 def test_a_message_that_is_never_received_is_refused():
@@ -89,7 +89,7 @@ def test_a_message_that_is_never_received_is_refused():
     last = schedule.actions[1][-1]
     twice = with_row(schedule, 1, (*schedule.actions[1], last))
     with pytest.raises(ScheduleError, match="1 messages of pipeline rank 1 to rank 0 were never"):
-        emulate(lower(program), twice, model, batch)
+        emulate(lower(program), twice, model, [batch])
 
 
 def test_a_gradient_that_differs_between_ranks_is_refused():
@@ -97,7 +97,7 @@ def test_a_gradient_that_differs_between_ranks_is_refused():
     norm = next(n for n in program.calls() if n.name == "rms_norm")
     norm.replace_input_with(norm.args[2], norm.args[2].args[0])
     with pytest.raises(PlacementError, match=r"layers\.0\.attention_norm\.weight is invariant"):
-        emulate(lower(program), schedule, model, batch)
+        emulate(lower(program), schedule, model, [batch])
 
 
 def test_a_copy_of_a_tied_weight_that_is_not_trained_is_refused():
@@ -106,4 +106,4 @@ def test_a_copy_of_a_tied_weight_that_is_not_trained_is_refused():
     last = lowered.stages[-1]
     last.module.get_parameter(last.variables["transformer.wte.weight"]).requires_grad_(False)
     with pytest.raises(ProgramError, match=r"wte\.weight is held by 2 stages, and copy 2 gets no"):
-        emulate(lowered, schedule, model, batch)
+        emulate(lowered, schedule, model, [batch])

@@ -77,7 +77,7 @@ def test_an_op_that_cannot_run_is_refused_with_its_reason():
 def test_a_bf16_program_made_exact_equals_the_plain_model(plan):
     model, program = make_model("hf-llama"), bf16_program("hf-llama", **plan)
     batch = make_batch(program)
-    step = emulate(lower(exact(program)), make_schedule(program.plan), model, batch)
+    [step] = emulate(lower(exact(program)), make_schedule(program.plan), model, [batch])
     with promoted_float32():
         expected = single_device_step(model, batch)
     found = compare(step, expected)

@@ -1,0 +1,86 @@
+"""What the stages of a rank are given in a step: rows of the batch, target counts, dropout seeds.
+
+The one place where this is put together, for training and for the emulation of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ilm_compile.program.dropout import SEED
+from ilm_compile.program.lowered import LoweredProgram, Stage
+from ilm_compile.program.program import Variable
+from ilm_compile.runtime.batch import Batch, BatchLayout
+from ilm_compile.runtime.mesh import Axis
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The inputs of one rank's stages.
+
+    names: those that are rows of the batch. dtype: of counts and of the global loss.
+    """
+
+    layout: BatchLayout
+    names: frozenset[str]
+    target_counts: Mapping[str, fx.GraphModule]
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        lowered: LoweredProgram,
+        stages: Iterable[Stage],
+        *,
+        num_microbatches: int,
+        dp: Axis,
+        device: torch.device,
+    ) -> StepInputs:
+        """Those of the rank that runs `stages`, at place `dp` of the data-parallel axis."""
+        used = {name for stage in stages for name in stage.batch_inputs}
+        return cls(
+            BatchLayout(lowered.inputs, num_microbatches, dp),
+            frozenset(used - set(lowered.target_counts) - {SEED}),
+            lowered.target_counts,
+            lowered.plan.seed,
+            _counting_dtype(lowered.variables.values()),
+            device,
+        )
+
+    def of_step(self, batch: Batch, step: int) -> dict[str, list[Tensor]]:
+        """For each input a tensor per micro-batch. `step`: how many training steps came before.
+
+        Raises `BatchError` for a batch without targets.
+        """
+        layout = self.layout
+        inputs = layout.split(batch, self.names, self.device)
+        for name, graph in self.target_counts.items():
+            count = layout.count_targets(batch, graph) / layout.num_slices
+            tensor = torch.tensor(count, dtype=self.dtype, device=self.device)
+            inputs[name] = [tensor] * layout.num_microbatches
+        # Of a micro-batch's place in the training, not in the plan.
+        inputs[SEED] = layout.dropout_seeds(self.seed, step)
+        return inputs
+
+    def loss_gradient(self, scale: float = 1.0) -> float:
+        """What the backward of each micro-batch starts from: its share of the mean."""
+        return scale / self.layout.num_slices
+
+    def share_of_loss(self, losses: Sequence[Tensor]) -> Tensor:
+        """What these micro-batches add to the loss of the global batch: a float64 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if losses:
+            total += torch.stack(list(losses)).double().sum() / self.layout.num_slices
+        return total
+
+
+def _counting_dtype(variables: Iterable[Variable]) -> torch.dtype:
+    """float32 at least: bfloat16 cannot hold the number 257."""
+    dtypes = {variable.dtype for variable in variables if variable.is_parameter}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
