@@ -13,10 +13,12 @@ from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
+from ilm_compile.program.sharded_reductions import FUNCTIONS
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 
 # Bytes that a python function of the graph reads and writes; ops are known to `ilm_compile.cost`.
 _MOVED: dict[Any, Callable[[fx.Node], int]] = {
+    **dict.fromkeys(FUNCTIONS, lambda node: 2 * value_bytes(node.all_input_nodes[0])),
     vocab_embedding: lambda node: 2 * value_bytes(node),
     vocab_cross_entropy: lambda node: 2 * value_bytes(node.all_input_nodes[0]),
 }

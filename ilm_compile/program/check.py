@@ -12,11 +12,13 @@ from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.program import Program
 from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.sharded_reductions import FUNCTIONS as SHARDED_REDUCTIONS
 from ilm_compile.program.values import is_tuple, tensors_of
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 
 FUNCTIONS = {
     *(redistribute, partial_mean, seeded_dropout, vocab_embedding, vocab_cross_entropy),
+    *SHARDED_REDUCTIONS,
     operator.getitem,
 }
 

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move, redistribute
 from ilm_compile.program.placement import Placement
+from ilm_compile.program.sharded_reductions import (
+    sharded_amax,
+    sharded_amin,
+    sharded_argmax,
+    sharded_log_softmax,
+    sharded_logsumexp,
+    sharded_max,
+    sharded_softmax,
+)
+from ilm_compile.program.values import tensors_of
 from ilm_compile.program.vocab import vocab_cross_entropy
 
 # What each of n ranks sends, as a share of the full tensor.
@@ -70,13 +82,63 @@ def traffic(node: fx.Node, size: int, *, has_gradient: bool = True) -> list[Mess
         moves = [(forward, False), (backward, True)][: 1 + has_gradient]
         shards = sorted({source, target}, key=str)
         return [m for move, back in moves for m in _messages(move, full, size, back, shards)]
-    if node.target is vocab_cross_entropy:
-        logits = node.args[0].meta["val"]  # type: ignore[union-attr]
-        row = logits.shape[0] * exact_dtype(logits).itemsize  # reduced in float32, or float64
-        stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
-        sent = (sent_bytes("all_reduce", n * row, size) for n in (1, stacked))
-        return [Message("all_reduce", num_bytes, False) for num_bytes in sent]
-    return []
+    if node.target not in INSIDE:
+        return []
+    reduced = INSIDE[node.target](node)[: 1 + has_gradient]
+    return [
+        Message("all_reduce", sent_bytes("all_reduce", num_bytes, size), bool(backward))
+        for backward, sizes in enumerate(reduced)
+        for num_bytes in sizes
+    ]
+
+
+def _cross_entropy(node: fx.Node) -> tuple[list[int], ...]:
+    logits, target = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    row = target.numel() * exact_dtype(logits).itemsize  # reduced in float32, or float64
+    stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
+    return ([row, stacked * row],)
+
+
+def _kept(node: fx.Node) -> tuple[int, int]:
+    """Return how many numbers a reduction keeps, and the bytes of one in full precision."""
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    dims = [node.args[1]] if isinstance(node.args[1], int) else node.args[1]
+    reduced = prod(x.shape[dim] for dim in dims)  # type: ignore[union-attr]
+    return x.numel() // reduced, exact_dtype(tensors_of(node.meta["val"])[0]).itemsize
+
+
+def _exponentials(node: fx.Node) -> tuple[list[int], ...]:
+    count, itemsize = _kept(node)
+    return ([count * itemsize, count * itemsize],)
+
+
+def _softmax(node: fx.Node) -> tuple[list[int], ...]:
+    count, itemsize = _kept(node)
+    return *_exponentials(node), [count * itemsize]
+
+
+def _extreme(node: fx.Node) -> tuple[list[int], ...]:
+    count, itemsize = _kept(node)
+    return [count * node.meta["val"].element_size()], [count * itemsize]  # how many were equal
+
+
+def _place(node: fx.Node) -> tuple[list[int], ...]:
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    count, _ = _kept(node)
+    return ([count * x.element_size(), count * torch.int64.itemsize],)
+
+
+# The bytes of each all-reduce inside a function of the graph: forward, and backward if any.
+INSIDE: dict[Any, Callable[[fx.Node], tuple[list[int], ...]]] = {
+    vocab_cross_entropy: _cross_entropy,
+    sharded_logsumexp: _exponentials,
+    sharded_log_softmax: _softmax,
+    sharded_softmax: _softmax,
+    sharded_amax: _extreme,
+    sharded_amin: _extreme,
+    sharded_max: _place,
+    sharded_argmax: _place,
+}
 
 
 def _messages(

@@ -17,7 +17,7 @@ from torch import Tensor
 from ilm_compile.kernels.vocab_loss import vocab_cross_entropy_backward, vocab_statistics
 from ilm_compile.program.communicator import communicator
 
-MEAN, SUM = 1, 2  # ATen's encoding of cross_entropy_loss(reduction=...)
+NONE, MEAN, SUM = 0, 1, 2  # ATen's encoding of cross_entropy_loss(reduction=...)
 
 
 def vocab_embedding(weight: Tensor, indices: Tensor, padding_idx: int, axis: str) -> Tensor:
@@ -74,12 +74,15 @@ def vocab_cross_entropy(
 ) -> Tensor:
     """Return the cross entropy of logits whose vocabulary is sharded; the logits are not gathered.
 
-    logits: (tokens, vocab / size); target: (tokens,), the same on all ranks. `reduction` is ATen's:
-    1 mean over the targets that are not `ignore_index`, 2 sum. The scalar result has placement I
-    and is float32, or float64 for float64 logits, as is everything before it. The backward pass
+    logits: (tokens, vocab / size, ...); target: (tokens, ...), the same on all ranks. `reduction` is
+    ATen's: 0 none, 1 mean over the targets that are not `ignore_index`, 2 sum. The result has
+    placement I; a scalar is float32, or float64 for float64 logits, as is everything before it. The backward pass
     keeps the logits and one logsumexp a token, no softmax. A target outside the vocabulary raises
     IlmCompileError on the CPU and makes the loss NaN on CUDA.
     """
-    losses: Tensor = _VocabCrossEntropy.apply(logits, target, axis, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]
+    flat = logits.movedim(1, -1).flatten(0, -2), target.flatten()
+    losses: Tensor = _VocabCrossEntropy.apply(*flat, axis, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]
+    if reduction == NONE:
+        return losses.view(target.shape)
     total = losses.sum()
     return total / (target != ignore_index).sum() if reduction == MEAN else total

@@ -67,10 +67,10 @@ def _observed(node: fx.Node, tp_size: int, record: Record) -> Callable[..., Tens
     else:
         ignore_index, axis = cross_entropy_arguments(node)[2], None
     placement = node.meta.get("placement")
-    by_token = tp_size > 1 and placement is not None and placement.kind == "P"
+    by_token = tp_size > 1 and placement is not None and placement.kind in "PS"
 
     def observed_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        flat = logits if is_sharded else logits.movedim(1, -1).flatten(0, -2)
+        flat = logits.movedim(1, -1).flatten(0, -2)
         metrics = token_metrics(
             flat.detach(), target.flatten(), ignore_index=ignore_index, axis=axis
         )

@@ -17,9 +17,8 @@ from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.sharding.rules_convolution import CONVOLUTIONS
 from ilm_compile.sharding.rules_math import MEANS
 from ilm_compile.sharding.rules_views import slice_bounds
+from ilm_compile.sharding.sharded_forms import LOCAL, LocalCall
 from ilm_compile.sharding.strategy import Call, Strategy, aten
-
-LocalCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 def localize(call: Call, strategy: Strategy, axis: str) -> LocalCall:
@@ -82,4 +81,5 @@ _REWRITES: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {
     seeded_dropout: _dropout,
     **dict.fromkeys(MEANS, _mean),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **LOCAL,
 }

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.sharded_reductions import NONE
+from ilm_compile.sharding.sharded_forms import (
+    ELEMENTWISE_LOSSES,
+    REDUCED,
+    SOFTMAXES,
+    reduced_dims,
+)
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 # Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
@@ -88,28 +95,29 @@ _MIXING: dict[Any, Callable[[Call], Iterable[int]]] = {
 
 @rule(*_MIXING)
 def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded along any dimension that the op does not mix."""
+    """Sharded along any dimension that the op does not mix; a softmax along any."""
     mixed = {dim % len(call.shape) for dim in _MIXING[call.target](call)}
     for out in wanted:
-        if out.is_shard and out.dim not in mixed:
+        if out.is_shard and (out.dim not in mixed or call.target in SOFTMAXES):
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
 
 
 SUMS = (aten.sum.default, aten.sum.dim_IntList)
 MEANS = (aten.mean.default, aten.mean.dim)
 _REDUCTIONS = (
-    *(*SUMS, *MEANS, aten.amax.default, aten.amin.default, aten.logsumexp.default),
+    *(*SUMS, *MEANS, *REDUCED),
     *(aten.var.correction, aten.var.dim, aten.prod.dim_int, aten.linalg_vector_norm.default),
 )
 
 
 @rule(*_REDUCTIONS)
 def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded along a kept dimension; a sum or mean over a sharded dimension is partial."""
+    """Sharded along a kept dimension; a sum or mean over a sharded dimension is partial.
+
+    Maxima and logarithms of sums over a sharded dimension are the same on all ranks.
+    """
     rank = len(call.shapes[0])
-    given = call.named("dim")
-    dims = range(rank) if given in (None, []) else [given] if isinstance(given, int) else given
-    reduced = sorted(dim % rank for dim in dims)
+    reduced = reduced_dims(call)
     keepdim = bool(call.named("keepdim"))
     kept = [dim for dim in range(rank) if dim not in reduced]
     for out in wanted:
@@ -121,6 +129,18 @@ def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     if call.target in SUMS + MEANS:
         yield from (Strategy((S(dim),), P) for dim in reduced)
         yield Strategy((P,), P)
+    elif call.target in REDUCED and call.named("dim") is not None:
+        yield from (Strategy((S(dim),), I) for dim in reduced)
+
+
+@rule(*ELEMENTWISE_LOSSES)
+def elementwise_loss(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded along any dimension, both inputs alike; a sum and a mean are partial."""
+    shape, other = call.shapes
+    if shape == other and call.argument(2, "reduction", 1) == NONE:
+        yield from (Strategy((out, out), out) for out in wanted if out.is_shard)
+    elif shape == other:
+        yield from (Strategy((S(dim), S(dim)), P) for dim in range(len(shape)))
 
 
 @rule(partial_mean)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
 from ilm_compile.program.dropout import seeded_dropout
-from ilm_compile.program.loss import SUM
+from ilm_compile.program.loss import MEAN, SUM
 from ilm_compile.program.placement import I, P, Placement, R, S
+from ilm_compile.program.sharded_reductions import NONE
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.sharding.rules_math import aligned
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
@@ -35,19 +36,33 @@ def sharded_embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Stra
 
 @rule(aten.cross_entropy_loss.default)
 def cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """By vocabulary (becomes `vocab_cross_entropy`); a sum also by tokens."""
-    weight, reduction = call.argument(2, "weight"), call.argument(3, "reduction", 1)
-    if weight is None and len(call.shapes[0]) == 2:
-        if reduction != 0:
-            yield Strategy((S(1), R), I)
-        if reduction == SUM:
-            yield Strategy((S(0), S(0)), P)
+    """By vocabulary (becomes `vocab_cross_entropy`); a sum, and no reduction, also by tokens."""
+    weight, reduction = call.argument(2, "weight"), call.argument(3, "reduction", MEAN)
+    shape, target = call.shapes[:2]
+    if weight is not None or len(shape) < 2 or len(target) == len(shape):  # of probabilities
+        return
+    yield Strategy((S(1), R), I)
+    if reduction == NONE:
+        for out in wanted:
+            if out.is_shard:
+                dim = out.dim + (out.dim > 0)
+                yield Strategy((S(dim, out.segments), out), out)
+    elif reduction == SUM:
+        for dim in range(len(target)):
+            yield Strategy((S(dim + (dim > 0)), S(dim)), P)
 
 
 @rule(vocab_cross_entropy)
 def sharded_cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The vocabulary is sharded by construction; the op reduces over it itself."""
     yield Strategy((S(1), R), I)
+
+
+@rule(aten.nll_loss_nd.default)
+def nll_loss(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """By classes: each rank picks what it holds (`sharded_nll_loss`)."""
+    if call.argument(2, "weight") is None and len(call.shapes[0]) > 1:
+        yield Strategy((S(1), R), P)
 
 
 @rule(ilm.attention.default)

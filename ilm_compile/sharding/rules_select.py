@@ -50,9 +50,13 @@ def index_select(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]
 
 @rule(aten.gather.default)
 def gather(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded, values and indices alike, along the other dimensions where they agree in size."""
+    """Sharded, values and indices alike, along the other dimensions where they agree in size.
+
+    Along the indexed dimension, each rank picks what it holds (`sharded_gather`).
+    """
     dim = call.args[1] % len(call.shape)
     yield Strategy((P, R), P)
+    yield Strategy((S(dim), R), P)
     for out in wanted:
         if out.is_shard and out.dim != dim and call.shapes[0][out.dim] == call.shape[out.dim]:
             yield Strategy((out, out), out)

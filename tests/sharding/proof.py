@@ -105,9 +105,10 @@ def prove(call: Call, tensors: list[Tensor], strategy: Strategy, *, bound: float
     floating = [i for i, t in enumerate(tensors) if t.is_floating_point() and i not in constant]
     full = [t.clone().requires_grad_(i in floating) for i, t in enumerate(tensors)]
     expected = run(call.node, (call.target, call.args, call.kwargs), full)
-    seeds = [torch.randn_like(value) for value in expected if value.requires_grad]
+    trained = [value for value in expected if value.requires_grad]
+    seeds = [torch.randn_like(value) for value in trained]
     if seeds:
-        torch.autograd.backward(expected, seeds)
+        torch.autograd.backward(trained, seeds)
     shards = [scatter(t, p, call.size) for t, p in zip(tensors, strategy.inputs, strict=True)]
     seed_shards = [
         scatter(seed.double(), gradient_placement(strategy.output), call.size) for seed in seeds
@@ -118,8 +119,9 @@ def prove(call: Call, tensors: list[Tensor], strategy: Strategy, *, bound: float
         local = [s[r].requires_grad_(i in floating) for i, s in enumerate(shards)]
         values = run(call.node, local_call, local)
         if seed_shards:
-            gradients = [s[r].to(v.dtype) for s, v in zip(seed_shards, values, strict=True)]
-            torch.autograd.backward(values, gradients)
+            trained = [value for value in values if value.requires_grad]
+            gradients = [s[r].to(v.dtype) for s, v in zip(seed_shards, trained, strict=True)]
+            torch.autograd.backward(trained, gradients)
         return tuple(v.detach() for v in values), [local[i].grad for i in floating]
 
     results = run_ranks(call.size, rank)

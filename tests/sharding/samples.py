@@ -105,6 +105,7 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     aten.gather.default: [
         lambda: call(x(4, 8), 1, integers(8, 4, 6)),
         lambda: call(x(4, 8), 0, integers(4, 2, 4)),
+        lambda: call(x(2, 4, 8), -1, integers(8, 2, 4, 1)),
     ],
     aten.index_select.default: [lambda: call(x(4, 8), 1, integers(8, 6))],
     aten.slice_scatter.default: [
@@ -171,7 +172,11 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     ],
     aten.baddbmm.default: [lambda: call(x(2, 4, 4), x(2, 4, 8), x(2, 8, 4))],
     aten.softmax.int: [lambda: call(x(4, 8), -1), lambda: call(x(4, 8), 0)],
-    aten.log_softmax.int: [lambda: call(x(4, 8), 1)],
+    aten.log_softmax.int: [
+        lambda: call(x(4, 8), 1),
+        lambda: call(100 * x(4, 8), -1, torch.float64),
+        lambda: call(x(4, 8, 4), 0),
+    ],
     aten.cumsum.default: [lambda: call(x(4, 8), 0)],
     aten.cumprod.default: [lambda: call(x(4, 8), 0)],
     aten.tril.default: [lambda: call(x(4, 8, 8), -1)],
@@ -209,9 +214,23 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     aten.sum.default: [lambda: call(x(4, 8))],
     aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
     aten.mean.default: [lambda: call(x(4, 8))],
-    aten.amax.default: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [0], True)],
+    aten.amax.default: [
+        lambda: call(x(2, 4, 8), [-1]),
+        lambda: call(x(2, 4, 8), [0], True),
+        lambda: call(x(4, 8).round(), [0, 1]),  # equal ones share the gradient
+    ],
     aten.amin.default: [lambda: call(x(2, 4, 8), [-1])],
-    aten.logsumexp.default: [lambda: call(x(2, 4, 8), [-1], True)],
+    aten.logsumexp.default: [
+        lambda: call(x(2, 4, 8), [-1], True),
+        lambda: call(100 * x(2, 4, 8), [-1]),
+        lambda: call(x(4, 8), [1, 0]),
+    ],
+    aten.max.dim: [lambda: call(x(2, 4, 8), -1), lambda: call(x(4, 8).round(), 0, True)],
+    aten.argmax.default: [
+        lambda: call(x(2, 4, 8).round(), -1),
+        lambda: call(x(4, 8), 0, True),
+        lambda: call(x(4, 8)),
+    ],
     aten.var.correction: [lambda: call(x(2, 4, 8), [-1], correction=0, keepdim=True)],
     aten.var.dim: [lambda: call(x(2, 4, 8), [-1], False, True), lambda: call(x(2, 4, 8), [1])],
     aten.prod.dim_int: [lambda: call(x(2, 4, 8), 1), lambda: call(x(2, 4, 8), -1, True)],
@@ -256,7 +275,34 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(6, 8), integers(8, 6)),
         lambda: call(x(6, 8), integers(8, 6), None, 2, 3),
         lambda: call(x(6, 8), integers(8, 6), None, 1, 3, 0.1),
-        lambda: call(x(6, 8), integers(8, 6), None, 0),
+        lambda: call(x(6, 8), integers(8, 6), None, 0, 3),
+        lambda: call(x(4, 8), integers(8, 4), None, 0),
+        lambda: call(x(2, 8, 4), integers(8, 2, 4), None, 0, 3, 0.1),
+        lambda: call(x(2, 8, 4), integers(8, 2, 4), None, 2, 3),
+    ],
+    aten.nll_loss_nd.default: [
+        lambda: call(x(6, 8), integers(8, 6)),
+        lambda: call(x(6, 8), integers(8, 6), None, 2, 3),
+        lambda: call(x(2, 8, 4), integers(8, 2, 4), None, 0, 3),
+        lambda: call(x(2, 8, 4), integers(8, 2, 4), None, 1, 3),
+    ],
+    **{
+        op: [
+            lambda: call(x(4, 8), x(4, 8)),
+            lambda: call(x(4, 8), x(4, 8), 2),
+            lambda: call(x(4, 8), x(4, 8), 0),
+        ]
+        for op in (aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default)
+    },
+    aten.huber_loss.default: [
+        lambda: call(x(4, 8), x(4, 8), 1, 0.5),
+        lambda: call(x(4, 8), x(4, 8), 2, delta=0.5),
+    ],
+    aten.kl_div.default: [
+        lambda: call(x(4, 8), positive(4, 8)),
+        lambda: call(x(4, 8), x(4, 8), 1, log_target=True),
+        lambda: call(x(4, 8), positive(4, 8), 2),
+        lambda: call(x(4, 8), positive(4, 8), 0),
     ],
     ilm.attention.default: [
         lambda: call(x(2, 6, 8, 4), x(2, 6, 4, 4), x(2, 6, 4, 4)),

@@ -10,6 +10,7 @@ import torch
 
 from ilm_compile.program.placement import I, P, R, S
 from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.sharded_reductions import FUNCTIONS as SHARDED_REDUCTIONS
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.sharding import RULES, Strategy
 from tests.sharding.proof import all_strategies, make_call, prove
@@ -18,7 +19,7 @@ from tests.sharding.samples import SAMPLES, aten, call, ilm, x
 # These stand for the sharded form of another op and are proven where that op becomes them.
 # And this takes one of the results that are proven with the op that makes them.
 SHARDED_FORMS = {
-    *(operator.getitem, partial_mean, vocab_embedding, vocab_cross_entropy),
+    *(operator.getitem, partial_mean, vocab_embedding, vocab_cross_entropy, *SHARDED_REDUCTIONS),
     "aten::_grouped_mm",
 }
 CASES = [
@@ -67,6 +68,17 @@ MEGATRON = [
     (aten.rms_norm.default, 0, Strategy((S(1), R), S(1))),
     (aten.mean.dim, 0, Strategy((S(2),), P)),  # of a norm over all heads, as OLMo-2 has it
     (aten.cross_entropy_loss.default, 0, Strategy((S(1), R), I)),
+    *(
+        (aten.logsumexp.default, 0, Strategy((S(2),), I)),
+        (aten.amax.default, 0, Strategy((S(2),), I)),
+        (aten.log_softmax.int, 0, Strategy((S(1),), S(1))),
+        (aten.softmax.int, 0, Strategy((S(1),), S(1))),
+        (aten.gather.default, 0, Strategy((S(1), R), P)),
+        (aten.nll_loss_nd.default, 0, Strategy((S(1), R), P)),
+        (aten.kl_div.default, 0, Strategy((S(1), S(1)), P)),
+        (aten.cross_entropy_loss.default, 3, Strategy((S(1), R), I)),
+        (aten.cross_entropy_loss.default, 5, Strategy((S(1), R), I)),
+    ),
     (ilm.attention.default, 0, Strategy((S(2),) * 3, S(2))),
     (ilm.rms_norm.default, 0, Strategy((S(1), R), S(1))),
     (ilm.add_rms_norm.default, 0, Strategy((S(1), S(1), R), S(1))),

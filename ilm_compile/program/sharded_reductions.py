@@ -1,0 +1,229 @@
+"""Reductions over a dimension that is sharded, and what softmaxes make of them.
+
+Instead of gathering the dimension, one or two numbers per kept element are reduced over the ranks:
+its maximum, and the sum of its exponentials. Every rank sees the same result, so a reduction is
+placed I; a softmax stays sharded as it was. Numbers are reduced in float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+from math import inf, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.kernels.library import exact_dtype
+from ilm_compile.program.communicator import Communicator, communicator
+
+NONE, MEAN = 0, 1  # ATen's encoding of a loss's reduction
+
+
+def _exponentials(x: Tensor, dims: list[int], comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (exp(x - top), top, the sum of the first over all ranks), the last two kept in rank.
+
+    `top` is the largest over all ranks, 0 where that is infinite: as `torch.logsumexp`.
+    """
+    exact = x.to(exact_dtype(x))
+    top = comm.all_reduce(exact.amax(dims, keepdim=True), op="max")
+    top = top.masked_fill(top.abs() == inf, 0.0)
+    exps = (exact - top).exp()
+    return exps, top, comm.all_reduce(exps.sum(dims, keepdim=True))
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: list[int], comm: Communicator) -> Tensor:
+        _, top, total = _exponentials(x, dims, comm)
+        result = total.log() + top
+        ctx.save_for_backward(x, result)
+        return result.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, result = ctx.saved_tensors
+        return ((x - result).exp() * grad).to(x.dtype), None, None
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, comm: Communicator) -> Tensor:
+        _, top, total = _exponentials(x, [dim], comm)
+        result = (x - (total.log() + top)).to(x.dtype)
+        ctx.save_for_backward(result)
+        ctx.over = dim, comm
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (result,) = ctx.saved_tensors
+        dim, comm = ctx.over
+        exact = grad.to(exact_dtype(grad))
+        total = comm.all_reduce(exact.sum(dim, keepdim=True))
+        return (exact - result.exp() * total).to(grad.dtype), None, None
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, comm: Communicator) -> Tensor:
+        exps, _, total = _exponentials(x, [dim], comm)
+        result = (exps / total).to(x.dtype)
+        ctx.save_for_backward(result)
+        ctx.over = dim, comm
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (result,) = ctx.saved_tensors
+        dim, comm = ctx.over
+        exact = grad.to(exact_dtype(grad))
+        total = comm.all_reduce((exact * result).sum(dim, keepdim=True))
+        return ((exact - total) * result).to(grad.dtype), None, None
+
+
+class _Amax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: list[int], comm: Communicator) -> Tensor:
+        result = comm.all_reduce(x.amax(dims, keepdim=True), op="max")
+        ctx.save_for_backward(x, result)
+        ctx.over = dims, comm
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, result = ctx.saved_tensors
+        dims, comm = ctx.over
+        equal = (x == result).to(exact_dtype(x))  # equal ones share the gradient, as in torch
+        count = comm.all_reduce(equal.sum(dims, keepdim=True))
+        return (equal / count * grad).to(x.dtype), None, None
+
+
+class _Max(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dim: int, keepdim: bool, comm: Communicator
+    ) -> tuple[Tensor, Tensor]:
+        width = x.shape[dim]
+        first = width * comm.rank
+        here, where = x.max(dim, keepdim=True)
+        values = comm.all_reduce(here, op="max")
+        # Of equal values the first counts, so the smallest index among the ranks.
+        absent = torch.iinfo(where.dtype).max
+        indices = -comm.all_reduce(-(where + first).masked_fill(here != values, absent), op="max")
+        ctx.save_for_backward(indices - first)
+        ctx.shape, ctx.dim, ctx.keepdim = x.shape, dim, keepdim
+        ctx.mark_non_differentiable(indices)
+        if keepdim:
+            return values, indices
+        return values.squeeze(dim), indices.squeeze(dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (local,) = ctx.saved_tensors
+        grad = grad if ctx.keepdim else grad.unsqueeze(ctx.dim)
+        absent = (local < 0) | (local >= ctx.shape[ctx.dim])
+        own = grad.masked_fill(absent, 0.0)
+        result = grad.new_zeros(ctx.shape)
+        return result.scatter_(ctx.dim, local.masked_fill(absent, 0), own), None, None, None
+
+
+def _squeezed(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    return x if keepdim else x.squeeze(dims)
+
+
+def sharded_logsumexp(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
+    """Return `torch.logsumexp` over `dims`, one of which is sharded. The result has placement I.
+
+    The backward keeps `x` and the result, no softmax.
+    """
+    result: Tensor = _LogSumExp.apply(x, dims, communicator(axis))  # type: ignore[no-untyped-call]
+    return _squeezed(result, dims, keepdim)
+
+
+def sharded_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: str) -> Tensor:
+    """Return `torch.log_softmax` over the sharded `dim`, placed as `x`."""
+    x = x if dtype is None else x.to(dtype)
+    result: Tensor = _LogSoftmax.apply(x, dim, communicator(axis))  # type: ignore[no-untyped-call]
+    return result
+
+
+def sharded_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: str) -> Tensor:
+    """Return `torch.softmax` over the sharded `dim`, placed as `x`."""
+    x = x if dtype is None else x.to(dtype)
+    result: Tensor = _Softmax.apply(x, dim, communicator(axis))  # type: ignore[no-untyped-call]
+    return result
+
+
+def sharded_amax(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
+    """Return `torch.amax` over `dims`, one of which is sharded. The result has placement I."""
+    result: Tensor = _Amax.apply(x, dims, communicator(axis))  # type: ignore[no-untyped-call]
+    return _squeezed(result, dims, keepdim)
+
+
+def sharded_amin(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
+    """Return `torch.amin` over `dims`, one of which is sharded. The result has placement I."""
+    return -sharded_amax(-x, dims, keepdim, axis)
+
+
+def sharded_max(x: Tensor, dim: int, keepdim: bool, axis: str) -> tuple[Tensor, Tensor]:
+    """Return `torch.max` over the sharded `dim`: values and indices, placement I."""
+    found: tuple[Tensor, Tensor] = _Max.apply(x, dim, keepdim, communicator(axis))  # type: ignore[no-untyped-call]
+    return found
+
+
+def sharded_argmax(x: Tensor, dim: int, keepdim: bool, axis: str) -> Tensor:
+    """Return `torch.argmax` over the sharded `dim`, placement I."""
+    return sharded_max(x.detach(), dim, keepdim, axis)[1]
+
+
+def sharded_gather(x: Tensor, dim: int, index: Tensor, axis: str) -> Tensor:
+    """Return this rank's part of `torch.gather` along the sharded `dim`; the rest is zero.
+
+    `index` is the same on all ranks; the result, of its shape, has placement P. An index outside
+    the whole dimension raises IlmCompileError on the CPU and gives NaN on CUDA.
+    """
+    comm = communicator(axis)
+    width = x.shape[dim]
+    unknown = (index < 0) | (index >= width * comm.size)
+    if unknown.device.type == "cpu" and unknown.any():
+        raise IlmCompileError(
+            f"gather: expected indices in [0, {width * comm.size}) along dimension {dim}; got "
+            f"{int(index[unknown][0])} ({int(unknown.sum())} such); check the labels against the "
+            "model's vocabulary"
+        )
+    local = index - width * comm.rank
+    absent = (local < 0) | (local >= width)
+    picked = x.gather(dim, local.masked_fill(absent, 0)).masked_fill(absent, 0.0)
+    return picked.masked_fill(unknown, nan) if picked.is_floating_point() else picked
+
+
+def sharded_nll_loss(
+    log_probs: Tensor, target: Tensor, reduction: int, ignore_index: int, axis: str
+) -> Tensor:
+    """Return this rank's part of `F.nll_loss` of log-probabilities whose classes are sharded.
+
+    log_probs: (tokens, classes / size, ...); target: (tokens, ...), the same on all ranks.
+    `reduction` is ATen's. The result has placement P.
+    """
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0).unsqueeze(1)
+    losses = -sharded_gather(log_probs, 1, index, axis).squeeze(1).masked_fill(ignored, 0.0)
+    if reduction == NONE:
+        return losses
+    return losses.sum() / (~ignored).sum() if reduction == MEAN else losses.sum()
+
+
+def partial_loss(name: str, x: Tensor, target: Tensor, size: int, **options: Any) -> Tensor:
+    """Return this rank's part of the mean of the elementwise loss ``aten::name``; placement P.
+
+    `x` and `target` are sharded alike over `size` ranks.
+    """
+    result: Tensor = getattr(torch.ops.aten, name)(x, target, **options)
+    return result / size
+
+
+FUNCTIONS = (
+    *(sharded_logsumexp, sharded_log_softmax, sharded_softmax, sharded_amax, sharded_amin),
+    *(sharded_max, sharded_argmax, sharded_gather, sharded_nll_loss, partial_loss),
+)
