@@ -1,0 +1,53 @@
+"""A few of `benchmarks.outside_models`, in real processes: models that nobody here wrote."""
+
+import pytest
+
+from benchmarks.outside import MODELS
+from benchmarks.outside.train import Trained, train_both
+from benchmarks.outside_models import Row, measure
+from tests.support.world import World
+
+FAST = ("nanoGPT", "LLMs from scratch", "RWKV-v1", "vit-pytorch")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_trains_as_plain_pytorch_does(world4: World, name: str) -> None:
+    trained = world4.run(train_both, name)[0]
+    assert not trained.refused
+    assert not trained.missing
+    assert max(trained.loss_error, trained.weight_error) <= 1e-11
+
+
+def test_a_refused_model_is_told_with_its_reason(world4: World) -> None:
+    row = measure("experts by row", world4)
+    assert row.cells()[4] == "refused"
+    assert "moe.py" in row.refused
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        Trained(loss_error=1e-8, weight_error=0.0),
+        Trained(loss_error=0.0, weight_error=1e-8),
+        Trained(loss_error=0.0, weight_error=0.0, missing=("lm_head.weight",)),
+        Trained(refused="the run failed: rank 1 died"),
+    ],
+)
+def test_a_run_that_differs_is_not_ok(trained: Trained) -> None:
+    assert not _row(trained=trained).ok
+
+
+def test_a_run_that_agrees_is_ok_if_it_is_proved() -> None:
+    equal = Trained(loss_error=1e-12, weight_error=1e-12)
+    assert _row(trained=equal).ok
+    assert not _row(trained=equal, proof="step: not equal").ok
+
+
+def test_fifty_models_and_more_are_listed() -> None:
+    assert len(MODELS) >= 50
+
+
+def _row(trained: Trained, proof: str = "equal") -> Row:
+    return Row(
+        *("model", "source", "tp=4", 1000, 0.1, proof, 0.1, trained), refused="", tolerance=1e-9
+    )
