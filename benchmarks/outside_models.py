@@ -14,23 +14,27 @@ loss, weights      largest relative error of a step's loss, of any weight after 
 from __future__ import annotations
 
 import argparse
-import math
+import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import ilm_compile
-from benchmarks.common import RESULTS, save_json
+from benchmarks.common import RESULTS, circumstances, save_json
 from benchmarks.outside import MODELS, Outside, entry_of
-from benchmarks.outside.train import Trained, train_both
+from benchmarks.outside.train import STEPS, Trained, train_both
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.verify.promote import promoted_float32
 from tests.support.world import World, WorldError
 
 HEADINGS = ("model", "source", "parameters", "plan", "partition", "proof", "loss", "weights", "")
 TIMEOUT = 300.0  # seconds of one model's real run
+NOT_TRIED = "-"
 LONGEST = 160  # characters of a reason in the table; the whole is in the JSON
 
 
@@ -48,32 +52,42 @@ class Row:
     trained: Trained
     refused: str
     tolerance: float
+    refusal: str = ""  # why it is right that it is refused, if so
     reason: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was not refused agreed."""
-        errors = (self.trained.loss_error, self.trained.weight_error)
-        close = all(error <= self.tolerance for error in errors)
-        return bool(self.refused) or (
-            close and self.proof in ("equal", "-") and not self.trained.missing
-        )
+        """Whether it is proved and trains alike, or is refused as it must be."""
+        if self.refused or self.refusal:
+            return bool(self.refused and self.refusal)
+        return self.proof in ("equal", NOT_TRIED) and self.trained.agrees(self.tolerance)
 
     def cells(self) -> list[str]:
+        """Return the line of the table, as `HEADINGS` names its columns."""
         if self.refused:
-            return self._head("refused", "", "", "", _short(self.refused))
-        proof = f"{self.proof}, {self.proof_s:.1f} s" if self.proof == "equal" else "NOT PROVED"
-        proof = "-" if self.proof == "-" else proof
-        failed = "" if self.proof in ("equal", "-") else self.proof
-        notes = [failed, self.trained.refused, self.reason]
-        notes += [f"state dict lacks {', '.join(self.trained.missing)}"] * bool(
-            self.trained.missing
+            note = self.refusal or f"WRONGLY: {self.refused}"
+            return self._head("refused", "", "", "", _short(note))
+        is_proved = self.proof in ("equal", NOT_TRIED)
+        proof = f"{self.proof}, {self.proof_s:.1f} s" if self.proof == "equal" else self.proof
+        errors = (self.trained.loss_error, self.trained.weight_error)
+        return self._head(
+            f"{self.partition_s:.1f} s",
+            proof if is_proved else "NOT PROVED",
+            *("" if error is None else f"{error:.0e}" for error in errors),
+            _short("; ".join(self._notes(is_proved))),
         )
-        if not self.ok and not math.isnan(self.trained.weight_error):
-            notes.append(f"largest in {self.trained.worst}")
-        errors = (f"{e:.0e}" for e in (self.trained.loss_error, self.trained.weight_error))
-        note = _short("; ".join(filter(None, notes)))
-        return self._head(f"{self.partition_s:.1f} s", proof, *errors, note)
+
+    def _notes(self, is_proved: bool) -> Iterator[str]:
+        if not is_proved:
+            yield self.proof
+        if self.trained.refused:
+            yield self.trained.refused
+        if self.trained.missing:
+            yield f"state dict lacks {', '.join(self.trained.missing)}"
+        if self.trained.worst and not self.trained.agrees(self.tolerance):
+            yield f"largest in {self.trained.worst}"
+        if self.reason:
+            yield self.reason
 
     def _head(self, *rest: str) -> list[str]:
         return [self.model, self.source, f"{self.parameters:,}", self.plan, *rest]
@@ -100,9 +114,9 @@ def measure(name: str, world: World, *, layout: str = "", proof: bool = True) ->
     except IlmCompileError as error:
         refused = f"{type(error).__name__}: {error}"
     except Exception as error:  # a fault of ours: the table goes on and says so
-        refused = f"CRASH {type(error).__name__}: {error}"
+        refused = f"a fault, {type(error).__name__}: {error}"
     partition_s = time.perf_counter() - start
-    verdict, proof_s, trained = "-", 0.0, Trained()
+    verdict, proof_s, trained = NOT_TRIED, 0.0, Trained()
     if not refused:
         if proof:
             verdict, proof_s = _prove(entry, model)
@@ -118,6 +132,7 @@ def measure(name: str, world: World, *, layout: str = "", proof: bool = True) ->
         trained,
         refused,
         entry.tolerance,
+        entry.refusal,
         entry.reason,
     )
 
@@ -161,11 +176,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.list:
         print("\n".join(MODELS))
-        return
+        return 0
     torch.set_num_threads(1)
     print(table_line(HEADINGS))
     print(table_line(["---"] * len(HEADINGS)))
@@ -174,17 +189,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.only or MODELS:
             rows.append(measure(name, world, layout=options.layout, proof=not options.no_proof))
             print(table_line(rows[-1].cells()), flush=True)
-    refused = sum(bool(row.refused) for row in rows)
+            if options.json:
+                save_rows(rows[-1:])
+    print(f"\n{summary(rows)}")
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return the counts, and the names of those that are neither equal nor rightly refused."""
+    refused = sum(row.ok and bool(row.refused) for row in rows)
     failed = [row.model for row in rows if not row.ok]
     equal = len(rows) - refused - len(failed)
-    print(f"\n{len(rows)} models: {equal} equal, {refused} refused, {len(failed)} wrong {failed}")
-    if options.json:
-        content = {"steps": 5, "rows": [asdict(row) | {"ok": row.ok} for row in rows]}
-        save_json(RESULTS / "outside_models.json", content)
+    text = f"{len(rows)} models: {equal} equal, {refused} rightly refused, {len(failed)} failed"
+    return f"{text}: {'; '.join(failed)}" if failed else text
+
+
+def save_rows(rows: Sequence[Row]) -> None:
+    """Write the rows, each with its commit and date, beside those of models not measured now."""
+    path = RESULTS / "outside_models.json"
+    kept = {row["model"]: row for row in _read(path)}
+    now = {name: circumstances()[name] for name in ("commit", "date", "load_average")}
+    kept |= {row.model: asdict(row) | {"ok": row.ok, "measured": now} for row in rows}
+    save_json(path, {"steps": STEPS, "rows": [kept[name] for name in MODELS if name in kept]})
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 if __name__ == "__main__":
     # What ranks are sent is pickled under the name of its module, which must not be "__main__".
     from benchmarks.outside_models import main as run
 
-    run()
+    sys.exit(run())

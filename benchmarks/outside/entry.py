@@ -13,6 +13,7 @@ from torch.nn import functional as F
 ROWS = 2  # of a micro-batch
 SEQ, VOCAB = 16, 512
 IGNORED = -100
+BY_ROW = "an expert is called with the rows routed to it, whose number depends on values"
 
 Batch = dict[str, Tensor]
 MakeBatch = Callable[[int, torch.Generator], Batch]
@@ -84,7 +85,7 @@ class Outside:
 
     build: the model, the same each time it is called, on any rank. batch: called with a number of
     rows and a generator. layout: a key of `LAYOUTS`. tolerance: of loss and weights, relative;
-    where it is not the default, `reason` says why.
+    where it is not the default, `reason` says why. refusal: why `partition` is right to refuse it.
     """
 
     source: str
@@ -94,6 +95,7 @@ class Outside:
     loss_fn: Callable[[Any, Tensor], Tensor] | None = None
     tolerance: float = 1e-9
     reason: str = ""
+    refusal: str = ""
 
     @property
     def plan(self) -> Layout:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks.outside.entry import CHUNKS, PP_DP, TP_DP, TP_PP, Outside
+from benchmarks.outside.entry import BY_ROW, CHUNKS, PP_DP, TP_DP, TP_PP, Outside
 from tests.support.zoo import small_model
 
 SOURCE = "transformers"
@@ -20,16 +20,14 @@ class Family:
     layout: str = TP_PP
     small: dict[str, Any] = field(default_factory=dict)
     config: str = ""
-    tolerance: float = 1e-9
-    reason: str = ""
+    refusal: str = ""
 
     def outside(self) -> Outside:
         return Outside(
             SOURCE,
             partial(small_model, self.architecture, self.config, **self.small),
             self.layout,
-            tolerance=self.tolerance,
-            reason=self.reason,
+            refusal=self.refusal,
         )
 
 
@@ -93,6 +91,13 @@ _FAMILIES = {
     "Mamba 2": Family("Mamba2ForCausalLM", TP_DP),
     "Falcon-Mamba": Family("FalconMambaForCausalLM", PP_DP),
     "RWKV-4": Family("RwkvForCausalLM", PP_DP),
+    "GPT-OSS": Family("GptOssForCausalLM"),
+    "OLMo 3": Family("Olmo3ForCausalLM", TP_DP),
+    "LFM2": Family("Lfm2ForCausalLM"),
+    "DBRX": Family("DbrxForCausalLM", TP_DP, refusal=BY_ROW),
+    "MiniMax": Family("MiniMaxForCausalLM", TP_DP),
+    "Gemma 3n": Family("Gemma3nForCausalLM", TP_DP),
+    "Zamba 2": Family("Zamba2ForCausalLM", PP_DP),
     "Jamba": Family("JambaForCausalLM"),
     "RecurrentGemma": Family("RecurrentGemmaForCausalLM", TP_DP),
 }

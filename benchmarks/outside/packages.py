@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.outside.entry import (
+    BY_ROW,
     PP_DP,
     SEQ,
     TP_DP,
@@ -85,10 +86,10 @@ def adapted(base: str, kind: str, **options: Any) -> nn.Module:
     return peft.get_peft_model(listed_model(base), config)
 
 
-def litgpt(layout: str, name: str, **changes: Any) -> Outside:
+def litgpt(layout: str, name: str, *, refusal: str = "", **changes: Any) -> Outside:
     return Outside(
         "litgpt", partial(float64, partial(lit, name, **changes)), layout,
-        tokens("idx", vocab=WORDS), token_loss,
+        tokens("idx", vocab=WORDS), token_loss, refusal=refusal,
     )  # fmt: skip
 
 
@@ -119,7 +120,9 @@ PACKAGES = {
     "litgpt Qwen 2.5": litgpt(PP_DP, "Qwen2.5-0.5B", n_query_groups=2),
     "litgpt OLMo 2": litgpt(TP_PP, "OLMo-2-1124-7B", n_query_groups=4),
     "litgpt StableLM": litgpt(TP_DP, "stablelm-base-alpha-3b"),
-    "litgpt Mixtral": litgpt(TP_DP, "Mixtral-8x7B-v0.1", n_query_groups=2, **_MOE),
+    "litgpt Mixtral": litgpt(
+        TP_DP, "Mixtral-8x7B-v0.1", n_query_groups=2, refusal=BY_ROW, **_MOE
+    ),
     "litgpt Llama 3.2, LoRA": litgpt(TP_PP, "Llama-3.2-1B", n_query_groups=2, **_LORA),
     "litgpt Pythia, LoRA": litgpt("dp=4, zero=3", "pythia-14m", **_LORA),
     "x-transformers, rotary": x_transformers(TP_PP, rotary_pos_emb=True, attn_flash=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.outside.entry import (
+    BY_ROW,
     CHUNKS,
     SEQ,
     TP_DP,
@@ -159,7 +161,9 @@ SINGLE_FILES = {
     "nGPT": scoring(ngpt.NGPT, TP_PP),
     "all experts": scoring(partial(moe.MoELM, moe.DenseExperts), TP_PP),
     "masked experts": scoring(partial(moe.MoELM, moe.MaskedExperts), "tp=4"),
-    "experts by row": scoring(partial(moe.MoELM, moe.RowExperts), TP_DP),
+    "experts by row": dataclasses.replace(
+        scoring(partial(moe.MoELM, moe.RowExperts), TP_DP), refusal=BY_ROW
+    ),
     "BERT-pytorch": _entry(sentences, bert.BERTLM, TP_PP, masked_loss),
     "vit-pytorch": _entry(images, vit.ViT, TP_PP, class_loss),
     "vit-pytorch, mean": _entry(images, partial(vit.ViT, "mean"), TP_DP, class_loss),

@@ -168,7 +168,7 @@ SPECIAL = {
         TP_PP, classified, "RobertaForSequenceClassification", **_LABELS
     ),
     "DistilBERT, token classification": other(
-        "tp=4", tagged, "DistilBertForTokenClassification", hidden_dim=128, **_LABELS
+        "tp=4", tagged, "DistilBertForTokenClassification", dim=64, hidden_dim=128, **_LABELS
     ),
     "ELECTRA, masked tokens": other(TP_DP, padded, "ElectraForMaskedLM"),
     "ALBERT, one block reused": other(TP_DP, padded, "AlbertForMaskedLM"),

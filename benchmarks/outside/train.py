@@ -22,18 +22,23 @@ MAX_NORM = 1.0
 
 @dataclass(frozen=True)
 class Trained:
-    """Largest relative errors of a run, or why there was none.
+    """Largest relative errors of a run, or why there was none (`refused`).
 
     `worst` names the parameter or buffer with the largest error; `missing` those of the model's
     state dict that the run did not give back.
     """
 
-    loss_error: float = float("nan")
-    weight_error: float = float("nan")
+    loss_error: float | None = None
+    weight_error: float | None = None
     worst: str = ""
     missing: tuple[str, ...] = ()
     refused: str = ""
     seconds: float = 0.0
+
+    def agrees(self, tolerance: float) -> bool:
+        """Whether every loss and every tensor of the state dict is within the tolerance."""
+        errors = (self.loss_error, self.weight_error)
+        return not self.missing and all(e is not None and e <= tolerance for e in errors)
 
 
 def train_both(rank: int, entry_name: str, layout: str = "") -> Trained | None:
