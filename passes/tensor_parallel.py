@@ -24,7 +24,8 @@ from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import map_tensors
-from ilm_compile.sharding import Restrictions, Strategy, solve
+from ilm_compile.sharding import Restrictions, Solution, Strategy, solve
+from ilm_compile.sharding.forced import forced_whole
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.strategy import Call, aten, global_call, has_rule
 from ilm_compile.sharding.why import Reasons
@@ -65,6 +66,7 @@ class TensorParallel(Pass):
         )
         solution = solve(program, self.size, restrictions=restrictions, hardware=self.hardware)
         program.reasons = Reasons(solution)
+        program.warnings += _forced(program, solution, self.size)
         calls = {node: global_call(node, self.size) for node in solution.strategies}
         for node, placement in solution.placements.items():
             node.meta["placement"] = placement
@@ -83,13 +85,14 @@ class TensorParallel(Pass):
     def _constraints(self, program: Program) -> Iterable[tuple[str, Placement]]:
         names = list(program.parameters())
         for pattern, placement in self.constraints:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                near = get_close_matches(pattern, names, n=3, cutoff=0.3)
-                raise PlanError(
-                    f"tensor-parallel: the constraint {pattern!r} matches no parameter; "
-                    f"did you mean one of {near}?"
-                )
-            yield pattern, Placement.parse(placement)
+            if any(fnmatchcase(name, pattern) for name in names):
+                yield pattern, Placement.parse(placement)
+                continue
+            near = get_close_matches(pattern, names, n=3, cutoff=0.3)
+            program.warnings.append(
+                f"tensor-parallel: the constraint {pattern!r} matches no parameter, so nothing is "
+                f"placed by it; did you mean one of {near}?"
+            )
 
     def _embedding_placements(self, program: Program) -> Iterable[tuple[str, Placement]]:
         if self.embed_split_hidden is None:
@@ -181,6 +184,19 @@ def _count(shape: tuple[int, ...]) -> int:
     for n in shape:
         total *= n
     return total
+
+
+def _forced(program: Program, solution: Solution, size: int) -> list[str]:
+    """Return a warning per large value that is made whole, with the op that forced it."""
+    found = []
+    for value, collective, culprit in forced_whole(solution):
+        why = "cannot divide it" if has_rule(culprit.target) else "has no placement rule"
+        shape = tuple(value.meta["val"].shape)
+        found.append(
+            f"tensor-parallel: {value.name} {shape} is made whole on all {size} ranks "
+            f"({collective}): {culprit.target} ({culprit.name}) {why} at {program.where(culprit)}"
+        )
+    return found
 
 
 def _unsharded(program: Program, size: int) -> list[str]:

@@ -99,35 +99,6 @@ class _Amax(torch.autograd.Function):
         return (equal / count * grad).to(x.dtype), None, None
 
 
-class _Max(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dim: int, keepdim: bool, comm: Communicator
-    ) -> tuple[Tensor, Tensor]:
-        width = x.shape[dim]
-        first = width * comm.rank
-        here, where = x.max(dim, keepdim=True)
-        values = comm.all_reduce(here, op="max")
-        # Of equal values the first counts, so the smallest index among the ranks.
-        absent = torch.iinfo(where.dtype).max
-        indices = -comm.all_reduce(-(where + first).masked_fill(here != values, absent), op="max")
-        ctx.save_for_backward(indices - first)
-        ctx.shape, ctx.dim, ctx.keepdim = x.shape, dim, keepdim
-        ctx.mark_non_differentiable(indices)
-        if keepdim:
-            return values, indices
-        return values.squeeze(dim), indices.squeeze(dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        (local,) = ctx.saved_tensors
-        grad = grad if ctx.keepdim else grad.unsqueeze(ctx.dim)
-        absent = (local < 0) | (local >= ctx.shape[ctx.dim])
-        own = grad.masked_fill(absent, 0.0)
-        result = grad.new_zeros(ctx.shape)
-        return result.scatter_(ctx.dim, local.masked_fill(absent, 0), own), None, None, None
-
-
 def _squeezed(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     return x if keepdim else x.squeeze(dims)
 
@@ -166,15 +137,16 @@ def sharded_amin(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor
     return -sharded_amax(-x, dims, keepdim, axis)
 
 
-def sharded_max(x: Tensor, dim: int, keepdim: bool, axis: str) -> tuple[Tensor, Tensor]:
-    """Return `torch.max` over the sharded `dim`: values and indices, placement I."""
-    found: tuple[Tensor, Tensor] = _Max.apply(x, dim, keepdim, communicator(axis))  # type: ignore[no-untyped-call]
-    return found
-
-
+@torch.no_grad()
 def sharded_argmax(x: Tensor, dim: int, keepdim: bool, axis: str) -> Tensor:
-    """Return `torch.argmax` over the sharded `dim`, placement I."""
-    return sharded_max(x.detach(), dim, keepdim, axis)[1]
+    """Return `torch.argmax` over the sharded `dim`: of equal values the first. Placement I."""
+    comm = communicator(axis)
+    here, where = x.max(dim, keepdim=keepdim)
+    highest = comm.all_reduce(here, op="max")
+    # Of equal values the first counts, so the smallest index among the ranks.
+    absent = torch.iinfo(where.dtype).max
+    where = (where + x.shape[dim] * comm.rank).masked_fill(here != highest, absent)
+    return -comm.all_reduce(-where, op="max")
 
 
 def sharded_gather(x: Tensor, dim: int, index: Tensor, axis: str) -> Tensor:
@@ -225,5 +197,5 @@ def partial_loss(name: str, x: Tensor, target: Tensor, size: int, **options: Any
 
 FUNCTIONS = (
     *(sharded_logsumexp, sharded_log_softmax, sharded_softmax, sharded_amax, sharded_amin),
-    *(sharded_max, sharded_argmax, sharded_gather, sharded_nll_loss, partial_loss),
+    *(sharded_argmax, sharded_gather, sharded_nll_loss, partial_loss),
 )

@@ -23,7 +23,6 @@ from ilm_compile.program.sharded_reductions import (
     sharded_argmax,
     sharded_log_softmax,
     sharded_logsumexp,
-    sharded_max,
     sharded_softmax,
 )
 from ilm_compile.program.values import tensors_of
@@ -136,7 +135,6 @@ INSIDE: dict[Any, Callable[[fx.Node], tuple[list[int], ...]]] = {
     sharded_softmax: _softmax,
     sharded_amax: _extreme,
     sharded_amin: _extreme,
-    sharded_max: _place,
     sharded_argmax: _place,
 }
 

@@ -74,10 +74,10 @@ def vocab_cross_entropy(
 ) -> Tensor:
     """Return the cross entropy of logits whose vocabulary is sharded; the logits are not gathered.
 
-    logits: (tokens, vocab / size, ...); target: (tokens, ...), the same on all ranks. `reduction` is
-    ATen's: 0 none, 1 mean over the targets that are not `ignore_index`, 2 sum. The result has
-    placement I; a scalar is float32, or float64 for float64 logits, as is everything before it. The backward pass
-    keeps the logits and one logsumexp a token, no softmax. A target outside the vocabulary raises
+    logits: (tokens, vocab / size, ...); target: (tokens, ...), the same on all ranks. `reduction`
+    is ATen's: 0 none, 1 mean over the targets that are not `ignore_index`, 2 sum. The result has
+    placement I and is float32, or float64 for float64 logits, as is everything before it. The
+    backward pass keeps the logits and one logsumexp a token, no softmax. A target outside the vocabulary raises
     IlmCompileError on the CPU and makes the loss NaN on CUDA.
     """
     flat = logits.movedim(1, -1).flatten(0, -2), target.flatten()

@@ -46,7 +46,7 @@ def _einsum(call: Call) -> tuple[list[str], str]:
 
 
 # The einsum of each product, and the input that is added to it and not multiplied.
-_PRODUCTS = {
+PRODUCTS = {
     aten.linear.default: (_linear, 2),
     aten.matmul.default: (_matmul, None),
     aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None),
@@ -57,10 +57,10 @@ _PRODUCTS = {
 }
 
 
-@rule(*_PRODUCTS)
+@rule(*PRODUCTS)
 def product(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Shard on a letter of the einsum: column-wise, row-wise, or by batch and tokens."""
-    letters, added = _PRODUCTS[call.target]
+    letters, added = PRODUCTS[call.target]
     inputs, output = letters(call)
     if any(len(term) != len(shape) for term, shape in zip(inputs, call.shapes, strict=True)):
         return

@@ -8,6 +8,7 @@ wire is in `ilm_compile.program.traffic`, beside the cross entropy's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 from ilm_compile.program.placement import I, P, Placement, R, S
@@ -19,7 +20,6 @@ from ilm_compile.program.sharded_reductions import (
     sharded_gather,
     sharded_log_softmax,
     sharded_logsumexp,
-    sharded_max,
     sharded_nll_loss,
     sharded_softmax,
 )
@@ -32,10 +32,8 @@ REDUCED = {  # the same on all ranks
     aten.logsumexp.default: sharded_logsumexp,
     aten.amax.default: sharded_amax,
     aten.amin.default: sharded_amin,
-    aten.max.dim: sharded_max,
     aten.argmax.default: sharded_argmax,
 }
-_OF_ONE = {aten.max.dim, aten.argmax.default}  # whose dimension is a number, not a list
 SOFTMAXES = {  # sharded as their input
     aten.softmax.int: sharded_softmax,
     aten.log_softmax.int: sharded_log_softmax,
@@ -86,6 +84,28 @@ def loss_by_ranks(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy
     yield from (Strategy((S(dim), S(dim)), P) for dim in range(len(call.shapes[0])))
 
 
+# How many all-reduces of the kept numbers an op runs inside, forward and backward, where it reduces
+# over the ranks. (The cross entropy's are not counted: nothing else is as cheap for a vocabulary.)
+_EXCHANGES: dict[Any, tuple[int, int]] = {
+    aten.logsumexp.default: (2, 0),
+    aten.amax.default: (1, 1),
+    aten.amin.default: (1, 1),
+    aten.argmax.default: (3, 0),  # an index is twice as wide
+    aten.softmax.int: (2, 1),
+    aten.log_softmax.int: (2, 1),
+}
+
+
+def exchanged(call: Call, strategy: Strategy) -> tuple[int, int]:
+    """Return how many numbers `call` reduces over the ranks under `strategy`: forward, backward."""
+    if call.target not in _EXCHANGES or LOCAL[call.target](call, strategy, "")[0] is call.target:
+        return 0, 0
+    dims = reduced_dims(call)
+    kept = prod(n for dim, n in enumerate(call.shapes[0]) if dim not in dims)
+    forward, backward = _EXCHANGES[call.target]
+    return kept * forward, kept * backward
+
+
 def _unchanged(call: Call) -> LocalCall:
     return call.target, call.args, call.kwargs
 
@@ -93,7 +113,7 @@ def _unchanged(call: Call) -> LocalCall:
 def _reduced(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     if not strategy.inputs[0].is_shard or strategy.output != I:
         return _unchanged(call)
-    dims = call.named("dim") if call.target in _OF_ONE else reduced_dims(call)
+    dims = call.named("dim") if call.target is aten.argmax.default else reduced_dims(call)
     return REDUCED[call.target], (call.args[0], dims, bool(call.named("keepdim")), axis), {}
 
 

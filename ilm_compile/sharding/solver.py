@@ -24,16 +24,18 @@ import numpy as np
 import torch
 from torch import fx
 
-from ilm_compile.cost import HARDWARE, Hardware, forward_flops, node_time
+from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
 from ilm_compile.errors import PlanError
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import shapes_of
+from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
+from ilm_compile.sharding.sharded_forms import exchanged
 from ilm_compile.sharding.strategy import (
     Strategy,
+    aten,
     global_call,
     plain_placements,
     strategies,
@@ -42,6 +44,7 @@ from ilm_compile.sharding.strategy import (
 from ilm_compile.sharding.transitions import Restrictions, allowed, token_dims, transition_time
 
 DTYPE = torch.bfloat16  # plans are made for training at scale, whatever the model's dtype is now
+EXACT_BYTES = 4  # of a number that ranks reduce inside an op
 PARTIAL = 1e-6  # seconds, against carrying a partial sum through further ops
 
 
@@ -84,6 +87,7 @@ class Search:
         self.program, self.size = program, size
         self.restrictions, self.hardware = restrictions, hardware
         self.gradients = gradient_nodes(program.graph)
+        self.weighted = _weighted_nodes(program)
         self.clusters = cluster_nodes(program, restrictions.fixed)
         self.members: dict[Cluster, list[fx.Node]] = defaultdict(list)
         for node, cluster in self.clusters.items():
@@ -137,7 +141,7 @@ class Search:
             at_rest = [I, *sorted(shards, key=str)] if variable.is_parameter else [I]
             return [Strategy((), p) for p in self.restrictions.parameter(variable.name, at_rest)]
         call = global_call(node, self.size)
-        if node not in self.gradients:  # integers, masks, tables: cheap, the same everywhere
+        if node not in self.weighted:  # integers, masks, tables: cheap, the same everywhere
             return strategies(call, ())[:1]
         options = strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
         tokens = token_dims(shape, self.size)
@@ -167,11 +171,24 @@ class Search:
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
             for backward in directions
         )
+        call = global_call(node, self.size)
+        seconds = sum(times) + sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
         flops = forward_flops(node)
         # Sums are made whole where they arise: in low precision, partial ones drift apart.
         kept_partial = PARTIAL * (option.output.kind == "P" and not flops)
         repeated = flops * (shards == 1) / self.flops_total
-        return len(nodes) * (sum(times) + kept_partial), len(nodes) * repeated
+        return len(nodes) * (seconds + kept_partial), len(nodes) * repeated
+
+    def _exchange(self, numbers: int) -> float:
+        """Return the seconds of reducing `numbers` inside an op, but for the latency.
+
+        That of two collectives would decide for small models, which are to be placed as big ones.
+        """
+        whole, least = (
+            collective_time("all_reduce", n, self.size, self.hardware)
+            for n in (numbers * EXACT_BYTES, 1)
+        )
+        return max(0.0, whole - least)
 
     def _edges(self) -> None:
         """Tie every producer's choice to its consumers', at the price of the transitions."""
@@ -207,7 +224,7 @@ class Search:
         shared: bool,
     ) -> None:
         node = producers[0]
-        is_activation = node in self.gradients
+        is_activation = node in self.weighted
         by_source: dict[Placement, list[int]] = defaultdict(list)
         by_target: dict[Placement, list[int]] = defaultdict(list)
         for source in made:
@@ -217,7 +234,7 @@ class Search:
                 ):
                     continue
                 seconds = len(producers) * transition_time(
-                    node, source, target, self.size, self.hardware, is_activation
+                    node, source, target, self.size, self.hardware, node in self.gradients
                 )
                 if shared and seconds:
                     flow = self.problem.variable(0.0)
@@ -245,6 +262,24 @@ class Search:
 
 def _input(position: int, strategy: Strategy) -> Placement:
     return strategy.inputs[position]
+
+
+def _weighted_nodes(program: Program) -> set[fx.Node]:
+    """Return the parameters, trained or frozen, and the real numbers that are computed from them.
+
+    So is the place of a largest one, which can be found without gathering them.
+    """
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            is_found = program.variables[str(node.target)].is_parameter
+        else:
+            is_real = any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
+            is_real |= node.target is aten.argmax.default
+            is_found = is_real and not found.isdisjoint(node.all_input_nodes)
+        if is_found:
+            found.add(node)
+    return found
 
 
 def _weight(program: Program, node: fx.Node) -> int:

@@ -63,7 +63,7 @@ def allowed(
 ) -> bool:
     """Whether the value of `node` may be taken from `source` to `target`.
 
-    `is_activation`: whether a gradient flows through it; the restrictions speak of activations.
+    `is_activation`: whether it is computed from weights; the restrictions speak of activations.
     """
     if source == target:
         return True

@@ -225,7 +225,6 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(100 * x(2, 4, 8), [-1]),
         lambda: call(x(4, 8), [1, 0]),
     ],
-    aten.max.dim: [lambda: call(x(2, 4, 8), -1), lambda: call(x(4, 8).round(), 0, True)],
     aten.argmax.default: [
         lambda: call(x(2, 4, 8).round(), -1),
         lambda: call(x(4, 8), 0, True),
