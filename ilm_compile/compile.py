@@ -20,6 +20,7 @@ from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.schedule import build, check
+from ilm_compile.sharding.loss_terms import check_loss
 
 DTYPE_NAMES = {None: None, torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -65,6 +66,7 @@ def partition(
     callback: Callable[[PassReport], None] | None = None,
     validate: str | None = "types",
     plan: Plan | str | Path | None = None,
+    dp: int = 1,
     **keywords: Any,
 ) -> Program:
     """Return `model` as a partitioned program; one process, no torch.distributed, meta is enough.
@@ -75,11 +77,13 @@ def partition(
     which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this machine can
     run them). `passes` are run beside the standard ones, in the order their requirements give,
     without those named in `disable`, each checked as `validate` says ("types", "numerics" or None:
-    see `run_passes`); `example_inputs` and `loss_fn` as in `trace`. Raises `TraceError` if the
+    see `run_passes`); `example_inputs` and `loss_fn` as in `trace`; `dp`: data-parallel ranks it is
+    for, which matters to the loss alone (see `check_loss`). Raises `TraceError` if the
     model cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
+    check_loss(program, model, loss_fn, num_slices=plan.num_microbatches * dp)
     program.flops = model_flops(program.graph)
     forward = forward_flops_by_region(program.graph)
     every = [*standard_passes(plan), *passes]
@@ -106,7 +110,7 @@ def parallelize(
     plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
     mesh = Mesh.create(plan, timeout=timeout)
     plan = settle_kernels(plan, mesh.device)
-    program = partition(model, plan=plan, **keywords)
+    program = partition(model, plan=plan, dp=mesh.dp.size, **keywords)
     return Parallel(
         lower(program),
         make_schedule(plan),

@@ -63,6 +63,7 @@ def verify(
             loss_fn=loss_fn,
             passes=passes,
             plan=make_plan(plan, **keywords),
+            dp=dp,
         )
         check_values(program)
         lower(program)

@@ -1,0 +1,281 @@
+"""How every value of a traced step depends on the rows of the batch.
+
+A micro-batch is one slice of the global batch along its rows, so "micro-batches are averaged to the
+loss of the global batch" is a statement about one more axis: inputs are sharded by rows, parameters
+are the same everywhere. The placement rules that shard a model say what each op makes of that. What
+they are given is two traces of one model, of a slice and of a whole batch twice as large: sizes and
+factors that grow with the batch are those that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import log2
+from operator import mul
+from typing import Any
+
+from torch import Tensor, fx
+
+from ilm_compile.program.dropout import SEED
+from ilm_compile.program.loss import MEAN
+from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.program.program import Program
+from ilm_compile.program.reductions import partial_mean
+from ilm_compile.sharding import batch_constants as constants
+from ilm_compile.sharding.batch_rules import BATCH_RULES, CROSS_ENTROPIES, CUTS, MIXERS
+from ilm_compile.sharding.localize import localize
+from ilm_compile.sharding.rules_math import MEANS
+from ilm_compile.sharding.strategy import Call, Strategy, aten, strategies, tensor_inputs
+
+SLICES = 2  # the whole batch has this many slices
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A value of which the whole batch's is known from those of the slices.
+
+    S: their concatenation; P: their sum; R: the same in each. All times SLICES ** weight, so that
+    an average over the rows is P of weight -1.
+    """
+
+    placement: Placement
+    weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A value of which that cannot be said since `node`.
+
+    kind: "mixes" rows for certain, "cuts" rows off, or "unknown". scaled: the last call that scaled
+    it by a number that grows with the batch.
+    """
+
+    node: fx.Node
+    kind: str
+    reason: str
+    scaled: fx.Node | None = None
+
+
+State = Known | Lost
+AVERAGE, SAME = Known(P, -1), Known(R)
+_SIZES = (aten.reshape.default, aten.expand.default, aten.slice.Tensor)  # of the value they make
+_AFFINE = {
+    *(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar),
+}
+_PRODUCTS = {
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.matmul.default, aten.mm.default, aten.bmm.default),
+    aten.einsum.default,
+}
+_QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
+_LINEAR = {
+    *(*_SIZES, *MEANS, aten.sum.default, aten.sum.dim_IntList, aten.neg.default, aten.to.dtype),
+    *(aten.cat.default, aten.stack.default, aten.unsqueeze.default, aten.squeeze.dim),
+    *(aten.select.int, aten.transpose.int, aten.permute.default, aten.t.default),
+    *(aten.detach.default, aten.clone.default, aten.contiguous.default, aten.gather.default),
+    *(aten.index.Tensor, aten.index_select.default),
+}
+
+
+def batch_states(part: Program, whole: Program) -> dict[fx.Node, State]:
+    """Return the state of every node of `whole`, the same model traced with SLICES times the rows.
+
+    `part` is the trace of one slice. If the two are not alike node by node, everything that depends
+    on the inputs is lost at the first node that differs.
+    """
+    typer = _Typer(whole)
+    differs = _first_difference(part, whole)
+    lost = Lost(differs, "unknown", "is there or not by the number of rows") if differs else None
+    if lost:
+        typer.inputs = dict.fromkeys(whole.inputs, lost)
+        part = whole
+    for ours, theirs in zip(part.graph.nodes, whole.graph.nodes, strict=True):
+        if ours.op != "output":
+            typer.states[theirs] = typer.state(ours, theirs)
+    return typer.states
+
+
+def _first_difference(part: Program, whole: Program) -> fx.Node | None:
+    ours, theirs = list(part.graph.nodes), list(whole.graph.nodes)
+    for a, b in zip(ours, theirs, strict=False):
+        names = [[x.name for x in n.all_input_nodes] for n in (a, b)]
+        if (a.name, a.target, names[0]) != (b.name, b.target, names[1]):
+            return b
+    longer = max(ours, theirs, key=len)
+    return longer[min(len(ours), len(theirs))] if len(ours) != len(theirs) else None
+
+
+class _Typer:
+    def __init__(self, whole: Program) -> None:
+        self.whole = whole
+        self.inputs: Mapping[str, State] = dict.fromkeys(whole.inputs, Known(S(0)))
+        self.states: dict[fx.Node, State] = {}
+        self.values = constants.Values(whole.graph_module)
+
+    def state(self, part: fx.Node, whole: fx.Node) -> State:
+        """Return the state of a node from those of its inputs."""
+        name = str(whole.target)
+        if whole.op == "placeholder":
+            counts = dict.fromkeys(self.whole.target_counts, Known(R, 1)) | {SEED: SAME}
+            return (dict(self.inputs) | counts)[name]
+        if whole.op == "get_attr":
+            return SAME if constants.same(part, whole) else self._lost(whole, "unknown")
+        states = [self.states[n] for n in tensor_inputs(whole)]
+        lost = [s for s in states if isinstance(s, Lost)]
+        forgiving = whole.target in CROSS_ENTROPIES  # of rows whose order only routing changed
+        worst = min(lost, key=lambda s: ("cuts", "mixes", "unknown").index(s.kind), default=None)
+        dim, shift = _row_dim(part, whole), _shift(part, whole)
+        if worst and (worst.kind == "cuts" or not forgiving):
+            scaled = shift != 0 or any(s.weight for s in states if isinstance(s, Known))
+            again = scaled and whole.target in _PRODUCTS | _QUOTIENTS
+            return replace(worst, scaled=whole) if again else worst
+        if dim is None or shift is None:
+            return self._lost(whole, "unknown", "depends on the number of rows")
+        call = as_call(whole)
+        placed = [s.placement if isinstance(s, Known) else None for s in states]
+        return (
+            self._affine(whole, states, shift)
+            or self._by_rules(call, placed, states, dim, shift)
+            or self._constant(part, whole, states)
+            or worst
+            or self._lost(whole)
+        )
+
+    def _affine(self, node: fx.Node, states: list[State], shift: int) -> State | None:
+        """A sum over slices plus what is the same in each."""
+        if node.target not in _AFFINE or not any(_is(s, P) for s in states):
+            return None
+        weights = {s.weight - (not _is(s, P)) for s in states if isinstance(s, Known)}
+        if len(states) == 1 and any(constants.numbers(node)):  # it adds a number
+            weights.add(shift - 1)
+        whole = all(_is(s, P) or _is(s, R) for s in states)
+        return Known(P, weights.pop()) if whole and len(weights) == 1 else None
+
+    def _by_rules(
+        self,
+        call: Call,
+        placed: list[Placement | None],
+        states: list[State],
+        dim: int,
+        shift: int,
+    ) -> State | None:
+        wanted = _wanted(call, placed, dim)
+        if dim < 0 and len({p.segments for p in placed if p and p.is_shard}) == 1:
+            placed = [S(p.dim) if p and p.is_shard else p for p in placed]  # all are added up
+        found = [*BATCH_RULES.get(call.target, _none)(call, wanted, self.values)]
+        weight = _weight(call.target, states, shift)
+        if weight is None:
+            return None
+        for inputs, output, further in found:
+            if self._fits(call, placed, Strategy(inputs, output)) and output in {*wanted, P, R}:
+                return Known(output, weight + further)
+        for strategy in strategies(call, wanted):
+            if strategy.output in wanted and self._fits(call, placed, strategy):
+                target, *_ = localize(call, strategy, "batch")
+                if target in (call.target, partial_mean):  # no op that talks over the axis
+                    return Known(strategy.output, weight - (target is partial_mean))
+        return None
+
+    def _fits(self, call: Call, placed: list[Placement | None], strategy: Strategy) -> bool:
+        pairs = zip(tensor_inputs(call.node), placed, strategy.inputs, strict=True)
+        return all(self._is_placed(node, has, needs) for node, has, needs in pairs)
+
+    def _is_placed(self, node: fx.Node, has: Placement | None, needs: Placement) -> bool:
+        if has is None or has == needs:  # None: lost, and forgiven
+            return has == needs or needs.is_shard
+        return has == R and needs.is_shard and self.values.is_uniform(node, needs.dim)
+
+    def _constant(self, part: fx.Node, whole: fx.Node, states: list[State]) -> State | None:
+        """What no input reaches is the same in every slice, whatever its size."""
+        same = all(s == SAME for s in states)
+        return SAME if same and (states or constants.same_call(part, whole)) else None
+
+    def _lost(self, node: fx.Node, kind: str = "unknown", reason: str = "") -> Lost:
+        """Return what is known of a call whose result is not."""
+        known = {n: s for n in tensor_inputs(node) if isinstance(s := self.states[n], Known)}
+        sums = [n for n, s in known.items() if s.placement == P]
+        rows = [n for n, s in known.items() if s.placement.is_shard]
+        real_sums, real_rows = ([n for n in x if _is_real(n)] for x in (sums, rows))
+        words = {  # the first that holds tells most
+            "averages over the targets, or class weights, of one micro-batch": (
+                node.target in CROSS_ENTROPIES and as_call(node).named("reduction") == MEAN
+            ),
+            reason: bool(reason),
+            f"is not linear in {sums[-1] if sums else ''}, a sum over one micro-batch's rows": sums,
+            "takes some rows of a micro-batch, not of the batch": rows and node.target in CUTS,
+            "may mix the rows of a micro-batch": True,
+        }
+        kinds = {
+            "cuts": rows and node.target in CUTS,
+            "mixes": real_sums or (real_rows and node.target in MIXERS),
+            kind: True,
+        }
+        return Lost(node, *(next(w for w, holds in t.items() if holds) for t in (kinds, words)))
+
+
+def _none(*_: Any) -> tuple[()]:
+    return ()
+
+
+def _is_real(node: fx.Node) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
+def _is(state: State | None, placement: Placement) -> bool:
+    return isinstance(state, Known) and state.placement == placement
+
+
+def as_call(node: fx.Node) -> Call:
+    """Return a call of a program that no axis was sharded in yet."""
+    shapes = tuple(tuple(n.meta["val"].shape) for n in tensor_inputs(node))
+    shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
+    return Call(node, node.target, node.args, dict(node.kwargs), shapes, shape, SLICES)
+
+
+def _row_dim(part: fx.Node, whole: fx.Node) -> int | None:
+    """Return the one dimension that grows with the batch, -1 if none does, None otherwise."""
+    if not isinstance(whole.meta["val"], Tensor):
+        return None
+    sizes = list(zip(part.meta["val"].shape, whole.meta["val"].shape, strict=True))
+    grown = [dim for dim, (ours, theirs) in enumerate(sizes) if ours != theirs]
+    if not grown:
+        return -1
+    ours, theirs = sizes[grown[0]]
+    return grown[0] if len(grown) == 1 and theirs == SLICES * ours else None
+
+
+def _shift(part: fx.Node, whole: fx.Node) -> int | None:
+    """Return by which power of SLICES the numbers in a call grow with the batch."""
+    if whole.target in _SIZES or not whole.all_input_nodes:
+        return 0
+    ours, theirs = (constants.numbers(n) for n in (part, whole))
+    if ours == theirs:
+        return 0
+    if whole.target not in _PRODUCTS | _QUOTIENTS | _AFFINE or len(ours) != 1 or not ours[0]:
+        return None
+    ratio = theirs[0] / ours[0]
+    power = round(log2(ratio) / log2(SLICES)) if ratio > 0 else 0
+    return power if abs(ratio / SLICES**power - 1) < 1e-6 else None
+
+
+def _weight(target: Any, states: list[State], shift: int) -> int | None:
+    """Return the weight of an op's result; None if no power of SLICES comes out of it."""
+    weights = [s.weight if isinstance(s, Known) else 0 for s in states]
+    if target in _PRODUCTS:
+        return sum(weights) + shift
+    if target in _QUOTIENTS:
+        return weights[0] - sum(weights[1:]) - shift
+    if target in _LINEAR | _AFFINE and shift == 0:
+        return weights[0] if len(set(weights)) == 1 else None
+    return 0 if not any(weights) and shift == 0 else None
+
+
+def _wanted(call: Call, placed: list[Placement | None], dim: int) -> frozenset[Placement]:
+    """Return the ways a result can lie whose dimension `dim` grows with the batch."""
+    if dim < 0:
+        return frozenset({R, P})
+    size = call.shape[dim]
+    outer = {1, *(n for shape in call.shapes for n in accumulate(shape, mul))}
+    cut = {S(dim, (size // n,) * n) for n in outer if n and size % (n * SLICES) == 0}
+    return frozenset(cut | {S(dim, p.segments) for p in placed if p is not None and p.is_shard})

@@ -1,0 +1,160 @@
+"""Whether the loss of a batch is the average of the losses of its slices, term by term.
+
+A run averages the losses of its micro-batches and data-parallel ranks. For a mean cross entropy
+that is right (`ilm_compile.program.loss`), and for any average over rows; a loss that divides by
+what one micro-batch happens to count would train something else. A term beside such a loss that
+does not look at the labels, as a router's auxiliary loss, is of one micro-batch by its nature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from ilm_compile.errors import IlmCompileError, PlanError
+from ilm_compile.program.program import Program
+from ilm_compile.program.trace import LossFn, trace
+from ilm_compile.sharding.batch_axis import (
+    AVERAGE,
+    SAME,
+    SLICES,
+    Known,
+    Lost,
+    State,
+    batch_states,
+)
+from ilm_compile.sharding.plain_loss import is_plain
+from ilm_compile.sharding.strategy import aten, tensor_inputs
+
+ALONE = 5  # rows to trace for one: torch has other calls for one row, and no pairs fit into these
+LABELS = ("label", "target")  # parts of the names of inputs that a loss compares with
+_ADDED = {aten.add.Tensor, aten.sub.Tensor}
+_SCALED = {
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default),
+    *(aten.to.dtype, aten.clone.default, aten.add.Scalar, aten.sub.Scalar),
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of a loss that are not an average over the rows.
+
+    main: why the loss cannot be averaged over slices, "" if it can; beside it: of each term that is
+    of one slice by nature, where and why.
+    """
+
+    main: str = ""
+    beside: list[str] = field(default_factory=list)
+
+
+def check_loss(
+    program: Program, model: nn.Module, loss_fn: LossFn | None, *, num_slices: int
+) -> None:
+    """Refuse a loss that is not the average of that of its slices; warn of terms beside it.
+
+    program: `model` and `loss_fn` as traced, before any pass. They are traced with other numbers of
+    rows too where one trace does not tell. Raises `PlanError`, with the user's line.
+    """
+    if num_slices == 1 or is_plain(program):
+        return
+    found = loss_terms(program, model, loss_fn)
+    if found.main:
+        raise PlanError(
+            f"plan: a batch cut into {num_slices} micro-batches (num_microbatches times "
+            "data-parallel ranks) trains the average of their losses; expected a loss that is the "
+            f"same for the whole batch, got one that {found.main}. Write it as "
+            "F.cross_entropy(logits, labels) with its mean and without class weights, or as a mean "
+            "over each row followed by a mean over the rows; or train with num_microbatches=1 and "
+            "dp=1"
+        )
+    each = "loss: computed per micro-batch, not over the whole batch, is what"
+    program.warnings += [f"{each} {why}" for why in found.beside]
+
+
+def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Terms:
+    """Return the terms of the loss, from traces of `model` with two numbers of rows."""
+
+    def traced(rows: int) -> Program:
+        inputs = {n: ((rows, *i.shape[1:]), i.dtype) for n, i in program.inputs.items()}
+        return trace(model, example_inputs=inputs, loss_fn=loss_fn)
+
+    given = next(iter(program.inputs.values())).shape[0]
+    rows = given if given > 1 else ALONE
+    try:
+        part = program if rows == given else traced(rows)
+        whole = traced(SLICES * rows)
+    except IlmCompileError as error:
+        first = str(error).splitlines()[0]
+        return Terms(f"cannot be traced with {SLICES * rows} rows, which would tell ({first})")
+    states = batch_states(part, whole)
+    labels = _label_inputs(whole)
+    good, beside = False, list(_mixed_logits(whole, states))
+    for node in _terms(whole.outputs[0], states):
+        state = states[node]
+        good |= state == AVERAGE
+        if state in (AVERAGE, SAME):
+            continue
+        if _reads(node, labels):
+            return Terms(_why(whole, node, state))
+        beside.append(_why(whole, node, state))
+    return Terms(main="" if good else next(iter(beside), "depends on no input"), beside=beside)
+
+
+def _why(program: Program, node: fx.Node, state: State) -> str:
+    if isinstance(state, Lost):
+        return f"{state.reason}: {state.node.target}, {program.where(state.node)}"
+    grows = "sums over the rows of the batch" if state.placement != SAME.placement else "grows"
+    return (
+        f"{grows}, so that twice the rows give twice the loss: {node.target}, {program.where(node)}"
+    )
+
+
+def _terms(node: fx.Node, states: dict[fx.Node, State]) -> Iterator[fx.Node]:
+    """Yield the terms whose sum with constant factors the loss is, as far as that is needed."""
+    if states[node] in (AVERAGE, SAME):
+        yield node
+        return
+    state = states[node]
+    # Whether what is wrong is what this very call does.
+    here = isinstance(state, Known) or node in (state.node, state.scaled)
+    inputs = [n for n in tensor_inputs(node) if states[n] != SAME]
+    if node.target in _ADDED or (node.target in _SCALED and len(inputs) == 1 and not here):
+        for term in inputs:
+            yield from _terms(term, states)
+    else:
+        yield node
+
+
+def _label_inputs(program: Program) -> set[str]:
+    """Return the inputs that hold labels, by their names or because targets are counted in them."""
+    counted = {
+        str(node.target)
+        for graph in program.target_counts.values()
+        for node in graph.graph.find_nodes(op="placeholder")
+    }
+    named = {name for name in program.inputs if any(word in name.lower() for word in LABELS)}
+    return named | counted or set(program.inputs)
+
+
+def _reads(node: fx.Node, inputs: set[str]) -> bool:
+    """Whether a value depends on one of `inputs` other than through an embedding."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in seen or current.target is aten.embedding.default:
+            continue
+        seen.add(current)
+        if current.op == "placeholder" and str(current.target) in inputs:
+            return True
+        pending += current.all_input_nodes
+    return False
+
+
+def _mixed_logits(program: Program, states: dict[fx.Node, State]) -> Iterator[str]:
+    """Yield where the rows were mixed on the way to a cross entropy, each place once."""
+    losses = program.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default)
+    found = {s for n in losses for i in tensor_inputs(n) if isinstance(s := states[i], Lost)}
+    yield from {_why(program, s.node, s): None for s in found if s.kind == "mixes"}
