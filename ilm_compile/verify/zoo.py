@@ -17,6 +17,7 @@ from ilm_compile.program.plan import Plan
 from ilm_compile.verify.promote import to_float64
 
 SEQ, VOCAB, HIDDEN, HEADS, LAYERS = 8, 64, 32, 4, 2
+IGNORED = -100
 SIZES = {
     "num_layers": LAYERS,
     "hidden_size": HIDDEN,
@@ -24,12 +25,36 @@ SIZES = {
     "vocab_size": VOCAB,
     "max_seq_len": SEQ,
 }
-PLANS = (
+PLANS = (  # `check_pass` gives every second one two data-parallel ranks
     Plan(num_microbatches=2),
-    Plan(num_microbatches=2, tp=2),
-    Plan(num_microbatches=2, pp=2),
+    Plan(num_microbatches=1, tp=2),
+    Plan(num_microbatches=4, pp=2),
     Plan(num_microbatches=2, tp=2, pp=2, checkpoint=True),
 )
+
+
+def positions(shape: tuple[int, int]) -> Tensor:
+    """Return positions (rows, tokens) that begin elsewhere in each row."""
+    rows, length = shape
+    return (torch.arange(length) + torch.arange(rows).unsqueeze(1)) % length
+
+
+def padding_mask(shape: tuple[int, int]) -> Tensor:
+    """Return a mask (rows, tokens) that leaves out the end of every second row."""
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[1::2, -shape[1] // 4 :] = 0
+    return mask
+
+
+# Inputs beside the ids and labels, and the models that are given them.
+FURTHER: dict[str, Callable[[tuple[int, int]], Tensor]] = {
+    "position_ids": positions,
+    "attention_mask": padding_mask,
+}
+INPUTS: dict[str, tuple[str, ...]] = {
+    "internlm": ("position_ids",),
+    "hf-llama": ("position_ids", "attention_mask"),
+}
 
 
 class SkipModel(nn.Module):
