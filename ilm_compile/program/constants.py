@@ -1,8 +1,7 @@
-"""Constants that a model makes in its forward, kept in the graph as values and not as tensors.
+"""Constants that a model makes in its forward, in the form that shards best.
 
-A program is traced on the meta device, where ``torch.tensor(5.0, device=x.device)`` and the index
-list of ``x[:, [-2]]`` would become tensors without data. Here they become fills and slices. A
-constant made without a device is made on the CPU and keeps its data: it becomes a buffer.
+The index list of ``x[:, [-2]]`` would become a tensor of one index; here it becomes a slice. The
+value of a fill may be a tensor, which torch reads as a number; here it is spread over the shape.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
 
 class KeepConstants(TorchFunctionMode):
-    """While active, writes constants as ops that carry their value."""
+    """While active, rewrites what would lose its value or hide its form."""
 
     def __torch_function__(
         self,
@@ -25,11 +26,27 @@ class KeepConstants(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.tensor and kwargs.get("device") is not None and _is_numbers(args[0]):
-            return _filled(args[0], kwargs)
+        if func in (torch.full, torch.full_like) and len(args) > 1 and _is_computed(args[1]):
+            return _spread(func, *args, **kwargs)
+        if func == _READ_DATA:
+            return args[0].detach()  # the same values, as a call that the graph can hold
         if func is torch.Tensor.__getitem__:
             args = (args[0], _without_lists(args[0], args[1]))
         return func(*args, **kwargs)
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and getattr(value, "constant", None) is None
+
+
+def _spread(func: Any, like: Any, fill: Tensor, **options: Any) -> Tensor:
+    """Return `fill`, which has one element, everywhere; no gradient flows, as through item()."""
+    shape = like.shape if isinstance(like, Tensor) else torch.Size(like)
+    usual = like.dtype if isinstance(like, Tensor) else fill.dtype
+    if usual.is_floating_point and not isinstance(like, Tensor):
+        usual = torch.get_default_dtype()
+    value = fill.detach().reshape(()).to(options.get("dtype") or usual)
+    return value.expand(shape).clone()
 
 
 def _is_numbers(data: Any) -> bool:

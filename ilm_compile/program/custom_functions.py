@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from ilm_compile.errors import TraceError
 
@@ -33,6 +34,8 @@ def checked_functions() -> Iterator[None]:
     known: dict[type, str] = {}
 
     def apply(cls: Any, *args: Any) -> Any:
+        if issubclass(cls, CheckpointFunction):
+            return _checkpointed(*args)
         if not cls.__module__.startswith(("torch.", "ilm_compile.")):
             if cls not in known:
                 known[cls] = _fault(cls, args)
@@ -51,6 +54,16 @@ def checked_functions() -> Iterator[None]:
         yield
     finally:
         del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
+def _checkpointed(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+    """Run the body of a reentrant checkpoint with its gradients: what is recomputed, a plan says.
+
+    Without a gradient to any input torch gives none to the body's weights either, and says so.
+    """
+    check_backward_validity(args)
+    with torch.set_grad_enabled(any(isinstance(x, Tensor) and x.requires_grad for x in args)):
+        return function(*args)
 
 
 def _apply(cls: Any, args: tuple[Any, ...]) -> Any:

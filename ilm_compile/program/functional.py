@@ -9,6 +9,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.randomness import refuse_random
 
 aten = torch.ops.aten
 WITH_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -19,8 +20,11 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
 
     torch.export's own functionalisation drops ``torch.no_grad`` blocks; what they return is
     detached first. Raises `TraceError` for an in-place op inside a block that takes a value which
-    depends on a parameter: it could change that value without autograd's knowledge.
+    depends on a parameter: it could change that value without autograd's knowledge, and for random
+    numbers other than dropout.
     """
+    for node in _calls(exported.graph_module):
+        refuse_random(node, node.target)
     if not any(_writes(node) for node in _calls(exported.graph_module)):
         return exported
     _detach_blocks(exported)

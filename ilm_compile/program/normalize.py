@@ -11,9 +11,7 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +21,16 @@ from torch.export import ExportedProgram
 from ilm_compile.errors import TraceError
 from ilm_compile.program.dropout import SEED, attention_probabilities, seeded_dropout
 from ilm_compile.program.functional import passed_through
+from ilm_compile.program.lifted import lifted_constants, refuse_writes, user_outputs
 from ilm_compile.program.lowerings import LOWERINGS
-from ilm_compile.program.program import Source, Variable
+from ilm_compile.program.program import Variable
+from ilm_compile.program.randomness import refuse_random
 from ilm_compile.program.repeats import REPEATS
 from ilm_compile.program.selections import SELECTIONS
-from ilm_compile.program.values import is_tuple, tensors_of
+from ilm_compile.program.users_line import source_of
+from ilm_compile.program.values import is_tuple, tensors_of, without_data
 
 aten = torch.ops.aten
-
-_FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+)')
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<eval_with_key>")
 
 
 def normalize(
@@ -43,35 +41,25 @@ def normalize(
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Return the normalised graph over meta tensors, and the names of its outputs.
 
-    Adds lifted constants to `variables` under the name ``constant_N``. Raises `TraceError` if the
-    model writes to a buffer.
+    Adds lifted constants to `variables` under the name ``constant_N``; a number becomes a fill.
+    Raises `TraceError` if the model writes to a buffer, a parameter or an input.
     """
+    refuse_writes(exported, variables)
+    _drop_devices(exported.graph_module)
     signature = exported.graph_signature
-    if signature.buffers_to_mutate:
-        written = sorted(n.removeprefix("model.") for n in signature.buffers_to_mutate.values())
-        raise TraceError(
-            f"trace: the forward pass writes to the buffers {written}; a pipelined step has no "
-            "single place for such state. Compute the value in the forward, or update it outside"
-        )
     owners = {alias: v.name for v in variables.values() for alias in (v.name, *v.aliases)}
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     attributes = {name: owners[fqn.removeprefix("model.")] for name, fqn in lifted.items()}
     root = nn.Module()
-    for name, fqn in signature.inputs_to_lifted_tensor_constants.items():
-        constant = exported.constants[fqn]
-        if not constant.numel():
-            constant = torch.empty_like(constant, device="cpu")  # nothing was lost
-        if constant.is_meta:
-            raise TraceError(
-                f"trace: the model makes a constant of shape {tuple(constant.shape)} in its "
-                "forward, on its inputs' device; tracing without data loses its value. Make it a "
-                "buffer"
-            )
+    constants = lifted_constants(exported)
+    for name, constant in constants.items():
+        if not constant.dim():
+            continue  # a number
         attributes[name] = f"constant_{len(variables)}"
         variables[attributes[name]] = Variable(
             attributes[name], tuple(constant.shape), constant.dtype, False, False, persistent=False
         )
-        root.register_buffer(attributes[name], constant.detach(), persistent=False)
+        root.register_buffer(attributes[name], constant, persistent=False)
 
     _drop_assertions(exported.graph)
     run = _Normalizer(root, variables)
@@ -83,11 +71,30 @@ def normalize(
     for node in placeholders:
         if node.name in attributes:
             run.values[node] = run.attribute(attributes[node.name])
+        elif node.name in constants:
+            number = constants[node.name]
+            fill: Any = ([], number.item())
+            run.values[node] = run.emit(node, aten.full.default, fill, {"dtype": number.dtype})
     outputs = run.inline(exported.graph, exported.graph_module)
-    run.graph.output(tuple(outputs))
+    run.graph.output(tuple(outputs[index] for index in user_outputs(exported)))
     graph_module = fx.GraphModule(root, run.graph)
     graph_module.graph.eliminate_dead_code()
     return graph_module, tuple(output_names)
+
+
+def _drop_devices(root: nn.Module) -> None:
+    """Turn every value into one on the meta device: a program says nothing of devices."""
+    for module in root.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            values = tensors_of(node.meta.get("val"))
+            if values and not any(map(_is_ragged, values)):
+                val = node.meta["val"]
+                several = type(val) if isinstance(val, (list, tuple)) else None
+                node.meta["val"] = several(map(_of_all, val)) if several else _of_all(val)
+
+
+def _of_all(value: Any) -> Any:
+    return without_data(value) if isinstance(value, torch.Tensor) else value
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -159,7 +166,7 @@ class _Normalizer:
         items = []
         for index, val in enumerate(call.meta["val"]):
             item = self.graph.create_node("call_function", operator.getitem, (call, index))
-            item.meta.update(val=val, source=_source(origin))
+            item.meta.update(val=val, source=source_of(origin))
             items.append(item)
         return items
 
@@ -173,7 +180,7 @@ class _Normalizer:
         origin = calls[-1] if calls else node  # the wrapper itself has no source
         if gradients and node.args[2]:
             raise TraceError(
-                f"trace: the model turns autocast on ({_source(origin)}); remove it and ask for "
+                f"trace: the model turns autocast on ({source_of(origin)}); remove it and ask for "
                 "dtype=torch.bfloat16, which puts the casts into the graph where they can be seen"
             )
         inputs = body.graph.find_nodes(op="placeholder")
@@ -201,7 +208,7 @@ class _Normalizer:
         salt = len(self.graph.find_nodes(op="call_function", target=seeded_dropout))
         call = (x, seed, probability, salt, "I", "tp")
         node = self.graph.create_node("call_function", seeded_dropout, call, name="dropout")
-        node.meta.update(val=x.meta["val"], source=_source(origin))
+        node.meta.update(val=x.meta["val"], source=source_of(origin))
         return node
 
     def emit(
@@ -210,35 +217,30 @@ class _Normalizer:
         """Append a call that stands for (part of) `origin` and return it."""
         if not isinstance(target, torch._ops.OpOverload):
             raise TraceError(
-                f"trace: the graph calls {target} ({_source(origin)}), which is no ATen and no "
+                f"trace: the graph calls {target} ({source_of(origin)}), which is no ATen and no "
                 "registered op; higher-order control flow (torch.cond, flex_attention) is not "
                 "supported"
             )
-        if torch.Tag.nondeterministic_seeded in target.tags and target not in _SEEDED:
-            raise TraceError(
-                f"trace: the model draws random numbers with {target} ({_source(origin)}); only "
-                "dropout is drawn so that every rank and plan draws the same. Turn it off in the "
-                "model's configuration, or train with it turned off"
-            )
+        refuse_random(origin, target)
         val = origin.meta["val"] if val is None else val
         if isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool) or _is_ragged(val):
             raise TraceError(
-                f"trace: the model reads a number out of a tensor ({_source(origin)}) and goes on "
-                "with it: what it computes depends on values, and a static graph cannot. Replace "
-                "tensor.item(), tensor.tolist() and loops over them by torch.where or arithmetic"
+                f"trace: the model reads a number out of a tensor ({source_of(origin)}) and goes "
+                "on with it: what it computes depends on values, and a static graph cannot. "
+                "Replace tensor.item(), tensor.tolist() and loops over them by torch.where or arithmetic"
             )
         several = isinstance(val, (list, tuple)) and target.namespace != "aten"
         if several and len(tensors_of(val)) == len(val) > 0:
             val = tuple(val)
         elif not isinstance(val, torch.Tensor):
             raise TraceError(
-                f"trace: the graph calls {target} ({_source(origin)}), expected an op that returns "
-                "one tensor; use ops that do, for example var and mean in place of var_mean"
+                f"trace: the graph calls {target} ({source_of(origin)}), expected an op that "
+                "returns one tensor; use ops that do, for example var and mean in place of var_mean"
             )
         name = target._schema.name.split("::")[1].strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs or {}, name)
         node.meta["val"] = val
-        node.meta["source"] = _source(origin)
+        node.meta["source"] = source_of(origin)
         return node
 
 
@@ -248,28 +250,13 @@ _ASSERTIONS = {
     *(aten._assert_tensor_metadata.default,),
 }
 _FAMILIES = LOWERINGS | SELECTIONS | REPEATS
-# Tagged as random, but without dropout they are not; theirs is drawn by `seeded_dropout`.
-_SEEDED = {aten.scaled_dot_product_attention.default}
 # Higher-order ops around a sub-graph: (whether gradients flow through, index of the sub-graph).
 _WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (True, 4)}
-
-
-def _source(node: fx.Node) -> Source:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    frames = map(_FRAME.match, (node.meta.get("stack_trace") or "").splitlines())
-    lines = [f"{f['file']}:{f['line']}" for f in frames if f and is_users_file(f["file"])]
-    return Source(path.removeprefix("model").removeprefix("."), lines[-1] if lines else "")
 
 
 def _is_ragged(val: Any) -> bool:
     """Whether a tensor's shape depends on values."""
     return isinstance(val, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in val.shape)
-
-
-def is_users_file(filename: str) -> bool:
-    """Whether a stack frame in `filename` is the user's: not torch's, not of the capture."""
-    return not filename.startswith(_NOT_THE_USERS)
 
 
 def _dropout(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -121,6 +121,7 @@ class Program:
     pass_log: list[str] = field(default_factory=list)
     parameter_maps: list[ParameterMap] = field(default_factory=list)  # of passes, in order
     initializer: Callable[..., Tensor] | None = None  # of parameters on the meta device
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the model, that are no tensors
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice
     recomputed_flops: int = 0  # of one micro-batch, what activation checkpointing computes twice

@@ -1,34 +1,46 @@
 """Capture: an ordinary model, traced with its loss into one `Program`.
 
-torch.export (non-strict, on fake tensors) gives an ATen graph in which parameters are placeholders;
-`ilm_compile.program.normalize` rewrites that graph into the project's one dialect. Nothing is
-computed and no weight is copied, so a model on the meta device is as good as a real one.
+torch.export (non-strict, on fake tensors of the model's own device) gives an ATen graph in which
+parameters are placeholders; `ilm_compile.program.normalize` rewrites it into the project's one
+dialect. Nothing is computed and nothing copied, so a model on the meta device is as good as a real
+one, and the user's model is afterwards what it was (`ilm_compile.program.borrow`).
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.borrow import Originals, borrowed
+from ilm_compile.program.calling import ExampleInputs as ExampleInputs
+from ilm_compile.program.calling import LossFn as LossFn
+from ilm_compile.program.calling import call_model as call_model
+from ilm_compile.program.calling import packing_warning, read_inputs
 from ilm_compile.program.causal import fold_causal_masks
 from ilm_compile.program.constants import KeepConstants
 from ilm_compile.program.custom_functions import checked_functions
 from ilm_compile.program.functional import functionalize
+from ilm_compile.program.gradient_hooks import (
+    NoGradientHooks,
+    no_saved_tensor_hooks,
+    refuse_gradient_hooks,
+)
+from ilm_compile.program.known import KnownValues
+from ilm_compile.program.lifted import lifted_constants
 from ilm_compile.program.loss import normalize_loss
-from ilm_compile.program.normalize import is_users_file, normalize
+from ilm_compile.program.normalize import normalize
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Input, Program, Variable
+from ilm_compile.program.program import Program, Variable
+from ilm_compile.program.recurrent import UnrolledRecurrence
 from ilm_compile.program.regions import find_regions
-
-ExampleInputs = Mapping[str, Tensor | tuple[tuple[int, ...], torch.dtype]]
-LossFn = Callable[[Any, Tensor], Tensor]
+from ilm_compile.program.users_line import is_users_file
 
 
 def trace(
@@ -41,28 +53,36 @@ def trace(
     """Return the program of one micro-batch of `model`, forward pass and loss.
 
     `example_inputs` gives each forward argument of ONE micro-batch as a tensor or as (shape,
-    dtype); None asks ``model.example_inputs()``. With a `loss_fn`, the program computes
+    dtype), and arguments that are no tensors (``"use_cache": True``) as they are; None asks
+    ``model.example_inputs()``. With a `loss_fn`, the program computes
     ``loss_fn(model(**inputs without labels), labels)``; without one the model must return its loss
     when it is given ``labels``: as a scalar, as ``.loss`` or as the first output. Raises
     `TraceError` when the model cannot be captured as one static graph.
     """
-    inputs = _read_inputs(model, example_inputs)
+    inputs, arguments = read_inputs(model, example_inputs)
     if loss_fn is not None and "labels" not in inputs:
         raise TraceError(
             f"trace: expected labels among the example_inputs, got {list(inputs)}; "
             "loss_fn(outputs, labels) takes them"
         )
+    refuse_gradient_hooks(model)
     recorded: list[list[str]] = []
-    wrapper = _WithLoss(_on_meta(model).train(), loss_fn, recorded.append)
-    fakes = {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in inputs.items()}
     variables = _read_variables(model)
-    try:
-        with KeepConstants(), checked_functions():
-            exported = functionalize(torch.export.export(wrapper, (fakes,), strict=False))
-    except TraceError:
-        raise
-    except Exception as error:
-        raise TraceError(_explain(model, error)) from error
+    was_training = model.training
+    with borrowed(model) as loan:
+        known = KnownValues(loan)
+        modes = (Originals(loan), KeepConstants(), NoGradientHooks(), UnrolledRecurrence(), known)
+        wrapper = _WithLoss(model, loss_fn, arguments, modes, recorded.append)
+        fakes = {name: loan.input(i.shape, i.dtype) for name, i in inputs.items()}
+        try:
+            with checked_functions(), no_saved_tensor_hooks():
+                exported = torch.export.export(wrapper, (fakes,), strict=False)
+            lifted_constants(exported)
+            exported = functionalize(exported)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(_explain(model, error)) from error
     graph_module, output_names = normalize(exported, variables, list(inputs), recorded[-1])
     program = Program(
         graph_module=graph_module,
@@ -73,7 +93,16 @@ def trace(
         target_counts={},
         output_names=output_names,
         initializer=getattr(model, "initial_parameter", None),
+        arguments=arguments,
     )
+    program.warnings += [*known.decided, *loan.changed]
+    if packing := packing_warning(model, inputs, arguments):
+        program.warnings.append(packing)
+    if not was_training:
+        program.decisions.append(
+            "trace: the model was in evaluation mode and is traced in training mode, dropout on; a "
+            "part alone that is in evaluation mode stays so"
+        )
     normalize_loss(program)
     fold_causal_masks(program)
     find_regions(program)
@@ -86,75 +115,27 @@ class _WithLoss(nn.Module):
     """Calls the model and puts the loss first among its outputs, dropping what is not a tensor."""
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn | None, record: Callable[[list[str]], None]
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        arguments: Mapping[str, Any],
+        modes: Sequence[TorchFunctionMode],
+        record: Callable[[list[str]], None],
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss_fn = loss_fn
+        # In a tuple: were it a module, its tensors would be taken for the model's.
+        self.rest = (loss_fn, arguments)
+        self.modes = modes  # that see each call of the user's, the last one first
         self.record = record  # told the names of the outputs; export undoes changes of attributes
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        named = call_model(self.model, inputs, self.loss_fn)
+        with ExitStack() as stack:
+            for mode in self.modes:
+                stack.enter_context(mode)
+            named = call_model(self.model, inputs, *self.rest)
         self.record(list(named))
         return tuple(named.values())
-
-
-def call_model(
-    model: nn.Module, inputs: Mapping[str, Tensor], loss_fn: LossFn | None = None
-) -> dict[str, Tensor]:
-    """Return the tensors that `model` gives for `inputs` by name, the loss first.
-
-    Raises `TraceError` if there is no scalar loss among them.
-    """
-    arguments: dict[str, Any] = dict(inputs)
-    labels = arguments.pop("labels") if loss_fn else None
-    # A key-value cache is state for generation: it would be a second output of every layer.
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        arguments["use_cache"] = False
-    result = model(**arguments)
-    if loss_fn is not None:
-        result = {"loss": loss_fn(result, cast(Tensor, labels))}
-    return _named_outputs(result)
-
-
-def _named_outputs(result: Any) -> dict[str, Tensor]:
-    if isinstance(result, Tensor):
-        named: dict[str, Any] = {"loss": result}
-    elif isinstance(result, Mapping):
-        named = dict(result)
-    else:
-        named = {"loss" if i == 0 else f"output_{i}": value for i, value in enumerate(result)}
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    loss = tensors.pop("loss", None)
-    if loss is None or loss.dim() != 0:
-        shapes = {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)}
-        raise TraceError(
-            "trace: expected the model to return a scalar loss when given labels, or loss_fn to "
-            f"return one, got outputs {shapes}; "
-            "pass loss_fn=lambda outputs, labels: ..., or labels among the example_inputs"
-        )
-    return {"loss": loss, **tensors}
-
-
-def _read_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Input]:
-    if example_inputs is None:
-        if not hasattr(model, "example_inputs"):
-            raise TraceError(
-                f"trace: {type(model).__name__} has no example_inputs(); pass example_inputs="
-                "{'input_ids': ((micro_batch, seq), torch.int64), 'labels': (...)}"
-            )
-        example_inputs = cast(ExampleInputs, model.example_inputs())  # type: ignore[operator]
-    inputs = {
-        name: Input(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else Input(tuple(v[0]), v[1])
-        for name, v in example_inputs.items()
-    }
-    batch = {name: i.shape[0] if i.shape else None for name, i in inputs.items()}
-    if len(set(batch.values())) != 1 or None in batch.values():
-        raise TraceError(
-            "trace: dimension 0 of every example input must be the micro-batch size, got "
-            f"{ {name: i.shape for name, i in inputs.items()} }"
-        )
-    return inputs
 
 
 def _read_variables(model: nn.Module) -> dict[str, Variable]:
@@ -182,22 +163,10 @@ def _read_variables(model: nn.Module) -> dict[str, Variable]:
     return variables
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
-    """Return a structural copy of `module` whose tensors are all on the meta device."""
-    memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(meta, requires_grad=tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else meta
-        )
-    return copy.deepcopy(module, memo)
-
-
 _IN_PLAIN_WORDS = {
-    "fake tensor in the exported program constant's list": (
-        "its forward reads or changes the .data of a parameter, or holds a tensor made elsewhere"
+    "higher order operator": (
+        "it calls higher-order control flow (torch.cond, while_loop), which is no ATen and no "
+        "registered op"
     ),
 }
 

@@ -41,7 +41,14 @@ def asserted_value(model, x):
     return x * 2
 
 
+def loop_over_sizes(model, x):
+    for row in torch.arange(2, device=x.device).tolist():
+        x = x[row:]
+    return x
+
+
 CAPTURED = {
+    "a loop over values that sizes decide": loop_over_sizes,
     "no_grad beside in-place ops": no_grad_beside_in_place,
     "a cast to the same dtype under no_grad": cast_under_no_grad,
     "an empty vector among values": empty_beside_values,
@@ -59,7 +66,7 @@ def test_captured(function):
 
 
 def loop_over_values(model, x):
-    for row in torch.arange(2, device=x.device).tolist():
+    for row in x.argmax(-1).tolist():
         x = x[row:]
     return x
 
@@ -77,7 +84,7 @@ REFUSED = {
     ),
     "a loop over values": (loop_over_values, "reads a number out of a tensor|data-dependent"),
     "a shape that depends on values": (lambda m, x: x[x > 0], "reads a number out of a tensor"),
-    "a weight that is changed": (changed_weight, "changes the .data of a parameter"),
+    "a weight that is changed": (changed_weight, "changes the .data of a value .*clamp_"),
     "as many classes as values": (lambda m, x: F.one_hot(x.argmax(-1)), "data-dependent|out of a"),
 }
 

@@ -28,6 +28,12 @@ KEPT: dict[str, Function] = {
     "mixed numbers": lambda m, x: x * tensor(x, [1, 2.5] * 3),
     "a dtype": lambda m, x: x * tensor(x, [0.1] * 6, dtype=torch.float64),
     "no device": lambda m, x: x * torch.tensor(2.5),
+    "a list like another tensor": lambda m, x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+    "a made table without a device": lambda m, x: x * torch.linspace(0, 1, FEATURES),
+    "full of a constant": lambda m, x: x + torch.full((4, FEATURES), tensor(x, -3.5)),
+    "full of a computed value": lambda m, x: x + torch.full((4, FEATURES), x.detach().sum()),
+    "full like, of a computed value": lambda m, x: x * torch.full_like(x, x.detach().mean()),
+    "the data of a weight": lambda m, x: x * m.scale.data,
     "index list": lambda m, x: x[[0, 2, 2]],
     "index list of one": lambda m, x: x[[1]],
     "index list of one, from the end": lambda m, x: x[:, [-1]],
@@ -59,38 +65,62 @@ def test_index_of_one_is_a_slice_and_of_several_an_index(index: list[int]) -> No
 
 
 class PlainAttribute(Apply):
-    """Holds a tensor that is neither a parameter nor a buffer."""
+    """Holds tensors that are neither parameters nor buffers, in the ways that people hold them."""
 
     def __init__(self) -> None:
-        super().__init__(lambda m, x: x * m.factor)
-        self.factor = torch.tensor(3.0, dtype=torch.float64)
+        super().__init__(lambda m, x: (x * m.factor + m.more[0] + m.named["shift"]) * m.number)
+        self.factor = torch.linspace(1, 2, FEATURES, dtype=torch.float64)
+        self.more = [torch.ones(FEATURES, dtype=torch.float64)]
+        self.named = {"shift": torch.full((FEATURES,), 0.25, dtype=torch.float64)}
+        self.number = torch.tensor(3.0, dtype=torch.float64)
 
 
-def test_lifted_constant_is_a_named_buffer_with_its_value() -> None:
+def test_tensor_held_by_the_model_is_a_buffer_with_its_value() -> None:
     model = PlainAttribute()
     program = trace_and_compare(model, model.example_inputs())
-    variable = program.variables["constant_3"]
-    assert (variable.shape, variable.is_parameter, variable.persistent) == ((), False, False)
-    assert program.graph_module.get_buffer("constant_3").item() == 3.0
+    constants = {n: v for n, v in program.variables.items() if n.startswith("constant_")}
+    assert [(v.shape, v.is_parameter, v.persistent) for v in constants.values()] == [
+        ((FEATURES,), False, False)
+    ] * 3
+    held = [*model.more, model.factor, model.named["shift"]]
+    found = [program.graph_module.get_buffer(name) for name in constants]
+    assert sorted(t.sum().item() for t in found) == sorted(t.sum().item() for t in held)
     check_structure(program)
 
 
-def test_model_keeps_its_constant() -> None:
+def test_number_held_by_the_model_is_a_fill() -> None:
+    program = trace(PlainAttribute())
+    fills = program.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+    assert [node.args for node in fills] == [([], 3.0)]
+
+
+def test_model_keeps_its_constants() -> None:
     model = PlainAttribute()
+    held = [model.factor, model.more[0], model.named["shift"], model.number]
     program = trace(model)
     run_program(program, model, model.example_inputs())
-    assert model.factor.item() == 3.0
+    assert [model.factor, model.more[0], model.named["shift"], model.number] == held
+    assert model.number.item() == 3.0
 
 
-def test_constant_whose_value_is_lost_is_refused() -> None:
-    with pytest.raises(TraceError, match=r"a constant of shape \(6,\) .* loses its value. Make it"):
-        trace(Apply(lambda m, x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])))
+def test_tensor_without_a_value_is_refused() -> None:
+    model = PlainAttribute()
+    model.factor = model.factor.to("meta")
+    with pytest.raises(TraceError, match=r"shape \(6,\) that is on the meta device and no buffer"):
+        trace(model)
+
+
+def test_tensor_with_a_gradient_that_is_no_parameter_is_refused() -> None:
+    model = PlainAttribute()
+    model.more[0].requires_grad_()
+    with pytest.raises(TraceError, match=r"has a gradient but is no parameter .*\(at .*py:\d+"):
+        trace(model)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
-def test_list_of_lists_alone_is_refused() -> None:
-    with pytest.raises(TraceError, match="loses its value"):
-        trace(Apply(lambda m, x: x[[[0, 1], [2, 3]]]))
+def test_list_of_lists_alone_is_an_index_of_each_dim() -> None:
+    model = Apply(lambda m, x: x[[[0, 1], [2, 3]]])
+    trace_and_compare(model, model.example_inputs())
 
 
 def test_tensor_is_itself_again_after_tracing() -> None:

@@ -1,0 +1,54 @@
+"""The user's line of code that is being run, for a refusal in the middle of a capture."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ilm_compile.program.program import Source
+
+_FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+)')
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<eval_with_key>")
+
+
+def is_users_file(filename: str) -> bool:
+    """Whether a stack frame in `filename` is the user's: not torch's, not of the capture."""
+    return not filename.startswith(_NOT_THE_USERS)
+
+
+def users_line() -> str:
+    """Return " (at file:line: code)" of the innermost frame that is the user's, or nothing."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if is_users_file(name):
+            code = linecache.getline(name, frame.f_lineno).strip()
+            return f" (at {name}:{frame.f_lineno}: {code})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def defined_at(function: Any) -> str:
+    """Return the words that name a function and say where it is written."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    method = vars(type(function)).get("__call__")  # of an object that is called
+    code = getattr(function, "__code__", None) or getattr(method, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else str(name)
+
+
+def source_of(node: fx.Node) -> Source:
+    """Return where a node of an exported graph comes from."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    frames = map(_FRAME.match, (node.meta.get("stack_trace") or "").splitlines())
+    lines = [f"{f['file']}:{f['line']}" for f in frames if f and is_users_file(f["file"])]
+    return Source(path.removeprefix("model").removeprefix("."), lines[-1] if lines else "")
