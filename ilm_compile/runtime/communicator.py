@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ilm_compile.program.communicator import Communicator
 from ilm_compile.program.traffic import Traffic, sent_bytes
 
 # torch 2.13 renamed these two and warns about the old names, the only ones that 2.11 knows.
@@ -24,6 +25,13 @@ reduce_scatter_single: Callable[..., Any] = (
 )
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class MeasuredCommunicator(Communicator, Protocol):
+    """One that counts and times: see `ProcessGroupCommunicator`."""
+
+    stats: dict[str, Traffic]
+    waits: list[tuple[float, float]] | None
 
 
 @dataclass(slots=True)
@@ -100,9 +108,7 @@ class SingleCommunicator:
         return x.clone()
 
 
-def communicator_over(
-    group: dist.ProcessGroup | None,
-) -> ProcessGroupCommunicator | SingleCommunicator:
+def communicator_over(group: dist.ProcessGroup | None) -> MeasuredCommunicator:
     """The communicator of a mesh axis with this group, None or of one rank for no others."""
     if group is None or group.size() == 1:
         return SingleCommunicator()

@@ -3,22 +3,25 @@
 Each region of a stage is sharded on its own, so that its communication overlaps the compute of its
 neighbours. What regions share, and the rest of the stage, is sharded with the stage. Gradients are
 summed over dp, not averaged, because the loss is normalised by the global batch; they are reduced
-once a step, in the last backward of each stage.
+once a step, in the last backward of each stage. What FSDP2 cannot shard, every rank holds whole.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ilm_compile.errors import PlanError
 from ilm_compile.program.lowered import Stage
+from ilm_compile.program.program import Variable
 from ilm_compile.runtime.materialize import resolve
 
 
@@ -47,26 +50,54 @@ def units(stage: Stage) -> Iterator[Unit]:
     yield Unit(stage.module, tuple(left))
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, zero: int) -> None:
-    """Shard the parameters of `module` that no module inside has sharded yet.
+def replicated(variables: Mapping[str, Variable]) -> frozenset[str]:
+    """The parameters that FSDP2 does not take: scalars, and those of another dtype than most are.
+
+    FSDP2 wants one dtype for what is trained in a module. The choice is of the whole program, so
+    that all copies of a tied parameter are held alike.
+    """
+    parameters = [variable for variable in variables.values() if variable.is_parameter]
+    elements: Counter[torch.dtype] = Counter()
+    for variable in parameters:
+        if variable.requires_grad:
+            elements[variable.dtype] += prod(variable.shape)
+    dtypes = [dtype for dtype, _ in elements.most_common(1)]
+    return frozenset(
+        variable.name
+        for variable in parameters
+        if not variable.shape or (variable.requires_grad and variable.dtype not in dtypes)
+    )
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, *, zero: int, whole: Iterable[Tensor] = ()) -> None:
+    """Shard the parameters of `module` that no module inside has sharded yet, but not `whole`.
 
     zero: 3 gives full parameters back after each forward, 1 keeps them until the step ends.
     """
-    inside = {id(p) for child in module.modules() for p in _sharded_inside(module, child)}
-    dtypes = {p.dtype for p in module.parameters() if p.requires_grad and id(p) not in inside}
-    if len(dtypes) > 1:
-        raise PlanError(
-            "data parallel: FSDP2 expects one dtype for the trainable parameters of a region, got "
-            f"{sorted(map(str, dtypes))}; give the model one dtype (dtype=torch.bfloat16 keeps "
-            "float32 parameters and casts in the graph) or use dp=1"
-        )
     # The graphs write to no tensor in place, which is what FSDP warns of when it meets a view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3)
+    ignored = {parameter for parameter in whole if isinstance(parameter, nn.Parameter)}
+    fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, ignored_params=ignored)
 
 
-class GradientSync:
-    """Switches the gradient reduction of a sharded stage off and on within a step."""
+class GradientSync(Protocol):
+    """Switches the gradient reduction of a stage off and on within a step."""
+
+    def defer(self) -> None:
+        """Until `resume`, backwards add to unsharded gradients of this rank alone."""
+        ...
+
+    def resume(self) -> None:
+        """The next backward is the stage's last of this step: it reduces and shards."""
+        ...
+
+    def release(self) -> None:
+        """Give back the full parameters that no backward has given back: the step is over."""
+        ...
+
+
+class ShardedSync:
+    """The `GradientSync` of a stage that `shard` has sharded."""
 
     def __init__(self, stage: nn.Module, *, zero: int) -> None:
         assert isinstance(stage, FSDPModule)
@@ -80,27 +111,19 @@ class GradientSync:
             module.set_force_sum_reduction_for_comms(True)
 
     def defer(self) -> None:
-        """Until `resume`, backwards add to unsharded gradients of this rank alone."""
         self._root.set_requires_gradient_sync(False)
         self._root.set_is_last_backward(False)
         self._root.set_reshard_after_backward(not self._keep_parameters)
 
     def resume(self) -> None:
-        """The next backward is the stage's last of this step: it reduces and shards."""
         self._root.set_requires_gradient_sync(True)
         self._root.set_is_last_backward(True)
         self._root.set_reshard_after_backward(True)
 
     def release(self) -> None:
-        """Give the full parameters back, after a forward pass that no backward follows."""
         for module in self._modules:
             module.reshard()
 
 
 def _tensor_ids(module: nn.Module) -> set[int]:
     return {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
-
-
-def _sharded_inside(module: nn.Module, child: nn.Module) -> list[nn.Parameter]:
-    is_sharded = child is not module and isinstance(child, FSDPModule)
-    return list(child.parameters()) if is_sharded else []

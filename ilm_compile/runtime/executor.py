@@ -130,8 +130,8 @@ class Executor:
                 if action == last_backward.get(action.stage) and action.stage in self._syncs:
                     steps.append((f"sync {action.stage}", self._syncs[action.stage].resume))
                 steps += self._compute(action, schedule, training=training)
-        if not training:
-            steps += [(f"release {stage}", sync.release) for stage, sync in self._syncs.items()]
+        # In training it is what no gradient flows through that is still whole.
+        steps += [(f"release {stage}", sync.release) for stage, sync in self._syncs.items()]
         return steps
 
     def _compute(self, action: Action, schedule: Schedule, *, training: bool) -> list[Step]:

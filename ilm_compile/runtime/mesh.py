@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.communicator import Communicator, set_communicators
 from ilm_compile.program.plan import Plan
+from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = "300"
@@ -64,6 +66,28 @@ class Mesh:
     def is_distributed(self) -> bool:
         """Whether there is a process group, even if only of one process."""
         return self.group is not None
+
+    @property
+    def everyone(self) -> Communicator:
+        """All ranks of the job."""
+        return communicator_over(self.group)
+
+    def tensor_parallel(self) -> MeasuredCommunicator:
+        """The ranks of the tp axis."""
+        return communicator_over(self.tp.group)
+
+    def data_parallel(self) -> Communicator:
+        """The ranks of the dp axis."""
+        return communicator_over(self.dp.group)
+
+    def pipeline(self, pp_ranks: tuple[int, ...]) -> Communicator | None:
+        """The given pipeline ranks at this rank's (dp, tp): see `pipeline_group`."""
+        group = self.pipeline_group(pp_ranks)
+        return None if group is None else communicator_over(group)
+
+    def bind(self, tp: Communicator) -> None:
+        """Let the graphs of this rank reach the tp axis through `tp`."""
+        set_communicators({"tp": tp})
 
     def rank_at(self, pp: int, dp: int, tp: int) -> int:
         """The global rank at these coordinates."""

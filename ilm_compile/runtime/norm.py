@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ilm_compile.runtime.mesh import Mesh
@@ -24,8 +23,7 @@ def global_norm(counted: Sequence[Tensor], mesh: Mesh, *, checked: Sequence[Tens
     squares = _squares(counted, mesh)
     is_bad = ~(squares + _squares(checked, mesh)).isfinite()
     totals = torch.stack([squares, is_bad.double()])
-    if mesh.is_distributed:
-        dist.all_reduce(totals, group=mesh.group)
+    totals = mesh.everyone.all_reduce(totals)
     norm = totals[0].sqrt()
     return torch.where((totals[1] > 0) & norm.isfinite(), torch.nan, norm)
 

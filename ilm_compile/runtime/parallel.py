@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.program.communicator import set_communicators
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.parameter_map import (
     ParameterMap,
@@ -28,11 +27,7 @@ from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
 from ilm_compile.runtime.batch import Batch
-from ilm_compile.runtime.communicator import (
-    ProcessGroupCommunicator,
-    SingleCommunicator,
-    communicator_over,
-)
+from ilm_compile.runtime.communicator import MeasuredCommunicator
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
@@ -52,7 +47,8 @@ class Parallel:
     """One rank of a parallel run.
 
     model: where the initial values come from; its real tensors are copied, meta ones initialised
-    from ``lowered.plan.seed``. It must be the same on every rank. initializer: gives the value of a
+    from ``lowered.plan.seed``. It must be the same on every rank; or full tensors by name.
+    initializer: gives the value of a
     parameter that is on meta (`InitialValues`); None for models without one. model_flops: forward
     and backward operations of one micro-batch of the whole model, if known. hardware_flops: those
     with what activation checkpointing computes twice. The attributes are of the global batch.
@@ -63,7 +59,7 @@ class Parallel:
         lowered: LoweredProgram,
         schedule: Schedule,
         mesh: Mesh,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Tensor],
         *,
         initializer: Callable[..., Tensor] | None = None,
         model_flops: float | None = None,
@@ -78,28 +74,28 @@ class Parallel:
         self.schedule = schedule
         self.plan = lowered.plan
         self.inputs = lowered.inputs  # of one micro-batch, by name
-        self._tp = communicator_over(mesh.tp.group)
-        set_communicators({"tp": self._tp})
+        self._tp = mesh.tensor_parallel()
+        mesh.bind(self._tp)
         self._variables = lowered.variables
         self._maps = lowered.parameter_maps
         self._parameters = Parameters(lowered, schedule, mesh, values)
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
         last = lowered.stages[-1]
-        self._output_names = last.outputs[1:]
+        self.output_names = last.outputs[1:]  # without the loss
         self._output_placements = lowered.output_placements[1:]
         self._output_widths = lowered.output_widths
         self._has_outputs = schedule.stage_to_rank[last.index] == mesh.pp.rank
         self.stages = [
             stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
         ]
-        self._inputs = StepInputs.of(
+        self.step_inputs = StepInputs.of(
             lowered,
             self.stages,
             num_microbatches=schedule.num_microbatches,
             dp=mesh.dp,
             device=mesh.device,
         )
-        slices = self._inputs.layout.num_slices
+        slices = self.step_inputs.layout.num_slices
         self.model_flops = None if model_flops is None else model_flops * slices
         self.hardware_flops = None if hardware_flops is None else hardware_flops * slices
         self.executor = Executor(lowered.stages, schedule, mesh, self._parameters.syncs)
@@ -123,28 +119,63 @@ class Parallel:
         not the loss returned. Raises `BatchError` for another batch than the program was compiled
         for.
         """
-        self._inputs.layout.check(batch)
-        set_communicators({"tp": self._tp})
-        self._parameters.follow()
-        result = self.executor.run(
-            self._inputs.of_step(batch, self.num_steps),
-            loss_gradient=self._inputs.loss_gradient(loss_scale),
+        self.step_inputs.layout.check(batch)
+        result = self.run(
+            batch,
             forward_only=forward_only,
             keep_outputs=return_output_label,
+            loss_scale=loss_scale,
+        )
+        ACTIVITY.do("loss")
+        loss = self.global_loss(result) if return_loss else None
+        if not return_output_label:
+            return loss
+        if not self._has_outputs:
+            return None, None, loss
+        labels = self.step_inputs.layout.own(batch, LABELS) if LABELS in batch else None
+        names = self.output_names
+        name = LOGITS if LOGITS in names else names[0] if names else None
+        return None if name is None else self.output(result, name), labels, loss
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        forward_only: bool = False,
+        keep_outputs: bool = False,
+        loss_scale: float = 1.0,
+    ) -> StepResult:
+        """`execute_schedule` of a batch known to be right; returns what this rank alone has."""
+        self.mesh.bind(self._tp)
+        self._parameters.follow()
+        result = self.executor.run(
+            self.step_inputs.of_step(batch, self.num_steps),
+            loss_gradient=self.step_inputs.loss_gradient(loss_scale),
+            forward_only=forward_only,
+            keep_outputs=keep_outputs,
         )
         if not forward_only:
             self.num_steps += 1
             self._note_losses(result)
             ACTIVITY.do("gradients")
             self._parameters.collect_gradients()
-        ACTIVITY.do("loss")
-        loss = self._global_loss(result) if return_loss else None
-        if not return_output_label:
-            return loss
-        if not self._has_outputs:
-            return None, None, loss
-        labels = self._inputs.layout.own(batch, LABELS) if LABELS in batch else None
-        return self._outputs(result), labels, loss
+        return result
+
+    def global_loss(self, result: StepResult) -> Tensor:
+        """The mean loss of all micro-batches, in float64 for a float64 model, else in float32."""
+        own = self.step_inputs.share_of_loss(result.losses if self.mesh.tp.rank == 0 else [])
+        return self.mesh.everyone.all_reduce(own).to(self.step_inputs.dtype)
+
+    def output(self, result: StepResult, name: str) -> Tensor:
+        """An output of the last stage, whole, of all micro-batches. Collective over its tp ranks.
+
+        Stacked where it has no rows.
+        """
+        index = self.output_names.index(name)
+        join = torch.cat if result.outputs[0][index].ndim else torch.stack
+        local = join([outputs[index] for outputs in result.outputs])
+        whole = gather(local, self._output_placements[index], self._tp)
+        return whole[..., : self._output_widths.get(name)] if whole.ndim else whole
 
     @property
     def parameters(self) -> Parameters:
@@ -250,7 +281,7 @@ class Parallel:
         return {**sent, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
 
     @property
-    def communicator(self) -> ProcessGroupCommunicator | SingleCommunicator:
+    def communicator(self) -> MeasuredCommunicator:
         """That of the tp axis."""
         return self._tp
 
@@ -270,22 +301,6 @@ class Parallel:
             self._losses = []
         self._losses += result.losses
 
-    def _global_loss(self, result: StepResult) -> Tensor:
-        """The mean loss of all micro-batches, in float64 for a float64 model, else in float32."""
-        total = self._inputs.share_of_loss(result.losses if self.mesh.tp.rank == 0 else [])
-        if self.mesh.is_distributed:
-            dist.all_reduce(total, group=self.mesh.group)
-        return total.to(self._inputs.dtype)
-
-    def _outputs(self, result: StepResult) -> Tensor | None:
-        """The logits of all micro-batches, whole; the first output where none has that name."""
-        if not self._output_names:
-            return None
-        index = self._output_names.index(LOGITS) if LOGITS in self._output_names else 0
-        local = torch.cat([outputs[index] for outputs in result.outputs])
-        whole = gather(local, self._output_placements[index], self._tp)
-        return whole[..., : self._output_widths.get(self._output_names[index])]
-
 
 def _is_saved(variable: Variable) -> bool:
     return variable.is_parameter or variable.persistent
@@ -293,8 +308,7 @@ def _is_saved(variable: Variable) -> bool:
 
 def _check_same_model(values: InitialValues, mesh: Mesh) -> None:
     """Raise on every rank if the ranks were given models with different weights."""
-    sums = values.checksums()
-    if not mesh.is_distributed or not sums:
+    if not mesh.is_distributed or not (sums := values.checksums()):
         return
     own = torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)
     extremes = torch.stack([own, -own])

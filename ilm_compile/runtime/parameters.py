@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ilm_compile.program.communicator import Communicator
 from ilm_compile.program.lowered import LoweredProgram
-from ilm_compile.runtime.data_parallel import GradientSync, shard, units
+from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.materialize import fill, finish, local_value, resolve
 from ilm_compile.runtime.mesh import Mesh
@@ -29,6 +29,8 @@ class Parameters:
         self, lowered: LoweredProgram, schedule: Schedule, mesh: Mesh, values: InitialValues
     ) -> None:
         self._mesh = mesh
+        self._dp = mesh.data_parallel()
+        whole = replicated(lowered.variables)
         self.syncs: dict[int, GradientSync] = {}
         self.shards: dict[str, Shard] = {}
         self._followers: dict[str, list[Shard]] = {}
@@ -38,10 +40,15 @@ class Parameters:
             for unit in units(stage):
                 fill(stage, unit.names, lowered.variables, values, mesh)
                 if mesh.dp.size > 1 and mesh.device_mesh is not None:
-                    shard(unit.module, mesh.device_mesh["dp"], zero=lowered.plan.zero)
+                    shard(
+                        unit.module,
+                        mesh.device_mesh["dp"],
+                        zero=lowered.plan.zero,
+                        whole=[resolve(stage, name) for name in unit.names if name in whole],
+                    )
             finish(stage, mesh.device)
             if mesh.dp.size > 1:
-                self.syncs[stage.index] = GradientSync(stage.module, zero=lowered.plan.zero)
+                self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:
                 leaf = resolve(stage, name)
                 own = Shard.of(lowered.variables[name], stage.index, leaf, mesh)
@@ -89,9 +96,10 @@ class Parameters:
             grad = own.take_gradient()
             for follower in self._followers.get(own.variable.name, []):
                 grad = _sum(grad, follower.take_gradient())
+            if grad is not None and not own.is_dp_sharded and self._dp.size > 1:
+                grad = self._dp.all_reduce(grad)
             if (group := self._tied_groups.get(own.variable.name)) is not None:
-                grad = torch.zeros_like(own.local) if grad is None else grad.contiguous()
-                dist.all_reduce(grad, group=group)
+                grad = group.all_reduce(torch.zeros_like(own.local) if grad is None else grad)
             if grad is not None:
                 own.add_gradient(grad, self._mesh)
 
@@ -106,14 +114,14 @@ class Parameters:
                     leaf = torch.nn.Parameter(leaf, requires_grad=variable.requires_grad)
                 self.shards[name] = Shard.of(variable, -1, leaf, self._mesh)
 
-    def _make_tied_groups(self, lowered: LoweredProgram) -> dict[str, dist.ProcessGroup]:
-        """The group over which the gradients of each tied parameter of this rank are summed."""
+    def _make_tied_groups(self, lowered: LoweredProgram) -> dict[str, Communicator]:
+        """The ranks over which the gradients of each tied parameter of this rank are summed."""
         tied = {
             name: ranks
             for name, ranks in self.ranks.items()
             if len(ranks) > 1 and lowered.variables[name].requires_grad
         }
-        groups = {ranks: self._mesh.pipeline_group(ranks) for ranks in sorted(set(tied.values()))}
+        groups = {ranks: self._mesh.pipeline(ranks) for ranks in sorted(set(tied.values()))}
         return {name: group for name, r in tied.items() if (group := groups[r]) is not None}
 
 

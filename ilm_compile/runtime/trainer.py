@@ -56,6 +56,11 @@ class Trainer:
             raise IlmCompileError(f"Trainer: max_grad_norm must be above 0, got {max_grad_norm}")
         if max_skips < 1:
             raise IlmCompileError(f"Trainer: max_skips must be 1 or above, got {max_skips}")
+        if not any(variable.requires_grad for variable in parallel.saved_variables().values()):
+            raise IlmCompileError(
+                "Trainer: expected at least one parameter with requires_grad, got none on any "
+                "rank; call requires_grad_() on what shall be trained before parallelize"
+            )
         self.parallel = parallel
         self.optimizer = optimizer or adamw(parallel.named_parameters(), lr=lr)
         if callable(lr_scheduler):

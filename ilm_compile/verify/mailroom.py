@@ -26,13 +26,9 @@ class Mailroom:
         self.posted: dict[tuple[int, int], list[list[Tensor]]] = defaultdict(list)
         self.requested: dict[tuple[int, int], int] = defaultdict(int)
         self.waiting: dict[int, tuple[int, int]] = {}  # receiver: (sender, number of the message)
-        self.finished: set[int] = set()
+        self.runs = [0] * size  # that each rank has come to the end of
         self.changed = threading.Condition()
         self.closed_because = ""
-
-    def start(self) -> None:
-        """Begin another step of all ranks: none has finished."""
-        self.finished.clear()
 
     def post(self, sender: int, receiver: int, tensors: list[Tensor]) -> None:
         """Add a message; never blocks."""
@@ -49,7 +45,7 @@ class Mailroom:
     def collect(self, sender: int, receiver: int, number: int) -> list[Tensor]:
         """Return message `number`, once it was posted.
 
-        Raises `ScheduleError` if it never can be: every rank has finished or waits itself.
+        Raises `ScheduleError` if it never can be: nobody is left who could send it.
         """
         with self.changed:
             self.waiting[receiver] = (sender, number)
@@ -64,8 +60,13 @@ class Mailroom:
         return tensors
 
     def _is_stuck(self) -> bool:
-        """Whether nobody is left who could send anything."""
-        return len(self.finished) + len(self._starving()) == self.size
+        """Whether nobody is left who could send what the last of those who wait need.
+
+        A rank that has come to the end of a run has sent all of it.
+        """
+        starving = self._starving()
+        last = min(self.runs[rank] for rank in starving)
+        return all(rank in starving for rank, runs in enumerate(self.runs) if runs <= last)
 
     def _starving(self) -> dict[int, tuple[int, int]]:
         """Those who wait for a message that was not sent."""
@@ -83,9 +84,9 @@ class Mailroom:
         return f"emulation: {' and '.join(waits)}, which was never sent"
 
     def finish(self, rank: int) -> None:
-        """Say that `rank` has come to its end and sends nothing more."""
+        """Say that `rank` has come to the end of a run, in which it sends nothing more."""
         with self.changed:
-            self.finished.add(rank)
+            self.runs[rank] += 1
             self.changed.notify_all()
 
     def check_empty(self) -> None:
@@ -137,7 +138,8 @@ class MailroomChannel:
         return issue
 
     def finish(self) -> None:
-        """Nothing is under way: posting is sending."""
+        """End a run. Nothing is under way: posting is sending."""
+        self.mailroom.finish(self.rank)
 
     def _issue(self, message: Message) -> None:
         if not message.boundaries:

@@ -8,13 +8,14 @@ so results do not depend on timing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ilm_compile.program.communicator import communicators
+from ilm_compile.program.traffic import Traffic
 
 T = TypeVar("T")
 
@@ -35,12 +36,18 @@ class ThreadGroup:
         self.barrier.wait()
         return values
 
+    def close(self) -> None:
+        """Release everyone who waits here, for good."""
+        self.barrier.abort()
+
 
 class ThreadCommunicator:
-    """`Communicator` of one thread of a `ThreadGroup`."""
+    """`MeasuredCommunicator` of one thread of a `ThreadGroup`; nothing is counted."""
 
     def __init__(self, group: ThreadGroup, rank: int) -> None:
         self.group, self.rank, self.size = group, rank, group.size
+        self.stats: dict[str, Traffic] = {}
+        self.waits: list[tuple[float, float]] | None = None
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """Return the sum or maximum of every rank's `x`."""
@@ -74,35 +81,54 @@ def run_groups(
     function: Callable[[int, int], T],
     *,
     axis: str = "tp",
+    groups: Sequence[ThreadGroup] = (),
     on_failure: Callable[[], None] = lambda: None,
 ) -> list[list[T]]:
     """Return ``function(group, rank)`` of every rank of `num_groups` groups of `size` ranks.
 
-    Only the ranks of one group meet in collectives. `on_failure` is called when a rank has failed,
-    to release those who wait for it elsewhere.
+    Only the ranks of one group meet in collectives, in `groups` where they are given. `on_failure`
+    is called when a rank has failed, to release those who wait for it elsewhere.
     """
-    groups = [ThreadGroup(size) for _ in range(num_groups)]
+    groups = groups or [ThreadGroup(size) for _ in range(num_groups)]
+    places = [(index, rank) for index in range(num_groups) for rank in range(size)]
+
+    def body(place: tuple[int, int]) -> T:
+        index, rank = place
+        with communicators(**{axis: ThreadCommunicator(groups[index], rank)}):
+            return function(index, rank)
+
+    def release() -> None:
+        for group in groups:
+            group.close()
+        on_failure()
+
+    results = _run_all(places, body, release)
+    return [results[start : start + size] for start in range(0, len(places), size)]
+
+
+def _run_all(
+    places: Sequence[tuple[int, int]],
+    function: Callable[[tuple[int, int]], T],
+    release: Callable[[], None],
+) -> list[T]:
+    """Return ``function(place)`` of every place, each on a thread of its own."""
     results: dict[tuple[int, int], T] = {}
     failures: list[BaseException] = []
 
-    def body(index: int, rank: int) -> None:
+    def body(place: tuple[int, int]) -> None:
         try:
-            with communicators(**{axis: ThreadCommunicator(groups[index], rank)}):
-                results[index, rank] = function(index, rank)
+            results[place] = function(place)
         except threading.BrokenBarrierError:
             pass  # another rank failed; its exception is the one to report
         except BaseException as error:
             failures.append(error)
-            for group in groups:
-                group.barrier.abort()
-            on_failure()
+            release()
 
-    places = [(index, rank) for index in range(num_groups) for rank in range(size)]
-    threads = [threading.Thread(target=body, args=place) for place in places]
+    threads = [threading.Thread(target=body, args=(place,)) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if failures:
         raise failures[0]
-    return [[results[index, rank] for rank in range(size)] for index in range(num_groups)]
+    return [results[place] for place in places]

@@ -76,6 +76,8 @@ def make_model(*, tied: bool = False, seed: int = 3) -> Model:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(0.5 * noise)
+        # Another one for each seed, so that a buffer that is not loaded is seen.
+        model.scale.add_(0.1 * torch.rand(HIDDEN, generator=generator, dtype=torch.float64))
     return model
 
 

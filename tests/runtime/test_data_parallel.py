@@ -1,17 +1,14 @@
 """What is sharded together, and what FSDP cannot shard."""
 
-from typing import cast
-
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Variable
 from ilm_compile.runtime import Mesh
-from ilm_compile.runtime.data_parallel import GradientSync, shard, units
+from ilm_compile.runtime.data_parallel import ShardedSync, replicated, shard, units
 from tests.runtime.handmade import lower_by_hand
 from tests.support.world import World
 
@@ -39,7 +36,7 @@ def sum_over_ranks(rank: int, dtype: torch.dtype) -> float:
     module = nn.Linear(1, 1, bias=False, dtype=dtype)
     shard(module, mesh["dp"], zero=1)
     (weight,) = module.parameters()
-    sync = GradientSync(module, zero=1)
+    sync = ShardedSync(module, zero=1)
     x = torch.full((1, 1), 1.0 + rank, dtype=dtype)
     sync.defer()
     module(x).sum().backward()
@@ -56,7 +53,18 @@ def test_gradients_are_summed_over_ranks_and_microbatches(
     assert world2.run(sum_over_ranks, dtype) == [6.0, 6.0]
 
 
-def test_a_region_of_two_dtypes_is_refused() -> None:
-    region = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(torch.float64))
-    with pytest.raises(PlanError, match=r"one dtype .* got \['torch.float32', 'torch.float64'\]"):
-        shard(region, cast(DeviceMesh, None), zero=1)
+def variable(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, trained: bool) -> Variable:
+    return Variable(name, shape, dtype, True, trained)
+
+
+def test_scalars_and_what_is_trained_in_a_rarer_dtype_are_held_whole() -> None:
+    variables = [
+        variable("weight", (8, 8), torch.bfloat16, trained=True),
+        variable("norm", (8,), torch.float32, trained=True),
+        variable("frozen", (64, 64), torch.float32, trained=False),
+        variable("scale", (), torch.bfloat16, trained=True),
+        variable("frozen_scale", (), torch.bfloat16, trained=False),
+        Variable("table", (), torch.float32, False, False),
+    ]
+    found = replicated({each.name: each for each in variables})
+    assert found == {"norm", "scale", "frozen_scale"}

@@ -107,6 +107,27 @@ def test_rebuilt_values_depend_on_the_seed_and_the_name_alone() -> None:
     assert 0.5 * bound < first["up.weight"].abs().max() <= bound
 
 
+def test_rebuilt_modules_of_one_kind_draw_different_numbers() -> None:
+    model = nn.ModuleList(nn.Linear(6, 8) for _ in range(3)).to("meta")
+    values = InitialValues(model, seed=1)
+    drawn = [
+        values.shard(variable(name, parameter), rank=0, size=1)
+        for name, parameter in model.named_parameters()
+        if name.endswith("weight")
+    ]
+    assert not any(torch.equal(drawn[i], drawn[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+
+
+def test_values_may_be_given_as_tensors() -> None:
+    model = Mlp()
+    given = dict(model.named_parameters())
+    values = InitialValues(given, seed=1)
+    weight = variable("up.weight", model.up.weight)
+    assert torch.equal(values.shard(weight, rank=0, size=1), model.up.weight)
+    with pytest.raises(IlmCompileError, match=r"needs table of shape \(4,\), which is not among"):
+        values.shard(variable("table", model.table), rank=0, size=1)
+
+
 def test_rebuilding_leaves_the_global_generator_alone() -> None:
     model = Mlp().to("meta")
     state = torch.get_rng_state()

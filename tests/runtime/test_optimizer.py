@@ -75,9 +75,19 @@ def test_adamw_refuses_bad_values(options: dict, message: str) -> None:
         adamw(model().named_parameters(), **options)
 
 
-def test_adamw_refuses_no_parameters() -> None:
-    with pytest.raises(IlmCompileError, match="expected at least one parameter"):
-        adamw([], lr=1e-3)
+def test_adamw_of_a_rank_that_trains_nothing_does_nothing() -> None:
+    layers = model().requires_grad_(False)
+    optimizer = adamw(layers.named_parameters(), lr=1e-3)
+    optimizer.step()
+    assert [group["params"] for group in optimizer.param_groups] == [[], []]
+
+
+def test_adamw_is_that_of_language_models_unless_told() -> None:
+    optimizer = adamw(model().named_parameters(), lr=1e-3)
+    decay, plain = optimizer.param_groups
+    assert decay["betas"] == plain["betas"] == (0.9, 0.95)
+    assert decay["eps"] == plain["eps"] == 1e-8
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
 def test_rate_warms_up_linearly_then_falls_to_the_minimum_at_the_last_step() -> None:

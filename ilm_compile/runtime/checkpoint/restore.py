@@ -17,7 +17,7 @@ from ilm_compile.runtime.checkpoint.contents import group_names, group_options, 
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.checkpoint.mapped import mapped_groups, names_of
-from ilm_compile.runtime.checkpoint.slices import SliceReader
+from ilm_compile.runtime.checkpoint.slices import TensorReader
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.shard import Shard
 
@@ -76,7 +76,7 @@ def check_model(manifest: Manifest, parallel: Parallel, where: str) -> None:
             )
 
 
-def restore_model(reader: SliceReader, parallel: Parallel) -> None:
+def restore_model(reader: TensorReader, parallel: Parallel) -> None:
     """Load the parameters and buffers of this rank; second copies follow by themselves."""
     fill_model(lambda name, box: reader.read(f"model/{name}", box), parallel)
 
@@ -109,7 +109,7 @@ def check_groups(manifest: Manifest, parallel: Parallel, optimizer: Optimizer, w
             )
 
 
-def restore_optimizer(reader: SliceReader, parallel: Parallel, optimizer: Optimizer) -> None:
+def restore_optimizer(reader: TensorReader, parallel: Parallel, optimizer: Optimizer) -> None:
     """Replace the optimizer's state and the numbers of its param groups."""
     keys: dict[str, list[str]] = {}  # of each parameter of the model
     for name in reader.manifest.tensors:
@@ -133,7 +133,7 @@ def restore_optimizer(reader: SliceReader, parallel: Parallel, optimizer: Optimi
                 _set_option(group, key, saved[key])
 
 
-def restore_random(reader: SliceReader, parallel: Parallel) -> None:
+def restore_random(reader: TensorReader, parallel: Parallel) -> None:
     """Set this rank's generators; rank r of more ranks than saved gets those of r modulo saved."""
     rank = parallel.mesh.rank % reader.manifest.world_size
     prefix = f"random/{rank}/"
@@ -157,7 +157,7 @@ def _state(
     key: str,
     shard: Shard,
     view: ProgramView,
-    reader: SliceReader,
+    reader: TensorReader,
     parallel: Parallel,
     on_device: bool,
 ) -> Tensor | bool | int | float:

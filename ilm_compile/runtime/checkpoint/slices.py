@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ilm_compile.runtime.checkpoint.boxes import Box, whole
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
-from ilm_compile.runtime.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
+from ilm_compile.runtime.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Record, Slice
 from ilm_compile.runtime.checkpoint.storage import MANIFEST, Storage
 from ilm_compile.runtime.checkpoint.tensor_file import Entry, read_box, read_header
 
@@ -68,13 +69,36 @@ def check_file(storage: Storage, name: str, manifest: Manifest, file_name: str) 
         )
 
 
-class SliceReader:
+class TensorReader(ABC):
+    """Puts full tensors, or boxes of them, together from the slices of a manifest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    def read(self, tensor: str, box: Box | None = None) -> Tensor:
+        """The elements `box` of a full tensor, all of them if None; reads only what it needs."""
+        record = self.manifest.tensors[tensor]
+        wanted = whole(record.shape) if box is None else box
+        out = torch.empty(wanted.sizes, dtype=record.dtype)
+        for piece in record.slices:
+            common = piece.box.intersect(wanted)
+            if common is not None:
+                value = self.read_slice(record, piece, common.inside(piece.box))
+                common.inside(wanted).of(out).copy_(value)
+        return out
+
+    @abstractmethod
+    def read_slice(self, record: Record, piece: Slice, box: Box) -> Tensor:
+        """The elements `box`, in coordinates of the slice."""
+
+
+class SliceReader(TensorReader):
     """Opens each file of a checkpoint once; a context manager."""
 
     def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
+        super().__init__(manifest)
         self._storage = storage
         self._name = name
-        self.manifest = manifest
         self._stack = ExitStack()
         self._files: dict[str, tuple[Any, dict[str, Entry]]] = {}
 
@@ -89,24 +113,14 @@ class SliceReader:
     ) -> None:
         self._stack.close()
 
-    def read(self, tensor: str, box: Box | None = None) -> Tensor:
-        """The elements `box` of a full tensor, all of them if None; reads only what it needs."""
-        record = self.manifest.tensors[tensor]
-        wanted = whole(record.shape) if box is None else box
-        out = torch.empty(wanted.sizes, dtype=record.dtype)
-        for piece in record.slices:
-            common = piece.box.intersect(wanted)
-            if common is None:
-                continue
-            file, entry, path = self._find(piece.file, piece.key)
-            if (entry.dtype, entry.shape) != (record.dtype, piece.box.sizes):
-                raise CheckpointError(
-                    f"{path}: expected {piece.key!r} to be {record.dtype} "
-                    f"{list(piece.box.sizes)}, got {entry.dtype} {list(entry.shape)}"
-                )
-            value = read_box(file, entry, common.inside(piece.box), path)
-            common.inside(wanted).of(out).copy_(value)
-        return out
+    def read_slice(self, record: Record, piece: Slice, box: Box) -> Tensor:
+        file, entry, path = self._find(piece.file, piece.key)
+        if (entry.dtype, entry.shape) != (record.dtype, piece.box.sizes):
+            raise CheckpointError(
+                f"{path}: expected {piece.key!r} to be {record.dtype} "
+                f"{list(piece.box.sizes)}, got {entry.dtype} {list(entry.shape)}"
+            )
+        return read_box(file, entry, box, path)
 
     def _find(self, file_name: str, key: str) -> tuple[Any, Entry, str]:
         path = f"{self._storage.url}/{self._name}/{file_name}"

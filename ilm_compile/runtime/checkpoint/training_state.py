@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ilm_compile.runtime.checkpoint.contents import (
 )
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
-from ilm_compile.runtime.checkpoint.slices import SliceReader
+from ilm_compile.runtime.checkpoint.slices import SliceReader, TensorReader
 from ilm_compile.runtime.checkpoint.storage import Storage
 from ilm_compile.runtime.parallel import Parallel
 
@@ -89,16 +89,20 @@ class TrainingState:
             if OPTIMIZER in wanted and self.optimizer is not None:
                 restore.check_groups(manifest, self.parallel, self.optimizer, where)
         with together(mesh, "load"), SliceReader(storage, name, manifest) as reader:
-            if MODEL in wanted:
-                restore.restore_model(reader, self.parallel)
-            if OPTIMIZER in wanted and self.optimizer is not None:
-                restore.restore_optimizer(reader, self.parallel, self.optimizer)
-            for key, holder in self.states.items():
-                if key in wanted:
-                    holder.load_state_dict(manifest.states[key])
-            if RANDOM in wanted:
-                self.parallel.num_steps = manifest.num_steps
-                restore.restore_random(reader, self.parallel)
+            self.put_back(reader, wanted)
+
+    def put_back(self, reader: TensorReader, parts: Collection[str]) -> None:
+        """Overwrite these parts by what `reader` gives, which was checked."""
+        if MODEL in parts:
+            restore.restore_model(reader, self.parallel)
+        if OPTIMIZER in parts and self.optimizer is not None:
+            restore.restore_optimizer(reader, self.parallel, self.optimizer)
+        for key, holder in self.states.items():
+            if key in parts:
+                holder.load_state_dict(reader.manifest.states[key])
+        if RANDOM in parts:
+            self.parallel.num_steps = reader.manifest.num_steps
+            restore.restore_random(reader, self.parallel)
 
     def _wanted(self, manifest: Manifest, content: set[str], where: str) -> set[str]:
         own = set(self.parts)

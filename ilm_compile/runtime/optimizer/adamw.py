@@ -26,7 +26,8 @@ def adamw(
     where a pipeline stage has no parameter for one. fused: torch's kernel that updates a group at
     once; None takes it where torch has it. Measured on one core over 100 DTensors of 64 x 64, a
     step takes 1.8 ms fused, 2.6 ms with foreach and 12 ms in torch's default loop.
-    Raises `IlmCompileError` for values out of range and where there is nothing to train.
+    Raises `IlmCompileError` for values out of range. Nothing to train is no error: a pipeline
+    stage may be frozen as a whole.
     """
     _require(math.isfinite(lr) and lr > 0, f"lr must be above 0, got {lr}")
     _require(all(0 <= beta < 1 for beta in betas), f"betas must lie in [0, 1), got {betas}")
@@ -36,7 +37,6 @@ def adamw(
         f"weight_decay must be 0 or above, got {weight_decay}",
     )
     trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    _require(bool(trainable), "expected at least one parameter with requires_grad, got none")
     if fused is None:
         fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in trainable)
     groups = [

@@ -1,0 +1,216 @@
+"""One rank of an emulated world: the runtime's own `Parallel` and `Trainer`, on a thread.
+
+What is not the runtime's own: how ranks reach each other, and the sharding of weights over dp, of
+which every emulated rank holds all. The gradient sync that would do it is watched instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ilm_compile.errors import ScheduleError
+from ilm_compile.program.communicator import Communicator
+from ilm_compile.program.lowered import LoweredProgram, Stage
+from ilm_compile.runtime.batch import Batch
+from ilm_compile.runtime.checkpoint.manifest import Manifest
+from ilm_compile.runtime.communicator import MeasuredCommunicator, SingleCommunicator
+from ilm_compile.runtime.executor import Executor, StepResult
+from ilm_compile.runtime.mesh import Axis, Mesh
+from ilm_compile.runtime.parallel import Parallel
+from ilm_compile.runtime.step_inputs import StepInputs
+from ilm_compile.runtime.trainer import Trainer
+from ilm_compile.schedule import Schedule
+from ilm_compile.verify import round_trip
+from ilm_compile.verify.mailroom import Mailroom, MailroomChannel
+from ilm_compile.verify.threads import ThreadCommunicator, ThreadGroup
+
+LEARNING_RATE = 1e-2
+CPU = torch.device("cpu")
+
+
+class Meetings:
+    """Where the ranks of a world of `pp` times `tp` threads meet."""
+
+    def __init__(self, pp: int, tp: int) -> None:
+        self.pp, self.tp = pp, tp
+        self.everyone = ThreadGroup(pp * tp)
+        self.tensor_parallel = [ThreadGroup(tp) for _ in range(pp)]
+        self.mailrooms = [Mailroom(pp) for _ in range(tp)]
+        self._pipelines: dict[tuple[tuple[int, ...], int], ThreadGroup] = {}
+
+    def pipeline(self, pp_ranks: tuple[int, ...], tp_rank: int) -> ThreadGroup:
+        """The given pipeline ranks of one tp rank."""
+        new = ThreadGroup(len(pp_ranks))
+        return self._pipelines.setdefault((pp_ranks, tp_rank), new)
+
+    def close(self) -> None:
+        """Release everyone who waits for another, with an error."""
+        for mailroom in self.mailrooms:
+            mailroom.close()
+        for group in (self.everyone, *self.tensor_parallel, *self._pipelines.values()):
+            group.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadMesh(Mesh):
+    """A `Mesh` whose ranks are threads. It has one dp rank, which takes every replica's part."""
+
+    meetings: Meetings
+
+    @property
+    def everyone(self) -> Communicator:
+        return ThreadCommunicator(self.meetings.everyone, self.rank)
+
+    def data_parallel(self) -> Communicator:
+        return SingleCommunicator()
+
+    def tensor_parallel(self) -> MeasuredCommunicator:
+        return ThreadCommunicator(self.meetings.tensor_parallel[self.pp.rank], self.tp.rank)
+
+    def pipeline(self, pp_ranks: tuple[int, ...]) -> Communicator | None:
+        if self.pp.rank not in pp_ranks:
+            return None
+        group = self.meetings.pipeline(pp_ranks, self.tp.rank)
+        return ThreadCommunicator(group, pp_ranks.index(self.pp.rank))
+
+    def bind(self, tp: Communicator) -> None:
+        """Its thread is bound by whoever runs it."""
+
+
+class WatchedSync:
+    """Stands for the reduction of a stage's gradients over dp, and watches when it would happen."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._index = stage.index
+        self._is_deferred = False
+        self._times = 0  # that the reduction was asked for
+        self._backwards: Counter[str] = Counter()
+        self._reduced: Counter[str] = Counter()
+        for name, parameter in stage.module.named_parameters():
+            if parameter.requires_grad:
+                count = partial(self._count, name)
+                parameter.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
+
+    def defer(self) -> None:
+        self._is_deferred, self._times = True, 0
+        self._backwards.clear()
+        self._reduced.clear()
+
+    def resume(self) -> None:
+        self._is_deferred = False
+        self._times += 1
+
+    def release(self) -> None:
+        """Nothing is sharded."""
+
+    def check(self) -> None:
+        """Raise `ScheduleError` unless gradients were reduced once, in the last backward."""
+        wrong = [n for n, count in self._backwards.items() if self._reduced[n] != 1]
+        if self._times != 1 or self._is_deferred or wrong:
+            name = wrong[0] if wrong else "its gradients"
+            raise ScheduleError(
+                f"emulation: the gradient sync of stage {self._index} was resumed {self._times} "
+                f"times in the step, and {name} reduced in {self._reduced[name]} of "
+                f"{self._backwards[name]} backwards; expected once, in the last"
+            )
+
+    def _count(self, name: str, _: Tensor) -> None:
+        """A backward has added to the gradient of a parameter."""
+        self._backwards[name] += 1
+        if not self._is_deferred:
+            self._reduced[name] += 1
+
+
+class EmulatedRank:
+    """Trains one rank's part. `model` as in `emulate`."""
+
+    def __init__(
+        self,
+        lowered: LoweredProgram,
+        schedule: Schedule,
+        model: nn.Module | Mapping[str, Tensor],
+        meetings: Meetings,
+        place: tuple[int, int],
+        *,
+        dp: int,
+        max_norm: float | None,
+    ) -> None:
+        pp_rank, tp_rank = place
+        mesh = ThreadMesh(
+            pp=Axis(pp_rank, meetings.pp),
+            dp=Axis(),
+            tp=Axis(tp_rank, meetings.tp),
+            device=CPU,
+            meetings=meetings,
+        )
+        stages = tuple(
+            copy.deepcopy(stage) if schedule.stage_to_rank[stage.index] == pp_rank else stage
+            for stage in lowered.stages
+        )
+        own = replace(lowered, stages=stages)
+        self.parallel = Parallel(own, schedule, mesh, model)
+        self._syncs = {stage.index: WatchedSync(stage) for stage in self.parallel.stages}
+        channel = MailroomChannel(meetings.mailrooms[tp_rank], pp_rank)
+        self.parallel.executor = Executor(stages, schedule, mesh, self._syncs, channel)
+        self._replicas = [
+            StepInputs.of(
+                own,
+                self.parallel.stages,
+                num_microbatches=schedule.num_microbatches,
+                dp=Axis(replica, dp),
+                device=CPU,
+            )
+            for replica in range(dp)
+        ]
+        trained = any(v.requires_grad for v in self.parallel.saved_variables().values())
+        self.trainer = (
+            Trainer(self.parallel, lr=LEARNING_RATE, max_grad_norm=max_norm) if trained else None
+        )
+
+    def forward_backward(
+        self, batch: Batch, number: int, *, keep_outputs: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The global loss, and where this rank has them the outputs on the rows of all replicas.
+
+        `number` counts the steps. Gradients of all replicas are added up.
+        """
+        self.parallel.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64)
+        pieces: dict[str, list[Tensor]] = {}
+        for inputs in self._replicas:
+            self.parallel.step_inputs, self.parallel.num_steps = inputs, number
+            result = self.parallel.run(batch, keep_outputs=keep_outputs)
+            for sync in self._syncs.values():
+                sync.check()
+            loss += self.parallel.global_loss(result)
+            for name, piece in self._outputs(result).items():
+                pieces.setdefault(name, []).append(piece)
+        return loss, {name: torch.cat(found) for name, found in pieces.items()}
+
+    def update(self) -> None:
+        """Clip, and take an optimizer step."""
+        if self.trainer is not None:
+            self.trainer.step()
+
+    def save(self) -> tuple[round_trip.Part, Manifest]:
+        """What this rank writes into a checkpoint."""
+        assert self.trainer is not None
+        return round_trip.take(self.trainer)
+
+    def load(self, reader: round_trip.PieceReader) -> None:
+        """Forget what was saved, and take it from the checkpoint."""
+        assert self.trainer is not None
+        round_trip.damage(self.trainer)
+        round_trip.put_back(self.trainer, reader)
+
+    def _outputs(self, result: StepResult) -> dict[str, Tensor]:
+        if not result.outputs:
+            return {}
+        return {name: self.parallel.output(result, name) for name in self.parallel.output_names}
