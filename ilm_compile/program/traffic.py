@@ -92,8 +92,9 @@ def traffic(node: fx.Node, size: int, *, has_gradient: bool = True) -> list[Mess
 
 
 def _cross_entropy(node: fx.Node) -> tuple[list[int], ...]:
-    logits, target = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
-    row = target.numel() * exact_dtype(logits).itemsize  # reduced in float32, or float64
+    logits = node.args[0].meta["val"]  # type: ignore[union-attr]
+    tokens = logits.numel() // logits.shape[1]
+    row = tokens * exact_dtype(logits).itemsize  # reduced in float32, or float64
     stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
     return ([row, stacked * row],)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import fx
 
 from ilm_compile.program.collectives import TRANSITIONS, WIRE
-from ilm_compile.program.placement import Placement, S
+from ilm_compile.program.placement import Placement
 from ilm_compile.sharding.rules_products import PRODUCTS
 from ilm_compile.sharding.solver import Solution
 from ilm_compile.sharding.strategy import tensor_inputs
