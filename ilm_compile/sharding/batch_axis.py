@@ -97,7 +97,8 @@ def batch_states(part: Program, whole: Program) -> dict[fx.Node, State]:
 
 
 def _first_difference(part: Program, whole: Program) -> fx.Node | None:
-    ours, theirs = list(part.graph.nodes), list(whole.graph.nodes)
+    ours: list[fx.Node] = list(part.graph.nodes)
+    theirs: list[fx.Node] = list(whole.graph.nodes)
     for a, b in zip(ours, theirs, strict=False):
         names = [[x.name for x in n.all_input_nodes] for n in (a, b)]
         if (a.name, a.target, names[0]) != (b.name, b.target, names[1]):
@@ -111,6 +112,7 @@ class _Typer:
         self.whole = whole
         self.inputs: Mapping[str, State] = dict.fromkeys(whole.inputs, Known(S(0)))
         self.states: dict[fx.Node, State] = {}
+        self.grown: set[fx.Node] = set()  # values that are larger for more rows
         self.values = constants.Values(whole.graph_module)
 
     def state(self, part: fx.Node, whole: fx.Node) -> State:
@@ -126,6 +128,7 @@ class _Typer:
         forgiving = whole.target in CROSS_ENTROPIES  # of rows whose order only routing changed
         worst = min(lost, key=lambda s: ("cuts", "mixes", "unknown").index(s.kind), default=None)
         dim, shift = _row_dim(part, whole), _shift(part, whole)
+        self.grown |= {whole} if dim != -1 else set()
         if worst and (worst.kind == "cuts" or not forgiving):
             scaled = shift != 0 or any(s.weight for s in states if isinstance(s, Known))
             again = scaled and whole.target in _PRODUCTS | _QUOTIENTS
@@ -137,7 +140,7 @@ class _Typer:
         return (
             self._affine(whole, states, shift)
             or self._by_rules(call, placed, states, dim, shift)
-            or self._constant(part, whole, states)
+            or self._constant(part, whole, states, dim)
             or worst
             or self._lost(whole)
         )
@@ -170,7 +173,10 @@ class _Typer:
         for inputs, output, further in found:
             if self._fits(call, placed, Strategy(inputs, output)) and output in {*wanted, P, R}:
                 return Known(output, weight + further)
+        shrinks = dim < 0 and not self.grown.isdisjoint(tensor_inputs(call.node))
         for strategy in strategies(call, wanted):
+            if strategy.output == R and shrinks:
+                continue  # of a constant with rows, which are other ones in each slice
             if strategy.output in wanted and self._fits(call, placed, strategy):
                 target, *_ = localize(call, strategy, "batch")
                 if target in (call.target, partial_mean):  # no op that talks over the axis
@@ -186,9 +192,12 @@ class _Typer:
             return has == needs or needs.is_shard
         return has == R and needs.is_shard and self.values.is_uniform(node, needs.dim)
 
-    def _constant(self, part: fx.Node, whole: fx.Node, states: list[State]) -> State | None:
+    def _constant(
+        self, part: fx.Node, whole: fx.Node, states: list[State], dim: int
+    ) -> State | None:
         """What no input reaches is the same in every slice, whatever its size."""
-        same = all(s == SAME for s in states)
+        shrinks = dim < 0 and not self.grown.isdisjoint(tensor_inputs(whole))
+        same = all(s == SAME for s in states) and not shrinks
         return SAME if same and (states or constants.same_call(part, whole)) else None
 
     def _lost(self, node: fx.Node, kind: str = "unknown", reason: str = "") -> Lost:
@@ -211,11 +220,15 @@ class _Typer:
             "mixes": real_sums or (real_rows and node.target in MIXERS),
             kind: True,
         }
-        return Lost(node, *(next(w for w, holds in t.items() if holds) for t in (kinds, words)))
+        return Lost(node, _first(kinds), _first(words))
 
 
 def _none(*_: Any) -> tuple[()]:
     return ()
+
+
+def _first(table: Mapping[str, object]) -> str:
+    return next(word for word, holds in table.items() if holds)
 
 
 def _is_real(node: fx.Node) -> bool:

@@ -35,7 +35,9 @@ _ALONG = (  # ops that look along one dimension, kept in the result or not
 )
 # What leaves rows out, and what mixes them if it reaches over their dimension.
 CUTS = {aten.slice.Tensor, aten.select.int}
-MIXERS = {*_MIXING, *_REDUCTIONS, aten.batch_norm.default}
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_MOVERS = {*_PADS, aten.tril.default, aten.triu.default, aten.flip.default, aten.roll.default}
+MIXERS = {*(set(_MIXING) - _MOVERS), *_REDUCTIONS, aten.batch_norm.default}
 
 
 def dims_reached(call: Call) -> set[int]:
@@ -48,11 +50,15 @@ def dims_reached(call: Call) -> set[int]:
     return {dim % rank for dim in dims}
 
 
+def _broadcast(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
 def _cross_entropy(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
     """Rows of (tokens, classes) or (rows, classes, places...); a mean only over probabilities."""
     logits, target, *weight = call.shapes
     reduction = call.named("reduction")
-    is_soft = len(target) == len(logits) and call.node.args[1].meta["val"].is_floating_point()
+    is_soft = len(target) == len(logits) and len(logits) > 1
     if reduction == MEAN and not is_soft:
         return
     for dim in (d for d in range(len(logits)) if d != 1):
@@ -64,7 +70,7 @@ def _cross_entropy(call: Call, wanted: frozenset[Placement], values: Values) -> 
 
 
 def _elementwise_loss(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
-    shape = tuple(torch.broadcast_shapes(*call.shapes))
+    shape = _broadcast(call.shapes)
     for dim in range(len(shape)):
         inputs = tuple(aligned(s, shape, S(dim)) for s in call.shapes)
         yield inputs, *{0: (S(dim), 0), MEAN: (P, -1), SUM: (P, 0)}[call.named("reduction")]
@@ -79,6 +85,13 @@ def _along(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
     kept = len(shape) == len(call.shape)
     for dim in (d for d in range(len(shape)) if d != over):
         yield (S(dim),), S(dim if kept else dim - (dim > over)), 0
+
+
+def _padded(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """The widths are given for the last dimensions first, two for each."""
+    widths, rank = call.args[1], len(call.shape)
+    padded = {rank - 1 - i // 2 for i, width in enumerate(widths) if width}
+    yield from (((S(dim),), S(dim), 0) for dim in range(rank) if dim not in padded)
 
 
 def _squeezed(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
@@ -119,10 +132,10 @@ def _own_rows(call: Call, wanted: frozenset[Placement], values: Values) -> Found
     if counted is None or positions != list(range(len(positions))):
         return
     shapes = call.shapes[1:]
-    width = torch.broadcast_shapes(*shapes)
+    width = _broadcast(shapes)
     rows = S(len(width) - len(shapes[0]) + counted)
     if call.shapes[0][0] == shapes[0][counted]:
-        others = (aligned(s, tuple(width), rows) for s in shapes[1:])
+        others = (aligned(s, width, rows) for s in shapes[1:])
         yield (S(0), R, *others), rows, 0
 
 
@@ -132,6 +145,7 @@ BATCH_RULES: dict[Any, BatchRule] = {
     **dict.fromkeys(_ALONG, _along),
     aten.cosine_similarity.default: _pairing,
     aten.pairwise_distance.default: _pairing,
+    **dict.fromkeys(_PADS, _padded),
     aten.one_hot.default: _one_hot,
     aten.squeeze.default: _squeezed,
     aten.squeeze.dims: _squeezed,

@@ -78,7 +78,7 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
 
     def traced(rows: int) -> Program:
         inputs = {n: ((rows, *i.shape[1:]), i.dtype) for n, i in program.inputs.items()}
-        return trace(model, example_inputs=inputs, loss_fn=loss_fn)
+        return trace(model, example_inputs={**inputs, **program.arguments}, loss_fn=loss_fn)
 
     given = next(iter(program.inputs.values())).shape[0]
     rows = given if given > 1 else ALONE

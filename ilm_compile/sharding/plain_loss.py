@@ -58,6 +58,6 @@ def _moves_rows(node: fx.Node) -> bool:
         terms, _, output = str(call.args[0]).replace(" ", "").partition("->")
         return terms[:1] != output[:1]
     if node.target is aten.permute.default:
-        return call.args[1][0] % len(call.shape) != 0
+        return bool(call.args[1][0] % len(call.shape))
     moved = call.args[1:] or (0, 1)
-    return any(dim % len(call.shape) == 0 for dim in moved)
+    return any(int(dim) % len(call.shape) == 0 for dim in moved)

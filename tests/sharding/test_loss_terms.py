@@ -303,3 +303,19 @@ def test_a_norm_written_by_hand_is_warned_of():
 @pytest.mark.parametrize("norm", [nn.LayerNorm(WIDTH), nn.Dropout(0.5)], ids=["layer", "dropout"])
 def test_a_model_that_keeps_rows_apart_is_not_warned_of(norm):
     assert not partition(mean, norm=norm, num_microbatches=2).warnings
+
+
+def padded(s: Tensor, t: Tensor) -> Tensor:
+    return mean(F.pad(s, (0, 0, 1, 0)), F.pad(t, (1, 0), value=-100)) + F.pad(s, (1, 1)).mean()
+
+
+def test_padding_of_other_dimensions_keeps_rows_apart():
+    assert not partition(padded, num_microbatches=2).warnings
+
+
+def test_a_constant_with_rows_counts_them():
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return mean(s, t) * torch.ones(s.shape[0], device=s.device, dtype=s.dtype).sum()
+
+    with pytest.raises(PlanError, match="not linear in"):
+        partition(loss, num_microbatches=2)
