@@ -34,6 +34,7 @@ from tests.support.world import World, WorldError
 
 HEADINGS = ("model", "source", "parameters", "plan", "partition", "proof", "loss", "weights", "")
 TIMEOUT = 300.0  # seconds of one model's real run
+PER_WORLD = 8  # models trained by the same processes: the threads of their groups stay
 NOT_TRIED = "-"
 LONGEST = 160  # characters of a reason in the table; the whole is in the JSON
 
@@ -185,12 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table_line(HEADINGS))
     print(table_line(["---"] * len(HEADINGS)))
     rows: list[Row] = []
-    with World(4) as world:
-        for name in options.only or MODELS:
-            rows.append(measure(name, world, layout=options.layout, proof=not options.no_proof))
-            print(table_line(rows[-1].cells()), flush=True)
-            if options.json:
-                save_rows(rows[-1:])
+    names = list(options.only or MODELS)
+    for first in range(0, len(names), PER_WORLD):
+        with World(4) as world:
+            for name in names[first : first + PER_WORLD]:
+                row = measure(name, world, layout=options.layout, proof=not options.no_proof)
+                print(table_line(row.cells()), flush=True)
+                rows.append(row)
+                if options.json:
+                    save_rows([row])
     print(f"\n{summary(rows)}")
     return 0 if all(row.ok for row in rows) else 1
 

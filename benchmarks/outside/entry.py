@@ -29,6 +29,7 @@ class Layout:
 
 TP_PP, TP_DP, PP_DP = "tp=2 x pp=2", "tp=2 x dp=2", "pp=2 x dp=2"
 CHUNKS = "tp=2 x pp=2, 2 chunks"
+WHOLE = "tp=2 x pp=2, 1 micro-batch"  # for losses that micro-batches cannot be averaged to
 LAYOUTS = {
     TP_PP: Layout(1, {"tp": 2, "pp": 2, "num_microbatches": 4}),
     TP_DP: Layout(2, {"tp": 2, "num_microbatches": 2}),
@@ -39,6 +40,7 @@ LAYOUTS = {
         1, {"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 4, "checkpoint": 0.5}
     ),
     "dp=4, zero=3": Layout(4, {"zero": 3, "num_microbatches": 2}),
+    WHOLE: Layout(1, {"tp": 2, "pp": 2, "num_microbatches": 1}),
     "dp=4": Layout(4, {"num_microbatches": 1}),
 }
 

@@ -15,6 +15,7 @@ from benchmarks.outside.entry import (
     TP_DP,
     TP_PP,
     VOCAB,
+    WHOLE,
     Batch,
     Outside,
     class_loss,
@@ -139,7 +140,7 @@ PACKAGES = {
     "x-transformers, sandwich": x_transformers(TP_PP, sandwich_coef=1, shift_tokens=1),
     "x-transformers, encoder": x_transformers("tp=4", "Encoder"),
     "x-transformers, XTransformer": Outside(
-        "x-transformers", partial(float64, encoder_decoder), TP_DP,
+        "x-transformers", partial(float64, encoder_decoder), WHOLE,
         tokens("src", vocab=WORDS, labels="tgt", ignored=-100),
     ),
     "x-transformers, vision": Outside(

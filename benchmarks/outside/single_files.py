@@ -17,6 +17,7 @@ from benchmarks.outside.entry import (
     SEQ,
     TP_DP,
     TP_PP,
+    WHOLE,
     Batch,
     LossOf,
     MakeBatch,
@@ -153,7 +154,7 @@ SINGLE_FILES = {
     "gMLP": scoring(partial(mixers.MixerLM, mixers.SpatialGate), TP_DP),
     "gated convolutions": scoring(partial(mixers.MixerLM, mixers.GatedConvolution), TP_PP),
     "Hyena's FFT filter": scoring(partial(mixers.MixerLM, mixers.LongFilter), TP_DP),
-    "Annotated Transformer": _entry(PAIRS, annotated.EncoderDecoder, TP_PP, likelihood),
+    "Annotated Transformer": _entry(PAIRS, annotated.EncoderDecoder, WHOLE, likelihood),
     "nn.TransformerEncoder": scoring(torch_layers.EncoderLM, TP_PP, "src"),
     "nn.Transformer": _entry(PAIRS, torch_layers.Seq2Seq, TP_DP, token_loss),
     "Differential Transformer": scoring(differential.DiffLM, TP_PP),
@@ -164,7 +165,7 @@ SINGLE_FILES = {
     "experts by row": dataclasses.replace(
         scoring(partial(moe.MoELM, moe.RowExperts), TP_DP), refusal=BY_ROW
     ),
-    "BERT-pytorch": _entry(sentences, bert.BERTLM, TP_PP, masked_loss),
+    "BERT-pytorch": _entry(sentences, bert.BERTLM, WHOLE, masked_loss),
     "vit-pytorch": _entry(images, vit.ViT, TP_PP, class_loss),
     "vit-pytorch, mean": _entry(images, partial(vit.ViT, "mean"), TP_DP, class_loss),
     "nanoGPT, LoRA by hand": losing(_lora, TP_PP),
