@@ -33,6 +33,14 @@ def test_every_rank_goes_on_with_its_own_random_numbers(world2: World, tmp_path:
     assert results[0] != results[1]
 
 
+def test_the_steps_that_dropout_depends_on_are_counted_on(tmp_path: Path) -> None:
+    job, other = Job(tmp_path), Job(tmp_path)
+    job.step()
+    job.manager.save(1, wait=True)
+    other.manager.resume()
+    assert other.parallel.num_steps == 1
+
+
 def test_a_checkpoint_brings_its_buffers(tmp_path: Path) -> None:
     job, other = Job(tmp_path), Job(tmp_path, seed=4)
     job.manager.save(1, wait=True)

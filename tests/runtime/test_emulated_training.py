@@ -21,7 +21,9 @@ CASES = {
 }
 
 
-def train(tied: bool, batches: list[dict[str, Tensor]]) -> tuple[list[float], list[Step]]:
+def train(
+    tied: bool, batches: list[dict[str, Tensor]], max_norm: float = MAX_NORM
+) -> tuple[list[float], list[Step]]:
     """The same steps in plain PyTorch, and the norms of their gradients."""
     model = make_model(tied=tied)
     groups = [
@@ -36,7 +38,7 @@ def train(tied: bool, batches: list[dict[str, Tensor]]) -> tuple[list[float], li
         loss.backward()
         named = dict(model.named_parameters())
         gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
         optimizer.step()
         weights = {name: p.detach().clone() for name, p in named.items()}
         steps.append(Step(loss.detach(), gradients, weights))
@@ -71,6 +73,16 @@ def test_adjacent_stages_on_one_rank_hand_over(rows: tuple[str, ...]) -> None:
 def test_steps_equal_those_of_plain_pytorch_under_every_plan() -> None:
     for name, (plan, dp, tied) in CASES.items():
         check_steps(name, plan, schedule_of(plan), dp=dp, tied=tied)
+
+
+@pytest.mark.parametrize("max_norm", [100.0, None])
+def test_small_gradients_are_not_scaled(max_norm: float | None) -> None:
+    plan = Plan(tp=2, num_microbatches=2)
+    batch = make_batch(ROWS * 2)
+    _, [expected] = train(False, [batch], 100.0)
+    lowered, model = lower_by_hand(plan), make_model()
+    [step] = emulate(lowered, schedule_of(plan), model, [batch], max_norm=max_norm)
+    same(step.weights, expected.weights, 1e-8)
 
 
 def check_steps(name: str, plan: Plan, schedule: Schedule, *, dp: int, tied: bool) -> None:
