@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from benchmarks.outside import MODELS
+from benchmarks.outside.table import Row, by_source, summary
 from benchmarks.outside.train import Trained, train_both
-from benchmarks.outside_models import Row, measure
+from benchmarks.outside_models import measure
 from tests.support.world import World
 
 FAST = ("nanoGPT", "LLMs from scratch", "RWKV-v1", "vit-pytorch")
@@ -51,11 +52,20 @@ def test_a_refusal_is_ok_only_where_it_must_be() -> None:
     assert not dataclasses.replace(_row(Trained(0.0, 0.0)), refusal="its loop").ok
 
 
+def test_summaries_count_what_failed() -> None:
+    rows = [_row(Trained(1e-12, 2e-11)), _row(Trained(1e-3, 0.0))]
+    assert summary(rows) == "2 models: 1 equal, 0 rightly refused, 1 failed: model"
+    assert list(by_source(rows))[-1] == "| source | 2 | 1 | 0 | 1 | 1e-12 | 2e-11 | 0.1 s | 0.1 s |"
+
+
 def test_fifty_models_and_more_are_listed() -> None:
     assert len(MODELS) >= 50
 
 
 def _row(trained: Trained, proof: str = "equal") -> Row:
     return Row(
-        *("model", "source", "tp=4", 1000, 0.1, proof, 0.1, trained), refused="", tolerance=1e-9
+        *("model", "source", "tp=4", 1000, 0.1, "", 1e-9),
+        proof=proof,
+        proof_s=0.1,
+        trained=trained,
     )

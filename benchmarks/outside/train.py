@@ -40,6 +40,13 @@ class Trained:
         errors = (self.loss_error, self.weight_error)
         return not self.missing and all(e is not None and e <= tolerance for e in errors)
 
+    def difference(self) -> str:
+        """Return what does not agree, in words."""
+        if self.refused:
+            return self.refused
+        missing = f"the state dict lacks {', '.join(self.missing)}; " if self.missing else ""
+        return f"{missing}largest error in {self.worst}"
+
 
 def train_both(rank: int, entry_name: str, layout: str = "") -> Trained | None:
     """Train the named model on this rank; rank 0 trains it alone too and returns the errors."""
