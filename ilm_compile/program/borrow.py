@@ -7,6 +7,7 @@ behind (a cached table, the last loss) goes with them when it is given back.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,16 +29,52 @@ from ilm_compile.program.users_line import users_line
 class Loan:
     """A model on fake tensors: what stands for what."""
 
+    model: nn.Module
     mode: FakeTensorMode
     device: torch.device
     fakes: dict[int, Tensor] = field(default_factory=dict)  # by the id of the user's tensor
-    changed: list[str] = field(default_factory=list)  # numbers that the forward left changed
     buffers: dict[int, tuple[str, Tensor]] = field(default_factory=dict)  # by the id of its fake
+    changed: list[str] = field(default_factory=list)  # numbers that the forward left changed
+    _places: list[tuple[str, dict[str, Any], str, Tensor]] = field(default_factory=list)
 
     def input(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a fake input on the model's device."""
         with self.mode:
             return torch.empty(shape, dtype=dtype, device=self.device)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Hold while the model runs: torch.export has put tensors of its own into it."""
+        for path, table, name, tensor in self._places:
+            self.fakes[id(tensor)] = table[name]
+            if not isinstance(tensor, nn.Parameter):
+                self.buffers[id(table[name])] = (f"{path}.{name}".lstrip("."), tensor)
+        before = _numbers(self.model)
+        yield
+        self.changed = _changed_numbers(self.model, before)
+
+    def swap(self) -> None:
+        """Put a fake in the place of each parameter and buffer, one for all names of a tensor."""
+        for path, module in self.model.named_modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    self._places.append((path, table, name, tensor))
+                    if id(tensor) not in self.fakes:
+                        self.fakes[id(tensor)] = _fake(tensor, self)
+                    table[name] = self.fakes[id(tensor)]
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise `TraceError` for a parameter that has no shape yet."""
+    for path, module in model.named_modules():
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and nn.parameter.is_lazy(tensor):
+                raise TraceError(
+                    f"trace: {path}.{name} has no shape yet; run the model once on a small batch, "
+                    "so that its lazy modules are made, then compile it"
+                )
 
 
 @contextmanager
@@ -56,32 +93,11 @@ def borrowed(model: nn.Module) -> Iterator[Loan]:
     try:
         if not model.training:
             model.train()
-        _swap(model, loan)
+        loan.swap()
         yield loan
-        loan.changed += _changed_numbers(model, before)
     finally:
         for undo in put_back:
             undo()
-
-
-def _swap(model: nn.Module, loan: Loan) -> None:
-    """Put a fake in the place of each parameter and buffer, one for all names of a tensor."""
-    for path, module in model.named_modules():
-        tables: tuple[dict[str, Tensor | None], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if nn.parameter.is_lazy(tensor):
-                    raise TraceError(
-                        f"trace: {path}.{name} has no shape yet; run the model once on a small "
-                        "batch, so that its lazy modules are made, then compile it"
-                    )
-                if id(tensor) not in loan.fakes:
-                    fake = loan.fakes[id(tensor)] = _fake(tensor, loan)
-                    if not isinstance(tensor, nn.Parameter):
-                        loan.buffers[id(fake)] = (f"{path}.{name}".lstrip("."), tensor)
-                table[name] = loan.fakes[id(tensor)]
 
 
 def _fake(tensor: Tensor, loan: Loan) -> Tensor:
@@ -205,8 +221,9 @@ def _restore_dict(target: dict[Any, Any]) -> Callable[[], None]:
     def undo() -> None:
         same = target.keys() == saved.keys() and all(target[k] is saved[k] for k in saved)
         if not same:
-            dict.clear(target)
-            dict.update(target, saved)
+            kind = OrderedDict if isinstance(target, OrderedDict) else dict  # its order is its own
+            kind.clear(target)
+            kind.update(target, saved)
 
     return undo
 
