@@ -88,8 +88,8 @@ def borrowed(model: nn.Module) -> Iterator[Loan]:
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     shape_env = ShapeEnv(tracked_fakes=[])
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True, export=True)
-    loan = Loan(mode, device)
-    put_back, before = remember(model), _numbers(model)
+    loan = Loan(model, mode, device)
+    put_back = remember(model)
     try:
         if not model.training:
             model.train()

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from ilm_compile.errors import TraceError
 from ilm_compile.program.randomness import refuse_random
+from ilm_compile.program.users_line import source_of
 
 aten = torch.ops.aten
 WITH_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -25,11 +26,31 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
     """
     for node in _calls(exported.graph_module):
         refuse_random(node, node.target)
+        if node.target is aten.embedding_renorm_.default:
+            raise TraceError(
+                f"trace: an embedding with max_norm rewrites its weights in the forward "
+                f"({source_of(node)}), and a pipelined step has no single place for that. Leave "
+                "max_norm out and scale the rows that are read: rows * (max_norm / norm).clamp(max=1)"
+            )
     if not any(_writes(node) for node in _calls(exported.graph_module)):
         return exported
+    _dropout_out_of_place(exported)
     _detach_blocks(exported)
     result: ExportedProgram = exported.run_decompositions({})
     return result
+
+
+def _dropout_out_of_place(exported: ExportedProgram) -> None:
+    """Write ``dropout_`` as a dropout and a copy, or its random numbers would be drawn apart."""
+    for module in exported.graph_module.modules():
+        graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
+        for node in graph.find_nodes(op="call_function", target=aten.dropout_.default):
+            with graph.inserting_before(node):
+                drawn = graph.call_function(aten.dropout.default, node.args)
+            drawn.meta = dict(node.meta)
+            node.target, node.args = aten.copy_.default, (node.args[0], drawn)
+        if isinstance(module, fx.GraphModule):
+            module.recompile()
 
 
 def _detach_blocks(exported: ExportedProgram) -> None:
@@ -42,8 +63,9 @@ def _detach_blocks(exported: ExportedProgram) -> None:
             continue
         if written := next((node for node in _calls(body) if _writes(node)), None):
             raise TraceError(
-                f"trace: {written.target} changes a value in place under torch.no_grad, in a model "
-                "with parameters before it; write x = x + y for x += y, or use .detach() instead"
+                f"trace: {written.target} changes a value in place under torch.no_grad "
+                f"({source_of(written)}), in a model with parameters before it; write x = x + y "
+                "for x += y, or use .detach() instead"
             )
         passed = passed_through(body)
         for value in list(block.users):

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ilm_compile.errors import TraceError
+from ilm_compile.program.users_line import source_of
+
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 Args = tuple[Any, ...]
@@ -99,6 +102,20 @@ def _cat(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     return emit(node, node.target, (kept, *args[1:]), kwargs)
 
 
+def _embedding(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    """Without ``sparse``, which is the form of the gradient and not its value."""
+    names = ("padding_idx", "scale_grad_by_freq", "sparse")
+    given = dict(zip(names, args[2:], strict=False)) | kwargs
+    if given.get("scale_grad_by_freq"):
+        raise TraceError(
+            "trace: an embedding with scale_grad_by_freq divides its gradient by the counts of "
+            f"one micro-batch ({source_of(node)}), which is another gradient than that of the "
+            "whole batch. Leave it out"
+        )
+    padding = given.get("padding_idx", -1)
+    return emit(node, node.target, args[:2] if padding == -1 else (*args[:2], padding))
+
+
 def _broadcast(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     expanded = []
     for x, val in zip(args[0], node.meta["val"], strict=True):
@@ -139,6 +156,7 @@ LOWERINGS: dict[Any, Callable[[Emit, fx.Node, Args, Kwargs], Any]] = {
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_SPLITS, _pieces),
     aten.cat.default: _cat,
+    aten.embedding.default: _embedding,
     aten.broadcast_tensors.default: _broadcast,
     aten.unbind.int: _unbind,
     aten.histc.default: _histc,

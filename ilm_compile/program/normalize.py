@@ -227,7 +227,7 @@ class _Normalizer:
             raise TraceError(
                 f"trace: the model reads a number out of a tensor ({source_of(origin)}) and goes "
                 "on with it: what it computes depends on values, and a static graph cannot. "
-                "Replace tensor.item(), tensor.tolist() and loops over them by torch.where or arithmetic"
+                "Replace tensor.item(), tolist() and loops over them by torch.where or arithmetic"
             )
         several = isinstance(val, (list, tuple)) and target.namespace != "aten"
         if several and len(tensors_of(val)) == len(val) > 0:

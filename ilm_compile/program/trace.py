@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ilm_compile.errors import TraceError
-from ilm_compile.program.borrow import Originals, borrowed
+from ilm_compile.program.borrow import Loan, Originals, borrowed, refuse_lazy
 from ilm_compile.program.calling import ExampleInputs as ExampleInputs
 from ilm_compile.program.calling import LossFn as LossFn
 from ilm_compile.program.calling import call_model as call_model
@@ -65,6 +65,7 @@ def trace(
             f"trace: expected labels among the example_inputs, got {list(inputs)}; "
             "loss_fn(outputs, labels) takes them"
         )
+    refuse_lazy(model)
     refuse_gradient_hooks(model)
     recorded: list[list[str]] = []
     variables = _read_variables(model)
@@ -72,7 +73,7 @@ def trace(
     with borrowed(model) as loan:
         known = KnownValues(loan)
         modes = (Originals(loan), KeepConstants(), NoGradientHooks(), UnrolledRecurrence(), known)
-        wrapper = _WithLoss(model, loss_fn, arguments, modes, recorded.append)
+        wrapper = _WithLoss(loan, loss_fn, arguments, modes, recorded.append)
         fakes = {name: loan.input(i.shape, i.dtype) for name, i in inputs.items()}
         try:
             with checked_functions(), no_saved_tensor_hooks():
@@ -116,14 +117,15 @@ class _WithLoss(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        loan: Loan,
         loss_fn: LossFn | None,
         arguments: Mapping[str, Any],
         modes: Sequence[TorchFunctionMode],
         record: Callable[[list[str]], None],
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = loan.model
+        self.loan = loan
         # In a tuple: were it a module, its tensors would be taken for the model's.
         self.rest = (loss_fn, arguments)
         self.modes = modes  # that see each call of the user's, the last one first
@@ -131,6 +133,7 @@ class _WithLoss(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with ExitStack() as stack:
+            stack.enter_context(self.loan.forward())
             for mode in self.modes:
                 stack.enter_context(mode)
             named = call_model(self.model, inputs, *self.rest)
