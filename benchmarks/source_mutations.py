@@ -1,0 +1,199 @@
+"""Mutation testing of the runtime's source: every planted fault must fail a test that is named.
+
+    python -m benchmarks.source_mutations [--only norm] [--processes 2]
+
+Each mutant of `benchmarks.source_mutants` and `benchmarks.source_mutants_state` is planted in a
+temporary copy of the package, and its killers, test files in the order of their likelihood, are run
+there until one fails. The files are run on the unbroken copy first: what fails there kills nothing.
+Exits with 1 if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.common import RESULTS, THREADS, make_console, save_json
+from benchmarks.source_mutants import STEP_MUTANTS, SourceMutant
+from benchmarks.source_mutants_state import STATE_MUTANTS
+
+ROOT = Path(__file__).parents[1]
+RUNNER = Path(__file__).with_name("source_runner.py")
+COPIED = ("ilm_compile", "passes", "kernels", "tests", "pyproject.toml")
+MUTANTS = [*STEP_MUTANTS, *STATE_MUTANTS]
+TIMEOUT_S = 120.0
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - .*)?$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """killed_by: the test that failed; None for a survivor."""
+
+    mutant: SourceMutant
+    killed_by: str | None
+    seconds: float
+
+
+class Copy:
+    """The package and its tests in a folder of their own, where faults are planted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._clock = int(time.time())
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+            else:
+                shutil.copy(ROOT / name, folder / name)
+        self._runner = subprocess.Popen(
+            [sys.executable, str(RUNNER)],
+            env={**os.environ, THREADS: "1", "COLUMNS": "200"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @contextmanager
+    def planted(self, mutant: SourceMutant) -> Iterator[None]:
+        """The fault is there until the block ends. Raises `ValueError` if it has no one place."""
+        path = self.folder / mutant.file
+        source = path.read_text()
+        if (count := source.count(mutant.old)) != 1:
+            raise ValueError(f"{mutant.file}: expected {mutant.old!r} once, found it {count} times")
+        self._write(path, source.replace(mutant.old, mutant.new))
+        try:
+            yield
+        finally:
+            self._write(path, source)
+
+    def failing(self, files: Sequence[str], *, timeout: float = TIMEOUT_S) -> str | None:
+        """The first test that fails, None if all pass; tests that do not end have failed."""
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+        request = {"folder": str(self.folder), "arguments": arguments, "timeout": timeout}
+        assert self._runner.stdin is not None
+        assert self._runner.stdout is not None
+        self._runner.stdin.write(json.dumps(request) + "\n")
+        self._runner.stdin.flush()
+        answer = json.loads(self._runner.stdout.readline())
+        if answer["status"] is None:
+            return f"no end of {' '.join(files)} in {timeout:g} s"
+        if answer["status"] == 0:
+            return None
+        found = FAILED.search(answer["output"])
+        return found[1] if found else answer["output"].strip().splitlines()[-1]
+
+    def close(self) -> None:
+        """End the process that runs the tests."""
+        assert self._runner.stdin is not None
+        self._runner.stdin.close()
+        self._runner.wait()
+
+    def _write(self, path: Path, source: str) -> None:
+        """Each time with another date, so that no compiled file of before is taken for it."""
+        path.write_text(source)
+        self._clock += 2
+        os.utime(path, (self._clock, self._clock))
+
+
+def judge(copy: Copy, mutant: SourceMutant) -> Fate:
+    """Plant `mutant` and run its killers, one file after the other, until one fails."""
+    start = time.perf_counter()
+    with copy.planted(mutant):
+        for file in dict.fromkeys(mutant.killers):
+            if (killed_by := copy.failing([file])) is not None:
+                return Fate(mutant, killed_by, time.perf_counter() - start)
+    return Fate(mutant, None, time.perf_counter() - start)
+
+
+def judge_all(mutants: Sequence[SourceMutant], processes: int) -> Iterator[Fate]:
+    """The fates in order. Raises `RuntimeError` if a killer fails without any fault."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+        for number in range(processes):
+            copies.put(stack.enter_context(closing(Copy(folder / str(number)))))
+        pool = stack.enter_context(ThreadPoolExecutor(processes))
+
+        def borrowed(task: SourceMutant | str) -> Fate | str | None:
+            copy = copies.get()
+            try:
+                if isinstance(task, str):
+                    return copy.failing([task], timeout=5 * TIMEOUT_S)
+                return judge(copy, task)
+            finally:
+                copies.put(copy)
+
+        files = sorted({file for mutant in mutants for file in mutant.killers})
+        if failing := [found for found in pool.map(borrowed, files) if found is not None]:
+            raise RuntimeError(f"these fail without any fault: {failing}")
+        for fate in pool.map(borrowed, mutants):
+            assert isinstance(fate, Fate)
+            yield fate
+
+
+def table_of(fates: Sequence[Fate]) -> Table:
+    """A line per mutant."""
+    survivors = sum(fate.killed_by is None for fate in fates)
+    title = f"{len(fates)} source mutants of the runtime, {survivors} survive"
+    table = Table("file", "fault", "killed by", "s", title=title)
+    for fate in fates:
+        killer = fate.killed_by or "[red]SURVIVES"
+        file = fate.mutant.file.removeprefix("ilm_compile/runtime/")
+        table.add_row(file, fate.mutant.what, killer.rpartition("/")[2], f"{fate.seconds:.0f}")
+    return table
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.source_mutations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", default="", help="only files whose name holds this")
+    parser.add_argument("--processes", type=int, default=2)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    start = time.perf_counter()
+    mutants = [mutant for mutant in MUTANTS if options.only in mutant.file]
+    console, fates = make_console(), []
+    for fate in judge_all(mutants, options.processes):
+        fates.append(fate)
+        killer = fate.killed_by or "SURVIVES"
+        console.print(f"{len(fates):3} {fate.mutant.file}: {fate.mutant.what}: {killer}")
+    console.print(table_of(fates))
+    rows = [
+        {
+            "file": fate.mutant.file,
+            "fault": fate.mutant.what,
+            "killed_by": fate.killed_by,
+            "seconds": round(fate.seconds, 1),
+        }
+        for fate in fates
+    ]
+    if not options.only:
+        content = {"seconds": time.perf_counter() - start, "mutants": rows}
+        save_json(RESULTS / "source_mutations.json", content)
+    return int(any(fate.killed_by is None for fate in fates))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
