@@ -2,9 +2,9 @@
 
     python -m benchmarks.source_mutations [--only norm] [--processes 2]
 
-Each mutant of `benchmarks.source_mutants` and `benchmarks.source_mutants_state` is planted in a
-temporary copy of the package, and its killers, test files in the order of their likelihood, are run
-there until one fails. The files are run on the unbroken copy first: what fails there kills nothing.
+Each mutant of `benchmarks.source_mutants` and its neighbours is planted in a temporary copy of the
+package, and its killers, test files in the order of their likelihood, are run there until one
+fails. They are run on the unbroken copy first: what fails there kills nothing.
 Exits with 1 if a mutant survives.
 """
 
@@ -31,11 +31,12 @@ from rich.table import Table
 from benchmarks.common import RESULTS, THREADS, make_console, save_json
 from benchmarks.source_mutants import STEP_MUTANTS, SourceMutant
 from benchmarks.source_mutants_state import STATE_MUTANTS
+from benchmarks.source_mutants_update import UPDATE_MUTANTS
 
 ROOT = Path(__file__).parents[1]
 RUNNER = Path(__file__).with_name("source_runner.py")
 COPIED = ("ilm_compile", "passes", "kernels", "tests", "pyproject.toml")
-MUTANTS = [*STEP_MUTANTS, *STATE_MUTANTS]
+MUTANTS = [*STEP_MUTANTS, *UPDATE_MUTANTS, *STATE_MUTANTS]
 TIMEOUT_S = 120.0
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - .*)?$", re.MULTILINE)
 
