@@ -9,19 +9,15 @@ repeated           the share of weight bytes and of matrix-product FLOPs that ev
                    of norms and biases falls as they grow
 tp=2 and so on     largest relative error of the loss / of any gradient
 
-With --all, every causal language model of transformers, its ranks emulated in one process: is it
-captured, is it equal at tp=2 and tp=4, and if not, why. InternLM3 is transformers' own mapping of
-its configuration to the Llama class, with 2 key-value heads.
+InternLM3 is transformers' own mapping of its configuration to the Llama class, with 2 key-value
+heads. Every other architecture of transformers: `python -m benchmarks.coverage`.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -30,21 +26,16 @@ from ilm_compile.compile import partition
 from ilm_compile.program.trace import trace
 from tests.support.coverage import (
     EXAMPLE,
-    TIME_LIMIT,
-    Coverage,
-    cover_all,
     repeated_flops,
     repeated_weights,
 )
 from tests.support.equality import Case, Errors, run_cases
 from tests.support.promote import promoted_float32
 from tests.support.world import World
-from tests.support.zoo import LISTED, architectures, listed_model
+from tests.support.zoo import LISTED, listed_model
 
 LAYERS = 2
 SHARES_AT = 4
-LONGEST = 200  # characters of a reason in the table; the whole is in the JSON
-SIZES = (2, 4)
 PLANS: dict[str, tuple[int, dict[str, int]]] = {
     "tp=2": (2, {"tp": 2}),
     "tp=4": (4, {"tp": 4}),
@@ -89,53 +80,24 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def coverage_table(found: Sequence[Coverage]) -> Iterator[str]:
-    """Yield the lines of the systematic coverage, and the totals."""
-    headings = ["architecture", "outcome", "nodes", "weights, FLOPs repeated", "largest error"]
-    yield f"| {' | '.join([*headings, 'why'])} |"
-    yield "| --- | --- | ---: | ---: | ---: | --- |"
-    for row in found:
-        shares = [f"{max(s.weights for s in row.sharded):.1%}" if row.sharded else ""]
-        shares += [f"{max(s.flops for s in row.sharded):.1%}" if row.sharded else ""]
-        errors = [max(s.loss_error, s.gradient_error) for s in row.sharded]
-        error = f"{max(errors):.0e}" if errors else ""
-        cells = (row.architecture, row.outcome, str(row.nodes or ""), ", ".join(shares).strip(", "))
-        yield f"| {' | '.join((*cells, error, row.reason[:LONGEST]))} |"
-    counts = Counter(row.outcome for row in found)
-    yield ""
-    yield f"{len(found)} architectures: " + ", ".join(f"{n} {o}" for o, n in counts.most_common())
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.sharding_table",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--all", action="store_true", help="the systematic coverage instead")
-    parser.add_argument("--only", action="append", help="a model or architecture; may be repeated")
-    parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds per architecture")
+    parser.add_argument("--only", action="append", help="a model; may be repeated")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(1)
-    content: dict[str, Any]
-    if options.all:
-        found = []
-        for row in cover_all(options.only or architectures(), SIZES, limit_s=options.limit):
-            found.append(row)
-            print(f"{row.architecture}: {row.outcome} ({row.seconds:.0f} s)", file=sys.stderr)
-        print("\n".join(coverage_table(found)))
-        content = {"tp": SIZES, "architectures": found}
-    else:
-        with World(2) as two, World(4) as four:
-            rows = [measure(name, {2: two, 4: four}) for name in options.only or LISTED]
-        print(table(rows))
-        content = {"tp_of_shares": SHARES_AT, "layers": LAYERS, "models": rows}
-    name = "coverage" if options.all else "sharding_table"
-    save_json(RESULTS / f"{name}.json", content)
+    with World(2) as two, World(4) as four:
+        rows = [measure(name, {2: two, 4: four}) for name in options.only or LISTED]
+    print(table(rows))
+    content = {"tp_of_shares": SHARES_AT, "layers": LAYERS, "models": rows}
+    save_json(RESULTS / "sharding_table.json", content)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
-from benchmarks.sharding_table import Row, coverage_table, table
+from benchmarks import coverage
+from benchmarks.sharding_table import Row, table
 from tests.support.coverage import Coverage, Sharded, cover, cover_all
 from tests.support.equality import Errors
 
+ROOT = Path(__file__).parents[1]
 EQUAL = Coverage("A", "equal", nodes=7, sharded=[Sharded(2, 1e-16, 2e-15, 0.01, 0.0)], seconds=1.0)
 
 
@@ -37,10 +42,41 @@ def test_what_transformers_cannot_run_on_text_is_unusable():
 
 def test_the_table_of_coverage_has_a_line_each_and_the_totals():
     refused = Coverage("B", "refused", "trace: because")
-    lines = list(coverage_table([EQUAL, refused, refused]))
+    lines = list(coverage.table([EQUAL, refused, refused]))
     assert lines[2] == "| A | equal | 7 | 1.0%, 0.0% | 2e-15 |  |"
     assert lines[3] == "| B | refused |  |  |  | trace: because |"
     assert lines[-1] == "3 architectures: 2 refused, 1 equal"
+
+
+def test_trying_again_keeps_what_was_equal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(coverage, "FILE", tmp_path / "coverage.json")
+    monkeypatch.setattr(coverage, "architectures", lambda: ["first", "dead"])
+    monkeypatch.setattr(coverage, "cover_all", lambda names, *_, **__: map(answer, names))
+    coverage.main([])
+    first = capsys.readouterr().out.splitlines()[-1]
+    assert "of the 2 causal language model classes" in first
+    assert "tried small, 1 are captured, sharded at tp=2 and tp=4" in first
+    assert "at most 1.0% of weights or FLOPs repeated; 1 are refused" in first
+    monkeypatch.setattr(coverage, "cover_all", lambda names, *_, **__: map(mended, names))
+    coverage.main(["--again"])
+    content = json.loads(coverage.FILE.read_text())
+    assert content["tried"] == ["dead"]
+    assert [row["outcome"] for row in content["architectures"]] == ["equal", "equal"]
+    assert "2 are captured" in coverage.sentence(content)
+
+
+def answer(name):
+    return replace(EQUAL, architecture=name, outcome="refused" if name == "dead" else "equal")
+
+
+def mended(name):
+    return replace(EQUAL, architecture=name)
+
+
+def test_the_readme_says_what_the_results_say():
+    content = json.loads(coverage.FILE.read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert coverage.sentence(content) in text
 
 
 def test_the_table_of_models_is_markdown():
