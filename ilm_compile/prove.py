@@ -10,20 +10,27 @@ from typing import Any
 
 from torch import nn
 
-from ilm_compile.compile import make_plan, partition
+from ilm_compile.compile import make_plan
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.passes import Pass, lower
-from ilm_compile.program.dropout import SEED
+from ilm_compile.passes import Pass, lower, run_passes, standard_passes
+from ilm_compile.program.copy import copy_program
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Program
-from ilm_compile.program.trace import ExampleInputs, LossFn
+from ilm_compile.program.trace import ExampleInputs, LossFn, trace
+from ilm_compile.sharding.loss_terms import check_loss
 from ilm_compile.verify import translation as _translation  # noqa: F401 - validate="numerics"
-from ilm_compile.verify.blocks import check_blocks, placed_otherwise
+from ilm_compile.verify.capture import model_step
 from ilm_compile.verify.compare import Comparison, compare
+from ilm_compile.verify.exact import exact
+from ilm_compile.verify.fit import fits_whole
+from ilm_compile.verify.graph_steps import graph_steps, without_dropout
+from ilm_compile.verify.inputs import LEVELS, corner_batch
+from ilm_compile.verify.precision import check_precision
 from ilm_compile.verify.report import Check, Report
+from ilm_compile.verify.static import check_variables
 from ilm_compile.verify.subject import Subject
 from ilm_compile.verify.values import check_values
+from ilm_compile.verify.weights import tensors_for
 
 
 def verify(
@@ -39,52 +46,58 @@ def verify(
 ) -> Report:
     """Return whether `model` under the plan trains exactly as it does on a single device.
 
-    Keywords as for `partition`; `dp` is the number of data-parallel ranks. Four layers:
+    Keywords as for `partition`; `dp` is the number of data-parallel ranks. What is proven is the
+    program that would run, layer by layer:
 
-    1. types: the full-size program is partitioned, every placement checked after every pass, every
-       shape and dtype computed anew, and the schedule proven complete and free of cyclic waits;
-    2. step: a small model of the same structure (see `ilm_compile.verify.shrink`) takes one
-       training step under the plan, all ranks emulated in this process, and loss, every gradient
-       and the weights after one AdamW step are compared in float64 with the plain model's. Casts
-       to bf16 stay in the program and round nothing. A model with dropout takes two steps: one
-       without, and one with it, compared with the same program on one rank;
-    3. blocks: every block of the full-size program makes the calls of one that took the step; where
-       its placements are other ones, which the types vouch for, that is a warning;
-    4. bisect: on a difference, the first pass that makes one, and its first node.
+    1. types: every placement follows by the rules after every pass, every shape and dtype computed
+       anew, inputs, outputs and variables as the model has them, the schedule complete and free of
+       cyclic waits;
+    2. capture: the traced graph gives the loss and the gradients of the model itself on a whole
+       global batch; where the model is too large to be run here, a note says so;
+    3. regions: each distinct region of the program against the same region of the traced graph, on
+       all ranks in float64: what it gives, the gradients of what it takes and of its weights. Alike
+       are regions of equal calls, constants, buffers, placements and trained weights. They are run
+       at their own size, or where that is too large with sizes made smaller in both graphs;
+    4. precision: under a compute dtype, the rounding of every node against that of the products
+       alone (see `ilm_compile.verify.precision`);
+    5. step: two optimizer steps of all ranks, emulated in this process by the runtime's own code
+       and schedule, against the traced graph's: loss, outputs, every gradient, every weight;
+    6. bisect: on a difference, the first pass that makes one, and its first node.
 
-    No process group, GPU or weight of the full model is needed. Never raises for a plan that fails:
-    see `Report.failures` and `Report.raise_if_failed`.
+    Batches reach every corner (see `ilm_compile.verify.inputs`); dropout is on, with the plan's
+    masks. No process group, GPU or weight is needed. Never raises for a plan that fails: see
+    `Report.failures` and `Report.raise_if_failed`.
     """
     proof = _Proof(_title(model, plan, keywords, dp))
     with proof.check("types") as note:
-        program = partition(
-            model,
-            example_inputs=example_inputs,
-            loss_fn=loss_fn,
-            passes=passes,
-            plan=make_plan(plan, **keywords),
-            dp=dp,
-        )
+        settled = make_plan(plan, **keywords)
+        traced = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=settled)
+        check_loss(traced, model, loss_fn, num_slices=settled.num_microbatches * dp)
+        program = copy_program(traced)
+        run_passes(program, [*standard_passes(settled), *passes])
         check_values(program)
+        check_variables(traced, program)
         lower(program)
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:
         return proof.report()
-    is_random = any(n.target == SEED for n in program.graph.find_nodes(op="placeholder"))
-    for dropout in (False, True) if is_random else (False,):
-        with proof.check("shrink") as note:
-            subject = Subject(
-                model, program, loss_fn=loss_fn, passes=passes, dp=dp, is_random=dropout
-            )
-            size = sum(parameter.numel() for parameter in subject.model.parameters())
-            note(f"{size:,} parameters of the same structure")
-        if not proof.failures:
-            _step(proof, subject, tolerance)
-        if proof.failures:
-            return proof.report()
-    with proof.check("blocks") as note:
-        note(_blocks(proof, program, subject))
+    subject = Subject(traced, program, model, dp, passes=passes)
+    with proof.check("capture") as note:
+        note(_capture(proof, subject, loss_fn, tolerance))
+    prove_program(proof, subject, tolerance)
     return proof.report()
+
+
+def prove_program(proof: _Proof, subject: Subject, tolerance: float) -> None:
+    """Prove the compiled program of `subject` against the traced graph: regions and steps."""
+    with proof.check("regions") as note:
+        note(_regions(proof, subject, tolerance))
+    if subject.program.plan.dtype is not None and not proof.failures:
+        with proof.check("precision") as note:
+            note(check_precision(subject))
+    if not proof.failures:
+        with proof.check("step") as note:
+            note(_step(proof, subject, tolerance))
 
 
 def _title(model: nn.Module, plan: Plan | None, keywords: Mapping[str, Any], dp: int) -> str:
@@ -109,14 +122,14 @@ class _Proof:
     def report(self) -> Report:
         return Report(self.title, self.checks, self.failures, self.warnings, **self.errors)
 
-    def note_errors(self, found: Comparison) -> None:
-        """Keep the largest errors of all steps."""
-        for name, error in (
-            ("max_loss_error", found.loss),
-            ("max_grad_error", found.max_gradient),
-            ("max_weight_error", found.max_weight),
-        ):
-            self.errors[name] = max(error, self.errors.get(name, 0.0))
+    def note_errors(self, *, loss: float = 0.0, grad: float = 0.0, weight: float = 0.0) -> None:
+        """Keep the largest errors."""
+        for name, error in (("loss", loss), ("grad", grad), ("weight", weight)):
+            key = f"max_{name}_error"
+            self.errors[key] = max(error, self.errors.get(key, 0.0))
+
+    def note_comparison(self, found: Comparison) -> None:
+        self.note_errors(loss=found.loss, grad=found.max_gradient, weight=found.max_weight)
 
     @contextmanager
     def check(self, name: str) -> Iterator[Callable[[str], None]]:
@@ -135,38 +148,89 @@ class _Proof:
         self.failures += [f"{name}: {failed}"] if failed else []
 
 
-def _step(proof: _Proof, subject: Subject, tolerance: float) -> None:
-    """Take one step of a small model both ways and compare; on a difference, find its origin."""
-    with proof.check("dropout" if subject.is_random else "step") as note:
-        step, lowered = subject.step(subject.compile(subject.plan), subject.batch)
-        found = compare(step, subject.expected(subject.batch))
-        proof.note_errors(found)
-        ranks = subject.plan.tp * subject.plan.pp * subject.dp
-        note(f"{ranks} ranks emulated; largest errors: {found.summary()}")
-        if wrong := found.describe(tolerance):
-            reference = "same program on one rank" if subject.is_random else "single-device model"
-            raise IlmCompileError(
-                f"not equal to the {reference}: {wrong}{_tied(lowered, found, tolerance)}"
+def _capture(proof: _Proof, subject: Subject, loss_fn: LossFn | None, tolerance: float) -> str:
+    """Compare the traced graph with the model itself, nothing dropped; return how far it is."""
+    slices = subject.num_slices
+    if not fits_whole(subject.traced, slices):
+        return "not run: the model is too large here; the graph is torch.export's"
+    traced = exact(without_dropout(subject.traced))
+    tensors = tensors_for(traced, subject.buffers)
+    assert subject.model is not None
+    for level in range(len(LEVELS)):
+        batch = corner_batch(traced, slices, level=level)
+        try:
+            expected = model_step(
+                subject.model, tensors, batch, loss_fn=loss_fn, arguments=traced.arguments
             )
-    if proof.failures:
-        with proof.check("bisect") as note:
-            note(_origin(subject, tolerance))
-        if proof.checks[-1].ok:
-            proof.failures.append(f"bisect: {proof.checks[-1].detail}")
+        except (IndexError, RuntimeError):
+            if level == len(LEVELS) - 1:
+                raise
+            continue
+        if bool(expected.loss.isfinite()):
+            break
+    (step,) = graph_steps(traced, tensors, [batch], num_slices=slices, max_norm=None)
+    found = compare(step, expected)
+    proof.note_comparison(found)
+    if wrong := found.describe(tolerance):
+        raise IlmCompileError(f"the traced graph is not equal to the model: {wrong}")
+    return f"the model itself on {slices} micro-batches; largest errors: {found.summary()}"
 
 
-def _blocks(proof: _Proof, program: Program, subject: Subject) -> str:
-    """Check that the step speaks for the full-size program, and return how far it does."""
-    small = subject.compile(subject.plan)
-    check_blocks(program, small)
-    if otherwise := placed_otherwise(program, small):
-        proof.warnings.append(
-            f"blocks: the step took other placements than the full-size program has in "
-            f"{', '.join(otherwise)}, where the search sees other costs; there the types alone "
-            "vouch for the collectives"
-        )
-    total = len(program.regions)
-    return f"{total} regions are like those stepped, {total - len(otherwise)} in placements too"
+def _regions(proof: _Proof, subject: Subject, tolerance: float) -> str:
+    """Compare every distinct piece, and on a difference say where it comes from."""
+    fit, compared = subject.regions()
+    largest = 0.0
+    for piece, found, locate in compared:
+        if not found.is_finite:
+            proof.warnings.append(
+                f"regions: {piece.region} gives no numbers on any batch that was tried; there the "
+                "types alone vouch for it"
+            )
+            continue
+        largest = max(largest, found.largest)
+        proof.note_errors(grad=found.largest)
+        if not found.largest <= tolerance:
+            node = locate(tolerance) or f"the {found.worst()}"
+            raise IlmCompileError(
+                f"{piece.region} is not equal to the same region of the traced graph: "
+                f"{found.worst()}; {_blame(subject, tolerance)}{node}"
+            )
+    size = fit.note or "at its own size"
+    count = f"{len(subject.distinct)} distinct of {len(subject.pieces)}"
+    return f"{count}, {size}; largest error {largest:.0e}"
+
+
+def _blame(subject: Subject, tolerance: float) -> str:
+    """Return the first pass after which a region differs, in words; nothing if none does alone."""
+    for name, program in subject.prefixes():
+        before = Subject(subject.traced, program, subject.model, passes=subject.passes)
+        try:
+            _, compared = before.regions()
+            wrong = any(not f.largest <= tolerance for _, f, _ in compared if f.is_finite)
+        except IlmCompileError:
+            continue
+        if wrong:
+            return f"after pass {name}, "
+    return ""
+
+
+def _step(proof: _Proof, subject: Subject, tolerance: float) -> str:
+    """Take steps both ways and compare them."""
+    fit = subject.fit_step()
+    steps, expected, lowered, dp = subject.steps(fit)
+    plan = subject.program.plan
+    for number, (step, right) in enumerate(zip(steps, expected, strict=True), 1):
+        found = compare(step, right)
+        proof.note_comparison(found)
+        if wrong := found.describe(tolerance):
+            raise IlmCompileError(
+                f"optimizer step {number} is not equal to the traced graph's: {wrong}"
+                f"{_tied(lowered, found, tolerance)}; every region is right by itself, so the "
+                "difference arises in lowering, schedule or runtime: "
+                f"{subject.narrow(tolerance) if fit.is_own_size else 'run a smaller plan'}"
+            )
+    ranks = f"{plan.tp * plan.pp * dp} ranks emulated, {len(steps)} steps"
+    return f"{ranks}, {fit.note or 'at its own size'}; largest errors: {found.summary()}"
 
 
 def _tied(lowered: LoweredProgram, found: Comparison, tolerance: float) -> str:
@@ -175,15 +239,4 @@ def _tied(lowered: LoweredProgram, found: Comparison, tolerance: float) -> str:
         f"; {name} is held by stages {', '.join(map(str, owners))}, whose gradients must be summed"
         for name in found.wrong_gradients(tolerance)
         if len(owners := lowered.owners(name)) > 1
-    )
-
-
-def _origin(subject: Subject, tolerance: float) -> str:
-    """Return the pass and node that first differ, or what the difference depends on."""
-    found = subject.bisect(tolerance)
-    if found is not None:
-        return f"after pass {found[0]}, {found[1]}"
-    return (
-        "every node of the partitioned graph is right on one micro-batch, so the difference arises "
-        f"in lowering, schedule or runtime: {subject.narrow(tolerance)}"
     )

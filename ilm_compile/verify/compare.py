@@ -1,4 +1,4 @@
-"""How far one training step is from another: loss, every gradient, every updated weight."""
+"""How far one training step is from another: loss, outputs, every gradient, every weight."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.verify.emulate import Step
+from ilm_compile.verify.numbers import relative_error
 
 GRADIENT_FLOOR = 1e-5  # of the global norm: some gradients are zero in theory
 # AdamW's first step divides by the gradient: it magnifies the rounding of a tiny one.
@@ -18,11 +19,15 @@ SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Relative errors of a step against the expected one; by parameter, gradients and weights."""
+    """Relative errors of a step against the expected one, by parameter or output.
+
+    A gradient that the expected step lacks counts too, as does a weight that should have stayed.
+    """
 
     loss: float
     gradients: dict[str, float]
     weights: dict[str, float]
+    outputs: dict[str, float]
 
     @property
     def max_gradient(self) -> float:
@@ -54,6 +59,7 @@ class Comparison:
             ("loss", {"": self.loss}, 1),
             ("gradient of ", self.gradients, 1),
             ("weight ", self.weights, WEIGHT_SLACK),
+            ("output ", self.outputs, 1),
         )
         wrong = [
             f"{kind}{name} by {error:.1e}"
@@ -66,21 +72,26 @@ class Comparison:
 
 
 def compare(step: Step, expected: Step) -> Comparison:
-    """Return the relative errors of `step`; a parameter that it lacks is off by infinity."""
-    norm = torch.stack([g.norm() for g in expected.gradients.values()]).norm()
+    """Return the relative errors of `step`; what it lacks is off by infinity."""
+    norms = [gradient.norm() for gradient in expected.gradients.values()]
+    norm = float(torch.stack(norms).norm()) if norms else 1.0
+    gradients = dict(expected.gradients)
+    for name, extra in step.gradients.items():
+        gradients.setdefault(name, torch.zeros_like(extra))
+    ours = {name: torch.zeros_like(value) for name, value in gradients.items()}
+    ours |= {name: value for name, value in step.gradients.items()}
     return Comparison(
-        float((step.loss - expected.loss).abs() / expected.loss.abs()),
-        _errors(step.gradients, expected.gradients, GRADIENT_FLOOR * float(norm)),
-        _errors(step.weights, expected.weights, 1e-12),
+        relative_error(step.loss, expected.loss),
+        _errors(ours, gradients, GRADIENT_FLOOR * norm),
+        _errors(step.weights, expected.weights),
+        _errors(step.outputs, expected.outputs) if step.outputs else {},
     )
 
 
 def _errors(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], floor: float
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], floor: float = 1e-12
 ) -> dict[str, float]:
     return {
-        name: float((actual[name] - value).norm()) / max(float(value.norm()), floor)
-        if name in actual
-        else float("inf")
+        name: relative_error(actual[name], value, floor) if name in actual else float("inf")
         for name, value in expected.items()
     }

@@ -6,13 +6,14 @@ is the unbroken one's) or missed, and a missed one is a hole in the proof.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import nn
 
+from ilm_compile.errors import ProgramError
 from ilm_compile.passes import lower
 from ilm_compile.program.check import check_structure
 from ilm_compile.program.program import Program
@@ -20,15 +21,16 @@ from ilm_compile.schedule import Schedule
 from ilm_compile.schedule import check as check_schedule
 from ilm_compile.sharding import check_placements
 from ilm_compile.verify import mutate_program, mutate_schedule
-from ilm_compile.verify.blocks import check_blocks
 from ilm_compile.verify.compare import compare
 from ilm_compile.verify.emulate import Step, emulate
 from ilm_compile.verify.exact import exact
-from ilm_compile.verify.promote import promoted_float32
-from ilm_compile.verify.reference import single_device_step
+from ilm_compile.verify.precision import check_precision
+from ilm_compile.verify.static import check_variables
+from ilm_compile.verify.subject import Subject
 from ilm_compile.verify.values import check_values
+from ilm_compile.verify.weights import tensors_for
 
-LAYERS = ("structure", "types", "schedule", "step", "blocks")
+LAYERS = ("structure", "variables", "types", "schedule", "regions", "precision", "step")
 TOLERANCE = 1e-10  # of the proof
 EQUAL = 1e-12  # the same step up to the order of sums
 
@@ -72,13 +74,8 @@ class Verdict:
         return next((layer for layer in LAYERS if layer in self.caught and layer != without), None)
 
 
-def program_mutants(
-    program: Program, *, limit: int | None = None, outside: Collection[str] = ()
-) -> Iterator[Mutant]:
-    """Yield the faults that apply to `program`, at most `limit` of a kind, evenly spread.
-
-    outside: names of regions that are to be left alone.
-    """
+def program_mutants(program: Program, *, limit: int | None = None) -> Iterator[Mutant]:
+    """Yield the faults that apply to `program`, at most `limit` of a kind, evenly spread."""
 
     def make(
         place: mutate_program.Place, program: Program, schedule: Schedule
@@ -87,17 +84,10 @@ def program_mutants(
         return mutate_program.mutated(program, node, edit), schedule
 
     for kind, places in mutate_program.KINDS.items():
-        found = [place for place in places(program) if _region(program, place[0]) not in outside]
-        for place in spread(found, limit):
+        for place in spread(list(places(program)), limit):
             module = program.source(place[0]).module_path
             what = " ".join(filter(None, (place[0].name, module and f"({module})", place[1])))
             yield Mutant(kind, what, partial(make, place))
-
-
-def _region(program: Program, node: fx.Node) -> str:
-    """Return the name of the region of a call, or of the first call that uses a parameter."""
-    calls = [n for n in (node, *node.users) if "region" in n.meta]
-    return program.regions[calls[0].meta["region"]].name if calls else ""
 
 
 def schedule_mutants(schedule: Schedule, *, limit: int | None = None) -> Iterator[Mutant]:
@@ -123,22 +113,21 @@ def spread(items: list[Any], limit: int | None) -> list[Any]:
 class Trial:
     """Judges mutants of one program, which must itself be without fault.
 
-    model: the plain model in float64, whose weights the steps start from. batch: a global one.
-    stepped: of a program that is too big to be stepped, the small one that takes the step; mutants
-    are then made in the blocks that only the big one has.
+    traced: the graph it was compiled from. model: where buffers have their values, if anywhere.
     """
 
+    traced: Program
     program: Program
     schedule: Schedule
-    model: nn.Module
-    batch: Mapping[str, Tensor]
-    stepped: Program | None = None
-    expected: Step = field(init=False)
-    launched: Step = field(init=False)
+    model: nn.Module | None = None
+    dp: int = 1
 
     def __post_init__(self) -> None:
-        with promoted_float32():
-            self.expected = single_device_step(self.model, self.batch)
+        whole = Subject(self.traced, self.program, self.model, self.dp, schedule=self.schedule)
+        old = exact(self.traced)
+        self.tensors = tensors_for(old, whole.buffers)
+        self.batches, self.expected = whole.expected(old, self.tensors, whole.num_slices)
+        self.proven = set(whole.signatures)
         self.launched = self._run(self.program, self.schedule)
 
     def judge(self, mutant: Mutant) -> Verdict:
@@ -147,9 +136,11 @@ class Trial:
         caught: dict[str, str] = {}
         for layer, check in (
             ("structure", partial(_check_structure, program)),
+            ("variables", partial(check_variables, self.traced, program)),
             ("types", partial(check_placements, program)),
             ("schedule", partial(check_schedule, schedule)),
-            ("blocks", partial(check_blocks, program, self.stepped or program)),
+            ("regions", partial(self._check_regions, program)),
+            ("precision", partial(self._check_precision, program)),
         ):
             if (message := _refusal(check)) is not None:
                 caught[layer] = message
@@ -158,35 +149,50 @@ class Trial:
             caught["step"] = message
         return Verdict(mutant.kind, mutant.what, caught, difference)
 
+    def _check_regions(self, program: Program) -> None:
+        """Compare the pieces that the unbroken program does not have."""
+        subject = Subject(self.traced, program, self.model)
+        new = [
+            piece
+            for piece in subject.distinct
+            if subject.signatures[subject.pieces.index(piece)] not in self.proven
+        ]
+        for piece, found, _ in subject.compared(subject.fit_pieces(), new):
+            if found.is_finite and not found.largest <= TOLERANCE:
+                raise ProgramError(f"{piece.region}: {found.worst()}")
+
+    def _check_precision(self, program: Program) -> None:
+        if self._is_rounded:
+            check_precision(Subject(self.traced, program, self.model))
+
     def _step(self, program: Program, schedule: Schedule) -> tuple[str, float]:
-        """Return why the step is refused, and how far it is from the unbroken one as launched."""
+        """Return why the steps are refused, and how far they are from the unbroken ones."""
         try:
-            if self.stepped is not None:  # it has no such block: its step is as it was
-                return "", _distance(self._run(program, schedule), self.launched)
-            step = self._run(exact(program) if self._is_rounded else program, schedule)
-            found = compare(step, self.expected)
-            if wrong := found.describe(TOLERANCE):
-                message = f"not equal to the single-device model: {wrong}"
-                return message, _distance(step, self.launched)
+            steps = self._run(exact(program), schedule)
+            for step, right in zip(steps, self.expected, strict=True):
+                if wrong := compare(step, right).describe(TOLERANCE):
+                    message = f"not equal to the traced graph: {wrong}"
+                    return message, _distance(steps, self.launched)
             if self._is_rounded:
-                step = self._run(program, schedule)
+                steps = self._run(program, schedule)
         except Exception as error:
-            return "" if self.stepped else _words(error), float("inf")
-        return "", _distance(step, self.launched)
+            return _words(error), float("inf")
+        return "", _distance(steps, self.launched)
 
     @property
     def _is_rounded(self) -> bool:
         return self.program.plan.dtype is not None
 
-    def _run(self, program: Program, schedule: Schedule) -> Step:
-        return emulate(lower(program), schedule, self.model, [self.batch])[0]
+    def _run(self, program: Program, schedule: Schedule) -> list[Step]:
+        return emulate(
+            lower(program), schedule, self.tensors, self.batches, dp=self.dp, keep_outputs=True
+        )
 
 
 def judge_all(trial: Trial, *, limit: int | None = None) -> Iterator[Verdict]:
     """Yield the verdict on each mutant, at most `limit` of a kind."""
-    outside = {region.name for region in trial.stepped.regions} if trial.stepped else ()
-    yield from map(trial.judge, program_mutants(trial.program, limit=limit, outside=outside))
-    if trial.schedule.num_ranks > 1 and trial.stepped is None:
+    yield from map(trial.judge, program_mutants(trial.program, limit=limit))
+    if trial.schedule.num_ranks > 1:
         yield from map(trial.judge, schedule_mutants(trial.schedule, limit=limit))
 
 
@@ -209,6 +215,7 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _distance(step: Step, other: Step) -> float:
-    found = compare(step, other)
-    return max(found.loss, found.max_gradient, found.max_weight)
+def _distance(steps: Sequence[Step], others: Sequence[Step]) -> float:
+    pairs = [compare(step, other) for step, other in zip(steps, others, strict=True)]
+    errors = [(p.loss, p.max_gradient, p.max_weight, *p.outputs.values()) for p in pairs]
+    return max(e if e == e else float("inf") for each in errors for e in each)

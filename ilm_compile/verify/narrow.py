@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ilm_compile.program.plan import Plan
-from ilm_compile.verify.reference import IGNORED
 
 # What is tried: words for the report, and the changes of the plan.
+IGNORED = -100  # cross entropy's default label of what is no target
 SIMPLER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("one micro-batch", "num_microbatches", {"num_microbatches": 1}),
     (

@@ -1,165 +1,205 @@
-"""The small model on which a plan is proven: compiled, stepped, and searched for what is wrong."""
+"""What a proof is about: the traced graph, the compiled program, and what each is run on."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
-from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.passes import Pass, lower, order_passes, run_passes, standard_passes
-from ilm_compile.passes.cut_points import cut_points
-from ilm_compile.passes.fuse_residual import separated
-from ilm_compile.passes.node_cost import step_seconds
+from ilm_compile.program.copy import copy_program
 from ilm_compile.program.lowered import LoweredProgram
-from ilm_compile.program.placement import I
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
-from ilm_compile.program.trace import LossFn, trace
-from ilm_compile.schedule import build
-from ilm_compile.verify.bisect import Difference, first_difference
-from ilm_compile.verify.compare import Comparison, compare
+from ilm_compile.schedule import Schedule, build
+from ilm_compile.verify.alike import signature
+from ilm_compile.verify.compare import compare
 from ilm_compile.verify.emulate import Step, emulate
 from ilm_compile.verify.exact import exact
+from ilm_compile.verify.fit import Fit, fit_pieces, fit_step
+from ilm_compile.verify.graph_steps import graph_steps
+from ilm_compile.verify.inputs import LEVELS, corner_batch, microbatch
+from ilm_compile.verify.locate import Difference
 from ilm_compile.verify.narrow import narrow
-from ilm_compile.verify.promote import promoted_float32
-from ilm_compile.verify.reference import (
-    complete_inputs,
-    random_batch,
-    single_device_step,
-    small_inputs,
-)
-from ilm_compile.verify.shrink import shrink
+from ilm_compile.verify.pieces import Piece, pieces
+from ilm_compile.verify.regions import Found, Trial
+from ilm_compile.verify.weights import buffer_values, tensors_for
+
+STEPS = 2
+MOST_REPLICAS = 2  # of a step that had to be made smaller: each runs the same graph
 
 
+def schedule_of(plan: Plan) -> Schedule:
+    """Return the schedule that `plan` names."""
+    return build(
+        plan.schedule,
+        pp=plan.pp,
+        num_microbatches=plan.num_microbatches,
+        num_chunks=plan.num_chunks,
+    )
+
+
+@dataclass
 class Subject:
-    """A small float64 model of the structure of `program`'s, under the same plan.
+    """A compiled `program` beside the `traced` graph that it must equal, with `dp` replicas.
 
-    Nothing that the search decided for the big model is left to it again: the parameters of the
-    small one are placed like those of the big one. `dp`: data-parallel ranks. is_random: dropout
-    stays on, and the step is compared with the same program on one rank, which draws the same
-    numbers; else it is off, and the step is compared with the plain model's. Raises `PlanError` if
-    the model cannot be shrunk.
+    model: where buffers have their values; None for a program without one.
     """
 
-    def __init__(
+    traced: Program
+    program: Program
+    model: nn.Module | None = None
+    dp: int = 1
+    schedule: Schedule | None = None
+    passes: Sequence[Pass] = ()
+    buffers: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffers = buffer_values(self.model, self.traced)
+        self.schedule = self.schedule or schedule_of(self.program.plan)
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The pieces of the program at its own size."""
+        return list(pieces(self.traced, self.program))
+
+    @cached_property
+    def signatures(self) -> list[str]:
+        """Of each piece, what it shares with those that are alike."""
+        return [signature(self.traced, self.program, p, self.buffers) for p in self.pieces]
+
+    @property
+    def num_slices(self) -> int:
+        """Micro-batches of a global batch."""
+        return self.program.plan.num_microbatches * self.dp
+
+    @cached_property
+    def distinct(self) -> list[Piece]:
+        """One piece of each kind, in order."""
+        first = dict(zip(reversed(self.signatures), reversed(self.pieces), strict=True))
+        return [p for p, s in zip(self.pieces, self.signatures, strict=True) if first[s] is p]
+
+    def regions(
         self,
-        model: nn.Module,
-        program: Program,
-        *,
-        loss_fn: LossFn | None,
-        passes: Sequence[Pass],
-        dp: int,
-        is_random: bool = False,
-    ) -> None:
-        plan = program.plan
-        with promoted_float32():
-            self.model = shrink(
-                model,
-                tp=plan.tp,
-                num_stages=plan.num_stages,
-                cuts_per_block=_cuts_per_block(program),
-                num_tokens=max(n for i in program.inputs.values() for n in (*i.shape[1:], 1)),
-                keep_dropout=is_random,
-            )
-        self.traced = self.model if plan.dtype is None else copy.deepcopy(self.model).float()
-        self.inputs = small_inputs(program.inputs, plan.tp)
-        self.plan = plan.replace(constraints=(*plan.constraints, *_placements(program, self.model)))
-        self.loss_fn, self.passes, self.dp, self.is_random = loss_fn, tuple(passes), dp, is_random
-        self.batch = random_batch(self.inputs, plan.num_microbatches * dp, _vocabulary(self.model))
+    ) -> tuple[Fit, Iterator[tuple[Piece, Found, Callable[..., Difference | None]]]]:
+        """Return at what sizes the distinct pieces are run, and the pieces with what was found."""
+        fit = self.fit_pieces()
+        return fit, self.compared(fit, self.distinct)
 
-    def compile(self, plan: Plan) -> Program:
-        """Return the small model partitioned under `plan`."""
-        program = self._trace(plan)
-        run_passes(program, [*standard_passes(plan), *self.passes])
-        return program
+    def fit_pieces(self) -> Fit:
+        """Return the program at a size at which its distinct pieces can be run."""
+        return fit_pieces(self.traced, self.program, self.distinct)
 
-    def step(self, program: Program, batch: Mapping[str, Tensor]) -> tuple[Step, LoweredProgram]:
-        """Return one step of a compiled `program`, all ranks emulated, in float64."""
-        plan = program.plan
-        schedule = build(
-            plan.schedule,
-            pp=plan.pp,
-            num_microbatches=plan.num_microbatches,
-            num_chunks=plan.num_chunks,
+    def compared(
+        self, fit: Fit, wanted: Sequence[Piece]
+    ) -> Iterator[tuple[Piece, Found, Callable[..., Difference | None]]]:
+        """Yield those of the `wanted` pieces as `fit` has them, with how far each is off.
+
+        With each comes what finds its first node that differs by more than a tolerance.
+        """
+        old, new = exact(fit.traced), exact(fit.program)
+        by_key = {key_of(piece): piece for piece in pieces(old, new)}
+        batch = corner_batch(old, 1)
+        tensors = _Lazy(old, self.buffers)
+        for key in map(key_of, wanted):
+            piece = by_key[key]
+            for level in range(len(LEVELS)):
+                inputs = microbatch(old, corner_batch(old, 1, level=level) if level else batch)
+                trial = Trial(old, new, tensors.one, inputs)
+                found = trial.compare(piece)
+                if found.is_finite:
+                    break
+            yield piece, found, lambda tolerance, t=trial, p=piece: t.locate(p, tolerance)
+
+    def fit_whole(self) -> Fit:
+        """Return the program at a size at which one micro-batch can be run."""
+        return fit_step(self.traced, self.program, self.pieces, self.signatures, slices=1, ranks=1)
+
+    def fit_step(self) -> Fit:
+        """Return the program at a size at which whole steps can be taken."""
+        return fit_step(
+            self.traced,
+            self.program,
+            self.pieces,
+            self.signatures,
+            slices=STEPS * self.num_slices,
+            ranks=self.program.plan.tp,
         )
-        lowered = lower(self._exact(program))
-        return emulate(lowered, schedule, self.model, [batch], dp=self.dp)[0], lowered
 
-    def expected(self, batch: Mapping[str, Tensor]) -> Step:
-        """Return the same step of the plain model, or of the program on one rank."""
-        if self.is_random:
-            plan = Plan(num_microbatches=self.plan.num_microbatches, seed=self.plan.seed)
-            return self.step(self.compile(plan.replace(dtype=self.plan.dtype)), batch)[0]
-        with promoted_float32():
-            return single_device_step(self.model, batch, self.loss_fn)
+    def steps(self, fit: Fit) -> tuple[list[Step], list[Step], LoweredProgram, int]:
+        """Return the program's steps, those expected, the lowered program, and the replicas run."""
+        dp = self.dp if fit.is_own_size else min(self.dp, MOST_REPLICAS)
+        slices = self.program.plan.num_microbatches * dp
+        old, new = exact(fit.traced), exact(fit.program)
+        tensors = tensors_for(old, self.buffers)
+        batches, expected = self.expected(old, tensors, slices)
+        lowered = lower(new)
+        assert self.schedule is not None
+        found = emulate(lowered, self.schedule, tensors, batches, dp=dp, keep_outputs=True)
+        return found, expected, lowered, dp
 
-    def bisect(self, tolerance: float) -> tuple[str, Difference] | None:
-        """Return the first pass after which a node differs on one micro-batch, and that node."""
-        traced, program = self._exact(self._trace(self.plan)), self._trace(self.plan)
-        values = {name: self.batch[name][: i.shape[0]] for name, i in self.inputs.items()}
-        values = complete_inputs(traced, values)
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for step in order_passes([*standard_passes(self.plan), *self.passes], program.facts):
-            run_passes(program, [step])
-            found = first_difference(
-                traced, self._exact(program), tensors, values, tolerance=tolerance
-            )
-            if found is not None:
-                return step.name, found
-        return None
+    def expected(
+        self, traced: Program, tensors: Mapping[str, Tensor], slices: int
+    ) -> tuple[list[dict[str, Tensor]], list[Step]]:
+        """Return batches, and the traced graph's steps on them: the richest that give numbers."""
+        for level in range(len(LEVELS)):
+            batches = [corner_batch(traced, slices, level=level, seed=i) for i in range(STEPS)]
+            try:
+                steps = graph_steps(traced, tensors, batches, num_slices=slices)
+            except (IndexError, RuntimeError):  # a label of -100 that the model looks up, say
+                if level == len(LEVELS) - 1:
+                    raise
+                continue
+            if all(bool(step.loss.isfinite()) for step in steps):
+                break
+        return batches, steps
 
     def narrow(self, tolerance: float) -> str:
-        """Return which simpler plan or batch makes the step right."""
+        """Return which simpler plan or batch makes the steps right."""
+        old = exact(self.traced)
+        tensors = tensors_for(old, self.buffers)
+        batches, _ = self.expected(old, tensors, self.num_slices)
 
         def is_right(plan: Plan, batch: Mapping[str, Tensor]) -> bool:
-            rows = plan.num_microbatches * self.dp
-            part = {n: value[: self.inputs[n].shape[0] * rows] for n, value in batch.items()}
+            slices = plan.num_microbatches * self.dp
+            part = {n: v[: old.inputs[n].shape[0] * slices] for n, v in batch.items()}
+            program = copy_program(self.traced)
+            program.plan = plan
             try:
-                return self._compare(plan, part).is_equal(tolerance)
+                run_passes(program, [*standard_passes(plan), *self.passes])
+                lowered = lower(exact(program))
+                steps = emulate(lowered, schedule_of(plan), tensors, [part], dp=self.dp)
+                right = graph_steps(old, tensors, [part], num_slices=slices)
             except IlmCompileError:  # the simpler plan is none, or fails in another way
                 return False
+            return compare(steps[0], right[0]).is_equal(tolerance)
 
-        return narrow(self.plan, self.batch, is_right)
+        return narrow(self.program.plan, batches[0], is_right)
 
-    def _compare(self, plan: Plan, batch: Mapping[str, Tensor]) -> Comparison:
-        step, _ = self.step(self.compile(plan), batch)
-        return compare(step, self.expected(batch))
-
-    def _trace(self, plan: Plan) -> Program:
-        example = {name: (i.shape, i.dtype) for name, i in self.inputs.items()}
-        with promoted_float32():
-            return trace(self.traced, example_inputs=example, loss_fn=self.loss_fn, plan=plan)
-
-    def _exact(self, program: Program) -> Program:
-        return program if self.plan.dtype is None else exact(program)
+    def prefixes(self) -> Iterator[tuple[str, Program]]:
+        """Yield what the program was after each of its passes, by the pass's name."""
+        program = copy_program(self.traced)
+        program.plan = self.program.plan
+        every = [*standard_passes(program.plan), *self.passes]
+        for step in order_passes(every, program.facts):
+            run_passes(program, [step])
+            yield step.name, copy_program(program)
 
 
-def _cuts_per_block(program: Program) -> int:
-    """Return at how many places each block could be cut; one where the residual is parallel."""
-    program = separated(program)  # as it was when it was cut
-    calls = [node for node in program.calls() if not node.meta.get("clone")]
-    seconds = step_seconds(program, HARDWARE["h100"])
-    cuts = cut_points(program, calls, [seconds[node] for node in calls])
-    return max(1, len(cuts) // max(1, sum(region.is_block for region in program.regions)))
+@dataclass
+class _Lazy:
+    """Values of variables, made when they are asked for."""
+
+    program: Program
+    buffers: dict[str, Tensor]
+
+    def one(self, name: str) -> Tensor | None:
+        return tensors_for(self.program, self.buffers, [name]).get(name)
 
 
-def _placements(program: Program, small: nn.Module) -> list[tuple[str, str]]:
-    """Return the placements of `program`'s parameters as constraints on those of `small`.
-
-    A dimension alone stands for any segments, whose sizes differ.
-    """
-    names = {name for name, _ in small.named_parameters()}
-    names |= {name for each in program.parameter_maps for name in each.targets}
-    return [
-        (name, f"S({variable.placement.dim})" if variable.placement.is_shard else str(I))
-        for name, variable in program.parameters().items()
-        if name in names
-    ]
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    return int(getattr(config, "vocab_size", 2))
+def key_of(piece: Piece) -> tuple[str, ...]:
+    """Return what tells the pieces of a program apart: the names of what they give."""
+    return tuple(anchor.node.name for anchor in piece.outputs)

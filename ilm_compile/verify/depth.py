@@ -1,0 +1,83 @@
+"""Fewer blocks for a step that is too long: a block that is like the one before it is taken out of
+both graphs, as long as its stage keeps another. What remains has every distinct block, every cut
+between stages, and the schedule as it was."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from ilm_compile.program.copy import copy_program
+from ilm_compile.program.program import Program
+from ilm_compile.sharding.strategy import placement_of
+from ilm_compile.verify.pieces import Anchor, Piece
+
+
+def without_repeats(
+    traced: Program, program: Program, pieces: Sequence[Piece], signatures: Sequence[str]
+) -> tuple[Program, Program]:
+    """Return copies of both graphs without repeated blocks."""
+    stages = Counter(stage for piece in pieces for stage in _stages(piece))
+    old: dict[str, str] = {}  # of outputs that are gone, what stands for them
+    new: dict[str, str] = {}
+    for index in range(1, len(pieces)):
+        before, piece = pieces[index - 1], pieces[index]
+        (stage, *further) = sorted(_stages(piece)) or [None, None]
+        if (
+            signatures[index] != signatures[index - 1]
+            or further
+            or stages[stage] < 2
+            or not _follows(program, piece, before)
+        ):
+            continue
+        stages[stage] -= 1
+        for gone, kept in zip(piece.outputs, before.outputs, strict=True):
+            old[gone.origin.name] = old.get(kept.origin.name, kept.origin.name)
+            new[gone.node.name] = new.get(kept.node.name, kept.node.name)
+    return _replaced(traced, old), _replaced(program, new)
+
+
+def _stages(piece: Piece) -> set[int]:
+    """The stages of what is the piece's own; clones are in none."""
+    calls = [node for node in piece.compiled.calls if node.op == "call_function"]
+    return {n.meta.get("stage", 0) for n in calls if not n.meta.get("clone")}
+
+
+def _follows(program: Program, piece: Piece, before: Piece) -> bool:
+    """Whether what `piece` gives can be had from the piece before it."""
+    names = [anchor.node.meta["region"] for anchor in piece.outputs]
+    same = len(piece.outputs) == len(before.outputs) and all(
+        _type(a) == _type(b) for a, b in zip(piece.outputs, before.outputs, strict=True)
+    )
+    regions = {program.regions[index] for index in names}
+    earlier = {program.regions[a.node.meta["region"]] for a in before.outputs}
+    recompute = {region.recompute for region in regions | earlier}
+    return (
+        same and bool(names) and all(r.is_block for r in regions | earlier) and len(recompute) < 2
+    )
+
+
+def _type(anchor: Anchor) -> tuple[object, ...]:
+    value = anchor.node.meta["val"]
+    return value.shape, value.dtype, placement_of(anchor.node), anchor.trained
+
+
+def _replaced(program: Program, names: Mapping[str, str]) -> Program:
+    result = copy_program(program)
+    nodes: dict[str, fx.Node] = {node.name: node for node in result.graph.nodes}
+    for gone, kept in names.items():
+        nodes[gone].replace_all_uses_with(nodes[kept])
+    result.finish()
+    used = {str(n.target) for n in result.graph.find_nodes(op="get_attr") if n.users}
+    result.parameter_maps = [m for m in result.parameter_maps if used & set(m.targets)]
+    sources = {name for each in result.parameter_maps for name in each.names()}
+    for node in result.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            result.graph.erase_node(node)
+    result.variables = {
+        name: v for name, v in result.variables.items() if name in used or name in sources
+    }
+    result.finish()
+    return result

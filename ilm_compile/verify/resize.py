@@ -1,0 +1,206 @@
+"""A program on other sizes: the same nodes, with every shape and every size among the arguments
+changed as `ilm_compile.verify.smaller` decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from ilm_compile.program.copy import copy_program
+from ilm_compile.program.placement import Placement, S
+from ilm_compile.program.program import Input, Program
+from ilm_compile.program.values import tensors_of
+from ilm_compile.verify.sizes import END, Dims, op_name
+from ilm_compile.verify.smaller import Change, Sizes
+
+
+def resized(program: Program, sizes: Sizes, dims: dict[fx.Node, list[Dims]]) -> Program:
+    """Return a copy of `program`, whose values have dimensions `dims`, on the new sizes."""
+    result = copy_program(program)
+    change = _Resizer(sizes)
+    old = list(program.graph.nodes)
+    new = list(result.graph.nodes)
+    for before, node in zip(old, new, strict=True):
+        if node.op != "output":
+            change.node(node, dims[before], [dims[n] for n in before.all_input_nodes])
+    targets = {str(n.target): n for n in new if n.op == "placeholder"}
+    result.inputs = {
+        name: Input(tuple(targets[name].meta["val"].shape), spec.dtype) if name in targets else spec
+        for name, spec in result.inputs.items()
+    }
+    for node, before in zip(new, old, strict=True):
+        if node.op == "get_attr":
+            change.variable(result, node, dims[before][0])
+    result.output_widths = {
+        name: change.dim(dims[before][0][-1]).of(program.output_widths[name])
+        for name, before in zip(program.output_names, program.outputs, strict=True)
+        if name in program.output_widths
+    }
+    _cut_constants(result)
+    result.target_counts = {
+        name: _recount(graph, {node.name: node for node in new})
+        for name, graph in program.target_counts.items()
+    }
+    result.finish()
+    return result
+
+
+def _recount(graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> fx.GraphModule:
+    """Return what counts targets, with the sizes that its calls have among `nodes`."""
+    result = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        copied[node] = result.node_copy(node, copied.__getitem__)
+        resized_node = nodes.get(node.name)
+        if node.op == "call_function" and resized_node and resized_node.target is node.target:
+            sources = iter([copied[source] for source in node.all_input_nodes])
+            by_old = dict(zip(resized_node.all_input_nodes, sources, strict=False))
+            copied[node].args = fx.node.map_arg(resized_node.args, by_old.__getitem__)
+            copied[node].kwargs = fx.node.map_arg(resized_node.kwargs, by_old.__getitem__)
+    return fx.GraphModule(graph, result)
+
+
+class _Resizer:
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+
+    def of(self, root: int) -> Change:
+        return self.sizes.changes.get(root, Change())
+
+    def dim(self, number: int) -> Change:
+        return self.of(self.sizes.classes.find(number))
+
+    def local(self, number: int) -> int:
+        """Return the new size that a rank holds."""
+        classes = self.sizes.classes
+        count = classes.sizes[number] // classes.locals[number] if classes.locals[number] else 1
+        return self.dim(number).of(classes.sizes[number]) // count
+
+    def node(self, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+        values = [
+            value.new_empty([self.local(d) for d in each])
+            for value, each in zip(tensors_of(node.meta["val"]), dims, strict=True)
+        ]
+        node.meta["val"] = tuple(values) if isinstance(node.meta["val"], tuple) else values[0]
+        place: Placement | None = node.meta.get("placement")
+        if place is not None:
+            node.meta["placement"] = self.placement(place, dims[0])
+        if node.op == "call_function" and (rewrite := ARGUMENTS.get(op_name(node))):
+            rewrite(self, node, dims, inputs)
+
+    def placement(self, place: Placement, dims: Dims) -> Placement:
+        if not place.segments:
+            return place
+        change, ends = self.dim(dims[place.dim]), [0]
+        for segment in place.segments:
+            ends.append(ends[-1] + segment)
+        new = [change.of(end) for end in ends]
+        return S(place.dim, [b - a for a, b in zip(new, new[1:], strict=False)])
+
+    def variable(self, program: Program, node: fx.Node, dims: Dims) -> None:
+        classes, variable = self.sizes.classes, program.variables[str(node.target)]
+        shape = tuple(self.dim(d).of(classes.sizes[d]) for d in dims)
+        rows = variable.shape[0] - variable.padding if variable.padding else 0
+        padding = shape[0] - self.dim(dims[0]).of(rows) if variable.padding else 0
+        placement = self.placement(variable.placement, dims)
+        program.variables[variable.name] = replace(
+            variable, shape=shape, padding=padding, placement=placement
+        )
+
+
+def _cut_constants(program: Program) -> None:
+    """Give constants of the graph, which have values, their new sizes."""
+    for node in program.graph.find_nodes(op="get_attr"):
+        owner, _, leaf = str(node.target).rpartition(".")
+        module = program.graph_module.get_submodule(owner)
+        value = getattr(module, leaf)
+        shape = node.meta["val"].shape
+        if not value.is_meta and value.shape != shape:
+            module._buffers[leaf] = value[tuple(map(slice, shape))].contiguous()
+
+
+Rewrite = Callable[[_Resizer, fx.Node, list[Dims], list[list[Dims]]], None]
+
+
+def _argument(node: fx.Node, index: int, value: Any) -> None:
+    node.args = (*node.args[:index], value, *node.args[index + 1 :])
+
+
+def _shape_at(index: int) -> Rewrite:
+    def rewrite(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+        _argument(node, index, list(node.meta["val"].shape))
+
+    return rewrite
+
+
+def _arange(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+    step: Any = node.args[2] if len(node.args) > 2 else 1
+    if len(node.args) == 1 or node.args[0] == 0:
+        _argument(node, min(1, len(node.args) - 1), node.meta["val"].shape[0] * step)
+
+
+def _slice(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+    names = ("dim", "start", "end", "step")
+    given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    dim = int(given.get("dim", 0)) % len(dims[0])  # type: ignore[call-overload]
+    number = inputs[0][0][dim]
+    classes, change = run.sizes.classes, run.dim(number)
+    size, local = classes.sizes[number], classes.locals[number]
+    count = size // local
+    bounds = []
+    for name, default in (("start", 0), ("end", END)):
+        bound: Any = given.get(name)
+        bound = default if bound is None else bound
+        is_offset = name == "start" and 0 <= bound < int(given.get("step", 1)) and bound  # type: ignore[call-overload]
+        if bound >= END or is_offset:
+            bounds.append(bound)
+            continue
+        place = bound * count + (size if bound < 0 else 0)
+        bounds.append(change.of(min(place, size)) // count)
+    node.args = (node.args[0], dim, *bounds, given.get("step", 1))
+    node.kwargs = {}
+
+
+def _norm(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+    count = len(node.args[1])  # type: ignore[arg-type]
+    _argument(node, 1, list(node.meta["val"].shape[-count:]))
+
+
+def _padding_index(
+    run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]
+) -> None:
+    if len(node.args) > 2 and int(node.args[2]) >= 0:  # type: ignore[call-overload]
+        rows = inputs[0][0][0]
+        last = run.dim(rows).of(run.sizes.classes.sizes[rows]) - 1
+        _argument(node, 2, min(int(node.args[2]), last))  # type: ignore[call-overload]
+
+
+def _typed(*places: int | str) -> Rewrite:
+    """Placements written as text."""
+
+    def rewrite(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+        for place in places:
+            text = node.kwargs[place] if isinstance(place, str) else node.args[place]
+            new = str(run.placement(Placement.parse(str(text)), inputs[0][0]))
+            if isinstance(place, str):
+                node.kwargs = {**node.kwargs, place: new}
+            else:
+                _argument(node, place, new)
+
+    return rewrite
+
+
+ARGUMENTS: dict[str, Rewrite] = {
+    **dict.fromkeys(("reshape", "expand"), _shape_at(1)),
+    **dict.fromkeys(("full", "zeros", "ones", "empty"), _shape_at(0)),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _shape_at(1)),
+    "arange": _arange,
+    "slice": _slice,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
+    **dict.fromkeys(("embedding", "vocab_embedding"), _padding_index),
+    "redistribute": _typed("src", "dst"),
+    "seeded_dropout": _typed(4),
+}

@@ -1,0 +1,45 @@
+"""What can be told of a compiled program without running it, beside the types."""
+
+from __future__ import annotations
+
+from ilm_compile.errors import ProgramError
+from ilm_compile.program.parameter_map import model_variables
+from ilm_compile.program.program import Program
+
+FACTS = {
+    "shape": lambda variable: variable.user_shape,
+    "dtype": lambda variable: variable.dtype,
+    "requires_grad": lambda variable: variable.requires_grad,
+    "further names": lambda variable: variable.aliases,
+    "being a parameter": lambda variable: variable.is_parameter,
+    "being saved": lambda variable: variable.persistent,
+}
+
+
+def check_variables(traced: Program, program: Program) -> None:
+    """Raise `ProgramError` unless `program` has the inputs, outputs and variables of `traced`.
+
+    A weight that was frozen must be, a tied one must keep its names: a graph computes the same
+    without.
+    """
+    ours = model_variables(program.parameter_maps, program.variables)
+    for name, variable in traced.variables.items():
+        if name not in ours:
+            _fail(name, "is gone", "its name and value are the model's")
+        for what, fact in FACTS.items():
+            if fact(ours[name]) != fact(variable):
+                _fail(name, f"has {what} {fact(ours[name])}", f"the model has {fact(variable)}")
+    for name, found in ours.items():
+        if name not in traced.variables and found.is_parameter:
+            _fail(name, "is new", "a parameter must come from the model's, by a parameter map")
+    for what in ("inputs", "output_names"):
+        if getattr(program, what) != getattr(traced, what):
+            _fail(what, f"are {getattr(program, what)}", f"the model has {getattr(traced, what)}")
+    for name, graph in traced.target_counts.items():
+        other = program.target_counts.get(name)
+        if other is None or str(other.graph) != str(graph.graph):
+            _fail(name, "is counted in another way", "the number of targets is the model's")
+
+
+def _fail(name: str, found: str, expected: str) -> None:
+    raise ProgramError(f"variables: after the passes {name} {found}; {expected}")
