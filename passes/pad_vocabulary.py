@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import aten
+from ilm_compile.sharding.strategy import aten, global_call
 
 # Ops that treat each class on its own, given that the last dimension stays what it is.
 CLASSWISE = {
@@ -23,6 +23,9 @@ CLASSWISE = {
     *(aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.tanh.default),
     *(aten.slice.Tensor, aten.select.int, aten.add.Tensor),
 }
+# Ops that, over the last dimension alone, do not see a class of minus infinity.
+_LOSS = aten.cross_entropy_loss.default
+BLIND = {aten.logsumexp.default, aten.amax.default, aten.argmax.default}
 
 
 def pad_vocabulary(program: Program, size: int) -> None:
@@ -56,10 +59,12 @@ def _chain(program: Program, head: fx.Node) -> Iterator[fx.Node | None]:
     for user in head.users:
         if user.op == "output":
             continue
-        if user.target is aten.cross_entropy_loss.default:
+        if user.target is _LOSS:
             weight, *_, smoothing = cross_entropy_arguments(user)
             if weight is not None or smoothing or len(head.meta["val"].shape) != 2:
                 yield None
+            continue
+        if _is_blind(user):
             continue
         kept = user.target in CLASSWISE and user.meta["val"].shape[-1:] == (width,)
         others = [n for n in user.all_input_nodes if n is not head]
@@ -67,6 +72,14 @@ def _chain(program: Program, head: fx.Node) -> Iterator[fx.Node | None]:
             yield None
             return
         yield from _chain(program, user)
+
+
+def _is_blind(user: fx.Node) -> bool:
+    if user.target not in BLIND:
+        return False
+    dims = global_call(user, 1).named("dim")
+    last = user.all_input_nodes[0].meta["val"].dim() - 1
+    return dims in (-1, last, [-1], [last])
 
 
 def _pad(program: Program, node: fx.Node, padding: int) -> None:
@@ -89,9 +102,11 @@ def _widen(program: Program, chain: list[fx.Node], width: int, padded: int) -> N
             node.args = (node.args[0], list(shape))
         if node in outputs:
             program.output_widths[outputs[node]] = width
-        for user in list(node.users):
-            if user.target is aten.cross_entropy_loss.default:
-                user.replace_input_with(node, _masked(program, node, user, width, padded))
+        ends = [u for u in node.users if u.target is _LOSS or _is_blind(u)]
+        if ends:
+            masked = _masked(program, node, min(ends), width, padded)
+            for user in ends:
+                user.replace_input_with(node, masked)
 
 
 def _masked(program: Program, node: fx.Node, user: fx.Node, width: int, padded: int) -> fx.Node:
