@@ -72,7 +72,9 @@ def verify(
     with proof.check("types") as note:
         settled = make_plan(plan, **keywords)
         traced = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=settled)
+        before = len(traced.warnings)
         check_loss(traced, model, loss_fn, num_slices=settled.num_microbatches * dp)
+        is_additive = len(traced.warnings) == before  # no term that is per micro-batch by nature
         program = copy_program(traced)
         run_passes(program, [*standard_passes(settled), *passes])
         check_values(program)
@@ -81,9 +83,11 @@ def verify(
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:
         return proof.report()
+    proof.warnings += program.warnings
     subject = Subject(traced, program, model, dp, passes=passes)
     with proof.check("capture") as note:
-        note(_capture(proof, subject, loss_fn, tolerance))
+        slices = subject.num_slices if is_additive else 1
+        note(_capture(proof, subject, loss_fn, slices, tolerance))
     prove_program(proof, subject, tolerance)
     return proof.report()
 
@@ -148,9 +152,10 @@ class _Proof:
         self.failures += [f"{name}: {failed}"] if failed else []
 
 
-def _capture(proof: _Proof, subject: Subject, loss_fn: LossFn | None, tolerance: float) -> str:
+def _capture(
+    proof: _Proof, subject: Subject, loss_fn: LossFn | None, slices: int, tolerance: float
+) -> str:
     """Compare the traced graph with the model itself, nothing dropped; return how far it is."""
-    slices = subject.num_slices
     if not fits_whole(subject.traced, slices):
         return "not run: the model is too large here; the graph is torch.export's"
     traced = exact(without_dropout(subject.traced))
@@ -173,7 +178,8 @@ def _capture(proof: _Proof, subject: Subject, loss_fn: LossFn | None, tolerance:
     proof.note_comparison(found)
     if wrong := found.describe(tolerance):
         raise IlmCompileError(f"the traced graph is not equal to the model: {wrong}")
-    return f"the model itself on {slices} micro-batches; largest errors: {found.summary()}"
+    errors = f"loss {found.loss:.0e}, gradient {found.max_gradient:.0e}"
+    return f"the model itself, {slices} micro-batches in one piece; largest errors: {errors}"
 
 
 def _regions(proof: _Proof, subject: Subject, tolerance: float) -> str:

@@ -24,10 +24,11 @@ def without_repeats(
     new: dict[str, str] = {}
     for index in range(1, len(pieces)):
         before, piece = pieces[index - 1], pieces[index]
-        (stage, *further) = sorted(_stages(piece)) or [None, None]
+        found = _stages(piece)
+        stage = min(found, default=0)
         if (
             signatures[index] != signatures[index - 1]
-            or further
+            or len(found) != 1
             or stages[stage] < 2
             or not _follows(program, piece, before)
         ):

@@ -62,7 +62,7 @@ def _scores(node: fx.Node) -> int:
     """Return the number of attention scores, which the op makes inside."""
     q, k = (source.meta["val"].shape for source in node.all_input_nodes[:2])
     token = 1 if "ilm" in str(node.target) else -2
-    return math.prod(q[:-1]) * int(k[token])
+    return int(math.prod(q[:-1]) * k[token])
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,8 @@ def _smaller(
 
 def _vocabularies(traced: Program, sizes: Sizes) -> tuple[set[int], set[int]]:
     """Return the classes of what inputs alone look up, and of other tables, which keep theirs."""
-    words, fixed = set(), set()
+    words: set[int] = set()
+    fixed: set[int] = set()
     for table, dim, is_free in lookups(traced):
         root = sizes.classes.find(sizes.first[table][0][dim])
         (words if is_free else fixed).add(root)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -63,7 +64,7 @@ def _uses(node: fx.Node) -> Iterator[tuple[int, int | None]]:
             elif name in ("cross_entropy_loss", "nll_loss_nd") and arguments[1] is current:
                 yield _size(arguments[0], 1), _ignored(user)
             elif name == "gather" and arguments[2] is current:
-                yield _size(arguments[0], int(arguments[1])), None  # type: ignore[arg-type]
+                yield _size(arguments[0], cast(int, arguments[1])), None
             elif name == "one_hot":
                 yield int(user.meta["val"].shape[-1]), None
             elif name in CARRIERS and user not in known:
@@ -117,7 +118,7 @@ def _size(node: object, dim: int) -> int:
 
 def _ignored(node: fx.Node) -> int:
     given = node.kwargs.get("ignore_index", node.args[4] if len(node.args) > 4 else -100)
-    return int(given)  # type: ignore[call-overload]
+    return cast(int, given)
 
 
 def corner_batch(

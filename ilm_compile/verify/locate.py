@@ -52,7 +52,7 @@ class Difference:
 def first_difference(
     before: Side, after: Side, expected: Run, actual: Run, *, tolerance: float
 ) -> Difference | None:
-    """Return where `after` first differs from `before`, of which these are runs; None if nowhere."""
+    """Return where `after` first differs from `before`, given a run of each; None if nowhere."""
     old = {node.name: node for node in before.graph.graph.nodes if node.name in expected.seen}
     nodes = [n for n in after.graph.graph.nodes if n.name in old and n.name in actual.seen]
     gradients = [grad for seen in expected.seen.values() for grad in seen.gradients[:1]]

@@ -120,7 +120,7 @@ def run(
             if start is not None and output.requires_grad
         ]
         if begun:
-            torch.autograd.backward(*map(list, zip(*begun, strict=True)))
+            torch.autograd.backward([each for each, _ in begun], [seed for _, seed in begun])
         return recorder.seen, [output.detach() for output in outputs]
 
     ranks = run_ranks(size, rank)

@@ -66,9 +66,10 @@ def check_precision(subject: Subject) -> str:
             worst = max(worst, error)
             if not error <= allowed:
                 raise ProgramError(
-                    f"{fit.program.where(node)} is off by {error:.1e} in {subject.program.plan.dtype}"
-                    f", and its budget is {allowed:.1e}: something before it is rounded that should "
-                    f"not be; it takes {', '.join(map(_typed, node.all_input_nodes))}"
+                    f"{fit.program.where(node)} is off by {error:.1e} under "
+                    f"{subject.program.plan.dtype}, and its budget is {allowed:.1e}: something "
+                    "before it is rounded that should not be; it takes "
+                    f"{', '.join(map(_typed, node.all_input_nodes))}"
                 )
     return f"every node within {FACTOR:g} times the rounding of its products; largest {worst:.0e}"
 
@@ -115,7 +116,7 @@ def _typed(node: fx.Node) -> str:
 
 
 class _ByRule(fx.Interpreter):
-    """Runs a traced graph with the casts that the table of precisions asks for, and keeps values."""
+    """Runs a traced graph with the casts that the table of precisions asks for; keeps values."""
 
     def __init__(
         self,

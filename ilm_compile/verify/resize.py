@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 from torch import fx
 
@@ -98,7 +99,7 @@ class _Resizer:
         for segment in place.segments:
             ends.append(ends[-1] + segment)
         new = [change.of(end) for end in ends]
-        return S(place.dim, [b - a for a, b in zip(new, new[1:], strict=False)])
+        return S(place.dim, [b - a for a, b in pairwise(new)])
 
     def variable(self, program: Program, node: fx.Node, dims: Dims) -> None:
         classes, variable = self.sizes.classes, program.variables[str(node.target)]
@@ -145,7 +146,7 @@ def _arange(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Di
 def _slice(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
     names = ("dim", "start", "end", "step")
     given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
-    dim = int(given.get("dim", 0)) % len(dims[0])  # type: ignore[call-overload]
+    dim = cast(int, given.get("dim", 0)) % len(dims[0])
     number = inputs[0][0][dim]
     classes, change = run.sizes.classes, run.dim(number)
     size, local = classes.sizes[number], classes.locals[number]
@@ -154,7 +155,7 @@ def _slice(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dim
     for name, default in (("start", 0), ("end", END)):
         bound: Any = given.get(name)
         bound = default if bound is None else bound
-        is_offset = name == "start" and 0 <= bound < int(given.get("step", 1)) and bound  # type: ignore[call-overload]
+        is_offset = name == "start" and 0 <= bound < cast(int, given.get("step", 1)) and bound
         if bound >= END or is_offset:
             bounds.append(bound)
             continue
@@ -172,10 +173,10 @@ def _norm(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims
 def _padding_index(
     run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]
 ) -> None:
-    if len(node.args) > 2 and int(node.args[2]) >= 0:  # type: ignore[call-overload]
+    if len(node.args) > 2 and cast(int, node.args[2]) >= 0:
         rows = inputs[0][0][0]
         last = run.dim(rows).of(run.sizes.classes.sizes[rows]) - 1
-        _argument(node, 2, min(int(node.args[2]), last))  # type: ignore[call-overload]
+        _argument(node, 2, min(cast(int, node.args[2]), last))
 
 
 def _typed(*places: int | str) -> Rewrite:

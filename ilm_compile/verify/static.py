@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ilm_compile.errors import ProgramError
 from ilm_compile.program.parameter_map import model_variables
-from ilm_compile.program.program import Program
+from ilm_compile.program.program import Program, Variable
 
-FACTS = {
+FACTS: dict[str, Callable[[Variable], object]] = {
     "shape": lambda variable: variable.user_shape,
     "dtype": lambda variable: variable.dtype,
     "requires_grad": lambda variable: variable.requires_grad,
