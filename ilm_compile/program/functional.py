@@ -30,14 +30,27 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
             raise TraceError(
                 f"trace: an embedding with max_norm rewrites its weights in the forward "
                 f"({source_of(node)}), and a pipelined step has no single place for that. Leave "
-                "max_norm out and scale the rows that are read: rows * (max_norm / norm).clamp(max=1)"
+                "max_norm out and scale the rows that are read by (max_norm / norm).clamp(max=1)"
             )
+    _take_fresh_constants(exported)
     if not any(_writes(node) for node in _calls(exported.graph_module)):
         return exported
     _dropout_out_of_place(exported)
     _detach_blocks(exported)
     result: ExportedProgram = exported.run_decompositions({})
     return result
+
+
+def _take_fresh_constants(exported: ExportedProgram) -> None:
+    """Drop the ``detach_`` that ``torch.tensor`` puts on what it has made: it writes to nothing."""
+    for module in exported.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=aten.detach_.default):
+                made = node.args[0]
+                if made.target is aten.lift_fresh_copy.default:
+                    node.replace_all_uses_with(made)
+                    module.graph.erase_node(node)
+            module.recompile()
 
 
 def _dropout_out_of_place(exported: ExportedProgram) -> None:

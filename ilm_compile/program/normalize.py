@@ -74,7 +74,9 @@ def normalize(
         elif node.name in constants:
             number = constants[node.name]
             fill: Any = ([], number.item())
-            run.values[node] = run.emit(node, aten.full.default, fill, {"dtype": number.dtype})
+            user = next(iter(node.users), node)  # it knows the line
+            dtype, val = {"dtype": number.dtype}, node.meta["val"]
+            run.values[node] = run.emit(user, aten.full.default, fill, dtype, val)
     outputs = run.inline(exported.graph, exported.graph_module)
     run.graph.output(tuple(outputs[index] for index in user_outputs(exported)))
     graph_module = fx.GraphModule(root, run.graph)
