@@ -23,12 +23,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
 
 
 def test_a_fault_is_killed_by_a_test_that_is_named(package: Copy) -> None:
-    fate = source_mutations.judge(package, SEEDS)
+    fate = source_mutations.judge(package, SEEDS, set())
     assert fate.killed_by == f"{INPUTS}::test_dropout_seeds_never_come_twice"
 
 
 def test_what_changes_nothing_survives_and_the_copy_is_whole_again(package: Copy) -> None:
-    fate = source_mutations.judge(package, HARMLESS)
+    fate = source_mutations.judge(package, HARMLESS, set())
     assert fate.killed_by is None
     planted = package.folder / SEEDS.file
     assert planted.read_text() == (ROOT / SEEDS.file).read_text()
@@ -54,7 +54,7 @@ def test_there_are_many_faults_and_none_twice() -> None:
 def test_a_place_that_is_gone_is_an_error(package: Copy) -> None:
     gone = replace(SEEDS, old="no such text")
     with pytest.raises(ValueError, match=r"batch\.py: expected 'no such text' once, found it 0"):
-        source_mutations.judge(package, gone)
+        source_mutations.judge(package, gone, set())
 
 
 def test_survivors_are_counted() -> None:
@@ -62,5 +62,8 @@ def test_survivors_are_counted() -> None:
     assert table.title == "2 source mutants of the runtime, 1 survive"
 
 
-def test_an_unbroken_copy_passes(package: Copy) -> None:
-    assert package.failing([INPUTS]) is None
+def test_a_test_that_fails_anyway_kills_nothing(package: Copy) -> None:
+    planted = "tests/runtime/test_planted.py"
+    (package.folder / planted).write_text("def test_it() -> None:\n    assert False\n")
+    with pytest.raises(RuntimeError, match=r"test_planted\.py::test_it without any fault"):
+        source_mutations.judge(package, replace(SEEDS, killers=(planted,)), set())

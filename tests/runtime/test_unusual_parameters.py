@@ -69,6 +69,7 @@ CASES = {
     "dtypes": Case({"num_microbatches": 2}, float32=("norms", "layers.1")),
     "dtypes, zero 3": Case({"num_microbatches": 2, "zero": 3}, float32=("norms", "gains.2")),
     "dtypes, pipeline": Case({"pp": 2, "num_microbatches": 2}, float32=("norms",)),
+    "dtypes, tensor parallel": Case({"tp": 2, "num_microbatches": 2}, float32=("norms",)),
     "frozen embedding": Case({"num_microbatches": 2}, ("embed",)),
     "frozen layers, zero 3": Case({"zero": 3}, ("layers.0", "layers.2", "gains")),
     "frozen region": Case({}, ("layers.1", "norms.1", "gains.1")),
@@ -157,6 +158,34 @@ def test_training_in_four_processes_is_that_in_one(
     world4: World, case: Case, tmp_path: Path
 ) -> None:
     check(world4, case, tmp_path)
+
+
+def load_after_a_step(rank: int, case: Case) -> tuple[float, float]:
+    """The loss of a batch after a step, and after all weights were set to half."""
+    parallel = parallel_of(case)
+    batch = make_batch(ROWS * parallel.plan.num_microbatches * parallel.mesh.dp.size, 0)
+    first = parallel.execute_schedule(batch)
+    state = {name: value / 2 for name, value in parallel.full_state_dict().items()}
+    parallel.load_state_dict(state)
+    second = parallel.execute_schedule(batch)
+    assert isinstance(first, Tensor)
+    assert isinstance(second, Tensor)
+    return first.item(), second.item()
+
+
+@pytest.mark.parametrize("frozen", [STAGE, ("embed", *STAGE[1:], "head")], ids=["stage", "more"])
+def test_frozen_weights_that_are_loaded_are_what_computes(
+    world4: World, frozen: tuple[str, ...]
+) -> None:
+    case = Case({"pp": 2, "num_microbatches": 2, "zero": 1}, frozen)
+    model, batch = case.model(), make_batch(ROWS * 4, 0)
+    expected = [model(**batch).item()]
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value.div_(2)
+    expected.append(model(**batch).item())
+    for losses in world4.run(load_after_a_step, case):
+        assert losses == pytest.approx(expected, rel=case.tolerance)
 
 
 def train_nothing(rank: int) -> str:
