@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ilm_compile.compile import make_plan
@@ -26,6 +27,7 @@ from ilm_compile.verify.fit import fits_whole
 from ilm_compile.verify.graph_steps import graph_steps, without_dropout
 from ilm_compile.verify.inputs import LEVELS, corner_batch
 from ilm_compile.verify.precision import check_precision
+from ilm_compile.verify.promote import promoted_float32
 from ilm_compile.verify.report import Check, Report
 from ilm_compile.verify.static import check_variables
 from ilm_compile.verify.subject import Subject
@@ -71,7 +73,8 @@ def verify(
     proof = _Proof(_title(model, plan, keywords, dp))
     with proof.check("types") as note:
         settled = make_plan(plan, **keywords)
-        traced = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=settled)
+        with _casts_of(model):
+            traced = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=settled)
         before = len(traced.warnings)
         check_loss(traced, model, loss_fn, num_slices=settled.num_microbatches * dp)
         is_additive = len(traced.warnings) == before  # no term that is per micro-batch by nature
@@ -102,6 +105,12 @@ def prove_program(proof: _Proof, subject: Subject, tolerance: float) -> None:
     if not proof.failures:
         with proof.check("step") as note:
             note(_step(proof, subject, tolerance))
+
+
+def _casts_of(model: nn.Module) -> AbstractContextManager[None]:
+    """A float64 model that casts to float32 inside is proven with those casts promoted."""
+    is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return promoted_float32() if is_double else nullcontext()
 
 
 def _title(model: nn.Module, plan: Plan | None, keywords: Mapping[str, Any], dp: int) -> str:

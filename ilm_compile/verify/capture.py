@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from ilm_compile.program.borrow import remember
 from ilm_compile.program.calling import LossFn, call_model
 from ilm_compile.verify.emulate import Step
-from ilm_compile.verify.promote import promoted_float32
+from ilm_compile.verify.promote import float64_throughout
 
 
 def model_step(
@@ -31,7 +31,7 @@ def model_step(
     tensors: float64 values for its parameters and buffers, by their first names. Nothing is
     dropped. The model is left as it was.
     """
-    with _lent(model, tensors) as parameters, promoted_float32():
+    with _lent(model, tensors) as parameters, float64_throughout():
         named = call_model(model, batch, loss_fn, arguments)
         loss = named.pop("loss")
         if loss.requires_grad:

@@ -63,20 +63,26 @@ def pieces(traced: Program, program: Program) -> Iterator[Piece]:
     by_region: dict[int, list[Anchor]] = {}
     for node, anchor in anchors.items():
         by_region.setdefault(node.meta["region"], []).append(anchor)
+    known: set[fx.Node] = set()  # made by an earlier piece: a later one may pass them on
     for region, made in sorted(by_region.items()):
-        yield _piece(program.regions[region].name, made, (), anchors)
+        yield _piece(program.regions[region].name, made, (), anchors, known)
+        known |= {anchor.origin for anchor in made}
     final = [
         Anchor(node, origin, trained=not index)
         for index, (node, origin) in enumerate(zip(program.outputs, traced.outputs, strict=True))
     ]
-    yield _piece(program.regions[-1].name, final, program.output_names, anchors)
+    yield _piece(program.regions[-1].name, final, program.output_names, anchors, known)
 
 
 def _piece(
-    region: str, outputs: list[Anchor], names: tuple[str, ...], anchors: dict[fx.Node, Anchor]
+    region: str,
+    outputs: list[Anchor],
+    names: tuple[str, ...],
+    anchors: dict[fx.Node, Anchor],
+    known: set[fx.Node],
 ) -> Piece:
     ends = [] if names else outputs  # one anchor of a piece may lead to another one of it
-    own, origins = {a.node for a in ends}, {a.origin for a in ends}
+    own, origins = {a.node for a in ends}, {a.origin for a in ends} - known
     compiled = _slice([a.node for a in outputs], set(anchors) - own)
     stops = {anchor.origin for anchor in anchors.values()} - origins
     return Piece(

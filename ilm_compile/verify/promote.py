@@ -52,6 +52,52 @@ class _KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_LOW = {torch.float32, torch.bfloat16, torch.float16}
+_SHORT = {Tensor.float, Tensor.bfloat16, Tensor.half}
+# What a graph makes anew, in the dtype that it is told; None: where the numbers given are integers.
+_MADE = {
+    **dict.fromkeys((torch.zeros, torch.ones, torch.empty, torch.linspace, torch.eye), 0),
+    **dict.fromkeys((torch.arange, torch.full), None),
+}
+# What a graph holds as a constant, with the digits that its dtype leaves.
+_HELD = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
+
+
+class _Float64Throughout(_KeepFloat64):
+    """Besides, makes and casts in float64 whatever the code wants in a smaller floating dtype."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _SHORT:
+            return args[0].double()
+        if func in _HELD:
+            held = func(*args, **kwargs)
+            return held.double() if held.dtype in _LOW else held
+        if func in _CASTS or func in _MADE or getattr(func, "__name__", "").startswith("new_"):
+            args = tuple(torch.float64 if _is_low(arg) else arg for arg in args)
+            kwargs = {name: torch.float64 if _is_low(v) else v for name, v in kwargs.items()}
+        if func in _MADE and (_MADE[func] == 0 or any(isinstance(arg, float) for arg in args)):
+            kwargs.setdefault("dtype", torch.float64)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _is_low(argument: Any) -> bool:
+    return isinstance(argument, torch.dtype) and argument in _LOW
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """While it runs, what is made without a dtype or in a smaller one is float64, and stays so."""
+    with _Float64Throughout():
+        yield
+
+
 @contextmanager
 def promoted_float32() -> Iterator[None]:
     """While it runs, float64 tensors stay float64 where the code asks for float32."""
