@@ -15,6 +15,7 @@ from ilm_compile.runtime.batch import BatchLayout
 from ilm_compile.runtime.mesh import Axis
 from ilm_compile.runtime.optimizer import adamw
 from ilm_compile.verify.emulate import LEARNING_RATE, Step
+from ilm_compile.verify.promote import float64_default
 
 
 def graph_steps(
@@ -39,7 +40,8 @@ def graph_steps(
     optimizer = adamw(trained.items(), lr=LEARNING_RATE) if trained else None
     steps = []
     for number, batch in enumerate(batches):
-        loss, outputs = _accumulate(traced, held, batch, num_slices, number)
+        with float64_default():
+            loss, outputs = _accumulate(traced, held, batch, num_slices, number)
         gradients = {n: t.grad.clone() for n, t in trained.items() if t.grad is not None}
         _clip(trained, max_norm)
         if optimizer is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import ScheduleError
+from ilm_compile.program.lowered import Boundary
 from ilm_compile.runtime.p2p import Message
 
 TIMEOUT_S = 60.0
@@ -113,11 +114,17 @@ class _Receipt:
 
     def wait(self) -> None:
         tensors = self.collect()
-        got, expected = ([(tuple(t.shape), t.dtype) for t in g] for g in (tensors, self.buffers))
-        if got != expected:
-            raise ScheduleError(f"emulation: expected a message of {expected}, got {got}")
+        _require_alike(tensors, self.buffers)
         for buffer, tensor in zip(self.buffers, tensors, strict=True):
             buffer.copy_(tensor)
+
+
+def _require_alike(
+    tensors: Sequence[Tensor], expected: Sequence[Tensor] | Sequence[Boundary]
+) -> None:
+    got, wanted = ([(tuple(x.shape), x.dtype) for x in group] for group in (tensors, expected))
+    if got != wanted:
+        raise ScheduleError(f"emulation: expected a message of {wanted}, got {got}")
 
 
 class MailroomChannel:
@@ -146,6 +153,7 @@ class MailroomChannel:
             return
         if message.is_send:
             tensors = [t.clone() for t in message.mailbox.take(message.microbatch)]
+            _require_alike(tensors, message.boundaries)
             self.mailroom.post(self.rank, message.peer, tensors)
             return
         # nan, so that a tensor that is used before it came is seen

@@ -128,7 +128,8 @@ class Trial:
         self.tensors = tensors_for(old, whole.buffers)
         self.batches, self.expected = whole.expected(old, self.tensors, whole.num_slices)
         self.proven = set(whole.signatures)
-        self.launched = self._run(self.program, self.schedule)
+        launched = self.program if self._is_rounded else exact(self.program)
+        self.launched = self._run(launched, self.schedule)
 
     def judge(self, mutant: Mutant) -> Verdict:
         """Return which layers refuse `mutant`. Every layer is asked, whatever the others say."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ilm_compile.program.parameter_map import gradients_to_model, to_program
 from ilm_compile.program.placement import Placement, join_shards, split_shards
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.strategy import placement_of
+from ilm_compile.verify.promote import float64_default
 from ilm_compile.verify.threads import run_ranks
 
 Parts = list[Tensor]  # by rank
@@ -123,7 +125,8 @@ def run(
             torch.autograd.backward([each for each, _ in begun], [seed for _, seed in begun])
         return recorder.seen, [output.detach() for output in outputs]
 
-    ranks = run_ranks(size, rank)
+    with nullcontext() if in_own_dtypes else float64_default():
+        ranks = run_ranks(size, rank)
     return Run(
         {
             name: Seen([s[name].detach() for s, _ in ranks], [s[name].grad for s, _ in ranks])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 _CASTS = {Tensor.float, Tensor.to, Tensor.type, torch.softmax, F.softmax, F.log_softmax}
 
@@ -54,10 +55,10 @@ class _KeepFloat64(TorchFunctionMode):
 
 _LOW = {torch.float32, torch.bfloat16, torch.float16}
 _SHORT = {Tensor.float, Tensor.bfloat16, Tensor.half}
-# What a graph makes anew, in the dtype that it is told; None: where the numbers given are integers.
+# What a graph makes anew, in the dtype that it is told.
 _MADE = {
-    **dict.fromkeys((torch.zeros, torch.ones, torch.empty, torch.linspace, torch.eye), 0),
-    **dict.fromkeys((torch.arange, torch.full), None),
+    *(torch.zeros, torch.ones, torch.empty, torch.linspace, torch.eye, torch.arange, torch.full),
+    *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like),
 }
 # What a graph holds as a constant, with the digits that its dtype leaves.
 _HELD = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
@@ -78,13 +79,19 @@ class _Float64Throughout(_KeepFloat64):
             return args[0].double()
         if func in _HELD:
             held = func(*args, **kwargs)
-            return held.double() if held.dtype in _LOW else held
+            is_real = held.is_floating_point()
+            return (held if kwargs.get("dtype") else held.float()).double() if is_real else held
+        name = str(getattr(func, "__name__", ""))
+        if not name.endswith("_"):  # not where a tensor is changed or asked for what it is
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
         if func in _CASTS or func in _MADE or getattr(func, "__name__", "").startswith("new_"):
             args = tuple(torch.float64 if _is_low(arg) else arg for arg in args)
             kwargs = {name: torch.float64 if _is_low(v) else v for name, v in kwargs.items()}
-        if func in _MADE and (_MADE[func] == 0 or any(isinstance(arg, float) for arg in args)):
-            kwargs.setdefault("dtype", torch.float64)
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype in _LOW else tensor
 
 
 def _is_low(argument: Any) -> bool:
@@ -94,8 +101,19 @@ def _is_low(argument: Any) -> bool:
 @contextmanager
 def float64_throughout() -> Iterator[None]:
     """While it runs, what is made without a dtype or in a smaller one is float64, and stays so."""
-    with _Float64Throughout():
+    with float64_default(), _Float64Throughout():
         yield
+
+
+@contextmanager
+def float64_default() -> Iterator[None]:
+    """While it runs, a quotient of integers is float64, as every value of an exact program is."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextmanager

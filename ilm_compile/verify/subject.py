@@ -25,6 +25,7 @@ from ilm_compile.verify.inputs import LEVELS, corner_batch, microbatch
 from ilm_compile.verify.locate import Difference
 from ilm_compile.verify.narrow import narrow
 from ilm_compile.verify.pieces import Piece, pieces
+from ilm_compile.verify.promote import float64_default
 from ilm_compile.verify.regions import Found, Trial
 from ilm_compile.verify.weights import buffer_values, tensors_for
 
@@ -138,7 +139,8 @@ class Subject:
         batches, expected = self.expected(old, tensors, slices)
         lowered = lower(new)
         assert self.schedule is not None
-        found = emulate(lowered, self.schedule, tensors, batches, dp=dp, keep_outputs=True)
+        with float64_default():
+            found = emulate(lowered, self.schedule, tensors, batches, dp=dp, keep_outputs=True)
         return found, expected, lowered, dp
 
     def expected(
@@ -171,7 +173,8 @@ class Subject:
             try:
                 run_passes(program, [*standard_passes(plan), *self.passes])
                 lowered = lower(exact(program))
-                steps = emulate(lowered, schedule_of(plan), tensors, [part], dp=self.dp)
+                with float64_default():
+                    steps = emulate(lowered, schedule_of(plan), tensors, [part], dp=self.dp)
                 right = graph_steps(old, tensors, [part], num_slices=slices)
             except IlmCompileError:  # the simpler plan is none, or fails in another way
                 return False
