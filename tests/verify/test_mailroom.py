@@ -52,10 +52,17 @@ def test_a_tensor_that_is_used_before_it_came_is_nan():
 def test_a_message_of_another_dtype_is_refused():
     room, sent, received = Mailroom(2), Mailbox(1), Mailbox(1)
     sent.tensors[0] = [torch.zeros(2, dtype=torch.float32)]
-    MailroomChannel(room, 0).transfer([message(sent, 1, is_send=True)])()
+    MailroomChannel(room, 0).transfer([message(sent, 1, is_send=True, dtype=torch.float32)])()
     MailroomChannel(room, 1).transfer([message(received, 0, is_send=False)])()
     with pytest.raises(ScheduleError, match=r"expected a message of .*float64.*, got .*float32"):
         received.wait(0)
+
+
+def test_a_sent_message_must_be_what_the_boundary_says():
+    sent = Mailbox(1)
+    sent.tensors[0] = [torch.zeros(2, dtype=torch.float64)] * 2
+    with pytest.raises(ScheduleError, match=r"of \[\(\(2,\), torch.float64\)\],"):
+        MailroomChannel(Mailroom(2), 0).transfer([message(sent, 1, is_send=True)])()
 
 
 def test_waiting_ends_when_everybody_waits():
