@@ -22,6 +22,7 @@ from ilm_compile.sharding.loss_terms import check_loss
 from ilm_compile.verify import translation as _translation  # noqa: F401 - validate="numerics"
 from ilm_compile.verify.capture import model_step
 from ilm_compile.verify.compare import Comparison, compare
+from ilm_compile.verify.dtypes import check_dtypes
 from ilm_compile.verify.exact import exact
 from ilm_compile.verify.fit import fits_whole
 from ilm_compile.verify.graph_steps import graph_steps, without_dropout
@@ -82,6 +83,7 @@ def verify(
         run_passes(program, [*standard_passes(settled), *passes])
         check_values(program)
         check_variables(traced, program)
+        check_dtypes(traced, program)
         lower(program)
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:

@@ -22,6 +22,7 @@ from ilm_compile.schedule import check as check_schedule
 from ilm_compile.sharding import check_placements
 from ilm_compile.verify import mutate_program, mutate_schedule
 from ilm_compile.verify.compare import compare
+from ilm_compile.verify.dtypes import check_dtypes
 from ilm_compile.verify.emulate import Step, emulate
 from ilm_compile.verify.exact import exact
 from ilm_compile.verify.precision import check_precision
@@ -163,6 +164,7 @@ class Trial:
                 raise ProgramError(f"{piece.region}: {found.worst()}")
 
     def _check_precision(self, program: Program) -> None:
+        check_dtypes(self.traced, program)
         if self._is_rounded:
             check_precision(Subject(self.traced, program, self.model))
 

@@ -18,6 +18,7 @@ from ilm_compile.passes.manager import VALIDATORS
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.strategy import placement_of
+from ilm_compile.verify.dtypes import check_dtypes
 from ilm_compile.verify.inputs import corner_batch, microbatch
 from ilm_compile.verify.numbers import Side, gather, relative_error, run
 from ilm_compile.verify.precision import check_precision
@@ -48,6 +49,7 @@ def validate_numerics(step: Pass, program: Program) -> Iterator[None]:
         if program.plan.dtype is not None and "cast" in program.facts - before.facts:
             check_precision(subject)
         return
+    check_dtypes(before, program)
     tolerance = max(step.tolerance, ROUNDING)
     _, compared = subject.regions()
     for piece, found, locate in compared:
