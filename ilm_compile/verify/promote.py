@@ -55,11 +55,6 @@ class _KeepFloat64(TorchFunctionMode):
 
 _LOW = {torch.float32, torch.bfloat16, torch.float16}
 _SHORT = {Tensor.float, Tensor.bfloat16, Tensor.half}
-# What a graph makes anew, in the dtype that it is told.
-_MADE = {
-    *(torch.zeros, torch.ones, torch.empty, torch.linspace, torch.eye, torch.arange, torch.full),
-    *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like),
-}
 # What a graph holds as a constant, with the digits that its dtype leaves.
 _HELD = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
 
@@ -79,14 +74,13 @@ class _Float64Throughout(_KeepFloat64):
             return args[0].double()
         if func in _HELD:
             held = func(*args, **kwargs)
-            is_real = held.is_floating_point()
-            return (held if kwargs.get("dtype") else held.float()).double() if is_real else held
+            if held.is_floating_point() and kwargs.get("dtype") is None:
+                held = func(*args, **{**kwargs, "dtype": torch.float32})
+            return held.double() if held.is_floating_point() else held
         name = str(getattr(func, "__name__", ""))
         if not name.endswith("_"):  # not where a tensor is changed or asked for what it is
             args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
-        if func in _CASTS or func in _MADE or getattr(func, "__name__", "").startswith("new_"):
-            args = tuple(torch.float64 if _is_low(arg) else arg for arg in args)
-            kwargs = {name: torch.float64 if _is_low(v) else v for name, v in kwargs.items()}
+        args, kwargs = tree_map_only(torch.dtype, _wide, (args, kwargs))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -94,8 +88,8 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.dtype in _LOW else tensor
 
 
-def _is_low(argument: Any) -> bool:
-    return isinstance(argument, torch.dtype) and argument in _LOW
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in _LOW else dtype
 
 
 @contextmanager
