@@ -12,10 +12,10 @@ TESTS = "tests/runtime"
 EMULATED = f"{TESTS}/test_emulated_training.py"
 INPUTS = f"{TESTS}/test_step_inputs.py"
 EXECUTOR = f"{TESTS}/test_executor.py"
+NAMED = f"{TESTS}/test_named_parameters.py"
 STATE = f"{TESTS}/test_state.py"
 TRAINER = f"{TESTS}/test_trainer.py"
 BAD_STEPS = f"{TESTS}/test_trainer_bad_steps.py"
-FLOAT16 = f"{TESTS}/test_trainer_float16.py"
 OPTIMIZER = f"{TESTS}/test_optimizer.py"
 SCALING = f"{TESTS}/test_optimizer_scaling.py"
 BATCH = f"{TESTS}/test_batch.py"
@@ -277,6 +277,7 @@ GRADIENT_MUTANTS = [
             "frozen copies become trainable",
             "requires_grad=leaf.requires_grad)",
             "requires_grad=True)",
+            NAMED,
         ),
     ),
     *mutants_of(

@@ -6,7 +6,6 @@ from benchmarks.source_mutants import (
     BAD_STEPS,
     BATCH,
     EMULATED,
-    FLOAT16,
     INPUTS,
     OPTIMIZER,
     SCALING,
@@ -30,7 +29,7 @@ UPDATE_MUTANTS = [
         ("small gradients are blown up", ".clamp(max=1.0)", ""),
         ("clipped to twice the norm", "factor = (max_norm / (", "factor = (2 * max_norm / ("),
         ("a coarse epsilon", "_EPSILON = 1e-6", "_EPSILON = 1e-3"),
-        ("the loss scale is multiplied in", "(factor / scale)", "(factor * scale)", FLOAT16),
+        ("the loss scale is multiplied in", "(factor / scale)", "(factor * scale)", BAD_STEPS),
         (
             "what is not finite elsewhere is not seen",
             "(totals[1] > 0) & norm",
@@ -65,7 +64,7 @@ UPDATE_MUTANTS = [
             "the norm of scaled gradients",
             "total = self.grad_norm() / scale",
             "total = self.grad_norm()",
-            FLOAT16,
+            BAD_STEPS,
         ),
         ("losses are not checked", "checked=[*others, *self._losses]", "checked=others", BAD_STEPS),
         (
