@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
+from ilm_compile.verify.marks import place_marks
 
 aten = torch.ops.aten
 LEVELS = ("every corner", "no whole row without targets", "all labels are targets", "plain")
@@ -128,10 +129,12 @@ def corner_batch(
     generator = torch.Generator().manual_seed(seed)
     known = roles(program)
     length = max((n for i in program.inputs.values() for n in i.shape[1:]), default=1)
-    return {
+    batch = {
         name: _values(name, spec, known.get(name), count, length, level, generator)
         for name, spec in program.inputs.items()
     }
+    place_marks(program, batch)
+    return batch
 
 
 def _values(
