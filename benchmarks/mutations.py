@@ -1,21 +1,23 @@
 """Breaks compiled programs on purpose: `python -m benchmarks.mutations`.
 
 Every fault of `ilm_compile.verify.mutate_program` and `mutate_schedule`, at evenly spread places of
-each program, for several models and plans; each mutant is shown to every layer of the proof:
+each program, in any of its blocks, for the models and plans of `benchmarks.mutation_cases`; each
+mutant is shown to every layer of the proof:
 
 structure   the dialect, every shape and dtype computed anew, the cut into stages
+variables   inputs, outputs, parameters and buffers as the model has them
 types       every placement and collective by the rules
 schedule    complete, in order, the two ends of each channel agreed, no cyclic wait
-step        one training step of all ranks, loss, gradients and weights against the plain model
-blocks      the blocks of the full-size program against those that took the step
+regions     each region that the unbroken program does not have, against the traced graph's
+precision   no value rounded but by the plan's compute dtype, and there within its error budget
+step        two optimizer steps of all ranks, loss, outputs, gradients and weights
 
-A mutant is equivalent if no layer refuses it and its step, run as it would be launched, is the
+A mutant is equivalent if no layer refuses it and its steps, run as they would be launched, are the
 unbroken program's to 1e-12. One that no layer refuses and that is not equivalent is missed. The
-column "alters" counts the mutants whose step as launched differs; the others are refused for what a
-step cannot show: a wait without end where sends block, or a collective that is wrong in type but,
-for this value, not in effect. The cases "deep" have four blocks of which two take the step; faults
-are made in the other two. The last table gives every schedule that our check refuses to
-torch.distributed.pipelining's CSV loader.
+column "alters" counts the mutants whose steps as launched differ; the others are refused for what a
+step cannot show: a wait without end where sends block, a collective that is wrong in type but, for
+this value, not in effect, a tied name that is lost. The last tables name each attack that an
+earlier proof let through, and every schedule that our check refuses to torch's CSV loader.
 """
 
 from __future__ import annotations
@@ -34,51 +36,19 @@ from rich.table import Table
 
 import ilm_compile
 from benchmarks.common import RESULTS, make_console, save_json
+from benchmarks.mutation_cases import CASES, make_trial
 from benchmarks.torch_schedules import refusal
-from ilm_compile.compile import make_schedule
-from ilm_compile.program.plan import Plan
 from ilm_compile.schedule import Schedule, build
 from ilm_compile.schedule import check as check_schedule
-from ilm_compile.verify import mutate_schedule, zoo
+from ilm_compile.verify import mutate_schedule
 from ilm_compile.verify.mutations import (
     LAYERS,
-    Trial,
     Verdict,
     judge_all,
     program_mutants,
     schedule_mutants,
 )
-from ilm_compile.verify.promote import promoted_float32
-from ilm_compile.verify.reference import random_batch
 
-INPUTS = {name: ((2, zoo.SEQ), torch.int64) for name in ("input_ids", "labels")}
-DEEP = "internlm2, deep"
-PLANS: dict[str, list[dict[str, Any]]] = {
-    "internlm2": [
-        {"tp": 2},
-        {"tp": 2, "sequence_parallel": True},
-        {"tp": 2, "dtype": "bfloat16"},
-        {"pp": 2, "num_microbatches": 4},
-        {"tp": 2, "pp": 2, "checkpoint": True, "num_microbatches": 3},
-        {"pp": 2, "num_chunks": 2, "num_microbatches": 4},
-    ],
-    "internlm": [
-        {"tp": 2, "sequence_parallel": True},
-        {"pp": 2, "schedule": "gpipe", "num_microbatches": 3},
-        {"tp": 2, "pp": 2, "dtype": "bfloat16"},
-    ],
-    "hf-gpt2": [
-        {"tp": 2},
-        {"tp": 2, "sequence_parallel": True},
-        {"pp": 2, "num_microbatches": 3},
-        {"tp": 2, "pp": 2},
-    ],
-    "hf-llama": [
-        {"tp": 2, "sequence_parallel": True},
-        {"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 2},
-    ],
-    DEEP: [{"tp": 2}, {"tp": 2, "sequence_parallel": True, "pp": 2}],
-}
 REASONS = {
     "drop a recompute boundary": "memory only: the same values are kept instead of computed again",
     "move a node to another stage": "another legal cut: what crosses it is relayed",
@@ -87,6 +57,34 @@ REASONS = {
     "skip a cast": "torch promotes the operand to the same dtype by itself",
     "post receives late": "here no two ranks wait for each other",
     "reorder a receive": "posted at another moment, in the same order and in time",
+}
+ATTACKS = {
+    "the epsilon of the last block's norms": ("change an epsilon",),
+    "a sliding window in one full-attention layer": ("window in one attention",),
+    "attention windowed at 20 tokens in every block": ("window in every attention",),
+    "a soft cap or a scale doubled in one late block": ("double a soft cap", "double a scale"),
+    "position_ids ignored": ("ignore position ids",),
+    "attention_mask ignored": ("ignore an attention mask",),
+    "document boundaries ignored": ("ignore documents",),
+    "a label of -100 counted as class 0": ("count an ignored label",),
+    "ids above those that a proof tried": ("clamp ids",),
+    "dropout removed, its rate or its mask changed": (
+        *("remove a dropout", "change a dropout rate", "share a dropout mask"),
+    ),
+    "a frozen weight trained, a trained one frozen": ("train a frozen weight", "freeze a weight"),
+    "aliases of a tied weight dropped": ("forget a tied name",),
+    "a buffer no longer saved": ("change whether a buffer is saved",),
+    "the logits output doubled, or another value": ("double an output", "give another output"),
+    "the residual stream cast to bf16": ("round the residual stream",),
+    "positions cast to bf16": ("round positions",),
+    "the target count cast to bf16": ("round the target count",),
+    "rotary tables, a norm's input, logits cast to bf16": (
+        *("round rotary tables", "round a norm's input", "round logits"),
+    ),
+    "the target count doubled or dropped": ("double the target count", "drop the target count"),
+    "another value of a buffer": ("change a buffer",),
+    "parameters of two blocks swapped": ("swap parameters of two blocks",),
+    "a gradient cut": ("cut a gradient", "forget a gradient (tied)"),
 }
 CSV_SCHEDULES = (("1f1b", 2, 1, 4), ("gpipe", 3, 1, 4), ("interleaved_1f1b", 2, 2, 4))
 
@@ -118,29 +116,6 @@ def run_case(limit: int, case: tuple[str, dict[str, Any]]) -> Result:
     if trial.schedule.num_ranks > 1:
         possible += sum(1 for _ in schedule_mutants(trial.schedule))
     return Result(judged, possible)
-
-
-def make_trial(name: str, plan: dict[str, Any]) -> Trial:
-    """Compile a model of the zoo; a deep one beside the small one that takes its step."""
-    if name == DEEP:
-        models = [
-            zoo.make_model(partial(zoo.internlm2_tiny, **{**zoo.SIZES, "num_layers": layers}))
-            for layers in (4, 2)
-        ]
-    else:
-        models = [zoo.make_model(zoo.MODELS[name])]
-    given = Plan(num_microbatches=2).replace(**plan)
-    if given.num_chunks > 1:
-        given = given.replace(schedule="interleaved_1f1b")
-    programs = []
-    for model in models:
-        compiled = model
-        if given.dtype:
-            compiled = zoo.make_model(zoo.MODELS[name]).float()
-        with promoted_float32():
-            programs.append(ilm_compile.partition(compiled, example_inputs=INPUTS, plan=given))
-    batch = random_batch(programs[0].inputs, given.num_microbatches, zoo.VOCAB)
-    return Trial(programs[0], make_schedule(given), models[0], batch, *programs[1:])
 
 
 def by_kind(judged: Sequence[Judged]) -> Table:
@@ -185,7 +160,26 @@ def equivalents(judged: Sequence[Judged]) -> Table:
     for item in judged:
         verdict = item.verdict
         if verdict.outcome == "equivalent":
-            table.add_row(item.case, verdict.kind, verdict.what, REASONS[verdict.kind])
+            table.add_row(item.case, verdict.kind, verdict.what, REASONS.get(verdict.kind, "?"))
+    return table
+
+
+def attacks(judged: Sequence[Judged]) -> Table:
+    """What became of each attack on the proof that came before, and the layers that refuse it."""
+    columns = ("attack", "mutants", "cases", "equivalent", "missed", "refused by")
+    table = Table(*columns, title="Attacks that went through an earlier proof")
+    for attack, kinds in ATTACKS.items():
+        items = [item for item in judged if item.verdict.kind in kinds]
+        outcomes = Counter(item.verdict.outcome for item in items)
+        layers = Counter(layer for item in items for layer in item.verdict.caught)
+        table.add_row(
+            attack,
+            str(len(items)),
+            str(len({item.case for item in items})),
+            str(outcomes["equivalent"]),
+            str(outcomes["missed"]),
+            ", ".join(f"{layer} {layers[layer]}" for layer in LAYERS if layers[layer]),
+        )
     return table
 
 
@@ -243,8 +237,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--limit", type=int, default=3, help="mutants of a kind in a case (3)")
-    parser.add_argument("--only", action="append", choices=PLANS, help="a model; may be repeated")
+    parser.add_argument("--limit", type=int, default=1, help="mutants of a kind in a case (1)")
+    parser.add_argument("--only", action="append", choices=CASES, help="a model; may be repeated")
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args(arguments)
 
@@ -252,23 +246,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     start = time.perf_counter()
-    cases = [(name, plan) for name in options.only or PLANS for plan in PLANS[name]]
+    cases = [(name, plan) for name in options.only or CASES for plan in CASES[name].plans]
     judge: Callable[[tuple[str, dict[str, Any]]], Result] = partial(run_case, options.limit)
     with ProcessPoolExecutor(options.processes) as pool:
-        results = list(pool.map(judge, cases))
+        results = []
+        for case, result in zip(cases, pool.map(judge, cases), strict=True):
+            results.append(result)
+            seconds = time.perf_counter() - start
+            print(f"{case}: {len(result.judged)} mutants, {seconds:.0f} s", flush=True)
     judged = [item for result in results for item in result.judged]
     possible = sum(result.possible for result in results)
     console = make_console()
     table, torch_rows = torch_table()
-    for shown in (by_kind(judged), ablation(judged), equivalents(judged), table):
+    for shown in (
+        by_kind(judged),
+        equivalents(judged),
+        ablation(judged),
+        attacks(judged),
+        table,
+    ):
         console.print(shown)
     for item in judged:
         if item.verdict.outcome == "missed":
             console.print(f"MISSED {item}", style="red")
     seconds = time.perf_counter() - start
+    models = len({name for name, _ in cases})
     console.print(
         f"{len(judged)} mutants judged of {possible} possible, at most {options.limit} of a kind "
-        f"in each of {len(cases)} cases; {seconds:.0f} s"
+        f"in each of {len(cases)} cases of {models} models; {seconds:.0f} s"
     )
     rows = [_row(item) for item in judged]
     content = {"seconds": seconds, "possible": possible, "torch_csv": torch_rows, "mutants": rows}

@@ -15,7 +15,7 @@ from ilm_compile.program.values import tensors_of
 
 
 def check_dtypes(traced: Program, program: Program) -> None:
-    """Raise `ProgramError` if `program`, which has no compute dtype, rounds where `traced` does not.
+    """Raise `ProgramError` if `program`, of no compute dtype, rounds where `traced` does not.
 
     Values of both graphs, by name, must have one dtype; other calls must give no fewer digits than
     they are given.

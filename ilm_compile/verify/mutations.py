@@ -6,6 +6,7 @@ is the unbroken one's) or missed, and a missed one is a hole in the proof.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,8 +85,9 @@ def program_mutants(program: Program, *, limit: int | None = None) -> Iterator[M
         node, _, edit = place
         return mutate_program.mutated(program, node, edit), schedule
 
+    size = len(program.graph.nodes)
     for kind, places in mutate_program.KINDS.items():
-        for place in spread(list(places(program)), limit):
+        for place in spread(list(places(program)), limit, seed=f"{kind} {size}"):
             module = program.source(place[0]).module_path
             what = " ".join(filter(None, (place[0].name, module and f"({module})", place[1])))
             yield Mutant(kind, what, partial(make, place))
@@ -98,15 +100,20 @@ def schedule_mutants(schedule: Schedule, *, limit: int | None = None) -> Iterato
         return program, wrong
 
     for kind, places in mutate_schedule.KINDS.items():
-        for what, wrong in spread(list(places(schedule)), limit):
+        for what, wrong in spread(list(places(schedule)), limit, seed=f"{kind} {schedule.name}"):
             yield Mutant(kind, what, partial(make, wrong))
 
 
-def spread(items: list[Any], limit: int | None) -> list[Any]:
-    """Return at most `limit` of `items`, first and last among them, evenly spaced."""
+def spread(items: list[Any], limit: int | None, seed: str = "") -> list[Any]:
+    """Return at most `limit` of `items`, first and last among them, evenly spaced.
+
+    Of one alone `seed` says which.
+    """
     if limit is None or len(items) <= limit:
         return items
-    step = (len(items) - 1) / max(1, limit - 1)
+    if limit == 1:
+        return [items[zlib.crc32(seed.encode()) % len(items)]]
+    step = (len(items) - 1) / (limit - 1)
     return [items[round(index * step)] for index in range(limit)]
 
 

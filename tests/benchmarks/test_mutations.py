@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from benchmarks import mutations
+from benchmarks.mutation_cases import CASES, make_trial
 from benchmarks.mutations import Judged
 from benchmarks.torch_schedules import refusal
 from ilm_compile.errors import ScheduleError
 from ilm_compile.schedule import build, check
+from ilm_compile.verify import mutate_program
 from ilm_compile.verify.mutations import Verdict
 
 JUDGED = [
@@ -51,9 +53,26 @@ def test_equivalent_mutants_are_named_with_a_reason():
     assert "there" not in named
 
 
-def test_every_case_can_be_made():
-    for name, plans in mutations.PLANS.items():
-        assert mutations.make_trial(name, plans[0]).expected.gradients
+def test_attacks_are_named_with_the_layers_that_refuse_them():
+    judged = [Judged("a case", Verdict("change an epsilon", "x", {"regions": "no"}, 1.0))]
+    cells = row(mutations.attacks(judged), "the epsilon")
+    assert cells[1:] == ["1", "1", "0", "0", "regions 1"]
+
+
+def test_every_attack_names_kinds_that_there_are():
+    kinds = {kind for kinds in mutations.ATTACKS.values() for kind in kinds}
+    assert kinds <= set(mutate_program.KINDS)
+
+
+def test_a_case_is_judged():
+    result = mutations.run_case(1, ("skip connection", {"tp": 2}))
+    assert result.possible > len(result.judged) > 15
+    assert {item.verdict.outcome for item in result.judged} <= {"caught", "equivalent"}
+
+
+@pytest.mark.parametrize("name", ["written by hand", "numbers in", "internlm2, documents"])
+def test_our_cases_can_be_made(name):
+    assert make_trial(name, CASES[name].plans[-1]).expected
 
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])

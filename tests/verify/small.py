@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import ilm_compile
-from ilm_compile.compile import make_schedule
+from ilm_compile.passes import run_passes, standard_passes
+from ilm_compile.program.copy import copy_program
+from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
+from ilm_compile.program.trace import trace
 from ilm_compile.verify import zoo
 from ilm_compile.verify.mutations import Trial
 from ilm_compile.verify.promote import promoted_float32
 from ilm_compile.verify.reference import random_batch
 from ilm_compile.verify.report import Report
+from ilm_compile.verify.subject import schedule_of
 
 ROWS = 2
 INPUTS = {name: ((ROWS, zoo.SEQ), torch.int64) for name in ("input_ids", "labels")}
@@ -38,17 +42,11 @@ def make_batch(program: Program, dp: int = 1) -> dict[str, Tensor]:
     return random_batch(program.inputs, count, zoo.VOCAB)
 
 
-def make_deep_trial(**plan: Any) -> Trial:
-    """A trial of faults in the last two of four blocks, of which the first two take the step."""
-    deep = zoo.make_model(lambda: zoo.internlm2_tiny(**{**zoo.SIZES, "num_layers": 4}))
-    small = zoo.make_model(lambda: zoo.internlm2_tiny(**zoo.SIZES))
-    program, stepped = (compile_model(model, **plan) for model in (deep, small))
-    return Trial(program, make_schedule(program.plan), deep, make_batch(program), stepped)
-
-
 def make_trial(name: str, **plan: Any) -> Trial:
     """A trial of mutants; with a dtype the program is compiled from the float32 model."""
-    model = make_model(name)
-    compiled = make_model(name).float() if plan.get("dtype") else model
-    program = compile_model(compiled, **plan)
-    return Trial(program, make_schedule(program.plan), model, make_batch(program))
+    settled = Plan(num_microbatches=2).replace(**plan)
+    model = make_model(name).float() if settled.dtype else make_model(name)
+    traced = trace(model, example_inputs=INPUTS, plan=settled)
+    program = copy_program(traced)
+    run_passes(program, standard_passes(settled))
+    return Trial(traced, program, schedule_of(settled), model)
