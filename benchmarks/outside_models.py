@@ -80,13 +80,14 @@ def _refusal(entry: Outside, model: nn.Module) -> str:
 
 def _prove(entry: Outside, model: nn.Module) -> tuple[str, float]:
     start = time.perf_counter()
-    report = ilm_compile.verify(
-        model,
-        dp=entry.plan.dp,
-        example_inputs=entry.example(),
-        loss_fn=entry.loss_fn,
-        **entry.plan.keywords,
-    )
+    with promoted_float32():  # the very program that is trained
+        report = ilm_compile.verify(
+            model,
+            dp=entry.plan.dp,
+            example_inputs=entry.example(),
+            loss_fn=entry.loss_fn,
+            **entry.plan.keywords,
+        )
     return "equal" if report.ok else report.failures[0], time.perf_counter() - start
 
 
