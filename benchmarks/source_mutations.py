@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 RUNNER = Path(__file__).with_name("source_runner.py")
 COPIED = ("ilm_compile", "passes", "kernels", "tests", "pyproject.toml")
 MUTANTS = [*STEP_MUTANTS, *UPDATE_MUTANTS, *STATE_MUTANTS]
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - .*)?$", re.MULTILINE)
 
 

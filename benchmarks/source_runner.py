@@ -22,11 +22,17 @@ import pytest
 
 SLOW = (
     "fsspec",
+    "networkx",
     "numpy",
+    "rich.console",
+    "rich.progress",
+    "rich.table",
     "safetensors.torch",
+    "scipy.optimize",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch.testing",
 )
 CHUNK = 1 << 16
 

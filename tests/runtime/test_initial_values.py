@@ -75,13 +75,13 @@ def test_only_the_wanted_rows_are_drawn() -> None:
     assert part.shape == (2, 6)
 
 
-def test_drawn_values_take_the_dtype_of_the_model() -> None:
+@pytest.mark.parametrize("placement", [S(0), S(1), I], ids=str)
+def test_drawn_values_take_the_dtype_of_the_model(placement: Placement) -> None:
     model = Mlp().to(device="meta", dtype=torch.float64)
     draw = lambda name, rows=None, seed=0: torch.ones(8, 6)  # noqa: E731
     values = InitialValues(model, seed=7, initializer=draw)
-    assert values.shard(variable("up.weight", model.up.weight), rank=0, size=1).dtype == (
-        torch.float64
-    )
+    weight = variable("up.weight", model.up.weight, placement)
+    assert values.shard(weight, rank=0, size=1).dtype == torch.float64
 
 
 def test_rebuilt_values_depend_on_the_seed_and_the_name_alone() -> None:
