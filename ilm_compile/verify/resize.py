@@ -14,16 +14,16 @@ from ilm_compile.program.copy import copy_program
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
-from ilm_compile.verify.sizes import END, Dims, op_name
+from ilm_compile.verify.sizes import END, Dims, op_name, places_of
 from ilm_compile.verify.smaller import Change, Sizes
 
 
 def resized(program: Program, sizes: Sizes, dims: dict[fx.Node, list[Dims]]) -> Program:
     """Return a copy of `program`, whose values have dimensions `dims`, on the new sizes."""
     result = copy_program(program)
-    change = _Resizer(sizes)
     old = list(program.graph.nodes)
     new = list(result.graph.nodes)
+    change = _Resizer(sizes, {b: dims[a] for a, b in zip(old, new, strict=True)})
     for before, node in zip(old, new, strict=True):
         if node.op != "output":
             change.node(node, dims[before], [dims[n] for n in before.all_input_nodes])
@@ -65,8 +65,13 @@ def _recount(graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> fx.GraphMod
 
 
 class _Resizer:
-    def __init__(self, sizes: Sizes) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: Sizes, dims: Mapping[fx.Node, list[Dims]]) -> None:
+        """dims: of the new graph's nodes."""
+        self.sizes, self.dims = sizes, dims
+
+    def places(self, node: fx.Node) -> Dims:
+        """Return the dimensions of a value of the new graph."""
+        return self.dims[node][0]
 
     def of(self, root: int) -> Change:
         return self.sizes.changes.get(root, Change())
@@ -165,6 +170,14 @@ def _slice(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dim
     node.kwargs = {}
 
 
+def _bound(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+    found = places_of(node.args[0])
+    if found is not None and found[2] == 1 and isinstance(bound := node.args[1], int):
+        number = run.places(found[0])[found[1]]
+        if 0 < bound < run.sizes.classes.sizes[number]:
+            _argument(node, 1, run.dim(number).of(bound))
+
+
 def _norm(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
     count = len(node.args[1])  # type: ignore[arg-type]
     _argument(node, 1, list(node.meta["val"].shape[-count:]))
@@ -200,6 +213,7 @@ ARGUMENTS: dict[str, Rewrite] = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _shape_at(1)),
     "arange": _arange,
     "slice": _slice,
+    **dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), _bound),
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
     **dict.fromkeys(("embedding", "vocab_embedding"), _padding_index),
     "redistribute": _typed("src", "dst"),

@@ -8,7 +8,7 @@ that no row of the table speaks of keeps all its sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,7 @@ class View:
     results: list[Dims]
     classes: Classes
     size: int
+    dims: Mapping[fx.Node, list[Dims]]
 
     @property
     def out(self) -> Dims:
@@ -139,7 +140,7 @@ def dimensions(classes: Classes, program: Program) -> dict[fx.Node, list[Dims]]:
             classes.positions += [(dims[place.dim], end) for dims in found[node] for end in ends]
     for node in program.calls():
         sources = [found[source][0] for source in tensor_inputs(node) if found[source]]
-        view = View(node, sources, found[node], classes, size)
+        view = View(node, sources, found[node], classes, size, found)
         relation_of(node)(view) if not is_item(node) else _item(view, found)
     return found
 
@@ -328,14 +329,6 @@ def _stack(view: View) -> None:
         view.classes.tie_all(dims, [*view.out[:at], *view.out[at + 1 :]])
 
 
-def _padded(view: View) -> None:
-    pads = list(view.argument(1, "pad"))
-    view.classes.tie_all(view.inputs[0], view.out)
-    for index in range(len(pads) // 2):
-        if any(pads[2 * index : 2 * index + 2]):
-            view.classes.pin([view.inputs[0][-1 - index], view.out[-1 - index]])
-
-
 def _embedding(view: View) -> None:
     weight, indices = view.inputs[:2]
     view.classes.tie_all(indices, view.out[:-1])
@@ -373,11 +366,86 @@ def _arange(view: View) -> None:
         view.classes.pin(view.out)
 
 
+def places_of(node: Any) -> tuple[fx.Node, int, int] | None:
+    """Return (value, its dimension, divisor) if `node` holds places along that dimension, divided.
+
+    None if it is not known to hold any.
+    """
+    by = 1
+    while isinstance(node, fx.Node):
+        name = op_name(node)
+        if name in ("argsort", "arange"):
+            dim = node.args[1] if name == "argsort" and len(node.args) > 1 else -1
+            return (node, int(dim), by) if name != "arange" or _is_plain(node) else None  # type: ignore[call-overload]
+        if name == "getitem" and node.args[1] == 1 and op_name(node.args[0]) in ("topk", "sort"):  # type: ignore[arg-type]
+            source: Any = node.args[0]
+            at = 2 if op_name(source) == "topk" else 1
+            dim = source.args[at] if len(source.args) > at else -1
+            return source.args[0], int(dim), by
+        if name == "floor_divide" and isinstance(node.args[1], int):
+            by *= node.args[1]
+        elif name == "index_put":  # the inverse of a permutation
+            node = node.args[2]
+            continue
+        elif name not in MOVED and not (name == "add" and node.args[1] == 0):
+            return None
+        node = node.args[0]
+    return None
+
+
+def _is_plain(node: fx.Node) -> bool:
+    return len(node.args) == 1 or (node.args[0] == 0 and len(node.args) == 2)
+
+
+def _picks(view: View, dim: int, index: Any) -> None:
+    """`index` names places along `dim`: they must stay within it."""
+    classes, found = view.classes, places_of(index)
+    if found is not None:
+        node, at, by = found
+        along = view.dims[node][0][at]
+        if classes.sizes[along] == by * classes.sizes[dim]:
+            if by == 1:
+                classes.tie(along, dim)
+            else:
+                several = classes.add([by], [by])
+                classes.pin(several)
+                classes.products.append(([along], [dim, *several]))
+            return
+    classes.pin([dim])
+
+
+def _sorted(view: View) -> None:
+    """Numbers are put in order; among scores the best are chosen, out of as many as there are."""
+    x = view.inputs[0]
+    at = 2 if op_name(view.node) == "topk" else 1
+    dim = view.argument(at, "dim", -1) % len(x)
+    scores = view.node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
+    for result in view.results:
+        for index, (a, b) in enumerate(zip(x, result, strict=True)):
+            if index == dim and scores:
+                view.classes.pin([a, b])
+            else:
+                view.classes.tie(a, b)
+
+
+def _index_put(view: View) -> None:
+    x, index, values = view.inputs
+    (given,) = view.argument(1, "indices")
+    view.classes.tie_all(x, view.out)
+    view.classes.tie_all(index, values)
+    view.classes.tie_all(x[1:], values[len(index) :])
+    _picks(view, x[0], given)
+
+
+def _histogram(view: View) -> None:
+    view.classes.pin(view.out)
+
+
 def _gather(view: View) -> None:
     x, index = view.inputs[:2]
     dim = view.argument(1, "dim") % len(x)
     view.classes.tie_all(index, view.out)
-    view.classes.pin([x[dim]])
+    _picks(view, x[dim], view.argument(2, "index"))
     for at, (a, b) in enumerate(zip(x, index, strict=True)):
         if at == dim:
             continue
@@ -385,19 +453,6 @@ def _gather(view: View) -> None:
             view.classes.tie(a, b)
         else:
             view.classes.pin([a, b])
-
-
-def _one_pinned(index: int, name: str) -> Relation:
-    """Results aligned with the input; the dimension that the op works along keeps its size."""
-
-    def relation(view: View) -> None:
-        x = view.inputs[0]
-        dim = view.argument(index, name, -1) % len(x)
-        for result in view.results:
-            for at, (a, b) in enumerate(zip(x, result, strict=True)):
-                view.classes.pin([a, b]) if at == dim else view.classes.tie(a, b)
-
-    return relation
 
 
 def _grouped(view: View) -> None:
@@ -410,17 +465,32 @@ def _grouped(view: View) -> None:
 
 
 def _indexed(view: View) -> None:
-    """One index: its dimensions stand for the one that it picks from."""
+    """Indices side by side: their dimensions stand for those that they pick from."""
     indices = view.argument(1, "indices")
     given = [at for at, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or len(view.inputs) != 2 or view.node.args[0].meta["val"].dtype.is_complex:  # type: ignore[union-attr]
+    x, *found = view.inputs
+    first, last = given[0], given[-1]
+    is_plain = given == list(range(first, last + 1)) and len(found) == len(given)
+    if not is_plain or any(indices[at].meta["val"].dtype == torch.bool for at in given):
         return _pin(view)
-    x, index = view.inputs
-    if indices[given[0]].meta["val"].dtype == torch.bool:
-        return _pin(view)
-    view.classes.pin([x[given[0]]])
-    view.classes.tie_all([*x[: given[0]], *index, *x[given[0] + 1 :]], view.out)
+    rest = x[last + 1 :]
+    middle = view.out[first : len(view.out) - len(rest)]
+    view.classes.tie_all(x[:first], view.out[:first])
+    view.classes.tie_all(rest, view.out)
+    for at, index in zip(given, found, strict=True):
+        view.classes.tie_all(index, middle)
+        _picks(view, x[at], indices[at])
     return None
+
+
+def _compared(view: View) -> None:
+    """A number that places are compared with is a place itself."""
+    _same(view)
+    bound, found = view.node.args[1], places_of(view.node.args[0])
+    if isinstance(bound, int) and found is not None and found[2] == 1:
+        dim = view.dims[found[0]][0][found[1]]
+        if 0 < bound < view.classes.sizes[dim]:
+            view.classes.positions.append((dim, bound))
 
 
 def _heads(view: View) -> None:
@@ -453,8 +523,13 @@ ALONG_LAST = (
     *("ilm::rms_norm", "ilm::add_rms_norm", "ilm::swiglu", "tril", "triu", "type_as", "flip"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "fill", "expand", "copy", "dropout"),
     *("softplus", "log_sigmoid"),
-    *("hardtanh", "relu6", "mish", "bitwise_not"),
+    *("hardtanh", "relu6", "mish", "bitwise_not", "floor_divide", "pad", "constant_pad_nd"),
 )
+# Through these places stay places.
+MOVED = {
+    *("redistribute", "slice", "reshape", "contiguous", "clone", "detach", "to", "unsqueeze"),
+    *("expand", "transpose", "permute", "select", "squeeze"),
+}
 RELATIONS: dict[str, Relation] = {
     **dict.fromkeys(ALONG_LAST, _same),
     **dict.fromkeys(("sum", "mean", "partial_mean", "amax", "amin", "logsumexp", "prod"),
@@ -474,7 +549,6 @@ RELATIONS: dict[str, Relation] = {
     "select": _select,
     "cat": _cat,
     "stack": _stack,
-    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
     **dict.fromkeys(("embedding", "vocab_embedding"), _embedding),
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("ilm::attention", "ilm::rotary"), _heads),
@@ -484,7 +558,10 @@ RELATIONS: dict[str, Relation] = {
                      "new_full", "new_empty"), _made),
     "arange": _arange,
     "gather": _gather,
-    **dict.fromkeys(("topk", "sort"), _one_pinned(2, "dim")),
-    "_grouped_mm": _grouped,
+    **dict.fromkeys(("topk", "sort", "argsort"), _sorted),
+    **dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), _compared),
+    **dict.fromkeys(("_grouped_mm", "transformers::grouped_mm_fallback"), _grouped),
     "index": _indexed,
+    "index_put": _index_put,
+    **dict.fromkeys(("histc", "bincount"), _histogram),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from ilm_compile.program.program import Program
 from ilm_compile.verify.sizes import Classes, Dims, dimensions
 
 SMALLEST = 8  # size of a class that was divided
+NEAR = 4  # to the beginning is a place by which something is shifted
 FEW = 2  # that a rank keeps of what it had more of
 WORDS = 64  # classes of a vocabulary at least, where they are taken off
 MAX_STEPS = 400  # of a search for what else must shrink
@@ -27,14 +28,18 @@ MAX_STEPS = 400  # of a search for what else must shrink
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What happens to the sizes of a class: `less` is taken off, the rest divided by `by`."""
+    """What happens to the sizes of a class: `less` is taken off, the rest divided by `by`.
+
+    It is taken off behind the first `kept` places, which stay: a label is shifted by one.
+    """
 
     by: int = 1
     less: int = 0
+    kept: int = 0
 
     def of(self, size: int) -> int:
         """Return a size or a position, smaller; zero stays zero."""
-        return (size - self.less) // self.by if size else 0
+        return size if size <= self.kept else (size - self.less) // self.by
 
 
 Side = tuple[tuple[int, int], ...]  # (class, size) of each dimension
@@ -80,7 +85,7 @@ class Sizes:
         for dim, place in classes.positions:
             self.places[find(dim)].add(place)
         self.bounds = {
-            root: sorted({(classes.sizes[d], classes.locals[d]) for d in dims})
+            root: sorted({(classes.sizes[d], max(1, classes.locals[d])) for d in dims})
             for root, dims in members.items()
         }
         self.scaled = {find(dim) for dim in classes.scaled}
@@ -122,7 +127,8 @@ class Sizes:
         old = changes.get(root, Change())
         if (old.less and change.by > 1) or (change.less and old != Change()):
             return None
-        new = Change(old.by * change.by, old.less + change.less)
+        less = old.less + change.less
+        new = Change(old.by * change.by, less, self._kept(root) if less else 0)
         if self._steps < 0 or root in self.pinned or not self._fits(root, new):
             return None
         changes[root] = new
@@ -149,10 +155,16 @@ class Sizes:
             return None
         return changes
 
+    def _kept(self, root: int) -> int:
+        """Return the last of the places near the beginning of a class that something names."""
+        return max((place for place in self.places[root] if place <= NEAR), default=0)
+
     def _fits(self, root: int, change: Change) -> bool:
         """Whether a class can change so: sizes whole, ranks even, positions in place."""
         for size, local in self.bounds[root]:
-            count = size // local
+            count = max(1, size // local)
+            if not size:  # of an empty slice
+                continue
             if (size - change.less) % (change.by * count) or change.of(size) < 1:
                 return False
             if change.of(size) // count < min(local, FEW):
@@ -161,7 +173,9 @@ class Sizes:
         if change.less and root in self.scaled:
             return False
         if change.less:
-            return change.less < min(places | {size for size, _ in self.bounds[root]})
+            moved = {p for p in places if p > change.kept}
+            moved |= {size for size, _ in self.bounds[root] if size}
+            return change.less + change.kept < min(moved)
         smallest = min(SMALLEST, self.largest(root))
         return change.of(self.largest(root)) >= smallest and all(p % change.by == 0 for p in places)
 
@@ -182,7 +196,7 @@ def shrink_to(sizes: Sizes, root: int, target: int) -> bool:
     largest = sizes.largest(root)
     if largest <= target or root in sizes.changes:
         return False
-    step = math.lcm(*(size // local for size, local in sizes.bounds[root]))
+    step = math.lcm(*(max(1, size // local) for size, local in sizes.bounds[root]))
     by, less = largest // target, (largest - target) // step * step
     return (by > 1 and sizes.divide(root, by)) or (less > 0 and sizes.take_off(root, less))
 

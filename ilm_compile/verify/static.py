@@ -24,15 +24,15 @@ def check_variables(traced: Program, program: Program) -> None:
     A weight that was frozen must be, a tied one must keep its names: a graph computes the same
     without.
     """
-    ours = model_variables(program.parameter_maps, program.variables)
-    for name, variable in traced.variables.items():
+    ours, theirs = (model_variables(p.parameter_maps, p.variables) for p in (program, traced))
+    for name, variable in theirs.items():
         if name not in ours:
             _fail(name, "is gone", "its name and value are the model's")
         for what, fact in FACTS.items():
             if fact(ours[name]) != fact(variable):
                 _fail(name, f"has {what} {fact(ours[name])}", f"the model has {fact(variable)}")
     for name, found in ours.items():
-        if name not in traced.variables and found.is_parameter:
+        if name not in theirs and found.is_parameter:
             _fail(name, "is new", "a parameter must come from the model's, by a parameter map")
     for what in ("inputs", "output_names"):
         if getattr(program, what) != getattr(traced, what):
