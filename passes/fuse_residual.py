@@ -28,16 +28,14 @@ from ilm_compile.passes.fusion import (
     is_mutated,
     shape,
 )
-from ilm_compile.passes.rewrite import insert_before
 from ilm_compile.program.collectives import redistribute
-from ilm_compile.program.copy import copy_program
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import STANDS_FOR, name_of
 from ilm_compile.sharding.strategy import placement_of
 
 OP = "add_rms_norm"
 BETWEEN = (redistribute, aten.to.dtype)
-SUM_META = "sum_meta"  # of a fused node: region, stage and source of the sum, for `separated`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,36 +90,14 @@ def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
 
 def _fuse(program: Program, total: fx.Node, norm: fx.Node) -> fx.Node:
     residual, x = _in_order(*args(total)[:2])
-    meta = {key: total.meta[key] for key in ("region", "stage", "source") if key in total.meta}
     inputs = (x, residual, *args(norm)[1:])
+    names = name_of(norm), name_of(total)
     call = fuse(program, ilm.add_rms_norm.default, inputs, [norm, total], point=norm)
-    call.meta[SUM_META] = meta
+    for item in call.users:
+        item.meta[STANDS_FOR] = names[args(item)[1]]
     return call
 
 
 def _in_order(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Return the older of two terms first: the residual stream, then what a layer made of it."""
     return (second, first) if second < first else (first, second)
-
-
-def separated(program: Program) -> Program:
-    """Return `program` with each fused sum in its own block again, before its norm.
-
-    What is fused depends on where the stages begin; a comparison of blocks must not. A copy, unless
-    there is nothing to separate.
-    """
-    if not program.graph.find_nodes(op="call_function", target=ilm.add_rms_norm.default):
-        return program
-    result = copy_program(program)
-    nodes = result.graph.find_nodes(op="call_function", target=ilm.add_rms_norm.default)
-    for node in nodes:
-        x, residual, *options = args(node)
-        total = insert_before(result, node, aten.add.Tensor, residual, x)
-        total.meta.update(node.meta[SUM_META])
-        norm = insert_before(result, node, ilm.rms_norm.default, total, *options)
-        for item in list(node.users):
-            item.replace_all_uses_with((norm, total)[args(item)[1]])
-            result.graph.erase_node(item)
-        result.graph.erase_node(node)
-    result.finish()
-    return result

@@ -22,7 +22,7 @@ from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import shapes_of, tensors_of, without_data
+from ilm_compile.program.values import shapes_of, take_name, tensors_of, without_data
 from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.strategy import (
     global_call,
@@ -222,6 +222,7 @@ def _inline(
 def _take_over(program: Program, old: fx.Node, new: fx.Node) -> fx.Node:
     """Give `new` the users of `old`, which is erased."""
     _refuse_other_type(program, old, new)
+    take_name(new, old)
     old.replace_all_uses_with(new)
     program.graph.erase_node(old)
     return new

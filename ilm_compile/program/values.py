@@ -35,6 +35,19 @@ def shapes_of(node: fx.Node) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(value.shape) for value in tensors_of(node.meta["val"]))
 
 
+STANDS_FOR = "stands_for"  # in a node's meta: the name of the node whose value it took over
+
+
+def take_name(new: fx.Node, old: fx.Node) -> None:
+    """Note that `new` has the value of `old`, which it replaces."""
+    new.meta[STANDS_FOR] = name_of(old)
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name under which the traced graph knows the value of `node`, if it does."""
+    return str(node.meta.get(STANDS_FOR, node.name))
+
+
 def without_data(value: Any) -> Any:
     """Return `value`, a tensor or several, as meta tensors of the same shape, strides and dtype."""
     return map_tensors(

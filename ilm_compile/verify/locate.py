@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.values import name_of
 from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.numbers import (
     Parts,
@@ -54,12 +55,12 @@ def first_difference(
 ) -> Difference | None:
     """Return where `after` first differs from `before`, given a run of each; None if nowhere."""
     old = {node.name: node for node in before.graph.graph.nodes if node.name in expected.seen}
-    nodes = [n for n in after.graph.graph.nodes if n.name in old and n.name in actual.seen]
+    nodes = [n for n in after.graph.graph.nodes if name_of(n) in old and n.name in actual.seen]
     gradients = [grad for seen in expected.seen.values() for grad in seen.gradients[:1]]
     floor = TINY * _norm(gradients)
     for what, order in (("value", nodes), ("gradient", nodes[::-1])):
         for node in order:
-            theirs, ours = expected.seen[node.name], actual.seen[node.name]
+            theirs, ours = expected.seen[name_of(node)], actual.seen[node.name]
             if what == "value":
                 right, held = list(theirs.values), list(ours.values)
             else:
@@ -67,7 +68,7 @@ def first_difference(
                 held = [grad for grad in ours.gradients if grad is not None]
                 if len(right) < before.size or len(held) < after.size:
                     continue
-            whole = gather(right, placement_of(old[node.name]), what)[0]
+            whole = gather(right, placement_of(old[name_of(node)]), what)[0]
             wholes = gather(held, placement_of(node), what)
             tiny = floor if what == "gradient" else 1e-12
             errors = [relative_error(each, whole, tiny) for each in wholes]
@@ -79,7 +80,7 @@ def first_difference(
                     what,
                     max(errors),
                     _how(wholes, errors, whole, tolerance),
-                    tuple(_describe(n) for n in near if n.name not in expected.seen),
+                    tuple(_describe(n) for n in near if name_of(n) not in expected.seen),
                 )
     return None
 

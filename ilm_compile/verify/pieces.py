@@ -19,6 +19,7 @@ from torch import fx
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.gradients import wanted_gradients
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import name_of
 from ilm_compile.sharding.strategy import global_shape
 
 SEEN_THROUGH = {redistribute, torch.ops.aten.to.dtype}
@@ -103,9 +104,9 @@ def _anchors(traced: Program, program: Program) -> Iterator[Anchor]:
         if node not in reached or not _crosses(node):
             continue
         source = node
-        while source.name not in originals and source.target in SEEN_THROUGH:
+        while name_of(source) not in originals and source.target in SEEN_THROUGH:
             source = source.all_input_nodes[0]
-        origin = originals.get(source.name)
+        origin = originals.get(name_of(source))
         if origin is not None and _alike(origin, node, program):
             yield Anchor(node, origin, origin in wanted)
 

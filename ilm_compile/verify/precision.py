@@ -11,6 +11,7 @@ makes a value several times worse than its budget.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.parameter_free import parameter_free_nodes
-from ilm_compile.passes.precision import BF16, precision_of
+from ilm_compile.passes.precision import BF16, CARRIERS, called_name, precision_of
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import name_of, tensors_of, without_data
 from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.exact import exact
 from ilm_compile.verify.inputs import corner_batch, microbatch
@@ -46,23 +48,23 @@ def check_precision(subject: Subject) -> str:
     inputs = microbatch(precise, corner_batch(precise, 1))
     free = parameter_free_nodes(fit.traced)
     names = {node.name for node in free}
+    dtypes = _dtypes_by_rule(fit.traced, low, names)
     worst = 0.0
     for piece in pieces(precise, fit.program):
         if key_of(piece) not in keys:
             continue
-        right, ours, budget = _runs(
-            precise, fit.program, piece, inputs, subject.buffers, low, names
-        )
+        by = _Budget(low, names, dtypes)
+        right, ours, budget = _runs(precise, fit.program, piece, inputs, subject.buffers, by)
         for node in extract(fit.program, piece.compiled).graph.nodes:
-            if node.op != "call_function" or node.name not in budget:
+            if node.op != "call_function" or name_of(node) not in budget:
                 continue
-            expected = right.seen[node.name].values[0]
+            expected = right.seen[name_of(node)].values[0]
             if not expected.is_floating_point():
                 continue
             parts = [part.double() for part in ours.seen[node.name].values]
             wholes = gather(parts, placement_of(node), "value")
             error = max(relative_error(whole, expected) for whole in wholes)
-            allowed = FACTOR * relative_error(budget[node.name].double(), expected) + NOISE
+            allowed = FACTOR * relative_error(budget[name_of(node)].double(), expected) + NOISE
             worst = max(worst, error)
             if not error <= allowed:
                 raise ProgramError(
@@ -80,26 +82,48 @@ def _runs(
     piece: Piece,
     inputs: Mapping[str, Tensor],
     buffers: dict[str, Tensor],
-    low: torch.dtype,
-    free: set[str],
+    by: _Budget,
 ) -> tuple[Run, Run, dict[str, Tensor]]:
     """Return a piece's exact run, the program's own, and the values that the rule alone gives."""
     old = Side.of(precise, extract(precise, piece.traced))
     new = Side.of(program, extract(program, piece.compiled))
     made = tensors_for(precise, buffers)
     tensors = {n: t.float().double() if t.is_floating_point() else t for n, t in made.items()}
-    theirs, anchors = random_values(piece, round_to=low)
+    theirs, anchors = random_values(piece, round_to=by.low)
     nothing = [None] * len(piece.outputs)
     right = run(old, tensors, {**inputs, **theirs}, nothing)
     own = {n: _as(t, program, n) for n, t in tensors.items()}
     given = {**{n: _narrow(t) for n, t in inputs.items()}, **anchors}
     ours = run(new, own, given, nothing, in_own_dtypes=True)
-    rule = _ByRule(old.graph, {n: _narrow(t) for n, t in tensors.items()}, low, free)
+    rule = _ByRule(old.graph, {n: _narrow(t) for n, t in tensors.items()}, by.low, by.free)
     names = [str(node.target) for node in old.placeholders()]
     values = {**inputs, **theirs}
     with torch.no_grad():
-        rule.run(*(_narrow(values[name]) for name in names))
+        rule.run(*(_narrow(values[name], by.dtypes.get(name)) for name in names))
     return right, ours, rule.seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """What the rule needs known: the low dtype, what stays exact, dtypes of the traced values."""
+
+    low: torch.dtype
+    free: set[str]
+    dtypes: Mapping[str, torch.dtype]
+
+
+def _dtypes_by_rule(traced: Program, low: torch.dtype, free: set[str]) -> dict[str, torch.dtype]:
+    """Return the dtype that the rule gives each value, found without data."""
+    tensors = {
+        str(n.target): _narrow(without_data(n.meta["val"]))
+        for n in traced.graph.find_nodes(op="get_attr")
+    }
+    rule = _ByRule(traced.graph_module, tensors, low, free)
+    rule.is_empty = True
+    given = [without_data(n.meta["val"]) for n in traced.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        rule.run(*map(_narrow, given))
+    return {name: value.dtype for name, value in rule.seen.items()}
 
 
 def _as(value: Tensor, program: Program, name: str) -> Tensor:
@@ -107,12 +131,13 @@ def _as(value: Tensor, program: Program, name: str) -> Tensor:
     return value.to(variable.dtype) if variable else value
 
 
-def _narrow(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
+def _narrow(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return value.to(dtype or torch.float32) if value.is_floating_point() else value
 
 
 def _typed(node: fx.Node) -> str:
-    return f"{node.name} {str(node.meta['val'].dtype).removeprefix('torch.')}"
+    value = tensors_of(node.meta["val"])[0]
+    return f"{node.name} {str(value.dtype).removeprefix('torch.')}"
 
 
 class _ByRule(fx.Interpreter):
@@ -127,6 +152,7 @@ class _ByRule(fx.Interpreter):
     ) -> None:
         super().__init__(graph)
         self.tensors, self.low, self.free = tensors, low, free
+        self.is_empty = False  # it runs without data, for the dtypes alone
         self.seen: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -135,8 +161,11 @@ class _ByRule(fx.Interpreter):
             return self.tensors[name] if name in self.tensors else super().run_node(n)
         self.node = n
         value = super().run_node(n)
+        if self.is_empty and tensors_of(value):
+            value = without_data(value)
         if isinstance(value, Tensor) and n.op == "call_function":
-            self.seen[n.name] = value
+            is_rounded = n.name not in self.free and _is_read_low(n)
+            self.seen[n.name] = _cast(value, self.low) if is_rounded else value
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -157,6 +186,18 @@ class _ByRule(fx.Interpreter):
 
     def _lowered(self, dtype: torch.dtype | None) -> torch.dtype | None:
         return self.low if dtype == BF16 else dtype
+
+
+def _is_read_low(node: fx.Node) -> bool:
+    """Whether all who read `node` round it, at once or once it was moved: then it may be, too."""
+    return bool(node.users) and all(
+        user.op == "call_function"
+        and (
+            precision_of(user, ()).inputs == BF16
+            or (called_name(user) in CARRIERS and _is_read_low(user))
+        )
+        for user in node.users
+    )
 
 
 def _single(argument: Any) -> Any:
