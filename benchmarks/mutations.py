@@ -55,6 +55,8 @@ REASONS = {
     "rename two micro-batches": "their gradients are summed in another order",
     "reorder a send": "still in time, and both ends agree on the order",
     "skip a cast": "torch promotes the operand to the same dtype by itself",
+    "ignore documents": "positions that go on: rotary ones are relative, and attention sees no "
+    "other document",
     "post receives late": "here no two ranks wait for each other",
     "reorder a receive": "posted at another moment, in the same order and in time",
 }
@@ -254,6 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(result)
             seconds = time.perf_counter() - start
             print(f"{case}: {len(result.judged)} mutants, {seconds:.0f} s", flush=True)
+            for item in result.judged:
+                if item.verdict.outcome == "missed":
+                    print(f"MISSED {item}", flush=True)
     judged = [item for result in results for item in result.judged]
     possible = sum(result.possible for result in results)
     console = make_console()

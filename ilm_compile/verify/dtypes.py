@@ -1,37 +1,53 @@
-"""Where a program that is to compute in the model's own dtypes rounds: nowhere but the model does.
+"""Where a program rounds: nowhere but the model does, and for the products of a compute dtype.
 
-The proof runs in float64, where a cast rounds nothing. Under a compute dtype the casts have an
-error budget (`ilm_compile.verify.precision`); without one there must be none that the model lacks.
+The proof runs in float64, where a cast rounds nothing. An error budget
+(`ilm_compile.verify.precision`) finds what is rounded far too much; a value that is rounded once
+more beside a product is within it, and is found here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.passes.parameter_free import parameter_free_nodes
+from ilm_compile.passes.precision import BF16, CARRIERS, called_name, precision_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
 
+CAST = torch.ops.aten.to.dtype
+
 
 def check_dtypes(traced: Program, program: Program) -> None:
-    """Raise `ProgramError` if `program`, of no compute dtype, rounds where `traced` does not.
+    """Raise `ProgramError` if `program` rounds where neither `traced` nor its compute dtype asks.
 
-    Values of both graphs, by name, must have one dtype; other calls must give no fewer digits than
-    they are given.
+    Without a compute dtype, values of both graphs, by name, must have one dtype, and other calls
+    must give no fewer digits than they are given. With one, the casts that the model lacks must be
+    of what a table was looked up for, or be read by products alone; what no parameter reaches keeps
+    its dtype.
     """
-    if program.plan.dtype is not None or "cast" in program.facts:
-        return
+    is_rounded = program.plan.dtype is not None or "cast" in program.facts
     known = {node.name: _dtypes(node) for node in traced.calls()}
+    free = parameter_free_nodes(program) if is_rounded else set()
     for node in program.calls():
         ours = _dtypes(node)
         if node.name in known:
-            if ours != known[node.name]:
-                _fail(program, node, f"{ours}", f"{known[node.name]}, as in the model")
+            if (node in free or not is_rounded) and ours != known[node.name]:
+                _fail(program, node, f"gives {ours}", f"{known[node.name]}, as in the model")
             continue
         given = [d for source in node.all_input_nodes for d in _dtypes(source)]
-        if given and ours and _digits(ours) < _digits(given):
-            _fail(program, node, f"{ours}", f"no fewer digits than its inputs have, {given}")
+        if not given or not ours or _digits(ours) >= _digits(given):
+            continue
+        if not is_rounded:
+            _fail(program, node, f"gives {ours}", f"no fewer digits than its inputs have, {given}")
+        elif node.target is CAST and not _is_looked_up(node):
+            for reader in _readers(node):
+                if precision_of(reader, free).inputs != BF16:
+                    found = f"rounds what {called_name(reader)} reads ({reader.name})"
+                    _fail(program, node, found, "products alone to read what is rounded for them")
 
 
 def _dtypes(node: fx.Node) -> list[torch.dtype]:
@@ -43,8 +59,25 @@ def _digits(dtypes: list[torch.dtype]) -> float:
     return max(-torch.finfo(dtype).eps for dtype in dtypes)
 
 
+def _is_looked_up(cast: fx.Node) -> bool:
+    """Whether `cast` rounds the rows of a table: the table of precisions asks for it."""
+    node = cast.all_input_nodes[0]
+    while called_name(node) in CARRIERS:
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and precision_of(node, ()).result == BF16
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the calls that read `node`, at once or after it was moved about."""
+    for user in node.users:
+        if called_name(user) in CARRIERS:
+            yield from _readers(user)
+        elif user.op == "call_function":
+            yield user
+
+
 def _fail(program: Program, node: fx.Node, found: str, expected: str) -> None:
     raise ProgramError(
-        f"{program.where(node)} gives {found}; expected {expected}: the plan has no compute dtype, "
-        "so that nothing may be rounded that the model does not round"
+        f"{program.where(node)} {found}; expected {expected}: the plan's compute dtype is "
+        f"{program.plan.dtype}, and nothing else may be rounded that the model does not round"
     )

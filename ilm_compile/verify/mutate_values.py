@@ -134,7 +134,7 @@ def other_activation(program: Program) -> Iterator[Place]:
 
     def edit(program: Program, node: fx.Node) -> None:
         node.args, node.kwargs = node.args[:1], {}
-        node.target = OTHER[node.target]
+        node.target = OTHER[node.target]  # type: ignore[index]
 
     for node in calls(program, *OTHER):
         yield node, "", edit
