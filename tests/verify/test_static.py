@@ -1,8 +1,9 @@
-"""The checks of verify that run nothing: values, blocks, and a program made exact."""
+"""The checks of verify that run nothing: values, variables, and a program made exact."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,15 +11,15 @@ import torch
 from ilm_compile.compile import make_schedule
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes import lower
-from ilm_compile.verify import zoo
-from ilm_compile.verify.blocks import check_blocks, placed_otherwise
+from ilm_compile.program.trace import trace
 from ilm_compile.verify.compare import compare
 from ilm_compile.verify.emulate import emulate
 from ilm_compile.verify.exact import exact
 from ilm_compile.verify.promote import promoted_float32
 from ilm_compile.verify.reference import single_device_step
+from ilm_compile.verify.static import check_variables
 from ilm_compile.verify.values import check_values
-from tests.verify.small import compile_model, make_batch, make_model
+from tests.verify.small import INPUTS, compile_model, make_batch, make_model
 
 aten = torch.ops.aten
 BF16 = torch.bfloat16
@@ -92,56 +93,39 @@ def test_making_a_program_exact_leaves_the_original_alone():
     assert program.variables["output.weight"].dtype == torch.float32
 
 
-def internlm2(num_layers, hidden=32, **plan):
-    model = zoo.make_model(
-        lambda: zoo.internlm2_tiny(
-            **{**zoo.SIZES, "num_layers": num_layers, "hidden_size": hidden},
-            num_kv_attention_heads=2,
-        )
-    )
-    return compile_model(model, **plan)
+def changed(**facts):
+    def change(program):
+        program.variables["norm.weight"] = replace(program.variables["norm.weight"], **facts)
+
+    return change
 
 
-def test_a_small_model_speaks_for_a_bigger_one_of_the_same_plan():
-    big = internlm2(4, hidden=64, tp=2, sequence_parallel=True)
-    small = internlm2(2, tp=2, sequence_parallel=True)
-    check_blocks(big, small)
-    assert placed_otherwise(big, small) == []
+def added(program):
+    name = "layers.9.weight"
+    program.variables[name] = replace(program.variables["norm.weight"], name=name)
 
 
-def test_a_deep_block_that_a_pass_changed_is_refused():
-    big = internlm2(3, tp=2)
-    node = next(n for n in big.calls() if n.name == "silu_2")
-    node.target = aten.relu.default
-    expected = (
-        r"layers\.2 of the full-size program is like no block that took the step: it has \[relu"
-    )
-    with pytest.raises(ProgramError, match=expected):
-        check_blocks(big, internlm2(2, tp=2))
+FAULTS = {
+    "norm.weight has requires_grad False; the model has True": changed(requires_grad=False),
+    "norm.weight has further names ('a',); the model has ()": changed(aliases=("a",)),
+    "norm.weight has dtype torch.float32; the model has torch.float64": changed(
+        dtype=torch.float32
+    ),
+    "norm.weight has shape (16,); the model has (32,)": changed(shape=(16,)),
+    "norm.weight has being saved False; the model has True": changed(persistent=False),
+    "norm.weight is gone": lambda program: program.variables.pop("norm.weight"),
+    "layers.9.weight is new": added,
+    "inputs are {}": lambda program: setattr(program, "inputs", {}),
+    "output_names are ('other',)": lambda program: setattr(program, "output_names", ("other",)),
+    "num_targets is counted in another way": lambda program: program.target_counts.clear(),
+}
 
 
-def test_a_deep_block_that_skips_its_predecessor_is_refused():
-    """Megatron-LM#1304: layers were lost without a word."""
-    big = internlm2(4)
-    last = {n.meta["region"]: n for n in big.calls() if big.regions[n.meta["region"]].is_block}
-    one, two, *_ = [last[index] for index in sorted(last)][1:]
-    two.replace_all_uses_with(one)
-    with pytest.raises(ProgramError, match=r"layers\.3 .* has \[rms_norm.default\(-1 of 2 blocks"):
-        check_blocks(big, internlm2(2))
-
-
-def test_a_block_that_differs_from_its_small_self_is_refused():
-    big = internlm2(2)
-    node = next(n for n in big.calls() if n.name == "silu")
-    node.target = aten.relu.default
-    with pytest.raises(
-        ProgramError, match=r"layers\.0 .* does not make the calls that it makes in"
-    ):
-        check_blocks(big, internlm2(2))
-
-
-def test_other_placements_than_those_stepped_are_named():
-    big = internlm2(2, tp=2, sequence_parallel=True)
-    small = internlm2(2, tp=2, sequence_parallel=False)
-    check_blocks(big, small)
-    assert {"layers.0", "layers.1"} <= set(placed_otherwise(big, small))
+@pytest.mark.parametrize("words", FAULTS)
+def test_variables_inputs_and_outputs_are_the_model_s(words):
+    model = make_model("internlm2")
+    traced, program = trace(model, example_inputs=INPUTS), compile_model(model, tp=2)
+    check_variables(traced, program)
+    FAULTS[words](program)
+    with pytest.raises(ProgramError, match=re.escape(words)):
+        check_variables(traced, program)

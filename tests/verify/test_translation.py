@@ -66,9 +66,7 @@ class Declared(Meddle):
 @pytest.mark.parametrize("what", ["value", "gradient"])
 def test_a_pass_that_computes_something_else_is_named_with_the_node(what, plan):
     with pytest.raises(ProgramError, match=rf"pass meddle: .*first {what} that differs.*layers\.0"):
-        ilm_compile.partition(
-            make_model(), passes=[Meddle(what=what)], validate="numerics", **plan
-        )
+        ilm_compile.partition(make_model(), passes=[Meddle(what=what)], validate="numerics", **plan)
 
 
 @pytest.mark.parametrize("validate", ["types", None])
@@ -78,7 +76,7 @@ def test_types_alone_do_not_see_numbers(validate):
 
 def test_a_pass_may_move_the_loss_by_its_tolerance_only():
     passes = [Declared(what="value")]
-    with pytest.raises(ProgramError, match=r"pass declared: .*move the loss by 1e-09.*moved it by"):
+    with pytest.raises(ProgramError, match=r"pass declared: .*move loss by 1e-09.*moved it by"):
         ilm_compile.partition(make_model(), passes=passes, validate="numerics")
     passes = [Declared(what="nothing")]
     ilm_compile.partition(make_model(), passes=passes, validate="numerics")
@@ -99,11 +97,12 @@ def test_nothing_is_checked_if_so_asked():
     run_passes(trace(make_model()), [Untidy()], validate=None)
 
 
-def test_a_program_too_big_to_run_is_refused():
+def test_a_program_too_big_to_run_is_run_with_smaller_sizes():
     with torch.device("meta"):
-        model = internlm2_20b()
-    with pytest.raises(PlanError, match=r"about [\d,]+ GB.*ilm_compile\.verify"):
-        ilm_compile.partition(model, tp=8, validate="numerics")
+        model = internlm2_20b(num_layers=2)
+    ilm_compile.partition(model, tp=8, validate="numerics")
+    with pytest.raises(ProgramError, match=r"pass meddle: .*first value that differs.*layers\.0"):
+        ilm_compile.partition(model, tp=8, passes=[Meddle()], validate="numerics")
 
 
 def test_an_unknown_way_is_refused():

@@ -1,4 +1,4 @@
-"""Bisection: the first node that differs, in value or in gradient, and what can be told of it."""
+"""The first node that differs, in value or in gradient, and what can be told of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from ilm_compile.passes import insert_after, wrap
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.trace import trace
-from ilm_compile.verify.bisect import first_difference
+from ilm_compile.verify.inputs import corner_batch, microbatch
+from ilm_compile.verify.locate import first_difference
 from ilm_compile.verify.narrow import EQUAL_TARGETS, narrow
-from tests.verify.small import INPUTS, ROWS, compile_model, make_batch, make_model
+from ilm_compile.verify.numbers import Side, run
+from tests.verify.small import INPUTS, compile_model, make_model
 
 aten = torch.ops.aten
 
@@ -23,10 +25,12 @@ def model():
 
 def find(model, program):
     traced = trace(model, example_inputs=INPUTS)
-    values = {name: value[:ROWS] for name, value in make_batch(program).items()}
-    values["num_targets"] = torch.ones((), dtype=torch.float64)
+    inputs = microbatch(traced, corner_batch(traced, 1))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return first_difference(traced, program, tensors, values, tolerance=1e-10)
+    sides = [Side.of(traced), Side.of(program)]
+    seeds = [torch.ones((), dtype=torch.float64), None]
+    runs = [run(side, tensors, inputs, seeds) for side in sides]
+    return first_difference(*sides, *runs, tolerance=1e-10)
 
 
 def linear(program, module):
