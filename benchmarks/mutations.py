@@ -5,7 +5,7 @@ each program, in any of its blocks, for the models and plans of `benchmarks.muta
 mutant is shown to every layer of the proof:
 
 structure   the dialect, every shape and dtype computed anew, the cut into stages
-variables   inputs, outputs, parameters and buffers as the model has them
+variables   inputs, outputs, parameters, buffers and bounds as the model has them
 types       every placement and collective by the rules
 schedule    complete, in order, the two ends of each channel agreed, no cyclic wait
 regions     each region that the unbroken program does not have, against the traced graph's

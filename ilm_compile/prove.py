@@ -20,6 +20,7 @@ from ilm_compile.program.plan import Plan
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.sharding.loss_terms import check_loss
 from ilm_compile.verify import translation as _translation  # noqa: F401 - validate="numerics"
+from ilm_compile.verify.bounds import check_bounds
 from ilm_compile.verify.capture import model_step
 from ilm_compile.verify.compare import Comparison, compare
 from ilm_compile.verify.dtypes import check_dtypes
@@ -84,6 +85,7 @@ def verify(
         check_values(program)
         check_variables(traced, program)
         check_dtypes(traced, program)
+        check_bounds(traced, program)
         lower(program)
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:

@@ -22,6 +22,7 @@ from ilm_compile.schedule import Schedule
 from ilm_compile.schedule import check as check_schedule
 from ilm_compile.sharding import check_placements
 from ilm_compile.verify import mutate_program, mutate_schedule
+from ilm_compile.verify.bounds import check_bounds
 from ilm_compile.verify.compare import compare
 from ilm_compile.verify.dtypes import check_dtypes
 from ilm_compile.verify.emulate import Step, emulate
@@ -119,7 +120,7 @@ def spread(items: list[Any], limit: int | None, seed: str = "") -> list[Any]:
 
 @dataclass
 class Trial:
-    """Judges mutants of one program, which must itself be without fault.
+    """Judges mutants of one program. Raises `ProgramError` if that is itself refused.
 
     traced: the graph it was compiled from. model: where buffers have their values, if anywhere.
     """
@@ -135,17 +136,30 @@ class Trial:
         old = exact(self.traced)
         self.tensors = tensors_for(old, whole.buffers)
         self.batches, self.expected = whole.expected(old, self.tensors, whole.num_slices)
-        self.proven = set(whole.signatures)
+        self.proven: set[str] = set()
         launched = self.program if self._is_rounded else exact(self.program)
         self.launched = self._run(launched, self.schedule)
+        refused = self._refusals(self.program, self.schedule)
+        step, _ = self._step(self.program, self.schedule)
+        if refused or step:
+            raise ProgramError(f"mutations: refused before it is broken: {refused} {step}")
+        self.proven.update(whole.signatures)
 
     def judge(self, mutant: Mutant) -> Verdict:
         """Return which layers refuse `mutant`. Every layer is asked, whatever the others say."""
         program, schedule = mutant.make(self.program, self.schedule)
+        caught = self._refusals(program, schedule)
+        message, difference = self._step(program, schedule)
+        if message:
+            caught["step"] = message
+        return Verdict(mutant.kind, mutant.what, caught, difference)
+
+    def _refusals(self, program: Program, schedule: Schedule) -> dict[str, str]:
+        """Return the messages of the layers before the step that refuse."""
         caught: dict[str, str] = {}
         for layer, check in (
             ("structure", partial(_check_structure, program)),
-            ("variables", partial(check_variables, self.traced, program)),
+            ("variables", partial(_check_variables, self.traced, program)),
             ("types", partial(check_placements, program)),
             ("schedule", partial(check_schedule, schedule)),
             ("regions", partial(self._check_regions, program)),
@@ -153,10 +167,7 @@ class Trial:
         ):
             if (message := _refusal(check)) is not None:
                 caught[layer] = message
-        message, difference = self._step(program, schedule)
-        if message:
-            caught["step"] = message
-        return Verdict(mutant.kind, mutant.what, caught, difference)
+        return caught
 
     def _check_regions(self, program: Program) -> None:
         """Compare the pieces that the unbroken program does not have."""
@@ -210,6 +221,11 @@ def _check_structure(program: Program) -> None:
     check_structure(program)
     check_values(program)
     lower(program)
+
+
+def _check_variables(traced: Program, program: Program) -> None:
+    check_variables(traced, program)
+    check_bounds(traced, program)
 
 
 def _refusal(check: Callable[[], None]) -> str | None:

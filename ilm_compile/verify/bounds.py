@@ -1,0 +1,35 @@
+"""Bounds that numbers may not reach: a proof on random values says nothing of where a clamp is."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ilm_compile.errors import ProgramError
+from ilm_compile.passes.precision import called_name
+from ilm_compile.program.program import Program
+
+BOUNDED = {
+    *("aten::clamp", "aten::clamp_", "aten::clamp_min", "aten::clamp_max", "aten::hardtanh"),
+    *("aten::threshold", "aten::nan_to_num", "aten::relu6", "aten::hardshrink", "aten::softshrink"),
+    *("aten::gt", "aten::ge", "aten::lt", "aten::le", "aten::eq", "aten::ne"),
+}
+
+
+def check_bounds(traced: Program, program: Program) -> None:
+    """Raise `ProgramError` if a call that both graphs have, by name, has other bounds."""
+    known = {node.name: node for node in traced.calls()}
+    for node in program.calls():
+        origin = known.get(node.name)
+        if origin is None or node.target is not origin.target or called_name(node) not in BOUNDED:
+            continue
+        ours, theirs = _numbers(node), _numbers(origin)
+        if ours != theirs:
+            raise ProgramError(
+                f"{program.where(node)} has bounds {ours}; expected {theirs}, as in the model: "
+                "whether a value reaches them depends on the weights"
+            )
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    given = (*node.args, *node.kwargs.values())
+    return [value for value in given if isinstance(value, float)]
