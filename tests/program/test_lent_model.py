@@ -197,7 +197,11 @@ class Plain:
         self.loss, self.logits = loss, logits
 
 
-@pytest.mark.parametrize("form", [Output, lambda loss, logits: Named(logits, loss), Plain], ids=["dataclass", "namedtuple", "plain"])
+@pytest.mark.parametrize(
+    "form",
+    [Output, lambda loss, logits: Named(logits, loss), Plain],
+    ids=["dataclass", "namedtuple", "plain"],
+)
 def test_outputs_with_a_loss(form):
     class Returns(LM):
         def forward(self, input_ids, labels):
