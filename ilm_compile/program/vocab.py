@@ -77,8 +77,8 @@ def vocab_cross_entropy(
     logits: (tokens, vocab / size, ...); target: (tokens, ...), the same on all ranks. `reduction`
     is ATen's: 0 none, 1 mean over the targets that are not `ignore_index`, 2 sum. The result has
     placement I and is float32, or float64 for float64 logits, as is everything before it. The
-    backward pass keeps the logits and one logsumexp a token, no softmax. A target outside the vocabulary raises
-    IlmCompileError on the CPU and makes the loss NaN on CUDA.
+    backward pass keeps the logits and one logsumexp a token, no softmax. A target outside the
+    vocabulary raises IlmCompileError on the CPU and makes the loss NaN on CUDA.
     """
     flat = logits.movedim(1, -1).flatten(0, -2), target.flatten()
     losses: Tensor = _VocabCrossEntropy.apply(*flat, axis, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]

@@ -14,7 +14,8 @@ from ilm_compile.program.copy import copy_program
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
-from ilm_compile.verify.sizes import END, Dims, op_name, places_of
+from ilm_compile.verify.dims import END, Dims, op_name
+from ilm_compile.verify.place_relations import places_of
 from ilm_compile.verify.smaller import Change, Sizes
 
 

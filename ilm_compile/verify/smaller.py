@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ilm_compile.program.program import Program
-from ilm_compile.verify.sizes import Classes, Dims, dimensions
+from ilm_compile.verify.dims import Classes, Dims
+from ilm_compile.verify.sizes import dimensions
 
 SMALLEST = 8  # size of a class that was divided
 NEAR = 4  # to the beginning is a place by which something is shifted
