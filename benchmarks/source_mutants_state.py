@@ -4,7 +4,15 @@
 
 from __future__ import annotations
 
-from benchmarks.source_mutants import EMULATED, SHARDED, STATE, TESTS, SourceMutant, mutants_of
+from benchmarks.source_mutants import (
+    EMULATED,
+    SHARDED,
+    STATE,
+    TESTS,
+    UNUSUAL,
+    SourceMutant,
+    mutants_of,
+)
 
 VALUES = f"{TESTS}/test_initial_values.py"
 RANKS = f"{TESTS}/test_checkpoint_ranks.py"
@@ -194,7 +202,7 @@ CHECKPOINT_MUTANTS = [
             "dp rows are all the first",
             "total // mesh.dp.size) * mesh.dp.rank, total)",
             "total // mesh.dp.size) * 0, total)",
-            LOAD,
+            UNUSUAL,
         ),
     ),
 ]
