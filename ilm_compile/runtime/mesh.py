@@ -21,6 +21,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.program.communicator import Communicator, set_communicators
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
+from ilm_compile.runtime.groups import group_of
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = "300"
@@ -119,7 +120,7 @@ class Mesh:
         if not started:
             return cls(pp=Axis(), dp=Axis(), tp=Axis(), device=place, timeout=timeout)
         if dist.is_initialized():
-            everyone = dist.new_group(timeout=timeout)  # the default group keeps its own timeout
+            everyone = group_of(None, timeout)  # the default group keeps its own timeout
         else:
             join_job(place, timeout=timeout)
             everyone = dist.group.WORLD
@@ -147,7 +148,7 @@ class Mesh:
         )
 
     def pipeline_group(self, pp_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """A new group of the given pipeline ranks at this rank's (dp, tp), None if not a member.
+        """The group of the given pipeline ranks at this rank's (dp, tp), None if not a member.
 
         Every rank of the job must call this in the same order with the same argument.
         """
@@ -155,7 +156,7 @@ class Mesh:
         for dp in range(self.dp.size):
             for tp in range(self.tp.size):
                 ranks = [self.rank_at(pp, dp, tp) for pp in pp_ranks]
-                group = dist.new_group(ranks, timeout=self.timeout)
+                group = group_of(ranks, self.timeout)
                 if self.rank in ranks:
                     mine = group
         return mine
@@ -201,7 +202,7 @@ def _axis(layout: torch.Tensor, dim: int, timeout: timedelta) -> Axis:
     """
     found = Axis()
     for line in layout.movedim(dim, -1).reshape(-1, layout.shape[dim]).tolist():
-        group = dist.new_group(line, timeout=timeout)
+        group = group_of(line, timeout)
         if dist.get_rank() in line:
             found = Axis(line.index(dist.get_rank()), len(line), group)
     return found
