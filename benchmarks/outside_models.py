@@ -34,6 +34,7 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.verify.promote import promoted_float32
 from tests.support.world import World, WorldError
 
+SAVED = RESULTS / "outside_models.json"
 TIMEOUT = 300.0  # seconds of one model's real run
 PER_WORLD = 8  # models trained by the same processes: the threads of their groups stay
 
@@ -110,6 +111,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--layout", default="", help="another plan for all, by its name")
     parser.add_argument("--no-proof", action="store_true", help="partition and train only")
     parser.add_argument("--no-training", action="store_true", help="partition and prove only")
+    parser.add_argument("--saved", action="store_true", help="print the saved results and stop")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--json", action="store_true", help="write benchmarks/results too")
     return parser.parse_args(arguments)
@@ -120,9 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(MODELS))
         return 0
+    if options.saved:
+        return _print_table([Row.read(row) for row in _read(SAVED)])
     torch.set_num_threads(1)
-    print(table_line(HEADINGS))
-    print(table_line(["---"] * len(HEADINGS)))
+    _print_head()
     rows: list[Row] = []
     names = list(options.only or MODELS)
     for first in range(0, len(names), PER_WORLD):
@@ -138,6 +141,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 if options.json:
                     save_rows([row])
+    return _conclude(rows)
+
+
+def _print_table(rows: Sequence[Row]) -> int:
+    _print_head()
+    print("\n".join(table_line(row.cells()) for row in rows))
+    return _conclude(rows)
+
+
+def _print_head() -> None:
+    print(table_line(HEADINGS))
+    print(table_line(["---"] * len(HEADINGS)))
+
+
+def _conclude(rows: Sequence[Row]) -> int:
     print(f"\n{summary(rows)}\n")
     print("\n".join(by_source(rows)))
     return 0 if all(row.ok for row in rows) else 1
@@ -145,8 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def save_rows(rows: Sequence[Row]) -> None:
     """Write what was measured, with commit and date, beside what was not measured this time."""
-    path = RESULTS / "outside_models.json"
-    kept = {old["model"]: old for old in _read(path)}
+    kept = {old["model"]: old for old in _read(SAVED)}
     now = {name: circumstances()[name] for name in ("commit", "date", "load_average")}
     for row in rows:
         new, old = asdict(row), kept.get(row.model, {})
@@ -157,8 +174,9 @@ def save_rows(rows: Sequence[Row]) -> None:
                 measured[part] = now
             elif part in measured and not row.refused:
                 new |= {name: old[name] for name in old if name.startswith(part)}
-        kept[row.model] = new | {"measured": measured | {"partition": now}}
-    save_json(path, {"steps": STEPS, "rows": [kept[name] for name in MODELS if name in kept]})
+        found = {"ok": Row.read(new).ok, "measured": measured | {"partition": now}}
+        kept[row.model] = new | found
+    save_json(SAVED, {"steps": STEPS, "rows": [kept[name] for name in MODELS if name in kept]})
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from benchmarks.outside.train import Trained
 
@@ -33,6 +34,13 @@ class Row:
     proof: str = NOT_TRIED  # or "equal", or the first failure
     proof_s: float = 0.0
     trained: Trained | None = None
+
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> Row:
+        """Return the row of its saved fields; others are passed over."""
+        fields = {name: saved[name] for name in cls.__dataclass_fields__}
+        trained = fields.pop("trained")
+        return cls(**fields, trained=Trained(**trained) if trained else None)
 
     @property
     def ok(self) -> bool:
