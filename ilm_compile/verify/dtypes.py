@@ -15,6 +15,7 @@ from torch import fx
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.parameter_free import parameter_free_nodes
 from ilm_compile.passes.precision import BF16, CARRIERS, called_name, precision_of
+from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
 
@@ -60,11 +61,19 @@ def _digits(dtypes: list[torch.dtype]) -> float:
 
 
 def _is_looked_up(cast: fx.Node) -> bool:
-    """Whether `cast` rounds the rows of a table: the table of precisions asks for it."""
-    node = cast.all_input_nodes[0]
-    while called_name(node) in CARRIERS:
-        node = node.all_input_nodes[0]
-    return node.op == "call_function" and precision_of(node, ()).result == BF16
+    """Whether `cast` rounds the rows of a table, as the table of precisions asks.
+
+    Rows of a table whose parts lie on several ranks are rounded once they are whole: after what is
+    linear in the parts.
+    """
+    pending = list(cast.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node.op == "call_function" and precision_of(node, ()).result == BF16:
+            return True
+        if called_name(node) in CARRIERS or node.meta.get("placement") == P:
+            pending += node.all_input_nodes
+    return False
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
