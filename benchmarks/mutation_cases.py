@@ -42,7 +42,8 @@ BF16 = {"tp": 2, "dtype": "bfloat16"}
 
 def tokens(*further: str, seq: int = SEQ) -> Inputs:
     """Return ids, labels and inputs like them."""
-    return {n: ((ROWS if seq == SEQ else 1, seq), torch.int64) for n in ("input_ids", "labels", *further)}
+    shape = (ROWS if seq == SEQ else 1, seq)
+    return {name: (shape, torch.int64) for name in ("input_ids", "labels", *further)}
 
 
 def documents() -> Inputs:
