@@ -90,7 +90,7 @@ def verify(
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:
         return proof.report()
-    proof.warnings += program.warnings
+    proof.warnings += traced.warnings
     subject = Subject(traced, program, model, dp, passes=passes)
     with proof.check("capture") as note:
         slices = subject.num_slices if is_additive else 1

@@ -53,10 +53,10 @@ def test_further_architectures_are_equal_and_divided(architecture):
 
 
 REFUSED = {
-    "DbrxForCausalLM": "modeling_dbrx.py:.*for expert_idx in expert_hit",
+    "DbrxForCausalLM": "asks where a condition holds .*modeling_dbrx.py:",
     "JetMoeForCausalLM": "reads a number out of a tensor .*modeling_jetmoe.py",
     "PhimoeForCausalLM": "backward of the autograd function PhimoeMultiplier",
-    "Gemma3nForCausalLM": "changes the .data of a parameter",
+    "Gemma3nForCausalLM": "changes the .data of a value",
 }
 
 

@@ -41,7 +41,9 @@ def _kept(
     size = communicator(axis).size if placement.is_shard else 1
     generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), salt)) % 2**63)
     shape = placement.global_shape(x.shape, size)
-    kept = torch.rand(shape, generator=generator, device=x.device) >= probability
+    # Not in the default dtype, under which other numbers would be drawn.
+    drawn = torch.rand(shape, generator=generator, device=x.device, dtype=torch.float32)
+    kept = drawn >= probability
     return split_shards(kept, placement, size)[communicator(axis).rank] if size > 1 else kept
 
 

@@ -159,7 +159,11 @@ class _Recorder(fx.Interpreter):
 def _local_tensors(side: Side, tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
     """Return what each rank holds of every parameter and buffer that the graph uses."""
     program, wanted = side.program, side.attributes()
-    maps = [each for each in program.parameter_maps if set(each.targets) & set(wanted)]
+    maps = [
+        each
+        for each in program.parameter_maps
+        if set(each.targets) & set(wanted) and set(each.names()) <= set(tensors)
+    ]
     full = to_program(maps, tensors)
     held = {}
     for name in wanted:

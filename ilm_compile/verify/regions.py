@@ -117,7 +117,8 @@ class Trial:
         """Return what the pieces use by the model's names, sources of parameter maps included."""
         names = [*old.attributes(), *new.attributes()]
         for each in reversed(new.program.parameter_maps):
-            if set(each.targets) & set(names):
+            made_before = set(each.targets) <= set(self.traced.variables)
+            if set(each.targets) & set(names) and not made_before:
                 names = [n for n in names if n not in each.targets] + list(each.names())
         made = {name: self.tensors(name) for name in names if name in self.traced.variables}
         return {name: value for name, value in made.items() if value is not None}

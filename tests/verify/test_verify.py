@@ -166,6 +166,7 @@ def test_internlm2_20b_verifies_in_little_memory():
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     print(result.stdout)
     assert result.returncode == 0, result.stderr
-    assert "256 ranks emulated" in result.stdout
+    # Two replicas stand for four where the program was made smaller: each runs the same graph.
+    assert "128 ranks emulated" in result.stdout
     assert " distinct of " in result.stdout
     assert int(result.stdout.split("kilobytes")[1]) < 6 * 2**20

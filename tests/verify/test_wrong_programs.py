@@ -201,10 +201,10 @@ ATTACKS = {
         pp=2,
     ),
     "positions rounded": attack(
-        single, wrapped("to_1", lambda x: rounded(x + 1000) - 1000), "node ", "precision", **BF16
+        single, wrapped("to_1", lambda x: rounded(x + 1000) - 1000), "rounds what", "types", **BF16
     ),
     "count of targets rounded": attack(
-        single, wrapped("num_targets", rounded), "budget", "precision", **BF16
+        single, wrapped("num_targets", rounded), "rounds what", "types", **BF16
     ),
 }
 
