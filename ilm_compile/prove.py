@@ -242,7 +242,11 @@ def _blame(subject: Subject, tolerance: float) -> str:
 def _step(proof: _Proof, subject: Subject, tolerance: float) -> str:
     """Take steps both ways and compare them."""
     fit = subject.fit_step()
-    steps, expected, lowered, dp = subject.steps(fit)
+    try:
+        steps, expected, lowered, dp = subject.steps(fit)
+    except IlmCompileError as error:  # ranks that must agree do not
+        where = f"; {subject.narrow(tolerance)}" if fit.is_own_size else ""
+        raise IlmCompileError(f"{error}{where}") from error
     plan = subject.program.plan
     for number, (step, right) in enumerate(zip(steps, expected, strict=True), 1):
         found = compare(step, right)

@@ -44,8 +44,8 @@ def test_norm_gradient_reduction_that_does_nothing(monkeypatch):
     """The same bug below the compiler: the types are right, the collective does not reduce."""
     monkeypatch.setattr(collectives, "_Redistribute", _patched("I", "R", lambda grad, comm: grad))
     text = failures("internlm2", tp=2, sequence_parallel=True)
-    assert "layers.0.attention_norm.weight is invariant, but its gradient" in text
-    assert "differs between tp ranks 0 and 1: it is not fully reduced" in text
+    assert "layers.0 is not equal to the same region of the traced graph" in text
+    assert "gradient of layers.0.attention_norm.weight by" in text
 
 
 def test_all_reduce_whose_backward_is_an_all_reduce(monkeypatch):
@@ -54,7 +54,7 @@ def test_all_reduce_whose_backward_is_an_all_reduce(monkeypatch):
     monkeypatch.setattr(collectives, "_Redistribute", trap)
     text = failures("internlm2", tp=2, sequence_parallel=False)
     assert "after pass tensor-parallel, the first gradient that differs is that of" in text
-    assert "(layers.1.feed_forward.w2, " in text
+    assert "(tok_embeddings, " in text  # the first region that has such a sum
     assert re.search(r"it is 2 times what it should be; next to it stands \w+ P -> I", text)
 
 
@@ -62,9 +62,9 @@ def test_loss_averaged_per_micro_batch(monkeypatch):
     """Wrong whenever micro-batches have unequal numbers of targets; Hugging Face Trainer, 2024."""
     monkeypatch.setattr(trace, "normalize_loss", lambda program: None)
     text = failures("internlm2", pp=2, num_microbatches=4)
-    assert "not equal to the single-device model: loss by" in text
-    assert "right with equal numbers of targets in all micro-batches" in text
-    assert "the loss is averaged per micro-batch instead of over all targets" in text
+    assert "a batch cut into 4 micro-batches" in text
+    assert "trains the average of their losses; expected a loss that is the same for the" in text
+    assert "averages over the targets" in text
 
 
 def test_tied_embedding_trained_on_its_first_stage_only(monkeypatch):
