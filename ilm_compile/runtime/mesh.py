@@ -119,6 +119,7 @@ class Mesh:
             torch.cuda.set_device(place)
         if not started:
             return cls(pp=Axis(), dp=Axis(), tp=Axis(), device=place, timeout=timeout)
+        everyone: dist.ProcessGroup | None
         if dist.is_initialized():
             everyone = group_of(None, timeout)  # the default group keeps its own timeout
         else:
