@@ -28,7 +28,15 @@ from torch import nn
 import ilm_compile
 from benchmarks.common import RESULTS, circumstances, save_json
 from benchmarks.outside import MODELS, Outside, entry_of
-from benchmarks.outside.table import HEADINGS, NOT_TRIED, Row, by_source, summary, table_line
+from benchmarks.outside.table import (
+    HEADINGS,
+    NOT_TRIED,
+    Row,
+    by_source,
+    summary,
+    table_line,
+    without_folders,
+)
 from benchmarks.outside.train import STEPS, Trained, train_both
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.verify.promote import promoted_float32
@@ -73,9 +81,9 @@ def _refusal(entry: Outside, model: nn.Module) -> str:
                 model, example_inputs=entry.example(), loss_fn=entry.loss_fn, **entry.plan.keywords
             )
     except IlmCompileError as error:
-        return f"{type(error).__name__}: {error}"
+        return without_folders(f"{type(error).__name__}: {error}")
     except Exception as error:  # a fault of ours: the table goes on and says so
-        return f"a fault, {type(error).__name__}: {error}"
+        return without_folders(f"a fault, {type(error).__name__}: {error}")
     return ""
 
 
@@ -89,7 +97,8 @@ def _prove(entry: Outside, model: nn.Module) -> tuple[str, float]:
             loss_fn=entry.loss_fn,
             **entry.plan.keywords,
         )
-    return "equal" if report.ok else report.failures[0], time.perf_counter() - start
+    verdict = "equal" if report.ok else without_folders(report.failures[0])
+    return verdict, time.perf_counter() - start
 
 
 def _train(world: World, name: str, layout: str) -> Trained:
@@ -97,7 +106,7 @@ def _train(world: World, name: str, layout: str) -> Trained:
         found = world.run(train_both, name, layout, timeout=TIMEOUT)
     except WorldError as error:
         last = [line for line in str(error).splitlines() if line.strip()][-1]
-        return Trained(refused=f"the run failed: {last}")
+        return Trained(refused=without_folders(f"the run failed: {last}"))
     return next((one for one in found if one is not None and one.refused), found[0])
 
 

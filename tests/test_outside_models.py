@@ -1,15 +1,17 @@
 """A few of `benchmarks.outside_models`, in real processes: models that nobody here wrote."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from benchmarks.outside import MODELS
-from benchmarks.outside.table import Row, by_source, summary
+from benchmarks.outside.table import Row, by_source, summary, without_folders
 from benchmarks.outside.train import Trained, train_both
 from benchmarks.outside_models import measure
 from tests.support.world import World
 
+ROOT = Path(__file__).resolve().parents[1]
 FAST = ("nanoGPT", "LLMs from scratch", "RWKV-v1", "vit-pytorch")
 
 
@@ -24,6 +26,7 @@ def test_a_refused_model_is_told_with_its_reason(world4: World) -> None:
     assert row.ok
     assert "moe.py" in row.refused
     assert row.cells()[4] == "refused"
+    assert str(ROOT) not in row.refused
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,11 @@ def test_a_refusal_is_ok_only_where_it_must_be() -> None:
     assert not refused.ok
     assert dataclasses.replace(refused, refusal="its loop depends on values").ok
     assert not dataclasses.replace(_row(Trained(0.0, 0.0)), refusal="its loop").ok
+
+
+def test_places_are_named_from_the_checkout_and_the_package_on() -> None:
+    text = f"(at /opt/x/lib/site-packages/litgpt/model.py:8: at {ROOT}/tests/a.py:3)"
+    assert without_folders(text) == "(at litgpt/model.py:8: at tests/a.py:3)"
 
 
 def test_summaries_count_what_failed() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -81,6 +83,12 @@ class Row:
 def _short(text: str) -> str:
     first = " ".join(text.split())
     return first if len(first) <= LONGEST else first[: LONGEST - 3] + "..."
+
+
+def without_folders(text: str) -> str:
+    """Return `text` with files of this checkout and of packages named from there on."""
+    root = str(Path(__file__).resolve().parents[2])
+    return re.sub(r"/[^\s:(]*/site-packages/", "", text.replace(f"{root}/", ""))
 
 
 def table_line(cells: Sequence[str]) -> str:
