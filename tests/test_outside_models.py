@@ -12,7 +12,7 @@ from benchmarks.outside_models import measure
 from tests.support.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = ("nanoGPT", "LLMs from scratch", "RWKV-v1", "vit-pytorch")
+FAST = ("nanoGPT", "RWKV-v1", "vit-pytorch")
 
 
 @pytest.mark.parametrize("name", FAST)
