@@ -55,6 +55,7 @@ REASONS = {
     "rename two micro-batches": "their gradients are summed in another order",
     "reorder a send": "still in time, and both ends agree on the order",
     "skip a cast": "torch promotes the operand to the same dtype by itself",
+    "window in every attention": "the model's own windows are narrower",
     "ignore documents": "positions that go on: rotary ones are relative, and attention sees no "
     "other document",
     "post receives late": "here no two ranks wait for each other",

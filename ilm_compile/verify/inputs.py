@@ -201,7 +201,7 @@ def _positions(shape: tuple[int, ...], high: int, plain: bool) -> Tensor:
     ramp = torch.arange(length).expand(shape).contiguous()
     rows = ramp.view(-1, length)
     for row, columns in enumerate([] if plain else rows):
-        start = 1 + (length // 3 + row) % max(1, length - 1)
+        start = (_starts(length, row) or [length])[-1]
         columns[start:] -= start
     return ramp.clamp_(max=high - 1)
 
@@ -212,10 +212,19 @@ def _boundaries(shape: tuple[int, ...], length: int, dtype: torch.dtype) -> Tens
         return torch.tensor([0, *[length] * (shape[0] - 1)], dtype=dtype)
     rows = []
     for row in range(shape[0]):
-        inner = sorted({(length // 3 + row) % length, (2 * length // 3 + 2 * row) % length} - {0})
-        starts = [0, *inner][: shape[1] - 1]
+        starts = [0, *_starts(length, row)][: shape[1] - 1]
         rows.append(starts + [length] * (shape[1] - len(starts)))
     return torch.tensor(rows, dtype=dtype)
+
+
+def _starts(length: int, row: int) -> list[int]:
+    """Return where the documents of a row start but the first.
+
+    In every second row the last one is nearly all of it: a window of attention shows only in a
+    document that is longer.
+    """
+    long, short = {1, 2}, {(length // 3 + row) % length, (2 * length // 3 + 2 * row) % length}
+    return sorted(start for start in (short if row % 2 else long) if 0 < start < length)
 
 
 def microbatch(program: Program, batch: dict[str, Tensor], index: int = 0) -> dict[str, Tensor]:

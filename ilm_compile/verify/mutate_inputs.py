@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import fx
 
-from ilm_compile.program.placement import I, Placement, S
+from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.placement import I, Placement, R, S
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.mutate_places import (
@@ -29,6 +30,7 @@ from ilm_compile.verify.mutate_places import (
 
 IGNORED, HIDDEN = -100, -1e9
 WINDOW = 20  # tokens: more than a proof on sixteen could see
+TO_RANKS = {"src": "I", "dst": "R", "axis": "tp"}
 SDPA, ATTENTION, SOFTMAX = (
     aten.scaled_dot_product_attention.default,
     ilm.attention.default,
@@ -103,9 +105,9 @@ def clamp_ids(program: Program) -> Iterator[Place]:
 
 
 def one_window(program: Program) -> Iterator[Place]:
-    """Attention of one block sees the nearest third of the sequence only."""
+    """Attention of one block sees the nearest quarter of the sequence only."""
     for node in _attentions(program):
-        yield node, f"of {_length(node) // 3}", partial(_look_back, _length(node) // 3)
+        yield node, f"of {_length(node) // 4}", partial(_look_back, _length(node) // 4)
 
 
 def every_window(program: Program) -> Iterator[Place]:
@@ -141,13 +143,19 @@ def _length(node: fx.Node) -> int:
 
 
 def _look_back(window: int, program: Program, node: fx.Node) -> None:
-    length = _length(node)
+    length, is_placed = _length(node), "placement" in node.meta
+    whole = R if placement_of(node).is_shard else I  # the ranks' heads share a mask
 
     def emit(target: object, *args: object, **kwargs: object) -> fx.Node:
-        return put(program, node, target, *args, placed=I if is_placed else None, **kwargs)
+        return put(program, node, target, *args, placed=whole if is_placed else None, **kwargs)
 
-    is_placed = "placement" in node.meta
     ones = emit(aten.ones.default, [length, length], dtype=torch.bool)
+    if whole == R:
+        ones.meta["placement"] = I
+        with program.graph.inserting_before(node):
+            copy = program.graph.call_function(redistribute, (ones,), dict(TO_RANKS))
+        copy.meta = {**ones.meta, "placement": R}
+        ones = copy
     seen = emit(aten.triu.default, ones, 1 - window)
     if node.target is SOFTMAX:
         far = emit(aten.logical_not.default, seen)

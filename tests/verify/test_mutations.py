@@ -75,6 +75,7 @@ KINDS = [
     ("clamp ids", WRITTEN, "regions"),
     ("window in one attention", WRITTEN, "regions"),
     ("window in every attention", WRITTEN, "regions"),
+    ("window in every attention", "GPT-NeoX", "regions"),
     ("see the future", "Llama", "regions"),
     ("scale a gradient", "split", "regions"),
     ("forget a gradient (tied)", "split", "regions"),
