@@ -98,7 +98,7 @@ _FAMILIES = {
     "MiniMax": Family("MiniMaxForCausalLM", TP_DP),
     "Gemma 3n": Family("Gemma3nForCausalLM", TP_DP),
     "Zamba 2": Family("Zamba2ForCausalLM", PP_DP),
-    "Jamba": Family("JambaForCausalLM"),
+    "Jamba": Family("JambaForCausalLM", small={"use_cache": False}),
     "RecurrentGemma": Family("RecurrentGemmaForCausalLM", TP_DP),
 }
 
