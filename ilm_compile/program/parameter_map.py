@@ -60,9 +60,7 @@ def to_model(maps: Sequence[ParameterMap], full: Mapping[str, Tensor]) -> Tensor
     return tensors
 
 
-def gradients_to_model(
-    maps: Sequence[ParameterMap], gradients: Mapping[str, Tensor]
-) -> Tensors:
+def gradients_to_model(maps: Sequence[ParameterMap], gradients: Mapping[str, Tensor]) -> Tensors:
     """Return the gradients of the model's parameters from those of the program's.
 
     The chain rule through the maps, which must be linear: the gradient is taken where every source

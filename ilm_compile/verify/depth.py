@@ -1,10 +1,9 @@
-"""Fewer blocks for a step that is too long: a block that is like the one before it is taken out of
-both graphs, as long as its stage keeps another. What remains has every distinct block, every cut
-between stages, and the schedule as it was."""
+"""Fewer blocks for a step that is too long: a block is taken out of both graphs if its stage keeps
+another of its kind, recomputed like it. What remains has every distinct block, every cut between
+stages, and the schedule as it was."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import fx
@@ -19,24 +18,19 @@ def without_repeats(
     traced: Program, program: Program, pieces: Sequence[Piece], signatures: Sequence[str]
 ) -> tuple[Program, Program]:
     """Return copies of both graphs without repeated blocks."""
-    stages = Counter(stage for piece in pieces for stage in _stages(piece))
+    kept: set[tuple[str, int, bool]] = set()  # kinds of blocks that a stage has
     old: dict[str, str] = {}  # of outputs that are gone, what stands for them
     new: dict[str, str] = {}
-    for index in range(1, len(pieces)):
-        before, piece = pieces[index - 1], pieces[index]
+    for before, piece, kind in zip(pieces, pieces[1:], signatures[1:], strict=False):
+        recompute = {program.regions[a.node.meta["region"]].recompute for a in piece.outputs}
         found = _stages(piece)
-        stage = min(found, default=0)
-        if (
-            signatures[index] != signatures[index - 1]
-            or len(found) != 1
-            or stages[stage] < 2
-            or not _follows(program, piece, before)
-        ):
+        kinds = {(kind, stage, each) for stage in found for each in recompute}
+        if len(kinds) != 1 or not kinds <= kept or not _follows(program, piece, before):
+            kept |= kinds
             continue
-        stages[stage] -= 1
-        for gone, kept in zip(piece.outputs, before.outputs, strict=True):
-            old[gone.origin.name] = old.get(kept.origin.name, kept.origin.name)
-            new[gone.node.name] = new.get(kept.node.name, kept.node.name)
+        for gone, stays in zip(piece.outputs, before.outputs, strict=True):
+            old[gone.origin.name] = old.get(stays.origin.name, stays.origin.name)
+            new[gone.node.name] = new.get(stays.node.name, stays.node.name)
     return _replaced(traced, old), _replaced(program, new)
 
 
@@ -48,15 +42,11 @@ def _stages(piece: Piece) -> set[int]:
 
 def _follows(program: Program, piece: Piece, before: Piece) -> bool:
     """Whether what `piece` gives can be had from the piece before it."""
-    names = [anchor.node.meta["region"] for anchor in piece.outputs]
-    same = len(piece.outputs) == len(before.outputs) and all(
-        _type(a) == _type(b) for a, b in zip(piece.outputs, before.outputs, strict=True)
-    )
-    regions = {program.regions[index] for index in names}
-    earlier = {program.regions[a.node.meta["region"]] for a in before.outputs}
-    recompute = {region.recompute for region in regions | earlier}
+    regions = {program.regions[a.node.meta["region"]] for a in (*piece.outputs, *before.outputs)}
     return (
-        same and bool(names) and all(r.is_block for r in regions | earlier) and len(recompute) < 2
+        len(piece.outputs) == len(before.outputs)
+        and all(region.is_block for region in regions)
+        and all(_type(a) == _type(b) for a, b in zip(piece.outputs, before.outputs, strict=True))
     )
 
 

@@ -25,7 +25,6 @@ from ilm_compile.runtime.initial_values import tensors_of
 from ilm_compile.runtime.shard import Shard
 from ilm_compile.schedule import Schedule
 from ilm_compile.verify import round_trip
-from ilm_compile.verify.emulated_rank import LEARNING_RATE as LEARNING_RATE
 from ilm_compile.verify.emulated_rank import EmulatedRank, Meetings
 from ilm_compile.verify.threads import T, run_groups
 
@@ -132,6 +131,7 @@ class _World:
             self.meetings.tp,
             lambda pp_rank, tp_rank: function(self.ranks[pp_rank][tp_rank]),
             groups=self.meetings.tensor_parallel,
+            turn=self.meetings.turn,
             on_failure=self.meetings.close,
         )
 

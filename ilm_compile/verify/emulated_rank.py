@@ -7,13 +7,15 @@ which every emulated rank holds all. The gradient sync that would do it is watch
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ilm_compile.errors import ScheduleError
 from ilm_compile.program.communicator import Communicator
@@ -23,6 +25,7 @@ from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.communicator import MeasuredCommunicator, SingleCommunicator
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.mesh import Axis, Mesh
+from ilm_compile.runtime.optimizer import adamw
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.step_inputs import StepInputs
 from ilm_compile.runtime.trainer import Trainer
@@ -32,7 +35,15 @@ from ilm_compile.verify.mailroom import Mailroom, MailroomChannel
 from ilm_compile.verify.threads import ThreadCommunicator, ThreadGroup
 
 LEARNING_RATE = 1e-2
+# Of Adam: where a gradient is far below it, the rounding of its last digit is not blown up to a
+# step of the next weights.
+EPSILON = 1e-4
 CPU = torch.device("cpu")
+
+
+def optimizer_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    """Return the runtime's AdamW as every step of a proof takes it."""
+    return adamw(parameters, lr=LEARNING_RATE, eps=EPSILON)
 
 
 class Meetings:
@@ -40,14 +51,15 @@ class Meetings:
 
     def __init__(self, pp: int, tp: int) -> None:
         self.pp, self.tp = pp, tp
-        self.everyone = ThreadGroup(pp * tp)
-        self.tensor_parallel = [ThreadGroup(tp) for _ in range(pp)]
-        self.mailrooms = [Mailroom(pp) for _ in range(tp)]
+        self.turn = threading.RLock()
+        self.everyone = ThreadGroup(pp * tp, self.turn)
+        self.tensor_parallel = [ThreadGroup(tp, self.turn) for _ in range(pp)]
+        self.mailrooms = [Mailroom(pp, self.turn) for _ in range(tp)]
         self._pipelines: dict[tuple[tuple[int, ...], int], ThreadGroup] = {}
 
     def pipeline(self, pp_ranks: tuple[int, ...], tp_rank: int) -> ThreadGroup:
         """The given pipeline ranks of one tp rank."""
-        new = ThreadGroup(len(pp_ranks))
+        new = ThreadGroup(len(pp_ranks), self.turn)
         return self._pipelines.setdefault((pp_ranks, tp_rank), new)
 
     def close(self) -> None:
@@ -171,7 +183,13 @@ class EmulatedRank:
         ]
         trained = any(v.requires_grad for v in self.parallel.saved_variables().values())
         self.trainer = (
-            Trainer(self.parallel, lr=LEARNING_RATE, max_grad_norm=max_norm) if trained else None
+            Trainer(
+                self.parallel,
+                optimizer=optimizer_of(self.parallel.named_parameters()),
+                max_grad_norm=max_norm,
+            )
+            if trained
+            else None
         )
 
     def forward_backward(

@@ -6,8 +6,10 @@ Times are rough, for one processor in float64: what counts is that a proof ends,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import fx
 
@@ -93,7 +95,7 @@ def fit_pieces(traced: Program, program: Program, distinct: Sequence[Piece]) -> 
             each.num_bytes <= MEMORY for each in costs
         )
 
-    return _smaller(traced, program, is_small)
+    return _smaller(traced, program, is_small, or_smallest=False)
 
 
 def fit_step(
@@ -128,42 +130,45 @@ def fit_step(
 
 
 def _smaller(
-    traced: Program, program: Program, is_small: object, *, or_smallest: bool = False
+    traced: Program, program: Program, is_small: Callable[[Program], bool], *, or_smallest: bool
 ) -> Fit:
-    """Return the first of ever smaller sizes that is small enough."""
-    assert callable(is_small)
+    """Return the largest of ever smaller sizes that is small enough."""
     if is_small(traced):
         return Fit(traced, program)
-    found: Fit | None = None
-    for limit in TOKENS:
-        sizes = Sizes(traced, program)
-        tokens = {
-            sizes.classes.find(dim)
-            for node in traced.graph.find_nodes(op="placeholder")
-            for dims in sizes.first[node]
-            for dim in dims
-        }
-        words, fixed = _vocabularies(traced, sizes)
-        sizes.pinned |= fixed
-        shrink_features(sizes, tokens | words)
-        for root in sorted(words):
-            shrink_to(sizes, root, max(64, 8 * program.plan.tp))
-        for root in sorted(tokens, key=sizes.largest):
-            shrink_to(sizes, root, limit)
-        found = Fit(
-            resized(traced, sizes, sizes.first),
-            resized(program, sizes, sizes.second),
-            _note(traced, sizes),
-        )
-        if is_small(found.traced):
-            return found
-    if or_smallest and found is not None:
-        return found
+
+    @cache
+    def at(limit: int) -> tuple[Sizes, Program]:
+        sizes = _sizes_of(traced, program, limit)
+        return sizes, resized(traced, sizes, sizes.first)
+
+    index = bisect_left(TOKENS, True, key=lambda limit: is_small(at(limit)[1]))
+    if index < len(TOKENS) or or_smallest:
+        sizes, small = at(TOKENS[min(index, len(TOKENS) - 1)])
+        return Fit(small, resized(program, sizes, sizes.second), _note(traced, sizes))
     raise PlanError(
         "verify: a region of the program is too large to be run here, and its sizes cannot be made "
         "smaller: an op in it is not known to keep its meaning at other sizes; verify it with a "
         "shorter sequence or a smaller model"
     )
+
+
+def _sizes_of(traced: Program, program: Program, limit: int) -> Sizes:
+    """Return sizes with at most `limit` tokens, and few of what else may be few."""
+    sizes = Sizes(traced, program)
+    tokens = {
+        sizes.classes.find(dim)
+        for node in traced.graph.find_nodes(op="placeholder")
+        for dims in sizes.first[node]
+        for dim in dims
+    }
+    words, fixed = _vocabularies(traced, sizes)
+    sizes.pinned |= fixed
+    shrink_features(sizes, tokens | words)
+    for root in sorted(words):
+        shrink_to(sizes, root, max(64, 8 * program.plan.tp))
+    for root in sorted(tokens, key=sizes.largest):
+        shrink_to(sizes, root, limit)
+    return sizes
 
 
 def _vocabularies(traced: Program, sizes: Sizes) -> tuple[set[int], set[int]]:

@@ -13,8 +13,8 @@ from ilm_compile.program.dropout import SEED, seeded_dropout
 from ilm_compile.program.program import Program
 from ilm_compile.runtime.batch import BatchLayout
 from ilm_compile.runtime.mesh import Axis
-from ilm_compile.runtime.optimizer import adamw
-from ilm_compile.verify.emulate import LEARNING_RATE, Step
+from ilm_compile.verify.emulate import Step
+from ilm_compile.verify.emulated_rank import optimizer_of
 from ilm_compile.verify.promote import float64_default
 
 
@@ -37,7 +37,7 @@ def graph_steps(
             is_trained = variable.is_parameter and variable.requires_grad
             held[name] = torch.nn.Parameter(value) if is_trained else value
     trained = {n: t for n, t in held.items() if isinstance(t, torch.nn.Parameter)}
-    optimizer = adamw(trained.items(), lr=LEARNING_RATE) if trained else None
+    optimizer = optimizer_of(trained.items()) if trained else None
     steps = []
     for number, batch in enumerate(batches):
         with float64_default():

@@ -128,13 +128,20 @@ def corner_batch(
     """Return `count` micro-batches; a higher `level` of `LEVELS` leaves corners out."""
     generator = torch.Generator().manual_seed(seed)
     known = roles(program)
-    length = max((n for i in program.inputs.values() for n in i.shape[1:]), default=1)
+    length = _length(program)
     batch = {
         name: _values(name, spec, known.get(name), count, length, level, generator)
         for name, spec in program.inputs.items()
     }
     place_marks(program, batch)
     return batch
+
+
+def _length(program: Program) -> int:
+    """Return the tokens of a row: the longest input's, boundaries aside (they may be more)."""
+    shapes = {name: spec.shape[1:] for name, spec in program.inputs.items()}
+    tokens = [n for name, shape in shapes.items() if name != "cu_seqlens" for n in shape]
+    return max(tokens or [n for shape in shapes.values() for n in shape], default=1)
 
 
 def _values(

@@ -15,20 +15,24 @@ from torch import Tensor
 from ilm_compile.errors import ScheduleError
 from ilm_compile.program.lowered import Boundary
 from ilm_compile.runtime.p2p import Message
+from ilm_compile.verify.threads import Turn
 
 TIMEOUT_S = 60.0
 
 
 class Mailroom:
-    """All messages of a world of `size` ranks, by (sender, receiver), in the order of posting."""
+    """All messages of a world of `size` ranks, by (sender, receiver), in the order of posting.
 
-    def __init__(self, size: int) -> None:
+    `turn`: a lock that the ranks may hold; who waits gives it up.
+    """
+
+    def __init__(self, size: int, turn: Turn | None = None) -> None:
         self.size = size
         self.posted: dict[tuple[int, int], list[list[Tensor]]] = defaultdict(list)
         self.requested: dict[tuple[int, int], int] = defaultdict(int)
         self.waiting: dict[int, tuple[int, int]] = {}  # receiver: (sender, number of the message)
         self.runs = [0] * size  # that each rank has come to the end of
-        self.changed = threading.Condition()
+        self.changed = threading.Condition(turn)
         self.closed_because = ""
 
     def post(self, sender: int, receiver: int, tensors: list[Tensor]) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import LossFn, call_model
-from ilm_compile.runtime.optimizer import adamw
-from ilm_compile.verify.emulate import LEARNING_RATE, Step, clip_coefficient
+from ilm_compile.verify.emulate import Step, clip_coefficient
+from ilm_compile.verify.emulated_rank import optimizer_of
 
 ROWS = 2  # of a micro-batch
 TOKENS = 16
@@ -30,7 +30,7 @@ def single_device_step(
     scale = clip_coefficient(gradients)
     for name, parameter in used.items():
         parameter.grad = gradients[name] * scale
-    adamw(used.items(), lr=LEARNING_RATE).step()
+    optimizer_of(used.items()).step()
     weights = {name: p.detach().clone() for name, p in used.items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,27 +19,45 @@ from ilm_compile.program.communicator import communicators
 from ilm_compile.program.traffic import Traffic
 
 T = TypeVar("T")
+Turn: TypeAlias = "threading.RLock"
+
+
+class Released(Exception):
+    """Who waited for a rank that failed; that rank's exception is the one to report."""
 
 
 class ThreadGroup:
-    """A meeting place of `size` threads."""
+    """A meeting place of `size` threads; who waits gives up the lock `turn`, which it may hold."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, turn: Turn | None = None) -> None:
         self.size = size
-        self.slots: list[Tensor | None] = [None] * size
-        self.barrier = threading.Barrier(size)
+        self._brought: dict[int, Tensor] = {}
+        self._values: list[Tensor] = []  # of the last meeting
+        self._meetings = 0
+        self._is_closed = False
+        self._changed = threading.Condition(turn)
 
     def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
-        """Return every rank's `x`, in rank order."""
-        self.slots[rank] = x
-        self.barrier.wait()
-        values = [slot for slot in self.slots if slot is not None]
-        self.barrier.wait()
-        return values
+        """Return every rank's `x`, in rank order. Raises `Released` if the group was closed."""
+        with self._changed:
+            self._brought[rank] = x
+            meeting = self._meetings
+            if len(self._brought) == self.size:
+                self._values = [self._brought[each] for each in range(self.size)]
+                self._brought.clear()
+                self._meetings += 1
+                self._changed.notify_all()
+            while self._meetings == meeting:  # the next one cannot end before all have left this
+                if self._is_closed:
+                    raise Released
+                self._changed.wait()
+            return self._values
 
     def close(self) -> None:
         """Release everyone who waits here, for good."""
-        self.barrier.abort()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
 
 class ThreadCommunicator:
@@ -82,19 +101,23 @@ def run_groups(
     *,
     axis: str = "tp",
     groups: Sequence[ThreadGroup] = (),
+    turn: AbstractContextManager[object] | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> list[list[T]]:
     """Return ``function(group, rank)`` of every rank of `num_groups` groups of `size` ranks.
 
-    Only the ranks of one group meet in collectives, in `groups` where they are given. `on_failure`
-    is called when a rank has failed, to release those who wait for it elsewhere.
+    Only the ranks of one group meet in collectives, in `groups` where they are given. `turn`: what
+    a rank holds while it runs, so that many of them do not fight over the interpreter after each
+    small op. `on_failure` is called when a rank has failed, to release those who wait for it
+    elsewhere.
     """
     groups = groups or [ThreadGroup(size) for _ in range(num_groups)]
     places = [(index, rank) for index in range(num_groups) for rank in range(size)]
 
     def body(place: tuple[int, int]) -> T:
         index, rank = place
-        with communicators(**{axis: ThreadCommunicator(groups[index], rank)}):
+        tp = ThreadCommunicator(groups[index], rank)
+        with turn or nullcontext(), communicators(**{axis: tp}):
             return function(index, rank)
 
     def release() -> None:
@@ -118,8 +141,8 @@ def _run_all(
     def body(place: tuple[int, int]) -> None:
         try:
             results[place] = function(place)
-        except threading.BrokenBarrierError:
-            pass  # another rank failed; its exception is the one to report
+        except Released:
+            pass
         except BaseException as error:
             failures.append(error)
             release()

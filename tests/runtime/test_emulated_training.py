@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ilm_compile.program.plan import Plan
 from ilm_compile.schedule import Action, Schedule, build, check, insert_comms
-from ilm_compile.verify.emulate import LEARNING_RATE, Step, emulate
+from ilm_compile.verify.emulate import Step, emulate
+from ilm_compile.verify.emulated_rank import EPSILON, LEARNING_RATE
 from tests.runtime.handmade import ROWS, lower_by_hand, make_batch, make_model
 
 MAX_NORM = 0.03
@@ -30,7 +31,7 @@ def train(
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
     norms, steps = [], []
     for batch in batches:
         optimizer.zero_grad()

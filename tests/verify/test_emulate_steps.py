@@ -14,7 +14,8 @@ import ilm_compile
 from ilm_compile.compile import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.verify import zoo
-from ilm_compile.verify.emulate import LEARNING_RATE, emulate
+from ilm_compile.verify.emulate import emulate
+from ilm_compile.verify.emulated_rank import EPSILON, LEARNING_RATE
 from tests.verify.small import INPUTS, compile_model, make_batch, make_model
 
 BOUND = 1e-9  # of weights: AdamW magnifies rounding
@@ -61,7 +62,7 @@ def trained(model, batches, max_norm):
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
     losses, gradients, logits = [], {}, []
     for batch in batches:
         optimizer.zero_grad()
