@@ -89,3 +89,27 @@ def test_another_bound_is_refused():
     node.update_arg(2, 40.0)
     with pytest.raises(ProgramError, match=r"bounds \[-50.0, 40.0\]; expected \[-50.0, 50.0\]"):
         check_bounds(traced, program)
+
+
+class Windowed(nn.Module):
+    """A model whose attention looks back over six tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        at = torch.arange(x.shape[1], device=x.device)
+        is_seen = (at[:, None] >= at) & (at > at[:, None] - 6)
+        x = F.scaled_dot_product_attention(x, x, x, attn_mask=is_seen)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_another_window_is_refused_whatever_the_length_of_rows():
+    traced, program = compiled(Windowed())
+    check_bounds(traced, program)
+    [node] = (n for n in program.calls() if n.args[1:] == (6,))
+    node.update_arg(1, 7)
+    with pytest.raises(ProgramError, match=r"bounds \[7\]; expected \[6\]"):
+        check_bounds(traced, program)
