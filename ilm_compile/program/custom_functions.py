@@ -1,59 +1,70 @@
 """User-written `torch.autograd.Function`s, of which torch.export captures the forward alone.
 
 The captured graph differentiates that forward as it stands. Where the user's backward is the same
-derivative, written by hand, nothing is lost; where it is not (a straight-through estimator, a bound
-on a gradient), training would differ without a word. So each is tried on random numbers.
+derivative, written by hand, nothing is lost; where it is not, training would differ without a word.
+So each is tried on random numbers, and then captured as its forward, kept as an op with a backward
+of its own, taken as a term of the loss, or refused.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, _SingleLevelFunction
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from ilm_compile.errors import TraceError
-
-LARGEST, SHRUNK = 64, 8  # dimensions above the one are tried with the other
-TOLERANCE = 1e-6
+from ilm_compile.program.function_trial import Verdict, tried
+from ilm_compile.program.own_backward import apply_as_op, run_forward
+from ilm_compile.program.users_line import users_line
 
 
 @contextmanager
-def checked_functions() -> Iterator[None]:
-    """While it runs, a function whose backward is not the derivative of its forward is refused.
+def kept_functions() -> Iterator[list[Tensor]]:
+    """While it runs, functions keep their own backward; yields the terms that they add to a loss.
 
-    Raises `TraceError` where such a function is applied.
+    The terms are of value zero: their gradient is what counts. Raises `TraceError` where a function
+    is applied that cannot be kept.
     """
-    known: dict[type, str] = {}
+    known: dict[object, Verdict] = {}
+    terms: list[Tensor] = []
 
     def apply(cls: Any, *args: Any) -> Any:
         if issubclass(cls, CheckpointFunction):
             return _checkpointed(*args)
-        if not cls.__module__.startswith(("torch.", "ilm_compile.")):
-            if cls not in known:
-                known[cls] = _fault(cls, args)
-            if known[cls]:
-                raise TraceError(
-                    f"trace: the backward of the autograd function {cls.__qualname__} "
-                    f"({cls.__module__}) {known[cls]}; torch.export captures its forward alone, so "
-                    "its gradient would be another one. Write it with ordinary ops and .detach(), "
-                    "or as a torch.library.custom_op with register_autograd"
-                )
-        return _apply(cls, args)
+        if cls.__module__.startswith(("torch.", "ilm_compile.")):
+            return _apply(cls, args)
+        key = (cls, *(tuple(a.shape) if isinstance(a, Tensor) else repr(a) for a in args))
+        if key not in known:
+            known[key] = tried(lambda *a: _apply(cls, a), cls, args)
+        return _captured(cls, args, known[key], terms)
 
     # Between Function.apply, which a model may have bound to a name long ago, and torch's C++.
     _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:
-        yield
+        yield terms
     finally:
         del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
+def _captured(cls: Any, args: tuple[Any, ...], verdict: Verdict, terms: list[Tensor]) -> Any:
+    if verdict.fault:
+        raise TraceError(
+            f"trace: the backward of the autograd function {cls.__qualname__} ({cls.__module__}) "
+            f"{verdict.fault}{users_line()}; write it with ordinary ops and .detach(), or as a "
+            "torch.library.custom_op with register_autograd"
+        )
+    for place, factor in verdict.added.items():
+        term = factor * args[place].sum()
+        terms.append(term - term.detach())
+    rest = tuple(a.detach() if i in verdict.added else a for i, a in enumerate(args))
+    if verdict.is_derivative:
+        return run_forward(cls, rest)[0] if verdict.added else _apply(cls, rest)
+    return apply_as_op(cls, rest, is_pointwise=verdict.is_pointwise)
 
 
 def _checkpointed(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
@@ -68,65 +79,3 @@ def _checkpointed(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
 
 def _apply(cls: Any, args: tuple[Any, ...]) -> Any:
     return super(_SingleLevelFunction, cls).apply(*args)
-
-
-def _fault(cls: Any, args: tuple[Any, ...]) -> str:
-    """Return what is wrong with the backward of `cls` in words, empty if nothing is."""
-    found: list[str] = []
-
-    def run() -> None:  # on a thread of its own: tracing holds for one thread only
-        try:
-            applied = _gradients(lambda *a: _apply(cls, a), _random(args))
-            derived = _gradients(lambda *a: _forward(cls, a), _random(args))
-        except Exception as error:
-            found.append(f"cannot be tried on random numbers ({type(error).__name__}: {error})")
-            return
-        if not all(map(_equal, applied, derived)):
-            found.append("is not the derivative of its forward")
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found[0] if found else ""
-
-
-def _random(args: tuple[Any, ...]) -> Any:
-    generator = torch.Generator().manual_seed(0)
-
-    def like(x: Tensor) -> Tensor:
-        shape = [n if n <= LARGEST else SHRUNK for n in x.shape]
-        if not x.is_floating_point():
-            return torch.zeros(shape, dtype=x.dtype)  # a valid index, if it is one
-        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    return tree_map_only(Tensor, like, args)
-
-
-def _forward(cls: Any, args: tuple[Any, ...]) -> Any:
-    """Run the forward as ordinary ops."""
-    if cls.setup_context is not Function.setup_context:
-        return cls.forward(*args)
-    nothing = dict.fromkeys(
-        ("save_for_backward", "mark_dirty", "mark_non_differentiable", "set_materialize_grads"),
-        lambda *_: None,
-    )
-    context = SimpleNamespace(needs_input_grad=[isinstance(a, Tensor) for a in args], **nothing)
-    return cls.forward(context, *args)
-
-
-def _gradients(function: Any, args: Any) -> list[Tensor]:
-    """Return the gradients of all inputs, for output gradients drawn from a fixed seed."""
-    generator = torch.Generator().manual_seed(1)
-    outputs = [y for y in tree_flatten(function(*args))[0] if _is_trained(y)]
-    seeds = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
-    inputs = [x for x in tree_flatten(args)[0] if _is_trained(x)]
-    gradients = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
-
-
-def _is_trained(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)

@@ -25,7 +25,7 @@ from ilm_compile.program.calling import call_model as call_model
 from ilm_compile.program.calling import packing_warning, read_inputs
 from ilm_compile.program.causal import fold_causal_masks
 from ilm_compile.program.constants import KeepConstants
-from ilm_compile.program.custom_functions import checked_functions
+from ilm_compile.program.custom_functions import kept_functions
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.gradient_hooks import (
     NoGradientHooks,
@@ -76,7 +76,7 @@ def trace(
         wrapper = _WithLoss(loan, loss_fn, arguments, modes, recorded.append)
         fakes = {name: loan.input(i.shape, i.dtype) for name, i in inputs.items()}
         try:
-            with checked_functions(), no_saved_tensor_hooks():
+            with no_saved_tensor_hooks():
                 exported = torch.export.export(wrapper, (fakes,), strict=False)
             lifted_constants(exported)
             exported = functionalize(exported)
@@ -136,7 +136,10 @@ class _WithLoss(nn.Module):
             stack.enter_context(self.loan.forward())
             for mode in self.modes:
                 stack.enter_context(mode)
+            terms = stack.enter_context(kept_functions())
             named = call_model(self.model, inputs, *self.rest)
+        for term in terms:
+            named["loss"] = named["loss"] + term
         self.record(list(named))
         return tuple(named.values())
 

@@ -70,7 +70,9 @@ def check_loss(
             "dp=1"
         )
     each = "loss: computed per micro-batch, not over the whole batch, is what"
-    program.warnings += [f"{each} {why}" for why in found.beside]
+    for why in found.beside[:1]:
+        more = f"; {len(found.beside) - 1} more such terms" if len(found.beside) > 1 else ""
+        program.warnings.append(f"{each} {why}{more}")
 
 
 def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Terms:
@@ -99,7 +101,8 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
         if _reads(node, labels):
             return Terms(_why(whole, node, state))
         beside.append(_why(whole, node, state))
-    return Terms(main="" if good else next(iter(beside), "depends on no input"), beside=beside)
+    main = "" if good else next(iter(beside), "depends on no input")
+    return Terms(main, list(dict.fromkeys(beside)))
 
 
 def _why(program: Program, node: fx.Node, state: State) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+
 from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.sharded_reductions import NONE
@@ -48,14 +50,14 @@ POINTWISE = {
 _LINEARITY = {target: kind for kind, targets in POINTWISE.items() for target in targets}
 
 
-@rule(*_LINEARITY)
+@rule(*_LINEARITY, torch.Tag.pointwise)
 def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Output sharded as wanted; an input that is broadcast along that dimension is R."""
     for out in wanted:
         if out.is_shard and all(is_broadcast(shape, call.shape) for shape in call.shapes):
             yield Strategy(tuple(aligned(shape, call.shape, out) for shape in call.shapes), out)
     count = len(call.shapes)
-    kind = _LINEARITY[call.target]
+    kind = _LINEARITY.get(call.target, "")
     if kind == "all" and count == 2:  # with a scalar operand a sum is not linear
         yield Strategy((P, P), P)
     for index in {"each": range(count), "first": range(1)}.get(kind, range(0)):

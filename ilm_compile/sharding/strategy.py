@@ -69,10 +69,14 @@ RULES: dict[Any, Rule] = {}
 def rule_of(target: Any) -> Rule:
     """Return the rule of an op, found by the op or by its name; one that yields nothing if none is.
 
-    Names serve ops of other libraries, which exist only once these are imported.
+    Names serve ops of other libraries, which exist only once these are imported. Those that are
+    tagged as pointwise have the rule of such ops.
     """
     schema = getattr(target, "_schema", None)
-    return RULES.get(target) or RULES.get(schema.name if schema else "") or _no_rule
+    found = RULES.get(target) or RULES.get(schema.name if schema else "")
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        found = RULES.get(torch.Tag.pointwise) if target.namespace != "aten" else None
+    return found or _no_rule
 
 
 def has_rule(target: Any) -> bool:
