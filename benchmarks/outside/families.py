@@ -51,7 +51,7 @@ _FAMILIES = {
     "Gemma 3": Family("Gemma3ForCausalLM", TP_DP),
     "Phi": Family("PhiForCausalLM"),
     "Phi-3": Family("Phi3ForCausalLM", "tp=4"),
-    "Phi-MoE": Family("PhimoeForCausalLM", TP_DP),
+    "Phi-MoE": Family("PhimoeForCausalLM", TP_DP, refusal="its router draws random numbers"),
     "GPT-2": Family("GPT2LMHeadModel", "pp=4", {"layers": 4}),
     "GPT-Neo": Family("GPTNeoForCausalLM"),
     "GPT-J": Family("GPTJForCausalLM", TP_DP),
@@ -96,10 +96,10 @@ _FAMILIES = {
     "LFM2": Family("Lfm2ForCausalLM"),
     "DBRX": Family("DbrxForCausalLM", TP_DP, refusal=BY_ROW),
     "MiniMax": Family("MiniMaxForCausalLM", TP_DP),
-    "Gemma 3n": Family("Gemma3nForCausalLM", TP_DP),
+    "Gemma 3n": Family("Gemma3nForCausalLM", TP_DP, refusal="it writes to its weights in forward"),
     "Zamba 2": Family("Zamba2ForCausalLM", PP_DP),
     "Jamba": Family("JambaForCausalLM", small={"use_cache": False}),
-    "RecurrentGemma": Family("RecurrentGemmaForCausalLM", TP_DP),
+    "RecurrentGemma": Family("RecurrentGemmaForCausalLM", TP_DP, {"use_cache": False}),
 }
 
 FAMILIES = {name: family.outside() for name, family in _FAMILIES.items()}

@@ -89,6 +89,32 @@ class Centred(Function):
         return grad - grad.mean(-1, keepdim=True)
 
 
+class BoundedRoot(Function):
+    """A square root, of positive numbers alone, whose gradient is bounded."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad / (4 * x).clamp(min=0.5).sqrt()
+
+
+class Nowhere(Function):
+    """Gives no number of an ordinary one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x.abs() + 2).acos()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
 class Auxiliary(Function):
     """Adds a loss unseen: its gradient is 1 whatever comes (DeepSeek-V2's router)."""
 
@@ -162,6 +188,7 @@ KEPT = {
     "other steps": lambda x: StraightThrough.apply(x, 0.5) + StraightThrough.apply(x, 0.25),
     "reversed": lambda x: Reversed.apply(x) * x,
     "mixing": lambda x: Centred.apply(x) * x,
+    "bounded root": lambda x: BoundedRoot.apply(x.abs()) * x,
     "auxiliary loss": lambda x: Auxiliary.apply(x, penalty(x)) * x,
 }
 
@@ -178,9 +205,10 @@ def test_the_backward_that_was_written_trains(name):
         (lambda x: Fixed.apply(x.repeat(1, 16)), "Fixed .* cannot be tried on random numbers"),
         (Clipped.apply, r"Clipped .* is not linear in the gradient .*test_custom_functions.py"),
         (Noisy.apply, "Noisy .* draws random numbers"),
+        (Nowhere.apply, "Nowhere .* gives no numbers"),
         (lambda x: Two.apply(x)[0], "Two .* has several results"),
     ],
-    ids=["cannot be tried", "clipped", "noisy", "two results"],
+    ids=["cannot be tried", "clipped", "noisy", "no numbers", "two results"],
 )
 def test_what_cannot_be_kept_is_refused(function, reason):
     with pytest.raises(TraceError, match=reason):
