@@ -173,6 +173,7 @@ class Trainer:
         error: BaseException | None = None
         try:
             ACTIVITY.enter("hooks before the first step", patient=True)
+            ACTIVITY.steps_done, ACTIVITY.stopping = self.num_steps, ""
             hooks.start(self)
             self._run(islice(batches, num_steps), hooks, history)
             if len(history) < num_steps and self.stop_reason is None:
@@ -253,6 +254,7 @@ class Trainer:
             hooks.step_start(self, step)
             metrics = self._step_on(batch, is_first=not history)
             history.append(metrics)
+            ACTIVITY.steps_done = self.num_steps
             ACTIVITY.enter(f"hooks after step {step}", patient=True)
             hooks.step_end(self, metrics)
             ACTIVITY.enter(f"reading the batch of step {step + 1}", patient=True)
@@ -297,6 +299,7 @@ class Trainer:
         wishing = [rank for rank, wish in enumerate(wishes) if wish]
         if wishing:
             self.stop_reason = self._stop_wish or f"asked for by rank {wishing[0]}"
+            ACTIVITY.stopping = self.stop_reason
 
     def _count_skip(self, norm: float) -> None:
         self.num_skipped_steps += 1

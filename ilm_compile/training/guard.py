@@ -10,6 +10,8 @@ from ilm_compile.runtime import Trainer
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.guard.ending import forget_ending, record_ending
 from ilm_compile.runtime.guard.report import Board
+from ilm_compile.runtime.guard.run_lock import RunLock
+from ilm_compile.runtime.guard.stop_signals import heed_no_second_signal
 from ilm_compile.runtime.guard.watchdog import Watchdog
 from ilm_compile.training.hooks import MONITOR_FOLDER
 from ilm_compile.training.launch import Place, read_place
@@ -18,17 +20,24 @@ PATIENCE = 0.8  # of the time after which other ranks give up
 
 
 class Guard:
-    """A context manager around a training; an error in it is recorded in ``ended.json``."""
+    """A context manager around a training; an error in it is recorded in ``ended.json``.
+
+    Rank 0 holds the run's folder meanwhile, and raises `RunLockError` if another job has it.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._place = read_place()
         self._watchdog: Watchdog | None = None
+        self._lock: RunLock | None = None
 
     def __enter__(self) -> Self:
         ACTIVITY.enter("start", patient=True)
+        heed_no_second_signal()
         # Before the first collective, so before any other rank of this run writes there.
         if self._place.rank == 0:
+            self._lock = RunLock(self._config.run_folder)
+            self._lock.take()
             forget_ending(self._config.run_folder)
             Board(self._config.run_folder / MONITOR_FOLDER).clear()
         return self
@@ -54,9 +63,12 @@ class Guard:
     ) -> None:
         if error is not None:
             reason, rank = _in_one_line(error), self._place.rank
-            record_ending(self._config.run_folder, "failed", rank=rank, reason=reason)
+            step = ACTIVITY.steps_done
+            record_ending(self._config.run_folder, "failed", rank=rank, reason=reason, step=step)
         if self._watchdog is not None:
             self._watchdog.stop()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def make_watchdog(config: Config, place: Place) -> Watchdog:

@@ -219,7 +219,7 @@ def unwritable(folder: Path) -> str | None:
     existing = _existing(folder)
     if not existing.is_dir():
         return f"{existing} is a file, expected a folder"
-    probe = existing / f".ilm_compile_probe_{os.getpid()}"
+    probe = existing / f".ilm_compile_probe_{os.urandom(8).hex()}"
     try:
         probe.touch(exist_ok=False)
         probe.unlink()

@@ -221,18 +221,56 @@ train(Monitor(sinks=[command]), Saving(), num_steps=1000)
 """
 
 
-def test_sigterm_ends_a_program_with_status_0_once_it_has_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_ends_a_program_with_status_0_once_it_has_saved(name: str, tmp_path: Path) -> None:
     root, file = Path(__file__).parents[2], tmp_path / "alert"
     source = PROGRAM.format(root=str(root), python=sys.executable, file=str(file))
     program = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
     assert program.stdout is not None
     assert program.stdout.readline() == "ready\n"
-    program.send_signal(signal.SIGTERM)
+    program.send_signal(signal.Signals[name])
     rest, _ = program.communicate(timeout=30)
     assert program.returncode == 0
     assert rest.startswith("saved ")
-    assert rest.endswith(" SIGTERM\n")
-    assert "stopping: SIGTERM" in file.read_text()
+    assert rest.endswith(f" {name}\n")
+    assert f"stopping: {name}" in file.read_text()
+
+
+def signal_twice(number: signal.Signals) -> int:
+    """Steps taken by a training that is sent a signal after its second step, twice."""
+
+    def kill(trainer: Trainer) -> None:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    return len(train(Monitor(), At(2, kill), num_steps=9)[1])
+
+
+def test_a_second_sigterm_changes_nothing() -> None:
+    assert signal_twice(signal.SIGTERM) == 2
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        signal_twice(signal.SIGINT)
+
+
+LATE = """
+import os, signal
+from ilm_compile.runtime.guard.activity import ACTIVITY
+from ilm_compile.runtime.guard.stop_signals import heed_no_second_signal
+heed_no_second_signal()
+ACTIVITY.stopping = {stopping!r}
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("stopping", "code"), [("SIGTERM", 0), ("", -signal.SIGTERM)])
+def test_a_signal_after_the_save_does_not_kill_and_one_before_the_training_does(
+    stopping: str, code: int
+) -> None:
+    source = LATE.format(stopping=stopping)
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == code
 
 
 def test_a_stop_that_takes_longer_than_the_grace_time_is_told() -> None:

@@ -14,16 +14,19 @@ class Activity:
     """phase: a part of the job, such as "step 5: forward and backward". action: what is done of it,
     such as "wait 1F0", empty where the phase says it all. changes: grows with everything told, so
     that one who looks twice knows whether anything moved. patient: the phase may well take long, as
-    reading a checkpoint does.
+    reading a checkpoint does. steps_done: of the training. stopping: why it ends before its last
+    step, "" if it does not.
     """
 
-    __slots__ = ("action", "changes", "patient", "phase")
+    __slots__ = ("action", "changes", "patient", "phase", "steps_done", "stopping")
 
     def __init__(self) -> None:
         self.phase = "start"
         self.action = ""
         self.patient = True
         self.changes = 0
+        self.steps_done = 0
+        self.stopping = ""
 
     def enter(self, phase: str, *, patient: bool = False) -> None:
         """The next phase begins."""

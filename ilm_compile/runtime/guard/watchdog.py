@@ -120,7 +120,9 @@ class Watchdog:
             self._board.tell(own)
         reports = self._gather() | {self._rank: own}
         how = verdict(reports, self._world_size)
-        record_ending(self._run_folder, "hung", rank=self._rank, reason=how)
+        record_ending(
+            self._run_folder, "hung", rank=self._rank, reason=how, step=self._activity.steps_done
+        )
         LOGGER.error("hang: %s; the job ends with code %d", how, ExitCode.HUNG)
         for rank in set(range(self._world_size)) - set(reports):
             end_sibling(self._board.member(rank), parent=self._parent)

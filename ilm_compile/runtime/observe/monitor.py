@@ -1,21 +1,19 @@
-"""The monitor: tells people of what needs them, and turns SIGTERM into an orderly stop."""
+"""The monitor: tells people of what needs them, and turns signals into an orderly stop."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-import signal
 import threading
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.agree import exchange
+from ilm_compile.runtime.guard.stop_signals import StopSignals
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.metrics import StepMetrics
 from ilm_compile.runtime.observe.busy import BusyClock
@@ -40,9 +38,10 @@ class Monitor(Hook):
     low-disk: fewer than `min_free_bytes` are left where `folder` is, checked once a minute;
     exception: the training ended with an error; sent by the first rank to find out if `folder` is
     given, by every rank otherwise;
-    stop: somebody asked to stop, such as the launcher by SIGTERM. Training then ends after the step
-    under way, for which hooks may save, so that the program can end with status 0.
-    late: that has not happened within `grace_s` seconds from SIGTERM.
+    stop: somebody asked to stop, such as the launcher by SIGTERM, a closed terminal by SIGHUP, or
+    Ctrl-C. Training then ends after the step under way, for which hooks may save, so that the
+    program can end with status 0. A second Ctrl-C ends it at once.
+    late: that has not happened within `grace_s` seconds from then.
 
     None in place of a number switches a watch off. Alerts that are the same on every rank are sent
     by rank 0. Sending happens in a thread of its own and never stops the training.
@@ -60,7 +59,7 @@ class Monitor(Hook):
         slow_every: int = 50,
         folder: str | Path | None = None,
         min_free_bytes: int | None = 1 << 30,
-        handle_sigterm: bool = True,
+        handle_signals: bool = True,
         grace_s: float = 30.0,
     ) -> None:
         for name, value, floor in (
@@ -80,7 +79,7 @@ class Monitor(Hook):
         self._slow_every = slow_every
         self._folder = None if folder is None else Path(folder)
         self._min_free_bytes = min_free_bytes
-        self._handle_sigterm = handle_sigterm
+        self._handle_signals = handle_signals
         self._grace_s = grace_s
 
     def on_start(self, trainer: Trainer) -> None:
@@ -95,15 +94,15 @@ class Monitor(Hook):
         self._is_measuring = False
         self._last_step_at = self._last_disk_check = time.monotonic()
         self._is_stuck = self._is_late = self._is_disk_low = False
-        self._sigterm_at: float | None = None
-        self._previous: Any = None
+        self._asked_at: float | None = None
+        self._signals = StopSignals(self._on_signal)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._rank == 0:
                 self._exception_file.unlink(missing_ok=True)
         self._check_disk()
-        if self._handle_sigterm and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        if self._handle_signals:
+            self._signals.install()
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="monitor", daemon=True)
         self._watcher.start()
@@ -142,8 +141,7 @@ class Monitor(Hook):
         if self._is_measuring:
             self._clock.stop()
         self._ended.set()
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        self._signals.restore()
         self._watcher.join(_FLUSH_S)
         self._dispatcher.close(_FLUSH_S)
         self._log.close(_FLUSH_S)
@@ -181,19 +179,20 @@ class Monitor(Hook):
             return True
         return True
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        if self._sigterm_at is None:
-            self._sigterm_at = time.monotonic()
-            self._trainer.request_stop("SIGTERM")
+    def _on_signal(self, name: str) -> None:
+        self._asked_at = time.monotonic()
+        self._trainer.request_stop(name)
 
     def _watch(self) -> None:
         pace = min(_WATCH_S, (self._stuck_after_s or _WATCH_S) / 4, self._grace_s / 4)
         while not self._ended.wait(pace):
             now = time.monotonic()
             self._check_stuck(now)
-            if self._sigterm_at and now > self._sigterm_at + self._grace_s and not self._is_late:
+            if self._asked_at and now > self._asked_at + self._grace_s and not self._is_late:
                 self._is_late = True
-                self._alert("late", f"not stopped {self._grace_s:g} s after SIGTERM", is_sent=True)
+                self._alert(
+                    "late", f"not stopped {self._grace_s:g} s after being asked to", is_sent=True
+                )
             if now > self._last_disk_check + 60:
                 self._check_disk()
 
