@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -167,8 +168,9 @@ def join_job(device: torch.device, *, timeout: timedelta) -> None:
     """Make the process group of all ranks, NCCL on a GPU and gloo on a CPU; left at a normal exit.
 
     For what ranks must tell each other before `Mesh.create`, which joins by itself if need be.
-    Raises `PlanError` if not all ranks come within `timeout`.
+    Raises `PlanError` if not all ranks come within `timeout`, or nobody knows the host to meet at.
     """
+    _check_host()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -183,6 +185,19 @@ def join_job(device: torch.device, *, timeout: timedelta) -> None:
             f"the same MASTER_ADDR and MASTER_PORT ({str(error).splitlines()[0]})"
         ) from error
     atexit.register(_leave)
+
+
+def _check_host() -> None:
+    """Raise before torch's own lookup, which tries for minutes and fails with frames of C++."""
+    host = os.environ.get("MASTER_ADDR")
+    try:
+        if host:
+            socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise PlanError(
+            f"start: MASTER_ADDR={host} is no host that {socket.gethostname()} knows "
+            f"({error.strerror}); give the name or address of rank 0's node as this node knows it"
+        ) from error
 
 
 def _leave() -> None:

@@ -1,10 +1,14 @@
 """Who sits where, and worlds that do not fit the plan."""
 
+from datetime import timedelta
+
 import pytest
+import torch
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import Mesh
+from ilm_compile.runtime.mesh import join_job
 from tests.support.world import World
 
 
@@ -53,3 +57,9 @@ def test_a_world_of_the_wrong_size_is_refused_with_one_that_works(world4: World)
     for text in world4.run(wrong_world):
         assert "a multiple of tp*pp = 3*2 = 6, got 4 processes" in text
         assert "torchrun --nproc-per-node=6 script.py" in text
+
+
+def test_a_host_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(PlanError, match=r"MASTER_ADDR=no-such-host\.invalid is no host that"):
+        join_job(torch.device("cpu"), timeout=timedelta(seconds=1))
