@@ -185,6 +185,7 @@ class LoggingOptions:
     folder: str = option("runs", "metrics.jsonl, config.toml and TensorBoard's files go below it")
     console: bool = option(True, "one line a step on the terminal")
     tensorboard: bool = option(False, "write TensorBoard's files")
+    wandb_project: str = option("", "send figures to this project of Weights & Biases")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

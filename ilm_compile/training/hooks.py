@@ -19,6 +19,7 @@ from ilm_compile.runtime.observe import (
     PipelineTimeline,
     Profiler,
     Webhook,
+    WeightsAndBiases,
 )
 from ilm_compile.runtime.observe.sinks import Sink
 from ilm_compile.training.data import Batches
@@ -42,11 +43,14 @@ def make_hooks(
 
 
 def make_logger(config: Config, parallel: Parallel) -> Logger:
-    """Lines, metrics.jsonl and TensorBoard in the run's folder."""
+    """Lines, metrics.jsonl and TensorBoard in the run's folder, and Weights & Biases."""
+    project = config.logging.wandb_project
+    wandb = [WeightsAndBiases(project, config.job_name, config.to_dict())] if project else []
     return Logger(
         config.run_folder,
         console=config.logging.console,
         tensorboard=config.logging.tensorboard,
+        recorders=wandb,
         peak_flops=peak_flops(config, parallel.mesh.device),
     )
 

@@ -20,7 +20,7 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.checkpoint.storage import open_storage
 from ilm_compile.runtime.data import BatchNumbers, BatchRamp
-from ilm_compile.runtime.observe.logger import METRICS_FILE
+from ilm_compile.runtime.observe.recorders import METRICS_FILE
 from ilm_compile.training.checkpoints import checkpoint_folder, local_path
 from ilm_compile.training.data import global_batch_size
 from ilm_compile.training.hooks import make_sinks

@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
@@ -12,8 +14,9 @@ from rich.console import Console
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import StepMetrics, Trainer
-from ilm_compile.runtime.observe import Logger
+from ilm_compile.runtime.observe import Logger, WeightsAndBiases
 from ilm_compile.runtime.observe.logger import step_line
+from ilm_compile.runtime.observe.recorders import JsonLines, Steady
 from ilm_compile.runtime.observe.speed import Speed
 from tests.runtime.handmade import ROWS, make_batch, make_model, make_parallel
 from tests.support.world import World
@@ -186,3 +189,79 @@ def test_tensorboard_that_is_not_installed_is_named(
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(IlmCompileError, match="pip install tensorboard"):
         Logger(tmp_path, tensorboard=True)
+
+
+class Failing:
+    """A recorder that can do nothing after its first figures."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start(self, folder: Path | None, step: int) -> None:
+        self.calls.append(f"start {step}")
+
+    def record(self, group: str, step: int, values: Any) -> None:
+        self.calls.append(f"{group} {step}")
+        if step == 2:
+            raise OSError("no room")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_a_recorder_that_fails_is_told_of_once_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = Failing()
+    train(Logger(tmp_path, console=False, recorders=[failing]), num_steps=4)
+    assert failing.calls == ["start 0", "train 1", "train 2", "close"]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4]
+    assert caplog.messages == ["Failing fails (OSError: no room); training goes on without it"]
+
+
+def test_a_full_disk_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    train(Logger(tmp_path, console=False))
+    [message] = caplog.messages
+    assert message.startswith("JsonLines fails (OSError: ")
+    assert message.endswith("training goes on without it until it works again")
+
+
+def test_lines_go_on_whole_after_one_was_cut_off(tmp_path: Path) -> None:
+    lines = Steady(JsonLines())
+    lines.start(tmp_path, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json, "dumps", lambda _: "\udc80")  # cannot be encoded
+        lines.record("train", 1, {"loss": 1.0})
+    lines.record("train", 2, {"loss": 2.0})
+    lines.close()
+    assert [line["step"] for line in map(json.loads, filter(None, text_of(tmp_path)))] == [2]
+
+
+def text_of(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_weights_and_biases_gets_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=run.init))
+    run.init.return_value = run
+    train(Logger(tmp_path, console=False, recorders=[WeightsAndBiases("mine", "a job", {"x": 1})]))
+    run.init.assert_called_once_with(
+        project="mine", name="a job", config={"x": 1}, dir=str(tmp_path), id="a-job", resume="allow"
+    )
+    logged = [call.args[0] for call in run.log.call_args_list]
+    assert [(each["step"], each["train/loss"]) for each in logged] == [
+        (line["step"], line["loss"]) for line in lines_of(tmp_path)
+    ]
+    run.finish.assert_called_once_with()
+
+
+def test_weights_and_biases_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(IlmCompileError, match="pip install wandb"):
+        WeightsAndBiases("mine", "a job")

@@ -1,14 +1,12 @@
-"""The logger: a line per step for people, JSON lines and TensorBoard for machines, on rank 0."""
+"""The logger: a line per step for people, and recorders for machines, on rank 0."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,20 +14,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.metrics import StepMetrics
+from ilm_compile.runtime.observe.recorders import (
+    TRAIN,
+    JsonLines,
+    Recorder,
+    Steady,
+    TensorBoard,
+)
 from ilm_compile.runtime.observe.speed import Speed
 from ilm_compile.runtime.trainer import Trainer
-
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Logger(Hook):
     """Tells what every step brought. Other ranks than 0 write nothing.
 
     folder: gets ``metrics.jsonl``, one line per step, and with `tensorboard` the folder of that
-    name; None for neither. A resumed run appends. console: prints a line per step, on a terminal
-    above a progress bar. peak_flops: see `Speed`; without it there is no MFU. Raises
-    `IlmCompileError` if `tensorboard` is wanted but not installed, or has no folder to go to.
+    name; None for neither. A resumed run appends. recorders: further ones, such as
+    `WeightsAndBiases`. console: prints a line per step, on a terminal above a progress bar.
+    peak_flops: see `Speed`; without it there is no MFU. A recorder that fails during the training
+    is told of and left out. Raises `IlmCompileError` if `tensorboard` is wanted but not installed,
+    or has no folder to go to.
     """
 
     def __init__(
@@ -38,16 +42,17 @@ class Logger(Hook):
         *,
         console: bool | Console = True,
         tensorboard: bool = False,
+        recorders: Sequence[Recorder] = (),
         peak_flops: float | None = None,
     ) -> None:
         if tensorboard and folder is None:
             raise IlmCompileError("logger: tensorboard needs a folder, got none; give folder=")
         self._folder = None if folder is None else Path(folder)
         self._console = Console() if console is True else console or None
-        self._make_writer = _summary_writer() if tensorboard else None
+        own = [JsonLines()] if folder is not None else []
+        every: list[Recorder] = [*own, *([TensorBoard()] if tensorboard else []), *recorders]
+        self._recorders = [Steady(recorder) for recorder in every]
         self._peak_flops = peak_flops
-        self._file: TextIO | None = None
-        self._writer: Any = None
         self._bar: Progress | None = None
         self._is_on = False
 
@@ -62,12 +67,8 @@ class Logger(Hook):
         )
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._folder / METRICS_FILE, "a", encoding="utf-8")
-            if self._make_writer is not None:
-                # What an earlier run wrote of steps after the one resumed from is hidden.
-                self._writer = self._make_writer(
-                    str(self._folder / TENSORBOARD_FOLDER), purge_step=trainer.num_steps + 1
-                )
+        for recorder in self._recorders:
+            recorder.start(self._folder, trainer.num_steps)
         if self._console is not None and self._console.is_terminal:
             self._bar = _progress_bar(self._console)
             self._task = self._bar.add_task(
@@ -81,9 +82,7 @@ class Logger(Hook):
         figures = self._speed.update(metrics)
         if trainer.beta2_scheduler is not None:
             figures["beta2"] = trainer.optimizer.param_groups[0]["betas"][1]
-        self._write({**json.loads(metrics.to_json()), **figures})
-        if self._writer is not None:
-            self._write_scalars("train", metrics.step, {**_scalars(metrics), **figures})
+        self._record(TRAIN, metrics.step, {**asdict(metrics), **figures})
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step)
         if self._console is not None:
@@ -94,11 +93,10 @@ class Logger(Hook):
     def on_stop(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-        self._bar = self._file = self._writer = None
+        if self._is_on:
+            for recorder in self._recorders:
+                recorder.close()
+        self._bar = None
         self._is_on = False
 
     def log(self, group: str, step: int, values: Mapping[str, float]) -> None:
@@ -108,23 +106,15 @@ class Logger(Hook):
         """
         if not self._is_on:
             return
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._write({"step": step, "group": group, **finite})
-        if self._writer is not None:
-            self._write_scalars(group, step, values)
+        self._record(group, step, values)
         if self._console is not None:
             text = "  ".join(f"{key} {_figure(value)}" for key, value in values.items())
             line = f"step {step}  {group}  {text}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _write(self, values: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
-            self._file.flush()
-
-    def _write_scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(f"{group}/{key}", value, step)
+    def _record(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        for recorder in self._recorders:
+            recorder.record(group, step, values)
 
 
 def _figure(value: float) -> str:
@@ -163,22 +153,6 @@ def step_line(
     return "  ".join(parts)
 
 
-def _scalars(metrics: StepMetrics) -> dict[str, float]:
-    values = json.loads(metrics.to_json())
-    return {k: float("nan") if v is None else float(v) for k, v in values.items() if k != "step"}
-
-
 def _progress_bar(console: Console) -> Progress:
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise IlmCompileError(
-            "logger: TensorBoard's writer is not installed; pip install tensorboard, or leave "
-            "tensorboard=True out"
-        ) from None
-    return SummaryWriter
