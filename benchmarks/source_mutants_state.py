@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from benchmarks.source_mutants import (
     EMULATED,
-    SHARDED,
     STATE,
     TESTS,
     UNUSUAL,
@@ -20,6 +19,7 @@ CHECKPOINT = f"{TESTS}/test_checkpoint.py"
 LOAD = f"{TESTS}/test_checkpoint_load.py"
 BATCHES = f"{TESTS}/test_data_batches.py"
 TOKENS = f"{TESTS}/test_data_tokens.py"
+MESH = f"{TESTS}/test_mesh.py"
 DATA = f"{TESTS}/test_data.py"
 
 VALUE_MUTANTS = [
@@ -102,7 +102,7 @@ VALUE_MUTANTS = [
     ),
     *mutants_of(
         "mesh.py",
-        (STATE, SHARDED),
+        (MESH,),
         (
             "tp and dp are exchanged",
             "(pp * self.dp.size + dp) * self.tp.size + tp",
