@@ -212,23 +212,23 @@ DATA_MUTANTS = [
         (DATA, BATCHES),
         (
             "every epoch in one order",
-            "default_rng((self._seed, self.epoch))",
-            "default_rng((self._seed, 0))",
+            "self._seed, self.epoch)",
+            "self._seed, 0)",
         ),
         (
             "one order for every seed",
-            "default_rng((self._seed, self.epoch))",
-            "default_rng((0, self.epoch))",
+            "self._seed, self.epoch)",
+            "0, self.epoch)",
         ),
         (
             "rows are not shuffled",
-            ".permutation(self._num_rows)",
-            ".permutation(self._num_rows) * 0 + np.arange(self._num_rows)",
+            "order[np.arange(start, start + count)]",
+            "np.arange(start, start + count)",
         ),
         (
-            "a new epoch in the old order",
-            "                self._order = self._epoch_order()\n",
-            "                pass\n",
+            "a batch ends with its epoch",
+            "            left -= count\n",
+            "            left = 0\n",
         ),
         (
             "a resumed run begins anew",

@@ -55,7 +55,7 @@ def flat(lists: list[list[int]]) -> list[int]:
 
 def test_the_order_of_rows_is_pinned() -> None:
     """A run must find its place again under another release of NumPy."""
-    assert take(iterator(), 1) == [[11, 7, 2, 10]]
+    assert take(iterator(), 1) == [[2, 6, 9, 3]]
 
 
 # ramp-up

@@ -12,7 +12,7 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.data.batch_plan import BatchNumbers, BatchRamp
 from ilm_compile.runtime.data.dataset import Identity, RowDataset, padded_batch
 from ilm_compile.runtime.data.read_ahead import read_ahead
-from ilm_compile.runtime.data.row_order import RowOrder
+from ilm_compile.runtime.data.row_order import ORDER, RowOrder
 
 _COUNTERS = ("rows_taken", "batches_taken")
 
@@ -102,6 +102,7 @@ class BatchIterator:
         return {
             "seed": self._seed,
             **self._identity,
+            "order": ORDER,
             "rows_taken": self._order.rows_taken,
             "batches_taken": self._order.batches_taken,
         }
@@ -113,13 +114,15 @@ class BatchIterator:
         to another seed or dataset (kind, number of rows, length, content).
         """
         expected = self.state_dict()
+        if isinstance(state, dict) and set(state) == set(expected) - {"order"}:
+            state = {**state, "order": "that of version 0.1"}
         if not isinstance(state, dict) or set(state) != set(expected):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise IlmCompileError(
                 f"BatchIterator.load_state_dict: expected the keys {sorted(expected)}, got {keys}; "
                 "give what state_dict returned"
             )
-        for key in (*self._identity, "seed"):
+        for key in (*self._identity, "seed", "order"):
             if state[key] != expected[key]:
                 raise IlmCompileError(
                     f"BatchIterator.load_state_dict: saved with {key}={state[key]}, this iterator "

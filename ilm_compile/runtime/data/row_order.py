@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from ilm_compile.runtime.data.batch_plan import BatchNumbers, BatchRamp
+from ilm_compile.runtime.data.keyed_order import KeyedOrder
+
+ORDER = "keyed-1"  # how epochs are ordered; another way is another name
 
 
 class RowOrder:
@@ -27,7 +29,6 @@ class RowOrder:
     def go_to(self, rows_taken: int, batches_taken: int) -> None:
         """Go on as if so many rows and batches had been taken."""
         self.rows_taken, self.batches_taken = rows_taken, batches_taken
-        self._order = self._epoch_order()
 
     def copy(self) -> RowOrder:
         """One that goes on from here on its own."""
@@ -50,14 +51,14 @@ class RowOrder:
 
     def _take(self) -> list[int]:
         batch, full = self.batches_taken, self._full
+        left = full if self._ramp is None else self._ramp.rows(batch, full)
         rows: list[int] = []
-        for _ in range(full if self._ramp is None else self._ramp.rows(batch, full)):
-            rows.append(int(self._order[self.rows_taken % self._num_rows]))
-            self.rows_taken += 1
-            if self.rows_taken % self._num_rows == 0:
-                self._order = self._epoch_order()
+        while left:
+            start = self.rows_taken % self._num_rows
+            count = min(left, self._num_rows - start)
+            order = KeyedOrder(self._num_rows, self._seed, self.epoch)
+            rows += order[np.arange(start, start + count)].tolist()
+            self.rows_taken += count
+            left -= count
         self.batches_taken += 1
         return rows
-
-    def _epoch_order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.random.default_rng((self._seed, self.epoch)).permutation(self._num_rows)
