@@ -116,7 +116,10 @@ def test_another_batch_on_a_rank_is_refused(world2: World, plan: dict[str, Any],
     other = batch | {name: batch[name].roll(1, 0)}
     said = world2.run(attempt, plan, [batch, other])
     assert said[0] == said[1]
-    assert f"the same global batch on every rank, got another {name} on rank 1 than" in said[0]
+    assert (
+        f"the same global batch on every rank, got another {name} on rank 1 than on rank 0"
+        in said[0]
+    )
     assert world2.run(attempt, plan, [other, other]) == ["", ""]
 
 
