@@ -14,6 +14,7 @@ from ilm_compile.cost import forward_flops_by_region, model_flops
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes import standard_passes as standard_passes
+from ilm_compile.passes.master_weights import MasterWeights, is_low
 from ilm_compile.passes.standard import settle_kernels
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
@@ -78,7 +79,8 @@ def partition(
     run them). `passes` are run beside the standard ones, in the order their requirements give,
     without those named in `disable`, each checked as `validate` says ("types", "numerics" or None:
     see `run_passes`); `example_inputs` and `loss_fn` as in `trace`; `dp`: data-parallel ranks it is
-    for, which matters to the loss alone (see `check_loss`). Raises `TraceError` if the
+    for, which matters to the loss alone (see `check_loss`). Parameters in bfloat16 or float16 are
+    trained as float32 (see `MasterWeights`). Raises `TraceError` if the
     model cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
     plan = make_plan(plan, **keywords)
@@ -87,7 +89,15 @@ def partition(
     program.flops = model_flops(program.graph)
     forward = forward_flops_by_region(program.graph)
     every = [*standard_passes(plan), *passes]
-    run_passes(program, every, disable=disable, callback=callback, validate=validate)
+    with_masters = any(map(is_low, program.variables.values()))
+    left_out = {MasterWeights.name} & set(disable) if with_masters else set()
+    run_passes(
+        program, every, disable=set(disable) - left_out, callback=callback, validate=validate
+    )
+    if with_masters and not left_out:
+        # The proof holds a program to the model's dtypes, which this pass is there to change.
+        types = None if validate is None else "types"
+        run_passes(program, [MasterWeights()], callback=callback, validate=types)
     marked = [index for index, region in enumerate(program.regions) if region.recompute]
     program.recomputed_flops = sum(forward[index] for index in marked)
     return program

@@ -14,6 +14,7 @@ from ilm_compile.passes.manager import check_program as check_program
 from ilm_compile.passes.manager import communication_bytes as communication_bytes
 from ilm_compile.passes.manager import order_passes as order_passes
 from ilm_compile.passes.manager import run_passes as run_passes
+from ilm_compile.passes.master_weights import MasterWeights as MasterWeights
 from ilm_compile.passes.parameters import replace_parameters as replace_parameters
 from ilm_compile.passes.pattern import Match as Match
 from ilm_compile.passes.pattern import matches as matches

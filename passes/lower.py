@@ -53,6 +53,7 @@ def lower(program: Program) -> LoweredProgram:
         output_placements=tuple(node.meta.get("placement", I) for node in outputs),
         output_widths=dict(program.output_widths),
         parameter_maps=tuple(program.parameter_maps),
+        lookups=program.lookups,
     )
     _check_variables(program, lowered)
     return lowered

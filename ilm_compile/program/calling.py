@@ -50,6 +50,8 @@ def _takes_cache(model: nn.Module) -> bool:
 
 def _named_outputs(result: Any) -> dict[str, Tensor]:
     named = _by_name(result)
+    if "loss" not in named and isinstance(loss := getattr(result, "loss", None), Tensor):
+        named["loss"] = loss  # a property, of a dataclass too
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     loss = tensors.pop("loss", None)
     if loss is None or loss.dim() != 0:
@@ -71,8 +73,8 @@ def _by_name(result: Any) -> dict[str, Any]:
         return dict(result._asdict())
     if dataclasses.is_dataclass(result):
         return {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-    if hasattr(result, "loss") and hasattr(result, "__dict__"):
-        return dict(vars(result))
+    if hasattr(result, "loss"):
+        return dict(getattr(result, "__dict__", {}))
     values = result if isinstance(result, (tuple, list)) else [result]
     return {"loss" if i == 0 else f"output_{i}": value for i, value in enumerate(values)}
 

@@ -10,8 +10,9 @@ user's loss (an auxiliary term, a factor) keeps its meaning.
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.program import Program, Source
 
 aten = torch.ops.aten
@@ -55,26 +56,20 @@ def normalize_loss(program: Program) -> None:
 def _count_targets(target: fx.Node, ignore_index: int) -> fx.GraphModule | None:
     """Return the graph from the inputs to the number of targets.
 
-    None if it needs parameters, or if the targets are probabilities: those are averaged over rows.
+    None if it needs more than inputs, or if the targets are probabilities, which count as rows do.
     """
     if target.meta["val"].is_floating_point():
         return None
-    needed: dict[fx.Node, None] = {}
-    pending = [target]
-    while pending:
-        node = pending.pop()
-        if node.op == "get_attr":
-            return None
-        needed[node] = None
-        pending += node.all_input_nodes
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in target.graph.nodes:
-        if node in needed:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    counted = graph.call_function(aten.ne.Scalar, (copied[target], ignore_index))
-    graph.output(graph.call_function(aten.sum.default, (counted,)))
-    return fx.GraphModule(nn.Module(), graph)
+    found = graph_from_inputs(target)
+    if found is None:
+        return None
+    output = found.graph.output_node()
+    (targets,) = output.all_input_nodes
+    with found.graph.inserting_before(output):
+        counted = found.graph.call_function(aten.ne.Scalar, (targets, ignore_index))
+        output.args = (found.graph.call_function(aten.sum.default, (counted,)),)
+    found.recompile()
+    return found
 
 
 def _expose_logits(program: Program) -> None:

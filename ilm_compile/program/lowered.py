@@ -14,7 +14,7 @@ from torch import fx, nn
 from ilm_compile.program.parameter_map import ParameterMap
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Input, Variable
+from ilm_compile.program.program import Input, Lookup, Variable
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class LoweredProgram:
     output_placements: tuple[Placement, ...]  # of the last stage's outputs, on the "tp" axis
     output_widths: dict[str, int]  # as in `Program`
     parameter_maps: tuple[ParameterMap, ...] = ()  # likewise
+    lookups: tuple[Lookup, ...] = ()  # likewise
 
     def owners(self, name: str) -> tuple[int, ...]:
         """Return the stages that hold variable `name`; a tied parameter may have several."""

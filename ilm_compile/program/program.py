@@ -84,6 +84,21 @@ class Variable:
 
 
 @dataclass(frozen=True, slots=True)
+class Lookup:
+    """Integers of a micro-batch that pick one of `size` rows or classes.
+
+    graph: from the inputs to the integers. ignored: the one that picks nothing. what, where: words
+    for an error, such as "rows of embedding.weight".
+    """
+
+    graph: fx.GraphModule
+    size: int
+    ignored: int | None
+    what: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """About a transformer block: the unit of FSDP, and of recompute if it is marked so."""
 
@@ -112,6 +127,7 @@ class Program:
     # Integer graphs from the inputs to the number of loss targets, by the placeholder that
     # receives "targets per micro-batch" (see `ilm_compile.program.loss`).
     target_counts: dict[str, fx.GraphModule]
+    lookups: tuple[Lookup, ...] = ()
     output_names: tuple[str, ...] = ("loss",)
     # The last dimension of outputs that are wider in the program than the user's model gives them.
     output_widths: dict[str, int] = field(default_factory=dict)

@@ -34,6 +34,7 @@ from ilm_compile.program.gradient_hooks import (
 )
 from ilm_compile.program.known import KnownValues
 from ilm_compile.program.lifted import lifted_constants
+from ilm_compile.program.lookups import find_lookups
 from ilm_compile.program.loss import normalize_loss
 from ilm_compile.program.normalize import normalize
 from ilm_compile.program.plan import Plan
@@ -108,6 +109,7 @@ def trace(
     fold_causal_masks(program)
     find_regions(program)
     program.finish()
+    program.lookups = tuple(find_lookups(program))
     program.facts.add("traced")
     return program
 

@@ -27,6 +27,7 @@ from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
 from ilm_compile.runtime.batch import Batch
+from ilm_compile.runtime.batch_checks import SameBatch, check_ids
 from ilm_compile.runtime.communicator import MeasuredCommunicator
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.guard.activity import ACTIVITY
@@ -52,6 +53,9 @@ class Parallel:
     parameter that is on meta (`InitialValues`); None for models without one. model_flops: forward
     and backward operations of one micro-batch of the whole model, if known. hardware_flops: those
     with what activation checkpointing computes twice. The attributes are of the global batch.
+
+    check_ids_on_device: look at the ids of a batch that is on a GPU too, which waits for it; those
+    on the CPU are always looked at.
     """
 
     def __init__(
@@ -73,6 +77,9 @@ class Parallel:
         self.num_steps = 0  # training steps executed; dropout masks depend on it
         self.schedule = schedule
         self.plan = lowered.plan
+        self.check_ids_on_device = False
+        self._lookups = lowered.lookups
+        self._same_batch = SameBatch(mesh)
         self.inputs = lowered.inputs  # of one micro-batch, by name
         self._tp = mesh.tensor_parallel()
         mesh.bind(self._tp)
@@ -117,9 +124,18 @@ class Parallel:
         (outputs, labels, loss): the logits of this data-parallel rank's rows and their labels, both
         None except on the last pipeline stage. loss_scale: what the gradients are multiplied by,
         not the loss returned. Raises `BatchError` for another batch than the program was compiled
-        for.
+        for, for ids outside the vocabulary, and on the first step and every hundredth if the ranks
+        were given different batches.
         """
-        self.step_inputs.layout.check(batch)
+        layout = self.step_inputs.layout
+        layout.check(batch)
+        self._same_batch.check(batch)
+        check_ids(
+            batch,
+            self._lookups,
+            num_slices=layout.num_slices,
+            on_device=self.check_ids_on_device,
+        )
         result = self.run(
             batch,
             forward_only=forward_only,

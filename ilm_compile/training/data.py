@@ -18,6 +18,7 @@ from ilm_compile.runtime.data import (
     TokenDataset,
     TokenShard,
     ValidationBatches,
+    chat_of,
     documents_from_files,
     documents_from_pydoc,
     load_tokenizer,
@@ -174,7 +175,11 @@ def _text_sets(config: Config, folder: Path) -> dict[str, RowDataset]:
     for path in _files_below(folder):
         parts = path.relative_to(folder).parts
         sets.setdefault(parts[0] if len(parts) > 1 else folder.name, []).append(path)
-    return {name: _text(config, documents_from_files(paths)) for name, paths in sets.items()}
+    return {name: _text(config, _documents(config, paths)) for name, paths in sets.items()}
+
+
+def _documents(config: Config, paths: list[Path]) -> list[str]:
+    return documents_from_files(paths, chat=chat_of(config.data.tokenizer))
 
 
 def _vocab_size(config: Config) -> int:
@@ -190,7 +195,7 @@ def _vocab_size(config: Config) -> int:
 _TRAIN: dict[str, Callable[[Config], RowDataset]] = {
     "tokenized": lambda config: _tokenized(config, open_shards(config.data.train_folder or "")),
     "text": lambda config: _text(
-        config, documents_from_files(_files_below(Path(config.data.train_folder or "")))
+        config, _documents(config, _files_below(Path(config.data.train_folder or "")))
     ),
     "pydoc": lambda config: _text(config, documents_from_pydoc()),
     "random": _random,

@@ -41,9 +41,9 @@ def test_narrower_types_are_not_slower(hardware: Hardware) -> None:
 @pytest.mark.parametrize(
     ("dtype", "dp", "zero", "expected"),
     [
-        (torch.bfloat16, 1, 1, 18),
-        (torch.bfloat16, 4, 1, 6 + 12 / 4),
-        (torch.bfloat16, 4, 3, 18 / 4),
+        (torch.bfloat16, 1, 1, 16),
+        (torch.bfloat16, 4, 1, 8 + 8 / 4),
+        (torch.bfloat16, 4, 3, 16 / 4),
         (torch.float32, 1, 1, 16),
         (torch.float32, 4, 1, 8 + 8 / 4),
         (torch.float64, 1, 1, 32),

@@ -197,6 +197,31 @@ class Plain:
         self.loss, self.logits = loss, logits
 
 
+class Slotted:
+    """One that has no dictionary of what it holds, and computes its loss when asked."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, loss, logits):
+        self.parts = (loss, logits)
+
+    @property
+    def loss(self):
+        return self.parts[0]
+
+
+@dataclasses.dataclass
+class Halves:
+    """A dataclass whose loss is no field."""
+
+    half: torch.Tensor
+    logits: torch.Tensor
+
+    @property
+    def loss(self):
+        return 2 * self.half
+
+
 @pytest.mark.parametrize(
     "form",
     [Output, lambda loss, logits: Named(logits, loss), Plain],
@@ -209,6 +234,18 @@ def test_outputs_with_a_loss(form):
             return form(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)
 
     assert trace(Returns(), example_inputs=tokens()).output_names == ("loss", "logits")
+    assert_trains_equal(Returns())
+
+
+@pytest.mark.parametrize(
+    "form", [Slotted, lambda loss, logits: Halves(loss / 2, logits)], ids=["slots", "dataclass"]
+)
+def test_outputs_whose_loss_is_a_property(form):
+    class Returns(LM):
+        def forward(self, input_ids, labels):
+            logits = self.head(self.embed(input_ids))
+            return form(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)
+
     assert_trains_equal(Returns())
 
 

@@ -131,7 +131,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 WRONG_LINES = {
     "no JSON": (b'{"text": "a"', "in {path}:2, got Expecting"),
     "not UTF-8": (b'{"text": "\xff"}', "in {path}:2, got 'utf-8' codec can't decode"),
-    "a list": (b'["text"]', "an object with the string 'text' in {path}:2, got a list"),
+    "a list": (b'["text"]', "(Alpaca) in {path}:2, got a list"),
     "no text": (
         b'{"txt": "a"}',
         "in {path}:2, got the fields 'txt' (str); choose one with --field",

@@ -11,6 +11,8 @@ from ilm_compile.runtime.data.batch_plan import BatchNumbers as BatchNumbers
 from ilm_compile.runtime.data.batch_plan import BatchRamp as BatchRamp
 from ilm_compile.runtime.data.batches import BatchIterator as BatchIterator
 from ilm_compile.runtime.data.batches import ValidationBatches as ValidationBatches
+from ilm_compile.runtime.data.chat import Chat as Chat
+from ilm_compile.runtime.data.chat import chat_of as chat_of
 from ilm_compile.runtime.data.dataset import IGNORED_LABEL as IGNORED_LABEL
 from ilm_compile.runtime.data.dataset import TYPE_IDS as TYPE_IDS
 from ilm_compile.runtime.data.dataset import RowDataset as RowDataset

@@ -1,4 +1,4 @@
-"""Where documents come from: files of plain text, and the reference of the interpreter itself."""
+"""Where documents come from: files, and the reference of the interpreter itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pydoc_data.topics
 from collections.abc import Iterable
 from pathlib import Path
 
-from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.data.chat import PLAIN, Chat
+from ilm_compile.runtime.data.text_files import read_documents
 
 
 def documents_from_pydoc() -> list[str]:
@@ -14,20 +15,10 @@ def documents_from_pydoc() -> list[str]:
     return [text for _, text in sorted(pydoc_data.topics.topics.items())]
 
 
-def documents_from_files(paths: Iterable[str | Path]) -> list[str]:
-    """The text of each file, in the given order. Errors: a path that is not a UTF-8 text file."""
-    return [_read_text(Path(path)) for path in paths]
+def documents_from_files(paths: Iterable[str | Path], *, chat: Chat = PLAIN) -> list[str]:
+    """The texts of the files in the given order, one of a text file and all of a JSON one.
 
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise IlmCompileError(
-            f"documents_from_files: expected a readable text file at {path}: {error.strerror}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise IlmCompileError(
-            f"documents_from_files: expected UTF-8 text in {path}, got byte "
-            f"{error.object[error.start]:#04x} at offset {error.start}; convert it to UTF-8"
-        ) from error
+    Errors and `chat` are those of `read_documents`.
+    """
+    files = [Path(path) for path in paths]
+    return [document.text for document in read_documents(files, chat=chat)]

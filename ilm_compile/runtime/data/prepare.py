@@ -40,10 +40,11 @@ def prepare(
 ) -> Summary:
     """Write ``00000.bin``, ``00001.bin``, ... of the encoded documents into a new `folder`.
 
-    Each document is `prefix`, its tokens and the end-of-document token. A file is closed once it
-    has `shard_tokens`. report: called after every document. The folder has another, hidden name
-    until it is complete, and none is left after an error. Raises `IlmCompileError` if `folder`
-    exists and is not empty, or there is no document.
+    Each document is `prefix`, its tokens and the end-of-document token; what a chat template has
+    put there already is not put there twice. A file is closed once it has `shard_tokens`. report:
+    called after every document. The folder has another, hidden name until it is complete, and none
+    is left after an error. Raises `IlmCompileError` if `folder` exists and is not empty, or there
+    is no document.
     """
     target = Path(folder)
     if shard_tokens < 1:
@@ -84,7 +85,11 @@ def _write(
                 stack.pop_all().close()
                 writer = stack.enter_context(ShardWriter(folder / f"{summary.shards:05d}{SUFFIX}"))
                 summary.shards += 1
-            tokens = [*prefix, *tokenizer.encode(document.text), tokenizer.end_of_document]
+            tokens = tokenizer.encode(document.text)
+            if tuple(tokens[: len(prefix)]) != prefix:
+                tokens = [*prefix, *tokens]
+            if tokens[-1:] != [tokenizer.end_of_document]:
+                tokens = [*tokens, tokenizer.end_of_document]
             writer.add(tokens)
             summary.documents += 1
             summary.tokens += len(tokens)

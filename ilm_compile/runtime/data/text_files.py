@@ -1,17 +1,20 @@
-"""Files of text as a stream of documents: plain text, or JSON Lines."""
+"""Files as a stream of documents: plain text, JSON Lines, or one JSON value."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.documents import documents_from_files
+from ilm_compile.runtime.data.chat import PLAIN, Chat
+from ilm_compile.runtime.data.json_records import FORMS, WrongRecord, is_record, text_of
 
 JSON_LINES = (".jsonl", ".ndjson")
+JSON = (*JSON_LINES, ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,53 +26,111 @@ class Document:
     source: str
 
 
-def read_documents(paths: Sequence[Path], *, field: str = "text") -> Iterator[Document]:
-    """Every document of the files, in order; no file is held in memory but a plain one.
+def read_documents(
+    paths: Sequence[Path],
+    *,
+    field: str | None = None,
+    chat: Chat = PLAIN,
+    as_text: bool = False,
+) -> Iterator[Document]:
+    """Every document of the files, in order.
 
-    A file of JSON Lines (`JSON_LINES`) has a document per line, an object with the string `field`;
-    lines without anything are passed over. Any other file is one document of UTF-8 text. Raises
-    `IlmCompileError` naming file and line for what is not so.
+    A file named as JSON (`JSON`) has a document per line or, if it is one JSON value, per object of
+    the list: what `text_of` makes of it, conversations rendered by `chat`. field: where the text
+    is. Only JSON Lines are not held in memory whole. Any other file is one document of UTF-8 text,
+    and refused if it holds JSON objects. as_text: every file is text, JSON too. Raises
+    `IlmCompileError` naming file and line.
     """
     for path in paths:
-        reader: Callable[[Path, str], Iterator[Document]] = (
-            _json_lines if path.suffix in JSON_LINES else _plain
+        if as_text or path.suffix not in JSON:
+            yield _plain(path, as_text=as_text)
+        else:
+            yield from _json(path, field, chat)
+
+
+def _plain(path: Path, *, as_text: bool) -> Document:
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise IlmCompileError(
+            f"documents: expected a readable text file at {path}: {error.strerror}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise IlmCompileError(
+            f"documents: expected UTF-8 text in {path}, got byte "
+            f"{error.object[error.start]:#04x} at offset {error.start}; convert it to UTF-8"
+        ) from error
+    if not as_text and _holds_records(text):
+        raise IlmCompileError(
+            f"documents: expected text in {path}, got JSON, whose quotes and field names would be "
+            f"learnt; name it .json or .jsonl, each object {FORMS}, or learn it as it is with "
+            "prepare-data --as-text"
         )
-        yield from reader(path, field)
+    return Document(text, len(data), str(path))
 
 
-def _plain(path: Path, field: str) -> Iterator[Document]:
-    (text,) = documents_from_files([path])
-    yield Document(text, path.stat().st_size, str(path))
+def _holds_records(text: str) -> bool:
+    start = text.lstrip("\ufeff \t\r\n")
+    if start[:1] not in ("{", "["):
+        return False
+    for candidate in (start.partition("\n")[0], start):
+        with suppress(ValueError, RecursionError):
+            return is_record(json.loads(candidate))
+    return False
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
+def _json(path: Path, field: str | None, chat: Chat) -> Iterator[Document]:
     try:
         file = path.open("rb")
     except OSError as error:
         raise IlmCompileError(
-            f"prepare-data: expected a readable file at {path}: {error.strerror}"
+            f"documents: expected a readable file at {path}: {error.strerror}"
         ) from error
     with file:
+        if path.suffix not in JSON_LINES and not _is_lines(file):
+            yield from _one_value(path, file.read(), field, chat)
+            return
         for number, line in enumerate(file, start=1):
             if line.strip():
                 source = f"{path}:{number}"
-                yield Document(_text_of(line, field, source), len(line), source)
+                value = _parse(line, source)
+                yield Document(_text(value, field, chat, source), len(line), source)
 
 
-def _text_of(line: bytes, field: str, source: str) -> str:
-    expected = f"an object with the string {field!r}"
+def _is_lines(file: Any) -> bool:
+    """Whether the first line that holds anything is an object by itself; rewinds."""
+    first = next((line for line in file if line.strip()), b"")
+    file.seek(0)
     try:
-        value: Any = json.loads(line.decode("utf-8"))
+        return isinstance(_parse(first, ""), dict)
+    except IlmCompileError:
+        return False
+
+
+def _one_value(path: Path, data: bytes, field: str | None, chat: Chat) -> Iterator[Document]:
+    """The objects of a list, or the only one."""
+    value = _parse(data, str(path))
+    records = value if isinstance(value, list) else [value]
+    for index, record in enumerate(records):
+        source = f"{path}[{index}]" if isinstance(value, list) else str(path)
+        yield Document(_text(record, field, chat, source), len(data) // len(records), source)
+
+
+def _parse(data: bytes, source: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
     except RecursionError as error:
-        raise _wrong(source, expected, "JSON nested too deeply") from error
+        raise _wrong(source, "JSON", "JSON nested too deeply") from error
     except ValueError as error:
-        raise _wrong(source, expected, str(error)) from error
-    if not isinstance(value, dict):
-        raise _wrong(source, expected, f"a {type(value).__name__}")
-    text = value.get(field)
-    if not isinstance(text, str):
-        found = ", ".join(f"{key!r} ({type(value[key]).__name__})" for key in list(value)[:10])
-        raise _wrong(source, expected, f"the fields {found}; choose one with --field")
+        raise _wrong(source, f"JSON, {FORMS}", str(error)) from error
+
+
+def _text(value: Any, field: str | None, chat: Chat, source: str) -> str:
+    try:
+        text = text_of(value, field, chat)
+    except WrongRecord as error:
+        raise _wrong(source, error.expected, error.got) from error
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -78,4 +139,4 @@ def _text_of(line: bytes, field: str, source: str) -> str:
 
 
 def _wrong(source: str, expected: str, got: str) -> IlmCompileError:
-    return IlmCompileError(f"prepare-data: expected {expected} in {source}, got {got}")
+    return IlmCompileError(f"documents: expected {expected} in {source}, got {got}")

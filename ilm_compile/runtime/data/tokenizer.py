@@ -113,6 +113,9 @@ class _HuggingFace:
             self._fast: Any = Fast.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise IlmCompileError(f"tokenizer: cannot read {path}: {error}") from error
+        # A file may carry those of the model it was made for; documents are packed whole here.
+        self._fast.no_truncation()
+        self._fast.no_padding()
         self.vocab_size: int = self._fast.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:

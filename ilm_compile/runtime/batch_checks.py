@@ -1,0 +1,104 @@
+"""What a global batch is looked at for before a step: its ids, and whether all ranks were given it.
+
+Both are quiet faults. Under tp an id outside the vocabulary picks a row of zeros, and a label there
+a class of its own; under pp the inputs of one rank's batch would meet the labels of another's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ilm_compile.errors import BatchError
+from ilm_compile.program.program import Lookup
+from ilm_compile.runtime.agree import exchange
+from ilm_compile.runtime.batch import Batch
+from ilm_compile.runtime.mesh import Mesh
+
+EVERY = 100  # batches; the numbers are read on the host, which waits for a GPU
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_EXACT = 2**52  # float64 holds every integer up to here
+
+
+def check_ids(
+    batch: Batch, lookups: Sequence[Lookup], *, num_slices: int, on_device: bool = False
+) -> None:
+    """Raise `BatchError` for an integer that picks no row or class of a lookup.
+
+    num_slices: micro-batches of the batch. on_device: look at tensors on a GPU too.
+    """
+    for lookup in lookups:
+        names = [str(node.target) for node in lookup.graph.graph.find_nodes(op="placeholder")]
+        if not on_device and any(batch[name].device.type != "cpu" for name in names):
+            continue
+        columns = [batch[name].cpu().chunk(num_slices) for name in names]
+        for index, values in enumerate(zip(*columns, strict=True)):
+            ids = lookup.graph(*values)
+            low, high = (int(end) for end in torch.aminmax(ids))
+            if 0 <= low and high < lookup.size:
+                continue
+            wrong = (ids < 0) | (ids >= lookup.size)
+            if lookup.ignored is not None:
+                wrong &= ids != lookup.ignored
+            if wrong.any():
+                first = int(ids[wrong][0])
+                place = _place(names, values, first, index)
+                allowed = "" if lookup.ignored is None else f", or {lookup.ignored} for no target"
+                raise BatchError(
+                    f"batch: expected {' and '.join(names)} from 0 to {lookup.size - 1}{allowed}, "
+                    f"for there are {lookup.size} {lookup.what} ({lookup.where}), got {first}"
+                    f"{place}; the tokenizer is of another vocabulary than the model, or this is "
+                    "padding: mask it"
+                )
+
+
+def _place(names: Sequence[str], values: Sequence[Tensor], wrong: int, index: int) -> str:
+    """Where `wrong` is in the whole batch, if it is there as it is."""
+    for name, value in zip(names, values, strict=True):
+        found = (value == wrong).nonzero()
+        if len(found):
+            row, *columns = found[0].tolist()
+            column = f", column {columns[0]}" if columns else ""
+            return f" in {name}, row {row + index * value.shape[0]}{column}"
+    return f" from micro-batch {index}"
+
+
+class SameBatch:
+    """Compares the batches of all ranks: the first, and one of every `every`. Collective."""
+
+    def __init__(self, mesh: Mesh, *, every: int = EVERY) -> None:
+        self._mesh = mesh
+        self._every = every
+        self._num_batches = 0
+
+    def check(self, batch: Batch) -> None:
+        """Raise `BatchError` on every rank if they were not all given the same."""
+        is_due = self._num_batches % self._every == 0
+        self._num_batches += 1
+        if not is_due or not self._mesh.is_distributed:
+            return
+        names = sorted(batch)
+        ranks = exchange([float(_checksum(batch[name])) for name in names], self._mesh)
+        for name, sums in zip(names, zip(*ranks, strict=True), strict=True):
+            (usual, _), *others = Counter(sums).most_common()
+            if others:
+                different = [rank for rank, own in enumerate(sums) if own != usual]
+                raise BatchError(
+                    f"batch: expected the same global batch on every rank, got another {name} on "
+                    f"rank {', '.join(map(str, different))} than on rank {sums.index(usual)}; give "
+                    "every rank all rows in the same order: shuffle by one seed, do not cut the "
+                    "data by rank (each takes its own rows of the batch)"
+                )
+
+
+def _checksum(tensor: Tensor) -> int:
+    """A number of the bits and their places."""
+    bits = tensor.detach().contiguous().flatten()
+    if bits.dtype == torch.bool or bits.dtype.itemsize not in _BITS:
+        bits = bits.view(torch.uint8)
+    bits = bits.view(_BITS[bits.dtype.itemsize]).long()
+    places = torch.arange(1, len(bits) + 1, device=bits.device) * 2654435761
+    return int((bits * places).sum()) % _EXACT

@@ -1,0 +1,106 @@
+"""Float32 master weights: 16-bit parameters are held and updated in float32, cast where used.
+
+An update of a bf16 weight by less than 1/256 of it is lost: at a learning rate of 1e-5 most weights
+would never move. So what is trained is float32 at rest, in checkpoints too, and its gradient is
+added up over micro-batches and ranks in float32. The model computes what it did: the cast gives
+back the very weights that the user's model has.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from ilm_compile.passes.base import Pass
+from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.placement import P
+from ilm_compile.program.program import Program, Variable
+from ilm_compile.program.vocab import vocab_embedding
+
+aten = torch.ops.aten
+LOW = (torch.bfloat16, torch.float16)
+# Rows are rounded after they were looked up: the table is the largest weight of most models.
+_LOOKUPS: tuple[Any, ...] = (aten.embedding.default, vocab_embedding)
+
+
+def is_low(variable: Variable) -> bool:
+    """Whether `variable` is trained and has 16 bits."""
+    return variable.is_parameter and variable.requires_grad and variable.dtype in LOW
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasterWeights(Pass):
+    """Hold trained bf16 and fp16 parameters in float32 and cast them where they are used.
+
+    `partition` and `parallelize` add it for a model that has such parameters;
+    ``disable={"master-weights"}`` trains them as they are. Preserves numerics bit for bit; the
+    gradients are those of the 16-bit weights, widened.
+    """
+
+    name: ClassVar[str] = "master-weights"
+    after: ClassVar[frozenset[str]] = frozenset({"sharded", "fused", "cast", "split", "placed"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"masters"})
+
+    def apply(self, program: Program) -> None:
+        sources = [source for each in program.parameter_maps for source in each.sources]
+        low = {name: v.dtype for name, v in program.variables.items() if is_low(v)}
+        for node in program.graph.find_nodes(op="get_attr"):
+            if (dtype := low.get(str(node.target))) is not None:
+                _widen(program, node, dtype)
+        for variable in (*program.variables.values(), *sources):
+            if is_low(variable):
+                variable.dtype = torch.float32
+        dtypes = " and ".join(sorted(str(d).removeprefix("torch.") for d in set(low.values())))
+        program.decisions.append(
+            f"{self.name}: {len(low)} parameters in {dtypes} are held, updated and saved in "
+            "float32, and cast where they are used"
+        )
+
+
+def _widen(program: Program, node: fx.Node, dtype: torch.dtype) -> None:
+    owner, _, leaf = str(node.target).rpartition(".")
+    module = program.graph_module.get_submodule(owner)
+    setattr(module, leaf, nn.Parameter(getattr(module, leaf).detach().float()))
+    node.meta["val"] = node.meta["val"].float()
+    casts: dict[tuple[int, int | None], fx.Node] = {}
+    for user in list(node.users):
+        if user.op == "output":
+            continue
+        whole = _whole(user) if user.target in _LOOKUPS and user.args[0] is node else []
+        if whole:
+            for rows in dict.fromkeys((user, *whole)):
+                rows.meta["val"] = rows.meta["val"].float()
+            for rows in whole:
+                with program.graph.inserting_after(rows):
+                    cast = _cast(program, rows, dtype, near=rows)
+                rows.replace_all_uses_with(cast, delete_user_cb=partial(operator.is_not, cast))
+            continue
+        # One for each region: what several share would be kept for a recompute, or sent.
+        key = user.meta["region"], user.meta.get("stage")
+        if key not in casts:
+            with program.graph.inserting_before(user):
+                casts[key] = _cast(program, node, dtype, near=user)
+        user.replace_input_with(node, casts[key])
+
+
+def _whole(lookup: fx.Node) -> list[fx.Node]:
+    """Return where what is looked up is whole and may be rounded; nothing if that is not known."""
+    if lookup.meta.get("placement") != P:
+        return [lookup]
+    moved = list(lookup.users)
+    return moved if all(node.target is redistribute for node in moved) else []
+
+
+def _cast(program: Program, value: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
+    cast = program.graph.call_function(aten.to.dtype, (value, dtype))
+    names = ("region", "stage", "clone", "source")
+    cast.meta.update({name: near.meta[name] for name in names if name in near.meta})
+    if "placement" in value.meta:
+        cast.meta["placement"] = value.meta["placement"]
+    cast.meta["val"] = value.meta["val"].to(dtype)
+    return cast
