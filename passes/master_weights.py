@@ -28,6 +28,22 @@ LOW = (torch.bfloat16, torch.float16)
 _LOOKUPS: tuple[Any, ...] = (aten.embedding.default, vocab_embedding)
 
 
+def with_masters(program: Program) -> bool:
+    """Whether `program` holds parameters for which `MasterWeights` is there."""
+    return any(map(is_low, program.variables.values()))
+
+
+def is_master(program: Program, name: str, model: Variable) -> bool:
+    """Whether `program` holds in float32 what is a 16-bit parameter of the `model`."""
+    held = program.variables.get(name)
+    return (
+        "masters" in program.facts
+        and is_low(model)
+        and held is not None
+        and held.dtype == torch.float32
+    )
+
+
 def is_low(variable: Variable) -> bool:
     """Whether `variable` is trained and has 16 bits."""
     return variable.is_parameter and variable.requires_grad and variable.dtype in LOW

@@ -216,3 +216,11 @@ def test_weights_that_a_pass_merges_are_saved_in_float32() -> None:
     for name, value in saved.items():
         assert torch.equal(value, model.state_dict()[name].float())
     parallel.load_state_dict(saved)  # which refuses tensors of another dtype than it saves
+
+
+@pytest.mark.parametrize("plan", [{"tp": 2, "pp": 2, "dp": 2}, {"tp": 2, "dtype": "bfloat16"}])
+def test_master_weights_are_part_of_the_proof(plan: dict[str, Any]) -> None:
+    inputs = {name: ((2, 8), torch.int64) for name in ("input_ids", "labels")}
+    report = ilm_compile.verify(make_model(), example_inputs=inputs, num_microbatches=2, **plan)
+    report.raise_if_failed()
+    assert f"{5 + ('dtype' in plan)} passes" in report.checks[0].detail

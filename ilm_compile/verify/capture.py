@@ -36,7 +36,7 @@ def model_step(
         loss = named.pop("loss")
         if loss.requires_grad:
             torch.autograd.backward(loss)
-    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    gradients = {n: p.grad.to_dense() for n, p in parameters.items() if p.grad is not None}
     outputs = {name: value.detach() for name, value in named.items()}
     return Step(loss.detach(), gradients, {}, outputs)
 

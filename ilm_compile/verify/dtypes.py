@@ -13,13 +13,15 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.passes.master_weights import is_master
 from ilm_compile.passes.parameter_free import parameter_free_nodes
 from ilm_compile.passes.precision import BF16, CARRIERS, called_name, precision_of
 from ilm_compile.program.placement import P
-from ilm_compile.program.program import Program
+from ilm_compile.program.program import Program, Variable
 from ilm_compile.program.values import tensors_of
 
 CAST = torch.ops.aten.to.dtype
+ROWS = {"aten::embedding", "vocab_embedding", "redistribute"}  # what a table's rows go through
 
 
 def check_dtypes(traced: Program, program: Program) -> None:
@@ -35,6 +37,8 @@ def check_dtypes(traced: Program, program: Program) -> None:
     free = parameter_free_nodes(program) if is_rounded else set()
     for node in program.calls():
         ours = _dtypes(node)
+        if any(is_master(program, *held) for held in _held_by(node, traced)):
+            continue
         if node.name in known:
             if (node in free or not is_rounded) and ours != known[node.name]:
                 _fail(program, node, f"gives {ours}", f"{known[node.name]}, as in the model")
@@ -49,6 +53,21 @@ def check_dtypes(traced: Program, program: Program) -> None:
                 if precision_of(reader, free).inputs != BF16:
                     found = f"rounds what {called_name(reader)} reads ({reader.name})"
                     _fail(program, node, found, "products alone to read what is rounded for them")
+
+
+def _held_by(node: fx.Node, traced: Program) -> Iterator[tuple[str, Variable]]:
+    """Yield the parameter that a cast, or the rows of a table, are of, as the model has it.
+
+    A cast must give back the model's dtype.
+    """
+    if not (node.target is CAST or called_name(node) in ROWS):
+        return
+    source = node.all_input_nodes[0]
+    while called_name(source) in ROWS:
+        source = source.all_input_nodes[0]
+    variable = traced.variables.get(str(source.target)) if source.op == "get_attr" else None
+    if variable is not None and (node.target is not CAST or node.args[1] == variable.dtype):
+        yield str(source.target), variable
 
 
 def _dtypes(node: fx.Node) -> list[torch.dtype]:

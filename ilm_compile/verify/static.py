@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.passes.master_weights import is_master
 from ilm_compile.program.parameter_map import model_variables
 from ilm_compile.program.program import Program, Variable
 
@@ -29,6 +30,8 @@ def check_variables(traced: Program, program: Program) -> None:
         if name not in ours:
             _fail(name, "is gone", "its name and value are the model's")
         for what, fact in FACTS.items():
+            if what == "dtype" and is_master(program, name, variable):
+                continue
             if fact(ours[name]) != fact(variable):
                 _fail(name, f"has {what} {fact(ours[name])}", f"the model has {fact(variable)}")
     for name, found in ours.items():

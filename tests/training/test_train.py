@@ -22,13 +22,9 @@ import ilm_compile
 from ilm_compile import ParallelMode, ProcessGroups
 from ilm_compile.cli import main
 from ilm_compile.config import Config, load_config
-from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import MODEL_INITIALIZER
 from ilm_compile.runtime.data import write_shard
-from ilm_compile.runtime.guard.ending import read_ending
-from ilm_compile.runtime.guard.run_lock import RunLock, RunLockError
 from ilm_compile.training import agreement, hooks
-from ilm_compile.training.data import TrainBatches, get_train_data_loader
 from ilm_compile.training.optimizer import loss_scaler
 from ilm_compile.training.trainer import set_torch_flags
 from tests.support.world import World
@@ -399,26 +395,3 @@ def test_sigterm_saves_and_ends_well(tmp_path: Path) -> None:
     last = len(losses(tmp_path))
     assert f"stopped (SIGTERM) after step {last} of 100000" in rest
     assert (tmp_path / "tiny" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
-
-
-def test_a_folder_in_which_a_job_runs_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    config = tiny(tmp_path)
-    with (
-        RunLock(config.run_folder),
-        pytest.raises(RunLockError, match=rf"belongs to a job that runs: process {os.getpid()} on"),
-    ):
-        train_on(0, config)
-    assert list(config.run_folder.iterdir()) == []
-
-
-def test_an_ending_says_after_which_step_it_failed(tmp_path: Path) -> None:
-    config = tiny(tmp_path, "train.total_steps=3")
-    batches = iter(get_train_data_loader(config))
-    broken = [next(batches), next(batches), {"input_ids": torch.zeros(1)}]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainBatches, "__iter__", lambda self: iter(broken))
-        with pytest.raises(IlmCompileError):
-            train_on(0, config)
-    ending = read_ending(config.run_folder)
-    assert ending is not None
-    assert (ending["how"], ending["step"]) == ("failed", 2)

@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes import insert_after, run_passes, standard_passes
+from ilm_compile.passes.master_weights import MasterWeights
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
 from ilm_compile.verify.bounds import check_bounds
 from ilm_compile.verify.dtypes import check_dtypes
+from ilm_compile.verify.static import check_variables
 from tests.verify.small import INPUTS, make_model
 
 aten = torch.ops.aten
@@ -113,3 +115,24 @@ def test_another_window_is_refused_whatever_the_length_of_rows():
     node.update_arg(1, 7)
     with pytest.raises(ProgramError, match=r"bounds \[7\]; expected \[6\]"):
         check_bounds(traced, program)
+
+
+def test_master_weights_are_accepted_and_a_cast_to_another_dtype_is_not():
+    settled = Plan(tp=2, num_microbatches=2)
+    traced = trace(make_model("internlm2").bfloat16(), example_inputs=INPUTS, plan=settled)
+    program = copy_program(traced)
+    run_passes(program, [*standard_passes(settled), MasterWeights()])
+    check_variables(traced, program)
+    check_dtypes(traced, program)
+    cast = next(n for n in program.calls() if n.args[1:] == (torch.bfloat16,))
+    cast.update_arg(1, torch.float16)
+    cast.meta["val"] = cast.meta["val"].to(torch.float16)
+    with pytest.raises(ProgramError, match="no fewer digits than its inputs have"):
+        check_dtypes(traced, program)
+
+
+def test_a_parameter_in_float32_that_is_none_in_the_model_is_refused():
+    traced, program = compiled(make_model("internlm2"), tp=2)
+    next(v for v in program.variables.values() if v.is_parameter).dtype = torch.float64
+    with pytest.raises(ProgramError, match=r"has dtype torch.float64; the model has torch.float32"):
+        check_variables(traced, program)
