@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ilm_compile import models
+from ilm_compile.cli import main
+from ilm_compile.cli.model import load_model
 from ilm_compile.convert import open_weights
 from ilm_compile.convert.source import read_whole
 from ilm_compile.errors import IlmCompileError
@@ -238,3 +240,110 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         IlmCompileError, match=r"safetensors files in .*, found none, nor pytorch_mo"
     ):
         open_weights(build(), tmp_path, "hf")
+
+
+# The tokens that a written config names
+
+
+RUN = """
+data = { type = "TYPE", seq_len = 16 }
+train = { total_steps = 1 }
+ckpt = { folder = "ckpt" }
+logging = { console = false }
+[model]
+type = "INTERNLM2"
+num_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+num_kv_attention_heads = 2
+vocab_size = 258
+mlp_ratio = 2.0
+"""
+BYTES = [None, 256, 257]
+WITH_FILE = ("--tokenizer", "tokenizer.json")
+TOKENS: dict[str, tuple[str, tuple[str, ...], list[int | None]]] = {
+    "of the run": ("pydoc", (), BYTES),
+    "not known": ("random", (), [None, None, None]),
+    "as told": ("random", ("--tokenizer", "bytes"), BYTES),
+    "of a file": ("pydoc", WITH_FILE, [None, 7, 7]),
+    "with a beginning": ("random", (*WITH_FILE, "--begin-of-document", "<s>"), [5, 7, 7]),
+    "another end": ("random", (*WITH_FILE, "--end-of-document", "<s>"), [None, 5, 5]),
+}
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    vocabulary = {"<unk>": 0, "<s>": 5, "</s>": 7}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    return tmp_path
+
+
+def write_run(kind: str, **changes: str) -> None:
+    text = RUN.replace("TYPE", kind)
+    Path("run.toml").write_text(text + "".join(f"{k} = {v}\n" for k, v in changes.items()))
+
+
+def to_llama(model: str, source: str, *options: str) -> list[int | None]:
+    """Convert into hf/; the tokens that its config names."""
+    arguments = [model, source, "hf", "--from", "ilm", "--to", "hf-llama", *options]
+    assert main(["convert", *arguments]) == 0
+    config = json.loads(Path("hf/config.json").read_text())
+    return [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_a_written_config_names_the_tokens_of_the_data(
+    run_folder: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, options, expected = TOKENS[case]
+    write_run(kind)
+    save_file(load_model("run.toml").to_empty(device="cpu").state_dict(), "a.safetensors")
+    assert to_llama("run.toml", "a.safetensors", *options) == expected
+    assert ("config.json names no tokens" in capsys.readouterr().err) == (case == "not known")
+
+
+def test_a_checkpoint_knows_its_tokens_and_its_model(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run("pydoc")
+    assert main(["train", "--config", "run.toml"]) == 0
+    write_run("random")
+    assert to_llama("run.toml", "ckpt/step-00000001") == BYTES
+    write_run("random", rope_base="5.0")
+    arguments = ["run.toml", "ckpt/step-00000001", "new", "--from", "ilm", "--to", "hf-llama"]
+    assert main(["convert", *arguments]) == 1
+    refusal = "is of another model (its value -> this one's): model.rope_base: 1e+06 -> 5; give"
+    assert refusal in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--end-of-document", "</s>"), "go with a --tokenizer"),
+        (("--tokenizer", "bytes", "--begin-of-document", "<s>"), "needs a --tokenizer file"),
+        (("--tokenizer", "nothing.json"), "expected a file at nothing.json"),
+        (("--tokenizer", "bytes", "--to", "ilm", "--dtype", "bfloat16"), "--tokenizer is for the"),
+    ],
+    ids=["end", "begin", "file", "target"],
+)
+def test_options_of_tokens_without_effect_are_refused(
+    run_folder: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["internlm2_tiny", "a.safetensors", "hf", "--from", "ilm", "--to", "hf-llama"]
+    assert main(["convert", *arguments, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(weights(), run_folder / "a.safetensors")
+    (run_folder / "small.py").write_text(
+        "from ilm_compile import models\n"
+        "def build(): return models.internlm2_tiny(num_layers=2, vocab_size=64, max_seq_len=16)\n"
+    )
+    arguments = ["small:build", "a.safetensors", "hf", "--from", "ilm", "--to", "hf-llama"]
+    assert main(["convert", *arguments, "--tokenizer", "bytes"]) == 1
+    assert "the tokenizer has a token 256, the model only 64" in capsys.readouterr().err
