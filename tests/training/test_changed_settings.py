@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import ilm_compile
+from ilm_compile import train
 from ilm_compile.config import Config
 from ilm_compile.runtime.checkpoint import CheckpointError
 from tests.support.world import World
@@ -131,3 +134,19 @@ def test_the_optimizer_and_its_schedules_are_those_of_the_config(
     assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx([7.5e-4, 1e-3])
     assert seen == [{"weight_decay": 0.5, "betas": (0.5, 0.7), "eps": 1e-4}] * 2
     assert len(losses(tmp_path)) == 2
+
+
+def test_a_run_that_is_started_again_takes_the_config_it_is_given_now(
+    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its own newest checkpoint, not from ckpt.load_path."""
+    shutil.copytree(saved.parents[1], tmp_path / "tiny")
+    longer = {**SHORT, "train": {"total_steps": 4}}
+    with pytest.raises(CheckpointError, match=r"model.rope_base: 1e\+06 -> 10000"):
+        train_on(0, tiny(tmp_path, **longer, model={"rope_base": 1e4}))
+    kept = tomllib.loads((tmp_path / "tiny" / "config.toml").read_text())
+    assert (kept["model"]["rope_base"], kept["train"]["total_steps"]) == (1e6, 2)
+    trainer = train(tiny(tmp_path, "optimizer.weight_decay=0.5", **longer))
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+    told = capsys.readouterr().out
+    assert "changed: optimizer.weight_decay: 0.1 -> 0.5\n" in told
