@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ilm_compile.cli.convert_tokens import add_token_arguments, find_tokens
 from ilm_compile.cli.model import add_model_argument, load_model
 from ilm_compile.convert import FORMATS, open_weights, to_format, write_weights
 from ilm_compile.convert.formats import check_formats
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_SHARD_BYTES / 1e9,
         help="largest file of a folder, in 10^9 bytes (%(default)g)",
     )
+    add_token_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,8 +50,17 @@ def run(options: argparse.Namespace) -> None:
         raise IlmCompileError(
             f"convert: --from and --to are both {options.source}, so there is nothing to do"
         )
+    pieces = (options.begin_of_document, options.end_of_document)
+    if (options.tokenizer and options.target != "hf-llama") or (
+        any(pieces) and not options.tokenizer
+    ):
+        raise IlmCompileError(
+            "convert: --tokenizer is for the config.json of --to hf-llama, --begin-of-document and "
+            "--end-of-document go with a --tokenizer; leave out what would have no effect"
+        )
     if not options.shard_gb > 0:
         raise IlmCompileError(f"convert: --shard-gb must be above 0, got {options.shard_gb}")
+    tokens = find_tokens(options) if options.target == "hf-llama" else None
     model = load_model(options.model)
     check_formats(model, options.source, options.target)
     source = open_weights(model, options.input, options.source)
@@ -59,6 +70,6 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         dtype=dtype,
         shard_bytes=int(options.shard_gb * 1e9),
-        extra=hf_llama_config(model, dtype) if options.target == "hf-llama" else None,
+        extra=None if tokens is None else hf_llama_config(model, dtype, tokens),
     )
     print(f"wrote {number} tensors to {options.output}")

@@ -93,6 +93,10 @@ def _checkpoints(config: Config) -> Iterator[Fault]:
             "ckpt.load_content",
             f"load_format={ckpt.load_format!r} holds the weights alone; write ['model']",
         )
+    known = ["model.type", *(f"model.{name}" for name in config.model.fields)]
+    for key in ckpt.allow_change:
+        if key not in known:
+            yield "ckpt.allow_change", f"{key!r} is no key of the model; it has {', '.join(known)}"
     if not ckpt.load_content:
         yield "ckpt.load_content", "expected at least one of what a checkpoint has"
 

@@ -154,6 +154,9 @@ class CkptOptions:
         "of load_path: a checkpoint, or weights alone in one of the formats of convert",
         choices=(CHECKPOINT, *WEIGHT_FORMATS),
     )
+    allow_change: tuple[str, ...] = option(
+        (), "keys of the model, 'model.rope_base', that may differ from those of the weights"
+    )
     stop_file: str | None = option(None, "'+N' in it saves at step N and ends, '-N' goes on")
 
 

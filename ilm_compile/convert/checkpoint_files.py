@@ -25,6 +25,7 @@ class CheckpointFiles:
         for file_name in manifest.files:
             check_file(storage, name, manifest, file_name)
         self._reader = SliceReader(storage, name, manifest)
+        self.config = manifest.config  # that it was made with
 
     @staticmethod
     def is_at(path: Path) -> bool:

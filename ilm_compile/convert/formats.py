@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ilm_compile.convert.checkpoint_files import CheckpointFiles
+from ilm_compile.convert.hf_files import open_hf, read_config, with_head
 from ilm_compile.convert.internlm_files import InternLMFiles
 from ilm_compile.convert.rewrite import Joined, Split, check_shapes
 from ilm_compile.convert.safetensors_files import SafetensorsFiles
-from ilm_compile.convert.source import Source, Spec
+from ilm_compile.convert.settings import check_hf_config, check_saved_config
+from ilm_compile.convert.source import Aliased, Source
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import InternLM, InternLM2
 from ilm_compile.models.hf_rules import Rule, hf_internlm2_rules, hf_llama_rules
-from ilm_compile.runtime.checkpoint.boxes import Box
 
 Rules = Callable[[nn.Module], list[Rule]]
 
@@ -25,39 +26,31 @@ Rules = Callable[[nn.Module], list[Rule]]
 class Format:
     """open: the files at a path, in the format's names. rules: from those to the model's names.
 
-    Without rules the names are the model's. choose: the rules of a format of several kinds.
+    Without rules the names are the model's. choose: the rules of a format of several kinds. open
+    raises where settings beside the weights are of another model, other than in the keys given.
     """
 
-    open: Callable[[nn.Module, Path], Source]
+    open: Callable[[nn.Module, Path, Collection[str]], Source]
     rules: Rules | None = None
     choose: Callable[[Source], Rules] | None = None
     is_written: bool = True
 
 
-class Aliased:
-    """A source with second names for some of its tensors, as a model with tied weights has."""
-
-    def __init__(self, source: Source, aliases: Mapping[str, str]) -> None:
-        self.where = source.where
-        self._source = source
-        self._aliases = aliases
-
-    def specs(self) -> Mapping[str, Spec]:
-        specs = dict(self._source.specs())
-        return specs | {a: specs[name] for a, name in self._aliases.items() if name in specs}
-
-    def read(self, name: str, box: Box) -> Tensor:
-        return self._source.read(self._aliases.get(name, name), box)
-
-
-def open_weights(model: nn.Module, path: str | Path, format_name: str) -> Source:
+def open_weights(
+    model: nn.Module,
+    path: str | Path,
+    format_name: str,
+    *,
+    allow_change: Collection[str] = (),
+) -> Source:
     """The weights at `path` under the names and in the layout of `model`, nothing read yet.
 
     format_name: of `FORMATS`. `model` may be on the meta device. Raises `IlmCompileError` if they
-    are not the weights of such a model.
+    are not the weights of such a model, by their shapes and by the config beside them, of which the
+    keys in `allow_change`, such as "model.rope_base", may differ.
     """
     form = _format(format_name)
-    source = form.open(model, Path(str(path).removeprefix("local:")))
+    source = form.open(model, Path(str(path).removeprefix("local:")), allow_change)
     rules = form.rules if form.choose is None else form.choose(source)
     if rules is not None:
         return Joined(source, rules(model))
@@ -89,11 +82,14 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _open_safetensors(model: nn.Module, path: Path) -> Source:
-    return SafetensorsFiles(path)
+def _open_hf(model: nn.Module, path: Path, allow_change: Collection[str]) -> Source:
+    config = read_config(path)
+    if config is not None and isinstance(model, InternLM | InternLM2):
+        check_hf_config(model, config, str(path), allow_change)
+    return with_head(open_hf(path), config)
 
 
-def _open_own(model: nn.Module, path: Path) -> Source:
+def _open_own(model: nn.Module, path: Path, allow_change: Collection[str]) -> Source:
     if not CheckpointFiles.is_at(path):
         return SafetensorsFiles(path)
     first: dict[int, str] = {}
@@ -101,10 +97,12 @@ def _open_own(model: nn.Module, path: Path) -> Source:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:
             aliases[name] = first[id(parameter)]
-    return Aliased(CheckpointFiles(path), aliases)
+    files = CheckpointFiles(path)
+    check_saved_config(model, files.config, str(path), allow_change)
+    return Aliased(files, aliases)
 
 
-def _open_internlm(model: nn.Module, path: Path) -> Source:
+def _open_internlm(model: nn.Module, path: Path, _: Collection[str]) -> Source:
     return InternLMFiles(path, {name: tuple(p.shape) for name, p in model.named_parameters()})
 
 
@@ -132,8 +130,8 @@ def _hub_rules(model: nn.Module) -> list[Rule]:
 
 FORMATS: dict[str, Format] = {
     "ilm": Format(_open_own),
-    "hf": Format(_open_safetensors, choose=_which_hf, is_written=False),
-    "hf-llama": Format(_open_safetensors, rules=_llama_rules),
-    "hf-internlm2": Format(_open_safetensors, rules=_hub_rules),
+    "hf": Format(_open_hf, choose=_which_hf, is_written=False),
+    "hf-llama": Format(_open_hf, rules=_llama_rules),
+    "hf-internlm2": Format(_open_hf, rules=_hub_rules),
     "internlm": Format(_open_internlm, is_written=False),
 }

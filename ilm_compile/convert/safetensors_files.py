@@ -53,15 +53,18 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if (path / INDEX).exists():
-        return _indexed(path)
+        return indexed_files(path, INDEX)
     files = sorted(path.glob(f"*{SUFFIX}"))
     if not files:
-        raise IlmCompileError(f"expected *{SUFFIX} files in {path}, found none")
+        raise IlmCompileError(
+            f"expected *{SUFFIX} files in {path}, found none, nor pytorch_model*.bin"
+        )
     return files
 
 
-def _indexed(folder: Path) -> list[Path]:
-    index = folder / INDEX
+def indexed_files(folder: Path, name: str) -> list[Path]:
+    """The files that Hugging Face's index `name` in `folder` lists."""
+    index = folder / name
     if index.stat().st_size > MAX_INDEX_BYTES:
         raise IlmCompileError(f"{index}: expected at most {MAX_INDEX_BYTES} bytes")
     names = load_json(index.read_bytes(), str(index)).get("weight_map")

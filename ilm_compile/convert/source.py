@@ -32,6 +32,22 @@ class Source(Protocol):
         """A part of one, on the CPU and of its own memory."""
 
 
+class Aliased:
+    """A source with second names for some of its tensors, as a model with tied weights has."""
+
+    def __init__(self, source: Source, aliases: Mapping[str, str]) -> None:
+        self.where = source.where
+        self._source = source
+        self._aliases = aliases
+
+    def specs(self) -> Mapping[str, Spec]:
+        specs = dict(self._source.specs())
+        return specs | {a: specs[name] for a, name in self._aliases.items() if name in specs}
+
+    def read(self, name: str, box: Box) -> Tensor:
+        return self._source.read(self._aliases.get(name, name), box)
+
+
 def read_whole(source: Source, name: str) -> Tensor:
     """All of a tensor."""
     return source.read(name, whole(source.specs()[name].shape))

@@ -252,20 +252,25 @@ class Parallel:
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer, whole, on the CPU of rank 0; empty elsewhere.
 
-        Collective. Names (aliases of tied tensors included) and layout are the user's.
+        Collective. Names (aliases of tied tensors included) and layout are the user's. Each tensor
+        has memory of its own, so that safetensors' `save_file` takes them.
         """
         full = to_model(self._maps, self._gather(self._saved(), gradients=False))
         if not full:
             return {}
         saved = self.saved_variables().values()
-        return {alias: full[v.name] for v in saved for alias in (v.name, *v.aliases)}
+        named = {alias: full[v.name] for v in saved for alias in (v.name, *v.aliases)}
+        return state.each_of_its_own(named)
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """Every gradient, whole, on the CPU of rank 0; empty elsewhere. Collective."""
+        """Every gradient, whole, on the CPU of rank 0; empty elsewhere. Collective.
+
+        Each has memory of its own.
+        """
         trained = [v for v in self._variables.values() if v.is_parameter]
         names = state.names_with_gradient(self._parameters, trained, self.mesh)
         gradients = self._gather([v for v in trained if v.name in names], gradients=True)
-        return gradients_to_model(self._maps, gradients)
+        return state.each_of_its_own(gradients_to_model(self._maps, gradients))
 
     def load_state_dict(self, full: Mapping[str, Tensor]) -> None:
         """Load what `full_state_dict` gives. Collective; only rank 0's argument counts.

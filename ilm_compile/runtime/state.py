@@ -41,6 +41,19 @@ def gather_full(
     return gathered
 
 
+def each_of_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where one is a part of other memory or shares it with an earlier one."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            value = value.clone(memory_format=torch.contiguous_format)
+        seen.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
+
+
 def _to_first(full: Tensor | None, variable: Variable, source: int, mesh: Mesh) -> Tensor | None:
     """Move a tensor from pipeline rank `source` to pipeline rank 0, once per job."""
     if mesh.dp.rank != 0 or mesh.tp.rank != 0:

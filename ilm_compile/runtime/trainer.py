@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ from ilm_compile.runtime.hooks import Hook, Hooks
 from ilm_compile.runtime.metrics import StepMetrics
 from ilm_compile.runtime.optimizer import Beta2Scheduler, LossScaler, adamw
 from ilm_compile.runtime.parallel import Parallel, Result
+
+SCALER = "scaler"
 
 
 class Trainer:
@@ -211,8 +214,11 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; its optimizer is loaded before, by its own method.
 
-        Raises `IlmCompileError` if `state` has a schedule or a loss scale that this trainer has
-        not, or the other way round, before anything is changed.
+        Of the schedules of this package the steps are loaded, what they do at each is this
+        trainer's; torch's own load the rates too, which is warned of where they differ. A loss
+        scale that only one of both has starts anew or is left out, with a warning. Raises
+        `IlmCompileError` if `state` has a schedule that this trainer has not, or the other way
+        round, before anything is changed.
         """
         parts = self._parts()
         if missing := sorted(set(self.state_dict()) - set(state)):
@@ -222,14 +228,23 @@ class Trainer:
             )
         for name, part in parts.items():
             if (part is None) != (state[name] is None):
+                if name == SCALER:
+                    self._warn("the loss scale " + ("starts anew" if part else "is left out"))
+                    continue
                 has, lacks = ("trainer", "state") if part is not None else ("state", "trainer")
                 raise IlmCompileError(
                     f"Trainer.load_state_dict: the {has} has {name} and the {lacks} has none; "
                     "resume with the settings of the run that was saved"
                 )
         for name, part in parts.items():
-            if part is not None:
+            if part is not None and state[name] is not None:
+                own = getattr(part, "base_lrs", None)
                 part.load_state_dict(state[name])
+                if own != (saved := getattr(part, "base_lrs", None)):
+                    self._warn(
+                        f"{name} goes on with the rates it was saved with, {saved}: {own} "
+                        "have no effect"
+                    )
         if self.lr_scheduler is not None:
             rates = self.lr_scheduler.get_last_lr()
             for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
@@ -244,8 +259,12 @@ class Trainer:
         return {
             "lr_scheduler": self.lr_scheduler,
             "beta2_scheduler": self.beta2_scheduler,
-            "scaler": self.scaler,
+            SCALER: self.scaler,
         }
+
+    def _warn(self, message: str) -> None:
+        if self.parallel.mesh.rank == 0:
+            warnings.warn(f"Trainer.load_state_dict: {message}", stacklevel=3)
 
     def _run(self, batches: Iterable[Batch], hooks: Hooks, history: list[StepMetrics]) -> None:
         for batch in batches:

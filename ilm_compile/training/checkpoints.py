@@ -7,8 +7,10 @@ from ilm_compile.config.schema import CHECKPOINT
 from ilm_compile.convert import load_weights
 from ilm_compile.runtime import Trainer
 from ilm_compile.runtime.checkpoint import CheckpointManager
+from ilm_compile.runtime.checkpoint.training_state import ALL
 from ilm_compile.training.data import TrainBatches
 from ilm_compile.training.model import build_model
+from ilm_compile.training.settings import Settings
 
 CHECKPOINT_FOLDER = "checkpoints"
 TRAINER, SAMPLER = "trainer", "sampler"
@@ -38,30 +40,36 @@ def initialize_checkpoints(
     )
 
 
-def start_from(config: Config, manager: CheckpointManager, trainer: Trainer) -> str:
-    """Put the run where it goes on; returns what was loaded, for people. Collective.
+def start_from(config: Config, manager: CheckpointManager, trainer: Trainer) -> list[str]:
+    """Put the run where it goes on; returns what was done, for people, in lines. Collective.
 
-    The newest complete checkpoint of the run itself comes first; ckpt.load_path is for a run that
-    has none yet.
+    The newest sound checkpoint of the run itself comes first; ckpt.load_path is for a run that
+    has none yet. The first line says what was loaded, one more each setting that has changed since.
+    Raises `CheckpointError` if the model has, other than in `ckpt.allow_change`.
     """
     options = config.ckpt
     if options.enabled and options.auto_resume:
-        step = manager.resume()
+        settings = Settings(config, trainer, content=(ALL,))
+        step = manager.resume(settings="own", accept=settings.accept)
         if step is not None:
-            return f"resumed after step {step} from {checkpoint_folder(config)}"
+            return [f"resumed after step {step} from {checkpoint_folder(config)}", *settings.told]
     if options.load_path is None:
-        return f"a new run from seed {config.train.seed}"
-    _load(config, manager, trainer)
-    return f"started from {options.load_path}"
+        return [f"a new run from seed {config.train.seed}"]
+    return [f"started from {options.load_path}", *_load(config, manager, trainer)]
 
 
-def _load(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
+def _load(config: Config, manager: CheckpointManager, trainer: Trainer) -> list[str]:
     options = config.ckpt
     path = local_path(options.load_path or "")
     if options.load_format == CHECKPOINT:
-        manager.load(path, options.load_content)
-    else:
-        load_weights(trainer.parallel, build_model(config), path, options.load_format)
+        settings = Settings(config, trainer, content=options.load_content)
+        manager.load(path, options.load_content, settings="own", accept=settings.accept)
+        return settings.told
+    allowed = options.allow_change
+    load_weights(
+        trainer.parallel, build_model(config), path, options.load_format, allow_change=allowed
+    )
+    return []
 
 
 def local_path(path: str) -> str:

@@ -183,7 +183,10 @@ def _disk(start: Start, folder: Path) -> Iterator[str]:
 
 
 def _earlier_run(start: Start, checkpoints: Path | None) -> Iterator[str]:
-    """Two runs must not write into one folder, unless the second goes on with the first."""
+    """Two runs must not write into one folder, unless the second goes on with the first.
+
+    Whether there is a checkpoint that it can go on with is found out when it is read.
+    """
     config = start.config
     is_resumed = config.ckpt.enabled and config.ckpt.auto_resume
     has_checkpoint = checkpoints is None or any(checkpoints.glob("step-*"))
@@ -191,6 +194,17 @@ def _earlier_run(start: Start, checkpoints: Path | None) -> Iterator[str]:
         yield (
             f"{config.run_folder} holds an earlier run and there is no checkpoint to go on from; "
             "choose another job_name, or remove it"
+        )
+    is_own = (
+        checkpoints is not None
+        and config.ckpt.load_path is not None
+        and (Path(local_path(config.ckpt.load_path)).absolute().parent == checkpoints.absolute())
+    )
+    if config.ckpt.enabled and checkpoints and has_checkpoint and not (is_resumed or is_own):
+        yield (
+            f"ckpt.folder: {checkpoints} holds the checkpoints of an earlier run, and with "
+            "ckpt.auto_resume=false this one does not go on from them; move them away, or choose "
+            "another folder"
         )
 
 

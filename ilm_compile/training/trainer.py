@@ -79,15 +79,16 @@ def _train(config: Config, batches: TrainBatches, validation: Mapping[str, Batch
         hooks=make_hooks(config, parallel, validation),
     )
     is_first = parallel.mesh.rank == 0
-    if is_first:
-        config.save(config.run_folder / CONFIG_FILE)
     if config.ckpt.enabled or config.ckpt.load_path is not None:
         manager = initialize_checkpoints(config, trainer, batches)
-        said = start_from(config, manager, trainer)
+        started, *changed = start_from(config, manager, trainer)
         if config.ckpt.enabled:
             trainer.hooks.append(manager)
-        if is_first and config.logging.console:
-            print(said, flush=True)
+        if is_first:
+            told = [started, *changed] if config.logging.console else changed
+            print("".join(f"{line}\n" for line in told), end="", flush=True)
+    if is_first:  # only now: a start that is refused leaves the config of the run as it was
+        config.save(config.run_folder / CONFIG_FILE)
     left = config.train.total_steps - trainer.num_steps
     if left > 0:
         trainer.fit(batches, left, progress=False)

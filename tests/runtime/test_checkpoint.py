@@ -78,6 +78,17 @@ def test_what_is_superseded(
     assert superseded(steps, keep_last=keep_last, keep_every=keep_every) == gone
 
 
+def test_only_sound_ones_count_and_no_more_are_asked_of_than_must() -> None:
+    asked = []
+
+    def is_sound(step: int) -> bool:
+        asked.append(step)
+        return step % 2 == 0
+
+    gone = superseded(range(1, 8), keep_last=2, keep_every=0, is_sound=is_sound)
+    assert (gone, asked) == ([1, 2, 3], [7, 6, 5, 4])
+
+
 def test_random_numbers_go_on_where_they_were(place: str) -> None:
     job = Job(place)
     torch.manual_seed(5)

@@ -12,6 +12,7 @@ import torch
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import Trainer
 from ilm_compile.runtime.checkpoint import CheckpointError, CheckpointManager
+from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.checkpoint.storage import LocalStorage
 from tests.runtime.handmade import make_batch, make_model, make_parallel
 from tests.support.checkpoint_job import Counter, Job, same
@@ -29,6 +30,38 @@ def test_only_the_weights_if_asked(tmp_path: Path) -> None:
     assert two.counter.value == 0
     assert not two.optimizer.state
     assert two.optimizer.param_groups[0]["lr"] == 0.7
+
+
+@pytest.mark.parametrize(("settings", "lr"), [("saved", 0.1), ("own", 0.7)])
+def test_the_numbers_of_the_optimizer_are_the_saved_ones_or_its_own(
+    tmp_path: Path, settings: Any, lr: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    one = Job(tmp_path)
+    one.step()
+    one.manager.save(5, wait=True)
+    two = Job(tmp_path, seed=4, lr=0.7)
+    assert two.manager.resume(settings=settings) == 5
+    assert two.optimizer.param_groups[0]["lr"] == lr
+    assert len(two.optimizer.state) == len(one.optimizer.state)
+    told = [str(warning.message) for warning in recwarn]
+    assert [("lr 0.1 -> 0.7; to go on" in text) for text in told] == [True] * (settings == "saved")
+
+
+@pytest.mark.parametrize("call", ["load", "resume"])
+def test_a_checkpoint_that_is_not_accepted_changes_nothing(tmp_path: Path, call: str) -> None:
+    one = Job(tmp_path, config={"base": 1})
+    one.step()
+    one.manager.save(5, wait=True)
+    two = Job(tmp_path, seed=4)
+    before = two.weights()
+
+    def accept(manifest: Manifest) -> None:
+        raise CheckpointError(f"base={manifest.config['base']}")
+
+    with pytest.raises(CheckpointError, match="base=1"):
+        two.manager.load(5, accept=accept) if call == "load" else two.manager.resume(accept=accept)
+    assert same(two.weights(), before)
+    assert two.counter.value == 0
 
 
 @pytest.mark.parametrize("source", ["local:{}/step-00000005", "{}/step-00000005/"])

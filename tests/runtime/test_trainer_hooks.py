@@ -54,7 +54,8 @@ class Diary(Hook):
 
 
 def make_trainer(**keywords: Any) -> Trainer:
-    return Trainer(make_parallel(Plan(num_microbatches=2), make_model()), lr=1e-2, **keywords)
+    parallel = make_parallel(Plan(num_microbatches=2), make_model())
+    return Trainer(parallel, **{"lr": 1e-2, **keywords})
 
 
 def batches(first: int, last: int) -> list[dict[str, torch.Tensor]]:
@@ -189,8 +190,49 @@ def test_state_of_other_settings_is_refused_before_anything_changes() -> None:
     with pytest.raises(IlmCompileError, match="the trainer has lr_scheduler and the state has non"):
         trainer.load_state_dict({**make_trainer().state_dict(), "num_steps": 7})
     assert trainer.num_steps == 0
-    with pytest.raises(IlmCompileError, match="the state has scaler and the trainer has none"):
-        make_trainer().load_state_dict({**make_trainer().state_dict(), "scaler": {"scale": 2.0}})
+    state = {**make_trainer().state_dict(), "beta2_scheduler": {"num_steps": 2}}
+    with pytest.raises(IlmCompileError, match="the state has beta2_scheduler and the trainer has"):
+        make_trainer().load_state_dict(state)
+
+
+def test_a_loss_scale_of_one_side_starts_anew_or_is_left_out() -> None:
+    """As where a run goes on in another dtype."""
+    state = fitted(make_trainer(scaler=LossScaler(growth_interval=1)))
+    plain, scaled = make_trainer(), make_trainer(scaler=LossScaler(initial_scale=8.0))
+    with pytest.warns(UserWarning, match="the loss scale is left out"):
+        plain.load_state_dict(state)
+    with pytest.warns(UserWarning, match="the loss scale starts anew"):
+        scaled.load_state_dict(plain.state_dict())
+    assert (plain.num_steps, scaled.num_steps, scaled.loss_scale) == (2, 2, 8.0)
+
+
+def fitted(trainer: Trainer) -> dict[str, Any]:
+    fit(trainer, 2)
+    return trainer.state_dict()
+
+
+def test_a_schedule_goes_on_with_the_rates_and_lengths_that_it_has_now() -> None:
+    """Not with the old rate in the new shape: as if it had been so from the start."""
+
+    def scheduled(lr: float, total_steps: int) -> Trainer:
+        def rate(optimizer: torch.optim.Optimizer) -> LRScheduler:
+            return lr_schedule(optimizer, warmup_steps=1, total_steps=total_steps)
+
+        return make_trainer(lr=lr, lr_scheduler=rate)
+
+    resumed, never_stopped = scheduled(0.02, 20), scheduled(0.02, 20)
+    resumed.load_state_dict(fitted(scheduled(0.1, 8)))
+    expected = [metrics.lr for metrics in fit(never_stopped, 4)]
+    assert [metrics.lr for metrics in fit(resumed, 2)] == expected[2:]
+
+
+def test_a_schedule_of_torch_that_takes_its_own_rate_along_is_told() -> None:
+    def stepwise(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    state = fitted(make_trainer(lr=0.1, lr_scheduler=stepwise))
+    with pytest.warns(UserWarning, match=r"saved with, \[0.1, 0.1\]: \[0.02, 0.02\] have no"):
+        make_trainer(lr=0.02, lr_scheduler=stepwise).load_state_dict(state)
 
 
 def test_state_without_a_key_is_refused() -> None:

@@ -150,3 +150,16 @@ def test_a_run_never_adds_to_one_that_it_does_not_go_on_with(tmp_path: Path) -> 
     check_start(tiny(tmp_path))
     with pytest.raises(StartError, match="holds an earlier run"):
         check_start(tiny(tmp_path, ckpt={"auto_resume": False}))
+
+
+def test_a_run_told_not_to_resume_needs_a_folder_without_checkpoints(tmp_path: Path) -> None:
+    newest = tmp_path / "other" / "step-00000002"
+    newest.mkdir(parents=True)
+    ckpt = {"folder": str(tmp_path / "other"), "auto_resume": False}
+    with pytest.raises(
+        StartError, match=r"other holds the checkpoints of an earlier run, and with"
+    ):
+        check_start(tiny(tmp_path, ckpt=ckpt))
+    check_start(tiny(tmp_path, ckpt={**ckpt, "load_path": str(newest)}))
+    check_start(tiny(tmp_path, ckpt={**ckpt, "auto_resume": True}))
+    check_start(tiny(tmp_path, ckpt={**ckpt, "enabled": False}))

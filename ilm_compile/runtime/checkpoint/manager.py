@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,18 @@ from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.checkpoint.retention import step_name, step_of, superseded
 from ilm_compile.runtime.checkpoint.save import merge_parts, write_part
-from ilm_compile.runtime.checkpoint.slices import (
-    check_file,
-    has_manifest,
-    read_manifest,
-)
+from ilm_compile.runtime.checkpoint.slices import has_manifest, read_manifest
+from ilm_compile.runtime.checkpoint.sound import Soundness, check_files
 from ilm_compile.runtime.checkpoint.space import check_space, estimate
 from ilm_compile.runtime.checkpoint.stop_file import Order, StopFile
 from ilm_compile.runtime.checkpoint.storage import Storage, open_storage
-from ilm_compile.runtime.checkpoint.training_state import ALL, TrainingState
+from ilm_compile.runtime.checkpoint.training_state import (
+    ALL,
+    Loading,
+    Settings,
+    TrainingState,
+    anything,
+)
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.parallel import Parallel
@@ -56,9 +59,10 @@ class CheckpointManager(Hook):
     folder: a path, ``local:PATH`` or an fsspec URL (``s3://BUCKET/PATH``) that all ranks share; one
     job at a time. optimizer: over ``parallel.named_parameters()``. states: objects whose
     `state_dict` is plain JSON and the same on every rank, by a name that stays. config: plain JSON,
-    kept for people. every: steps between saves; 0 saves only where told. keep_last: so many newest
-    ones stay, and those of every `keep_every` steps for good (0: none). asynchronous: a thread
-    writes while training goes on; the next call raises its errors. stop_file: see `StopFile`.
+    for people and for `accept` of `load`. every: steps between saves; 0 saves only where told.
+    keep_last: so many newest sound ones stay, and those of every `keep_every` steps for good (0:
+    none). asynchronous: a thread writes while training goes on; the next call raises its errors.
+    stop_file: see `StopFile`.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class CheckpointManager(Hook):
         self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._stop_file = None if stop_file is None else StopFile(Path(stop_file))
+        self._soundness = Soundness(self._storage)
+        self._base: int | None = None  # the step of the folder's that this run goes on from
+        self._may_write = False
         self._nonce = ""  # of this run, the same on every rank, once prepared
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: tuple[Future[None], Manifest] | None = None
@@ -117,9 +124,11 @@ class CheckpointManager(Hook):
         """Save the state after `step` steps; returns before it is written unless `wait`.
 
         Waits for an earlier save first. The save is complete, and visible to `latest` and `resume`,
-        after a later call of any method that finds it written on all ranks.
+        after a later call of any method that finds it written on all ranks. Raises
+        `CheckpointError` if the folder holds checkpoints that this run does not go on from, and, at
+        the latest in that later call, if the state is not finite: then there is none of this step.
         """
-        self.prepare()
+        self._begin()
         self._advance(wait=True)
         working = self._storage.working_name(step_name(step), self._nonce)
         with together(self._mesh, f"checkpoint of step {step}"):
@@ -153,35 +162,61 @@ class CheckpointManager(Hook):
         return next(iter(self._candidates(complete=True)), None)
 
     @ACTIVITY.during("loading the newest checkpoint")
-    def resume(self, content: Iterable[str] = (ALL,)) -> int | None:
-        """Load the newest complete checkpoint; returns its step, or None if there is none.
+    def resume(
+        self,
+        content: Iterable[str] = (ALL,),
+        *,
+        settings: Settings = "saved",
+        accept: Callable[[Manifest], None] = anything,
+    ) -> int | None:
+        """Load the newest sound checkpoint; returns its step, or None if there is none at all.
 
-        A damaged or incomplete one is left out with a warning that names the file. Raises
-        `CheckpointError` for one that is whole but of another model or optimizer. content: as for
-        `load`.
+        A damaged or incomplete one, and one whose numbers are not finite, is left out with a
+        warning that names the file. Raises `CheckpointError` if none is left then, for a run must
+        not begin anew over them unasked, and for one that is whole but of another model or
+        optimizer. content, settings, accept: as for `load`.
         """
         self.prepare()
         self._advance(wait=True)
+        faults: list[str] = []
         for step in self._candidates():
             try:
                 manifest = self._verified(self._storage, step_name(step))
             except CheckpointError as error:
-                if self._mesh.rank == 0:
-                    warnings.warn(f"checkpoint of step {step} is left out: {error}", stacklevel=2)
+                self._soundness.note(step, False)
+                faults.append(f"checkpoint of step {step} is left out: {error}")
                 continue
-            self._state.restore(self._storage, step_name(step), manifest, set(content))
+            self._tell(f"{fault}; step {step} is the newest sound one" for fault in faults)
+            how = Loading(content, settings, accept)
+            self._state.restore(self._storage, step_name(step), manifest, how)
+            self._base = step
             return step
+        if faults:
+            raise CheckpointError(
+                f"{self._storage.url}: none of its checkpoints can be gone on from, and a new run "
+                f"does not begin over them: {'; '.join(faults)}; restore one, or, to begin anew, "
+                "move them away or choose another folder"
+            )
         return None
 
     @ACTIVITY.during("loading a checkpoint")
-    def load(self, source: int | str | Path, content: Iterable[str] = (ALL,)) -> int:
+    def load(
+        self,
+        source: int | str | Path,
+        content: Iterable[str] = (ALL,),
+        *,
+        settings: Settings = "saved",
+        accept: Callable[[Manifest], None] = anything,
+    ) -> int:
         """Load one checkpoint, no other in its stead; returns its step.
 
         source: a step of this manager's folder, or the path or URL of a checkpoint's folder.
         content: of "model", "optimizer", "random" and the names of `states`; "all" for all that
-        this manager has. Raises `CheckpointError` naming the file that is missing or damaged, or
-        what the checkpoint does not hold. The weights may be changed in part after an error in
-        reading.
+        this manager has. settings: whether the optimizer goes on with the learning rate, weight
+        decay and so on it was saved with, which is warned of where its own differ, or with its
+        own. accept: called with the manifest before anything is changed; raises to refuse. Raises
+        `CheckpointError` naming the file that is missing or damaged, or what the checkpoint does
+        not hold. The weights may be changed in part after an error in reading.
         """
         self.prepare()
         self._advance(wait=True)
@@ -191,7 +226,9 @@ class CheckpointManager(Hook):
             parent, _, name = str(source).rstrip("/").rpartition("/")
             storage = open_storage(parent or ".")
         manifest = self._verified(storage, name)
-        self._state.restore(storage, name, manifest, set(content))
+        self._state.restore(storage, name, manifest, Loading(content, settings, accept))
+        if storage.url == self._storage.url:
+            self._base = manifest.step
         return manifest.step
 
     def wait(self) -> None:
@@ -206,8 +243,8 @@ class CheckpointManager(Hook):
     # As a hook of Trainer.fit
 
     def on_start(self, trainer: Trainer) -> None:
-        """`prepare`."""
-        self.prepare()
+        """`prepare`, and find out whether saving is allowed, as `save` does."""
+        self._begin()
 
     def on_step_start(self, trainer: Trainer, step: int) -> None:
         """Read the stop file, so that a step that it ends at is known to be the last."""
@@ -259,7 +296,9 @@ class CheckpointManager(Hook):
         if problem := first_problem("" if error is None else describe_error(error), self._mesh):
             if self._mesh.rank == 0:
                 self._storage.remove(working)
-            raise CheckpointError(f"{task} was not written: {problem}") from error
+            newest = next(iter(self._candidates(complete=True)), None)
+            left = "there is none" if newest is None else f"the newest is that of step {newest}"
+            raise CheckpointError(f"{task} was not written: {problem}; {left}") from error
         with together(self._mesh, task):
             if self._mesh.rank == 0:
                 self._commit(working, manifest)
@@ -271,18 +310,42 @@ class CheckpointManager(Hook):
         except Exception:
             self._storage.remove(working)
             raise
+        self._soundness.note(manifest.step, True)
         self._thread.submit(self._delete_superseded)
 
     def _verified(self, storage: Storage, name: str) -> Manifest:
-        """The manifest of a checkpoint whose files are all there and unchanged.
+        """The manifest of a checkpoint whose files are all there, unchanged and finite.
 
-        Each rank hashes its share of the files, so that all are read once.
+        Each rank reads its share of the files.
         """
         with together(self._mesh, "load"):
             manifest = read_manifest(storage, name)
-            for file_name in list(manifest.files)[self._mesh.rank :: self._mesh.world_size]:
-                check_file(storage, name, manifest, file_name)
+            own = list(manifest.files)[self._mesh.rank :: self._mesh.world_size]
+            check_files(storage, name, manifest, own)
+        if storage.url == self._storage.url:
+            self._soundness.note(manifest.step, True)
         return manifest
+
+    def _begin(self) -> None:
+        """`prepare`, and refuse a folder that holds what this run does not go on from."""
+        self.prepare()
+        if self._may_write:
+            return
+        newest = -1 if self._base is None else self._base
+        others = [s for s in self._candidates() if s > newest and not self._soundness.is_known(s)]
+        if others:
+            where = "begins anew" if self._base is None else f"goes on from step {self._base}"
+            raise CheckpointError(
+                f"{self._storage.url} holds checkpoints of steps {others[:5]}, and this run "
+                f"{where}; go on from the newest (resume, ckpt.auto_resume), move them away, or "
+                "choose another folder"
+            )
+        self._may_write = True
+
+    def _tell(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            if self._mesh.rank == 0:
+                warnings.warn(message, stacklevel=2)
 
     def _candidates(self, *, complete: bool = False) -> list[int]:
         """The steps with a final name, newest first, as rank 0 sees them."""
@@ -301,7 +364,10 @@ class CheckpointManager(Hook):
 
     def _delete_superseded(self) -> None:
         for step in superseded(
-            self._steps(complete=True), keep_last=self._keep_last, keep_every=self._keep_every
+            self._steps(complete=True),
+            keep_last=self._keep_last,
+            keep_every=self._keep_every,
+            is_sound=self._soundness.is_sound,
         ):
             self._storage.remove(step_name(step))
 

@@ -21,6 +21,7 @@ from ilm_compile.runtime.checkpoint.slices import TensorReader
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.shard import Shard
 
+INITIAL = "initial_"
 ReadBox = Callable[[str, Box], Tensor]
 
 
@@ -109,8 +110,25 @@ def check_groups(manifest: Manifest, parallel: Parallel, optimizer: Optimizer, w
             )
 
 
-def restore_optimizer(reader: TensorReader, parallel: Parallel, optimizer: Optimizer) -> None:
-    """Replace the optimizer's state and the numbers of its param groups."""
+def changed_options(manifest: Manifest, optimizer: Optimizer) -> list[str]:
+    """The numbers of param groups that differ from the saved ones, as "lr 0.1 -> 0.01".
+
+    Without those that a schedule moves: it has left beside them what they began with, as torch's do
+    with "initial_lr".
+    """
+    found: dict[str, None] = {}
+    for own, saved in zip(group_options(optimizer), manifest.groups, strict=True):
+        for key, value in json.loads(json.dumps(own)).items():
+            is_moved = key.startswith(INITIAL) or INITIAL + key in own
+            if not is_moved and key in saved and saved[key] != value:
+                found[f"{key} {saved[key]} -> {value}"] = None
+    return list(found)
+
+
+def restore_optimizer(
+    reader: TensorReader, parallel: Parallel, optimizer: Optimizer, *, options: bool = True
+) -> None:
+    """Replace the optimizer's state and, with `options`, the numbers of its param groups."""
     keys: dict[str, list[str]] = {}  # of each parameter of the model
     for name in reader.manifest.tensors:
         if name.startswith("optimizer/"):
@@ -128,6 +146,8 @@ def restore_optimizer(reader: TensorReader, parallel: Parallel, optimizer: Optim
                     key: _state(key, shard, view, reader, parallel, on_device) for key in keys[name]
                 }
     for group, saved in zip(optimizer.param_groups, reader.manifest.groups, strict=True):
+        if not options:
+            break
         for key in group_options(optimizer)[0]:
             if key in saved:
                 _set_option(group, key, saved[key])

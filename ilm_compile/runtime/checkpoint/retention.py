@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ilm_compile.runtime.checkpoint.storage import STEP
 
@@ -18,14 +18,20 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def superseded(steps: Iterable[int], *, keep_last: int, keep_every: int) -> list[int]:
-    """Those of `steps` to delete: neither of the last `keep_last` nor multiples of `keep_every`.
+def superseded(
+    steps: Iterable[int],
+    *,
+    keep_last: int,
+    keep_every: int,
+    is_sound: Callable[[int], bool] = lambda step: True,
+) -> list[int]:
+    """Those of `steps` to delete: older than the last `keep_last` sound ones.
 
-    keep_every: 0 keeps none for good.
+    Multiples of `keep_every` stay for good; 0: none. is_sound is asked of the newest, one after the
+    other, until enough are.
     """
-    ordered = sorted(steps)
-    return [
-        step
-        for step in ordered[: max(0, len(ordered) - keep_last)]
-        if not keep_every or step % keep_every
-    ]
+    newest_first = sorted(steps, reverse=True)
+    num_kept = 0
+    while newest_first and num_kept < keep_last:
+        num_kept += is_sound(newest_first.pop(0))
+    return [step for step in reversed(newest_first) if not keep_every or step % keep_every]

@@ -22,6 +22,7 @@ from ilm_compile.runtime.checkpoint.manifest import (
     Slice,
     check_tiling,
 )
+from ilm_compile.runtime.checkpoint.sound import check_finite
 from ilm_compile.runtime.checkpoint.storage import Storage
 from ilm_compile.runtime.checkpoint.tensor_file import (
     DTYPE_NAMES,
@@ -63,8 +64,12 @@ def write_part(
 ) -> None:
     """Write this rank's tensors, in files of at most about 4 GiB, and its part file.
 
-    Raises `CheckpointError` if the folder that rank 0 has made is not there.
+    Raises `CheckpointError` if the folder that rank 0 has made is not there, or if a tensor is not
+    finite, before anything is written.
     """
+    trained = {name for names in groups for name in names}
+    for piece in (pieces := list(pieces)):
+        check_finite(piece.name, piece.value, trained, "this state")
     try:
         _write_part(storage, working, rank, pieces, groups)
     except FileNotFoundError as error:

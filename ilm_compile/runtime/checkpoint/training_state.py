@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
@@ -29,6 +30,20 @@ from ilm_compile.runtime.checkpoint.storage import Storage
 from ilm_compile.runtime.parallel import Parallel
 
 MODEL, OPTIMIZER, RANDOM, ALL = "model", "optimizer", "random", "all"
+Settings = Literal["saved", "own"]
+
+
+def anything(manifest: Manifest) -> None:
+    """Accept every checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What to load and how: see `CheckpointManager.load`."""
+
+    content: Iterable[str] = (ALL,)
+    settings: Settings = "saved"
+    accept: Callable[[Manifest], None] = anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,33 +91,52 @@ class TrainingState:
             parts=self.parts,
         )
 
-    def restore(self, storage: Storage, name: str, manifest: Manifest, content: set[str]) -> None:
-        """Load what `content` names. Collective; raises `CheckpointError` on all ranks alike.
+    def restore(self, storage: Storage, name: str, manifest: Manifest, how: Loading) -> None:
+        """Load what `how` says. Collective; raises `CheckpointError` on all ranks alike.
 
         Everything that can be known from the manifest is checked before anything is changed.
         """
         mesh, where = self.parallel.mesh, f"{storage.url}/{name}"
+        content = set(how.content)
         with together(mesh, "load"):
+            how.accept(manifest)
             wanted = self._wanted(manifest, content, where)
             if MODEL in wanted:
                 restore.check_model(manifest, self.parallel, where)
             if OPTIMIZER in wanted and self.optimizer is not None:
                 restore.check_groups(manifest, self.parallel, self.optimizer, where)
+                self._tell_options(manifest, how)
         with together(mesh, "load"), SliceReader(storage, name, manifest) as reader:
-            self.put_back(reader, wanted)
+            self.put_back(reader, wanted, options=how.settings == "saved")
 
-    def put_back(self, reader: TensorReader, parts: Collection[str]) -> None:
-        """Overwrite these parts by what `reader` gives, which was checked."""
+    def put_back(
+        self, reader: TensorReader, parts: Collection[str], *, options: bool = True
+    ) -> None:
+        """Overwrite these parts by what `reader` gives, which was checked.
+
+        options: the numbers of the optimizer's param groups too.
+        """
         if MODEL in parts:
             restore.restore_model(reader, self.parallel)
         if OPTIMIZER in parts and self.optimizer is not None:
-            restore.restore_optimizer(reader, self.parallel, self.optimizer)
+            restore.restore_optimizer(reader, self.parallel, self.optimizer, options=options)
         for key, holder in self.states.items():
             if key in parts:
                 holder.load_state_dict(reader.manifest.states[key])
         if RANDOM in parts:
             self.parallel.num_steps = reader.manifest.num_steps
             restore.restore_random(reader, self.parallel)
+
+    def _tell_options(self, manifest: Manifest, how: Loading) -> None:
+        assert self.optimizer is not None
+        changed = restore.changed_options(manifest, self.optimizer)
+        if changed and how.settings == "saved" and self.parallel.mesh.rank == 0:
+            warnings.warn(
+                f"checkpoint of step {manifest.step}: the optimizer goes on with the numbers it "
+                f"was saved with, not its own (saved -> own): {', '.join(changed)}; to go on with "
+                "its own, load with settings='own'",
+                stacklevel=4,
+            )
 
     def _wanted(self, manifest: Manifest, content: set[str], where: str) -> set[str]:
         own = set(self.parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,7 +27,8 @@ def lr_schedule(
     (1 + cos(pi * u)) / 2 with u going from 0 to 1 at total_steps, and min_ratio from there on. Call
     `.step()` after every optimizer step.
     Formula: Loshchilov and Hutter, "SGDR" (arXiv 1608.03983), equation 5, with one period.
-    Raises `IlmCompileError` unless the phases fit into total_steps.
+    Its state is the number of steps: a resumed run follows the rates and lengths that are given
+    here. Raises `IlmCompileError` unless the phases fit into total_steps.
     """
     start = init_steps + warmup_steps
     if not (0 <= init_steps and 0 <= warmup_steps and start < total_steps):
@@ -46,7 +48,22 @@ def lr_schedule(
         progress = min(1.0, (step - start) / (total_steps - start))
         return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
-    return LambdaLR(optimizer, ratio)
+    return _ByCount(optimizer, ratio)
+
+
+class _ByCount(LambdaLR):
+    """torch's keeps the rates it was made with, but not the function: a mixture when resumed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        ratios = [function(self.last_epoch) for function in self.lr_lambdas]
+        self._last_lr = [rate * ratio for rate, ratio in zip(self.base_lrs, ratios, strict=True)]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
 
 class Beta2Scheduler:
@@ -74,6 +91,8 @@ class Beta2Scheduler:
         self.init_beta2 = init_beta2
         self.c = c
         self.num_steps = 0
+        for group in optimizer.param_groups:
+            group.setdefault("initial_betas", group["betas"])  # as torch's do with "initial_lr"
         self._apply()
 
     @property
