@@ -94,6 +94,21 @@ def test_windows_run_over_the_ends_of_documents(folder: Path) -> None:
     assert rows["cu_seqlens"] == [[0, 6]] * 4
 
 
+@pytest.mark.parametrize(("rows", "ends"), [(1, [5, 11, 17]), (2, [11])])
+def test_windows_do_not_learn_ends_if_one_agrees_with_internlm(
+    folder: Path, rows: int, ends: list[int]
+) -> None:
+    """Neither what follows a document, nor what follows a pack of rows."""
+    options = {"packing": "window", "max_documents": 1, "rows_of_a_pack": rows}
+    found = everything(open_dataset(folder, **options, learn_ends=False))
+    stream = [token for document in CODE + EN for token in document]
+    expected = [*stream[1:], *[NONE] * 6]
+    for end in (2, 5, 9, 12, 18, *ends):
+        expected[end] = NONE
+    assert [label for row in found["labels"] for label in row] == expected
+    assert found["position_ids"] == [list(range(6))] * 4
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [

@@ -37,6 +37,8 @@ class TokenDataset:
     ids: the number of each type, for type_ids; None numbers the names in order.
     with_types: batches have type_ids.
     zero_is_target: False agrees with InternLM, which never learns token 0.
+    learn_ends: False takes from rows of "window" the targets that follow the end of a document, and
+    of the last of every `rows_of_a_pack` rows what follows its end, as InternLM does.
     padding: the token that fills rows up.
 
     A token stored with a minus sign is input, but no target (InternLM's tokenised SFT data).
@@ -58,6 +60,8 @@ class TokenDataset:
         ids: Mapping[str, int] | None = None,
         with_types: bool = False,
         zero_is_target: bool = True,
+        learn_ends: bool = True,
+        rows_of_a_pack: int = 1,
         padding: int = 0,
     ) -> None:
         if max_documents is None:
@@ -69,6 +73,7 @@ class TokenDataset:
         self.seq_len, self.max_documents, self.packing = seq_len, max_documents, packing
         self._padding = padding
         self._with_types, self._zero_is_target = with_types, zero_is_target
+        self._learn_ends, self._rows_of_a_pack = learn_ends, rows_of_a_pack
         limit = long_documents if packing == "whole" else "split"
         chosen = select(
             self.shards,
@@ -85,7 +90,8 @@ class TokenDataset:
         self.num_tokens = int(self._ends[-1])
         least = (min_length, dict(min_length_by_type or {}))
         packed = (packing, max_documents, limit, shuffle_seed)
-        self._options = (*packed, zero_is_target, padding, *least)
+        ends = () if learn_ends else ("no ends", rows_of_a_pack)
+        self._options = (*packed, zero_is_target, padding, *least, *ends)
         self._reader = DocumentReader(self.shards, vocab_size=vocab_size)
 
     @classmethod
@@ -132,18 +138,19 @@ class TokenDataset:
         last = int(self._ends.searchsorted(stop))
         borders = np.array([start, *self._ends[first:last], stop]) - start
         is_window = self.packing == "window"
-        goes_on = stop < (self.num_tokens if is_window else self._ends[last])
+        learns_ends = is_window and self._learn_ends
+        goes_on = stop < (self.num_tokens if learns_ends else self._ends[last])
         stream = self._stream(first, start, stop + goes_on)
         size = stop - start
         labels = np.full(self.seq_len, IGNORED_LABEL)
         following = stream[1:]
         is_target = following >= (0 if self._zero_is_target else 1)
         labels[: len(following)] = np.where(is_target, following, IGNORED_LABEL)
-        if is_window:
-            starts = np.zeros(1, np.int64)
-        else:
-            starts = borders[:-1]
+        starts = np.zeros(1, np.int64) if is_window else borders[:-1]
+        if not learns_ends:
             labels[self._ends[first:last] - start - 1] = IGNORED_LABEL
+            if is_window and (row + 1) % self._rows_of_a_pack == 0:
+                labels[size - 1] = IGNORED_LABEL
         columns = np.arange(self.seq_len)
         boundaries = np.full(self.max_documents + 1, self.seq_len, np.int32)
         boundaries[: len(starts)] = starts
