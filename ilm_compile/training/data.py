@@ -151,6 +151,8 @@ def _tokenized(config: Config, shards: list[TokenShard], only: str | None = None
         },
         shuffle_seed=_seed(config),
         zero_is_target=data.zero_is_target,
+        learn_ends=data.learn_ends,
+        rows_of_a_pack=data.micro_bsz,
     )
 
 
