@@ -17,14 +17,14 @@ from ilm_compile.config.table import Place, Table
 _TYPE = "INTERNLM"
 
 # Keys that they have too, under whatever name, with the value that leaving them out gives there.
-_LEFT_OUT: dict[str, Any] = {
+LEFT_OUT: dict[str, Any] = {
     "train.dtype": "float16",
     "train.max_grad_norm": 0.0,
     "lr_scheduler.warmup_ratio": 0.0,
     "lr_scheduler.eta_min": 0.0,
     "model.mlp_ratio": 4.0,
 }
-_OF_MODELS: dict[str, dict[str, Any]] = {
+OF_FAMILIES: dict[str, dict[str, Any]] = {
     "INTERNLM": {},
     "LLAMA": {"model.rope_base": 10000.0, "model.no_bias": False, "model.adapt_hf": False},
     "INTERNLM2": {"model.rope_base": 10000.0, "model.no_bias": False},
@@ -33,7 +33,7 @@ _FAMILY = {"INTERNLM": "INTERNLM", "LLAMA": "LLAMA", "LLAMA2": "LLAMA"} | dict.f
     ("INTERNLM2", "INTERNLM2_PUBLIC", "INTERNLM3"), "INTERNLM2"
 )
 # What they have no key for, since it is always so there.
-_ALWAYS: dict[str, Any] = {
+ALWAYS: dict[str, Any] = {
     "optimizer.decay_all": True,
     "lr_scheduler.hold_peak": True,
     "data.zero_is_target": False,
@@ -50,14 +50,14 @@ def fill_defaults(table: Table, place: Place) -> list[str]:
     told = [f"model_type={_TYPE!r}"] if _put(table, "model.type", _TYPE, place) else []
     named = table.find("model.type")
     family = _FAMILY.get(named[0]) if named is not None and isinstance(named[0], str) else None
-    for path, value in (_LEFT_OUT | _OF_MODELS.get(family or "", {})).items():
+    for path, value in (LEFT_OUT | OF_FAMILIES.get(family or "", {})).items():
         is_model = path.startswith("model.")
         if (family or not is_model) and _put(table, path, value, place):
             told.append(f"{path}={shown(value)}")
     heads = table.find("model.num_attention_heads")
     if family in ("LLAMA", "INTERNLM2") and heads is not None:
         _put(table, "model.num_kv_attention_heads", heads[0], place)
-    for path, value in _ALWAYS.items():
+    for path, value in ALWAYS.items():
         _put(table, path, value, place)
     if not told:
         return []
