@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import ilm_compile
@@ -25,7 +26,7 @@ ckpt = dict(
 )
 data = dict(
     seq_len=SEQ_LEN, micro_num=2, micro_bsz=2, valid_micro_num=4, valid_every=0,
-    pack_sample_into_one=False, total_steps=4, skip_batches="", min_length=0,
+    pack_sample_into_one={window}, total_steps=4, skip_batches="", min_length=0,
     train_folder={folder!r},
 )
 hybrid_zero_optimizer = dict(overlap_sync_grad=True, clip_grad_norm=1.0)
@@ -55,11 +56,11 @@ def file(tmp_path: Path) -> Path:
     return write(tmp_path, "rmsnorm")
 
 
-def write(folder: Path, norm: str) -> Path:
-    tokens = [[1 + (start * 7 + step * 3) % 63 for step in range(20)] for start in range(40)]
+def write(folder: Path, norm: str, *, window: bool = False) -> Path:
+    tokens = [[1 + (start * 7 + step * 3) % 63 for step in range(20)] for start in range(64)]
     write_shard(folder / "data" / "en" / "a.bin", tokens)
     path = folder / "small.py"
-    path.write_text(CONFIG.format(folder=str(folder / "data"), norm=norm))
+    path.write_text(CONFIG.format(folder=str(folder / "data"), norm=norm, window=window))
     return path
 
 
@@ -118,6 +119,28 @@ def test_the_page_trains_as_our_own_functions_do(file: Path) -> None:
 def test_norm_type_layernorm_trains(tmp_path: Path) -> None:
     losses = [loss.item() for loss, _, _ in the_page(write(tmp_path, "layernorm"))]
     assert losses[-1] < losses[0]
+
+
+def test_the_optimizer_of_a_config_of_theirs_is_theirs(file: Path) -> None:
+    internlm.initialize.launch_from_torch(file)
+    optimizer, _, schedule = internlm.train.initialize_optimizer(internlm.train.initialize_model())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01]
+    rates = []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    cosine = [1e-3 + 9e-3 * (1 + math.cos(math.pi * u / 3)) / 2 for u in (0, 1, 2)]
+    assert rates == pytest.approx([1e-2, *cosine])
+
+
+def test_windows_of_a_config_of_theirs_end_with_each_pack_and_document(tmp_path: Path) -> None:
+    internlm.initialize.launch_from_torch(write(tmp_path, "rmsnorm", window=True))
+    batches, _ = internlm.train.get_train_data_loader()
+    labels = torch.cat([next(batches)["labels"] for _ in range(20)])
+    rows = range(1, 81)
+    ends = [row for row in rows if row % 2 == 0 or row * 16 % 20 == 0]
+    assert int((labels[:, -1] == -100).sum()) == len(ends)
 
 
 def test_a_step_without_finite_gradients_is_no_success(file: Path) -> None:
