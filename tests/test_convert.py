@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from ilm_compile.convert import load_weights, open_weights
 from ilm_compile.convert.safetensors_files import INDEX
 from ilm_compile.convert.source import read_whole
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.models.packing import unpack_qkv
 from ilm_compile.runtime.checkpoint import CheckpointManager
 from tests.support.internlm_files import write_internlm_files
 from tests.support.models import randomize_
@@ -208,51 +206,6 @@ def test_old_names_of_the_embedding_and_stored_frequencies(tmp_path: Path) -> No
     torch.save(stored, tmp_path / "model_tp0_pp0.pt")
     source = open_weights(v1(), tmp_path, "internlm")
     assert_same({name: read_whole(source, name) for name in source.specs()}, original)
-
-
-def apart(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The fused matrices cut into wq, wk and wv, the rows of each head as they were."""
-    if isinstance(config, models.InternLM2Config):
-        config = replace(config, adapt_hf=True)
-    out = {}
-    for name, value in tensors.items():
-        fused = next((part for part in (".Wqkv.", ".wqkv.") if part in name), None)
-        if fused is None:
-            out[name] = value
-            continue
-        for part, piece in zip("qkv", unpack_qkv(config, value), strict=True):
-            out[name.replace(fused, f".w{part}.")] = piece.contiguous()
-    return out
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["v1", "v2", "alternating"])
-def test_q_k_and_v_in_matrices_of_their_own(tmp_path: Path, name: str, tp: int) -> None:
-    original, model = weights(name), MODELS[name]()
-    parts = apart(model.config, original)
-    assert len(parts) > len(original)
-    write_internlm_files(parts, tmp_path, num_layers=4, tp=tp)
-    source = open_weights(model, tmp_path, "internlm")
-    assert_same({n: read_whole(source, n) for n in source.specs()}, original)
-
-
-@pytest.mark.parametrize("names", ["model_tp{t}_wp{w}_pp{p}.pt", "model_wp{w}_pp{p}.pt"])
-@pytest.mark.parametrize("name", ["v1", "v2"])
-def test_files_of_weight_parallel_ranks(tmp_path: Path, name: str, names: str) -> None:
-    original = weights(name)
-    for rank in range(2):
-        state = {f"model.{n}": t.chunk(2)[rank] if t.ndim > 1 else t for n, t in original.items()}
-        state = {n: t.chunk(2)[rank] if n.endswith("qkv.bias") else t for n, t in state.items()}
-        torch.save(state, tmp_path / names.format(t=rank, w=rank, p=0))
-    source = open_weights(MODELS[name](), tmp_path, "internlm")
-    assert_same({n: read_whole(source, n) for n in source.specs()}, original)
-
-
-def test_files_of_two_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:
-    for name in ("model_tp0_pp0.pt", "model_wp0_pp0.pt"):
-        torch.save(weights("v2"), tmp_path / name)
-    with pytest.raises(IlmCompileError, match="files of one checkpoint"):
-        open_weights(v2(), tmp_path, "internlm")
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:

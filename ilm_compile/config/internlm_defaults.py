@@ -59,6 +59,7 @@ def fill_defaults(table: Table, place: Place) -> list[str]:
         _put(table, "model.num_kv_attention_heads", heads[0], place)
     for path, value in ALWAYS.items():
         _put(table, path, value, place)
+    _put(table, "data.one_row", _has_one_row(table), place)
     if not told:
         return []
     return [f"{place}: left out, so as InternEvo has it: {', '.join(told)}"]
@@ -66,19 +67,19 @@ def fill_defaults(table: Table, place: Place) -> list[str]:
 
 def differences(config: Config, place: Place) -> Iterator[str]:
     """What such a config still does otherwise here, a line each."""
-    data = config.data
     yield (
         f"{place}: the loss is the mean over all targets of a step; InternEvo takes the mean of "
         "its micro-batches' means, another one where they have more or fewer targets"
     )
-    if data.packing == "cut" and data.micro_bsz > 1 and data.type == "tokenized":
-        yield (
-            f"{place}: documents are cut at each of the {data.micro_bsz} rows of a micro-batch; "
-            f"InternEvo lays them into one row of {data.micro_bsz * data.seq_len} tokens and cuts "
-            f"those longer than {data.seq_len}"
-        )
     if not config.logging.tensorboard:
         yield f"{place}: no TensorBoard files; write enable_tb=True for them, as InternEvo has it"
+
+
+def _has_one_row(table: Table) -> bool:
+    """Whether their packing is on: of token files, unless pack_sample_into_one."""
+    packing, kind = table.find("data.packing"), table.find("data.type")
+    is_cut = packing is None or packing[0] == "cut"
+    return is_cut and (kind is None or kind[0] in ("tokenized", "random"))
 
 
 def _put(table: Table, path: str, value: Any, place: Place) -> bool:

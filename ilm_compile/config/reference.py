@@ -37,8 +37,9 @@ _LEFT_OUT = """
 ## What a `.py` file leaves out
 
 A `.py` file is a config of InternEvo, so a key that it leaves out has InternEvo's value, not the
-default above; `model.type` is INTERNLM, and there are as many key heads as query heads. `--set`
-goes over these too. docs/internevo.md says what is done otherwise all the same.
+default above; `model.type` is INTERNLM, there are as many key heads as query heads, and
+`data.one_row` is on where `data.packing` is cut. `--set` goes over these too. docs/internevo.md
+says what is done otherwise all the same.
 
 | key | value | of models |
 | --- | --- | --- |"""

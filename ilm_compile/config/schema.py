@@ -73,6 +73,11 @@ class DataOptions:
     packing: Literal["cut", "whole", "window"] = option(
         "cut", "cut: samples go on in the next row; whole: never; window: rows without boundaries"
     )
+    one_row: bool = option(
+        False,
+        "packing='cut': the rows of a micro-batch are one row, in which a document is cut after "
+        "seq_len tokens, as InternEvo does",
+    )
     long_documents: Literal["refuse", "split", "truncate"] = option(
         "refuse", "what packing='whole' does with a sample longer than a row"
     )
@@ -90,6 +95,16 @@ class DataOptions:
     seed: int | None = option(None, "of the order of the samples; train.seed if left out", low=0)
     num_worker: int = option(0, "processes that read batches ahead; 0: none", low=0)
     fixed_random_dataset_seqlen: bool = option(False, "random data of full rows")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch."""
+        return 1 if self.one_row else self.micro_bsz
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row."""
+        return self.seq_len * self.micro_bsz // self.rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

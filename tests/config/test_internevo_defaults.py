@@ -94,18 +94,23 @@ def test_a_toml_file_has_our_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "start", "is_told"),
+    ("data", "override", "one_row"),
     [
-        ("", "the loss is the mean over all targets", True),
-        (", micro_bsz=2", "InternEvo lays them into one row of 64 tokens", True),
-        (", micro_bsz=1", "InternEvo lays them", False),
-        (", micro_bsz=2, pack_sample_into_one=True", "InternEvo lays them", False),
+        (", micro_bsz=2", "", True),
+        (", micro_bsz=2", "data.one_row=false", False),
+        (", micro_bsz=2, pack_sample_into_one=True", "", False),
+        (", micro_bsz=2", "data.type=pydoc", False),
     ],
 )
-def test_what_is_done_otherwise_is_told(
-    tmp_path: Path, data: str, start: str, is_told: bool
+def test_documents_lie_in_one_row_of_a_micro_batch(
+    tmp_path: Path, data: str, override: str, one_row: bool
 ) -> None:
-    assert bool(line(theirs(tmp_path, data=data), start)) is is_told
+    config = theirs(tmp_path, *([override] if override else []), data=data)
+    assert (config.data.rows, config.data.row_tokens) == ((1, 64) if one_row else (2, 32))
+
+
+def test_the_mean_of_the_loss_is_told_of(tmp_path: Path) -> None:
+    assert line(theirs(tmp_path), "the loss is the mean over all targets")
 
 
 @pytest.mark.parametrize("top", ["", "enable_tb = True"])
