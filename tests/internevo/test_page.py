@@ -151,6 +151,7 @@ def test_a_step_without_finite_gradients_is_no_success(file: Path) -> None:
     batch = next(internlm.train.build_train_loader_with_data_type()[0])
     output, label, loss = trainer.execute_schedule(batch)
     assert output.shape == (4 * 16, 64)
+    assert int(batch["position_ids"].max()) == 15  # texts of 20 are cut after 16
     assert label.shape == (2, 32)  # one row of a micro-batch
     next(iter(dict(model.named_parameters()).values())).grad.fill_(math.nan)
     success, norms = trainer.step()
