@@ -9,12 +9,11 @@ A run that is started again goes on from its newest checkpoint, under any plan.
 
 import argparse
 import os
-import sys
 import time
 
-from ilm_compile.config import Config, ConfigError
+from ilm_compile.config import ConfigError
 from ilm_compile.training import StartError, config_from_arguments, train
-from ilm_compile.training.launch import read_place
+from ilm_compile.training.notices import tell_notices
 from ilm_compile.training.parser import add_arguments as add_arguments
 
 _TURN_S = 5.0  # the first rank of a node speaks first; the launcher then ends the others
@@ -24,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
     """Check, train, and say how it ended."""
     try:
         config = config_from_arguments(options)
-        _tell(config)
+        tell_notices(config)
         trainer = train(config)
     except (ConfigError, StartError):
         if not _is_first_of_node():
@@ -36,13 +35,6 @@ def run(options: argparse.Namespace) -> None:
             f"{how} after step {trainer.num_steps} of {config.train.total_steps}; see "
             f"{config.run_folder}"
         )
-
-
-def _tell(config: Config) -> None:
-    """The notices of the config, once for the job."""
-    if read_place().rank == 0:
-        for notice in config.notices:
-            print(f"ilm-compile: note: {notice}", file=sys.stderr)
 
 
 def _is_first_of_node() -> bool:

@@ -72,6 +72,8 @@ def _data(config: Config) -> Iterator[Fault]:
         yield "data.packing", f"data.type={data.type!r} is packed by 'cut'; prepare it as tokens"
     if data.packing == "window" and data.max_documents not in (None, 1):
         yield "data.max_documents", "rows of packing='window' hold one text; leave it out"
+    if data.one_row and (data.packing != "cut" or data.type not in ("tokenized", "random")):
+        yield "data.one_row", "is for token files with packing='cut'; leave it out"
     if any(length < 0 for length in data.min_length_dict.values()):
         yield "data.min_length_dict", "lengths must be 0 or more"
     vocab_size = config.model.fields.get("vocab_size", BYTE_VOCABULARY)

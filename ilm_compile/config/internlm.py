@@ -13,7 +13,7 @@ from typing import Any
 
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Table
-from ilm_compile.config.translate import Fate, Ignored, Only, Refusal, Spread, To
+from ilm_compile.config.translate import Fate, Ignored, NoEffect, Only, Refusal, Spread, To
 
 _NAMES_OF_DTYPES = {
     "torch.bfloat16": ("bfloat16", False),
@@ -24,7 +24,7 @@ _NAMES_OF_DTYPES = {
     "torch.tf32": ("float32", True),
 }
 _SEQUENCE_PARALLEL = {"mtp": False, "msp": True, "fsp": True}
-_SCHEDULES = {"1F1B": None}
+_SCHEDULES = {"1f1b": None}
 _FORMATS = {"internevo": "internlm", "internlm": "internlm", "normal": "internlm"}
 _HF_FORMATS = {"hf": "hf", "hf_llama": "hf-llama", "hf_internlm2": "hf-internlm2"}
 
@@ -40,29 +40,45 @@ def _choice(table: Mapping[str, Any], instead: str) -> Callable[[Any], Any]:
     return convert
 
 
+def _schedule(value: Any) -> Any:
+    """Their names of schedules are written in either case."""
+    instead = "write parallel.schedule, see schedules by name"
+    return _choice(_SCHEDULES, instead)(value.lower() if isinstance(value, str) else value)
+
+
 def _dtype(value: Any, config: Table) -> dict[str, Any]:
     dtype, tf32 = _choice(_NAMES_OF_DTYPES, f"write one of {', '.join(_NAMES_OF_DTYPES)}")(value)
     return {"train.dtype": dtype, **({"train.tf32": True} if tf32 else {})}
 
 
-def _of_internlm2(key: str, *harmless: Any) -> Spread:
-    """A key that InternLM 1 has too in their files, where only the harmless values mean nothing."""
+def _of_internlm2(key: str, *harmless: Any, opposite: bool = False) -> Spread:
+    """A key that InternLM 1 has too in their files, where only the harmless values mean nothing.
+
+    opposite: their True is our False.
+    """
 
     def spread(value: Any, config: Table) -> dict[str, Any]:
         named = config.find("model_type") or config.find("model.type")
-        if named is None or named[0] != "INTERNLM":
-            return {f"model.{key}": value}
+        if named is not None and named[0] != "INTERNLM":
+            return {f"model.{key}": not value if opposite else value}
         if value not in harmless:
             raise Refusal(f"{shown(value)} is for model_type = 'INTERNLM2'; leave it out")
         return {}
 
-    return Spread(spread, f"`model.{key}` of INTERNLM2")
+    told = f"not `model.{key}`" if opposite else f"`model.{key}`"
+    return Spread(spread, f"{told} of INTERNLM2", (f"model.{key}",))
 
 
 def _packing(value: Any, config: Table) -> dict[str, Any]:
     if not isinstance(value, bool):
         raise Refusal(f"expected True or False, got {shown(value)}; or write data.packing")
     return {"data.packing": "window" if value else "cut"}
+
+
+def _data_type(value: Any) -> Any:
+    if value in ("streaming", "hf", "megatron"):
+        raise Refusal(f"{shown(value)}: tokenize first with ilm-compile prepare-data; 'tokenized'")
+    return value
 
 
 def _zero1_fsdp(value: Any, config: Table) -> dict[str, Any]:
@@ -88,8 +104,22 @@ def _endless(value: Any) -> Any:
     return 0 if isinstance(value, float) and math.isinf(value) else value
 
 
+def _load_folder(value: Any, config: Table) -> dict[str, Any]:
+    """The older way to write load_ckpt_info, which wins where both are."""
+    newer = config.find("ckpt.load_ckpt_info")
+    if newer is not None and newer[0] is not None:
+        raise NoEffect("ckpt.load_ckpt_info says where the run starts from")
+    return _load_info(value, config)
+
+
 def _load_info(value: Any, config: Table) -> dict[str, Any]:
     """Where a run starts from: a path, or dict(path=, content=, ckpt_type=)."""
+    resume = config.find("ckpt.auto_resume")
+    if resume is None or resume[0] is not False:
+        raise NoEffect(
+            "as in InternEvo, a run with auto_resume, which is the default, starts from nothing "
+            "but its own checkpoints; write auto_resume=False to start from this one"
+        )
     if not isinstance(value, dict):
         return {"ckpt.load_path": _local(value)}
     unknown = set(value) - {"path", "content", "ckpt_type"}
@@ -123,6 +153,9 @@ def _feishu(value: Any, config: Table) -> dict[str, Any]:
     return {"monitor.webhook": value, "monitor.webhook_kind": "feishu"}
 
 
+_WEBHOOK = ("monitor.webhook", "monitor.webhook_kind")
+_START = ("ckpt.load_path", "ckpt.load_format")
+
 _TOP: dict[str, Fate] = {
     "JOB_NAME": To("job_name"),
     "DO_ALERT": Ignored("monitor.webhook switches alerts on", (True, False)),
@@ -135,25 +168,31 @@ _TOP: dict[str, Fate] = {
     "enable_tb": To("logging.tensorboard"),
     "tensorboard_folder": Ignored("they go to the run's folder, see logging.folder"),
     "resume_tb_folder": Ignored("a resumed run goes on in its own folder"),
+    "use_apex_adam": Ignored("torch's fused AdamW is used", (False,)),
+    "generation": Ignored("nothing is generated while training"),
     "tensorboard.queue_max_length": Ignored("files are written after every step"),
     "batch_count": Only((0,), "a checkpoint knows its step: write ckpt.load_path"),
-    "alert_address": Spread(_feishu, "`monitor.webhook` of kind feishu"),
+    "alert_address": Spread(_feishu, "`monitor.webhook` of kind feishu", _WEBHOOK),
     "moe": Ignored("there are no experts in this model"),
     "fp8": Only((False,), "train.dtype is float32 or a 16-bit type"),
-    "selective_checkpoint": Only((False,), "write parallel.checkpoint"),
-    "selective_checkpoint_offload": Only((False,), "write parallel.checkpoint"),
-    "cpu_offloading": Only((False,), "write parallel.zero = 3, parallel.checkpoint"),
+    "int8_training": Only((False,), "train.dtype is float32 or a 16-bit type"),
+    "int8_mode": Ignored("see int8_training"),
+    "selective_checkpoint": Ignored("to save memory write parallel.checkpoint", (False,)),
+    "selective_checkpoint_offload": Ignored("to save memory write parallel.checkpoint", (False,)),
+    "cpu_offloading": Ignored("to save memory write parallel.checkpoint", (False,)),
+    "hf": Only((), "call ilm_compile.parallelize on the Hugging Face model, see the README"),
+    "fsdp_wrap_cls": Ignored("blocks are found in the graph"),
 }
 
 _MODEL: dict[str, Fate] = {
     "num_chunks": To("parallel.num_chunks"),
     "checkpoint": To("parallel.checkpoint"),
-    "dtype": Spread(_dtype, "`train.dtype`; torch.tf32 sets `train.tf32`"),
+    "dtype": Spread(
+        _dtype, "`train.dtype`; torch.tf32 sets `train.tf32`", ("train.dtype", "train.tf32")
+    ),
     "embed_split_hidden": To("parallel.embed_split_hidden"),
-    "multiple_of": Only((256,), "the width of an MLP is a multiple of 256; leave it out"),
     "parallel_output": Ignored("logits stay sharded where that is cheaper", (True,)),
     "residual_in_fp32": Only((False,), "it could not be used in InternEvo either; leave it out"),
-    "norm_type": Only(("rmsnorm",), "for LayerNorm register a model of your own"),
     "deepnorm": Only((False,), "leave it out"),
     "drop_rate": Only((0,), "these models have no dropout; register a model of your own"),
     "attn_drop_rate": Only((0,), "these models have no dropout; register a model of your own"),
@@ -167,30 +206,36 @@ _MODEL: dict[str, Fate] = {
     "num_experts": Only((0, 1), "for mixtures of experts register a model of your own"),
     "moe_use_residual": Only((False,), "for mixtures of experts register a model of your own"),
     "moe_type": Ignored("there are no experts in this model"),
-    "qk_interleaved": To("model.adapt_hf", lambda value: not value),
+    "qk_interleaved": _of_internlm2("adapt_hf", True, False, opposite=True),
+    "mlp_layer_fusion": Ignored("it changes no number", (True, False)),
+    "enable_qkv_fusion": Ignored("files with either are read and give the same", (True, False)),
     "apply_post_layer_norm": _of_internlm2("apply_post_layer_norm", False),
     "no_bias": _of_internlm2("no_bias", False),
     "norm_head": _of_internlm2("norm_head", False),
     "adapt_hf": _of_internlm2("adapt_hf", True, False),
 }
 
+_SHARDED = "for sharded weights write parallel.zero = 3"
+
 _PARALLEL: dict[str, Fate] = {
     "zero1": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
     "zero1.size": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
-    "zero1.fsdp": Spread(_zero1_fsdp, "True sets `parallel.zero` = 3"),
+    "zero1.fsdp": Spread(_zero1_fsdp, "True sets `parallel.zero` = 3", ("parallel.zero",)),
+    "fsdp.enable": Spread(_zero1_fsdp, "True sets `parallel.zero` = 3", ("parallel.zero",)),
+    "fsdp.mode": Ignored("FSDP2 is used", ("v2",)),
+    "fsdp.init_method": Ignored("parameters are made where they stay"),
     "tensor.size": To("parallel.tensor"),
     "tensor.mode": To(
         "parallel.sequence_parallel",
         _choice(_SEQUENCE_PARALLEL, "write mtp, msp or fsp; for isp, parallel.zero = 3"),
+        ("parallel.zero",),
     ),
     "pipeline.size": To("parallel.pipeline"),
     "pipeline.interleaved_overlap": Ignored("sends always overlap with computing", (True,)),
-    "pipeline.mode": To(
-        "parallel.schedule", _choice(_SCHEDULES, "write parallel.schedule, see schedules by name")
-    ),
-    "pipeline.zero_bubble": Only((False,), "write parallel.schedule"),
-    "weight": Only((1,), "for sharded weights write parallel.zero = 3"),
-    "weight.size": Only((1,), "for sharded weights write parallel.zero = 3"),
+    "pipeline.mode": To("parallel.schedule", _schedule),
+    "pipeline.zero_bubble": Only((False,), "write parallel.schedule", ("parallel.schedule",)),
+    "weight": Only((1,), _SHARDED, ("parallel.zero",)),
+    "weight.size": Only((1,), _SHARDED, ("parallel.zero",)),
     "weight.overlap": Ignored("weights are not gathered by hand", (False, True)),
     "weight.memory_pool": Ignored("weights are not gathered by hand", (False, True)),
     "weight.launch_allgather_before": Ignored("weights are not gathered by hand"),
@@ -198,8 +243,8 @@ _PARALLEL: dict[str, Fate] = {
     "expert": Only((-1, 1), "for mixtures of experts register a model of your own"),
     "expert.size": Only((-1, 1), "for mixtures of experts register a model of your own"),
     "expert.no_tp": Ignored("there are no experts in this model", (False,)),
-    "expert_weight": Only((1,), "for sharded weights write parallel.zero = 3"),
-    "expert_weight.size": Only((1,), "for sharded weights write parallel.zero = 3"),
+    "expert_weight": Only((1,), _SHARDED, ("parallel.zero",)),
+    "expert_weight.size": Only((1,), _SHARDED, ("parallel.zero",)),
     "expert_weight.overlap": Ignored("there are no experts in this model", (False, True)),
     "expert_weight.memory_pool": Ignored("there are no experts in this model", (False, True)),
     "sequence_2D.enable": Only((False,), "write parallel.sequence_parallel"),
@@ -211,12 +256,15 @@ _PARALLEL: dict[str, Fate] = {
 }
 
 _DATA: dict[str, Fate] = {
+    "type": To("data.type", _data_type),
     "total_steps": To("train.total_steps"),
     "gradient_accumulation": To("data.micro_num"),
     "use_packed_dataset": Only((True,), "rows are always packed; leave it out"),
     "packed_length": Ignored("it is seq_len * micro_bsz"),
     "max_length_per_sample": Only((), "a sample is cut at data.seq_len; leave it out"),
-    "pack_sample_into_one": Spread(_packing, "`data.packing`: True is window, False is cut"),
+    "pack_sample_into_one": Spread(
+        _packing, "`data.packing`: True is window, False is cut", ("data.packing",)
+    ),
     "valid_micro_num": Ignored("an evaluation takes batches of the shape that is trained on"),
     "empty_cache_and_diag_interval": To("monitor.slow_rank_every"),
     "diag_outlier_ratio": To("monitor.slow_rank_ratio"),
@@ -253,12 +301,14 @@ _OPTIMIZER: dict[str, Fate] = {
     "hybrid_zero_optimizer.all_gather_size": Ignored("parameters are gathered by block"),
 }
 
+_TOLD_START = "`ckpt.load_path` and `ckpt.load_format`, if auto_resume is False"
+
 _CKPT: dict[str, Fate] = {
     "enable_save_ckpt": To("ckpt.enabled"),
     "save_ckpt_folder": To("ckpt.folder", _folder),
     "checkpoint_every": To("ckpt.every", _endless),
-    "load_ckpt_info": Spread(_load_info, "`ckpt.load_path` and `ckpt.load_format`"),
-    "load_ckpt_folder": Spread(_load_info, "`ckpt.load_path` and `ckpt.load_format`"),
+    "load_ckpt_info": Spread(_load_info, _TOLD_START, _START),
+    "load_ckpt_folder": Spread(_load_folder, _TOLD_START, _START),
     "load_model_only_folder": To("ckpt.load_path", _folder),
     "load_optimizer": Only((True, False), "write ckpt.load_content"),
     "async_upload": To("ckpt.asynchronous"),
@@ -268,12 +318,13 @@ _CKPT: dict[str, Fate] = {
     "stop_file_path": To("ckpt.stop_file"),
     "generate_meta_data": Ignored("every checkpoint can be resumed under any plan"),
     "universal_ckpt": Ignored("every checkpoint can be resumed under any plan"),
+    "enable_internevo2hf_ckpt": Ignored("convert one: ilm-compile convert", (False,)),
 }
 
 _MONITOR: dict[str, Fate] = {
     "alert.enable_feishu_alert": Ignored("see feishu_alert_address", (True, False)),
     "alert.feishu_alert_address": Spread(
-        _alert_address, "`monitor.webhook`, if enable_feishu_alert is True"
+        _alert_address, "`monitor.webhook`, if enable_feishu_alert is True", _WEBHOOK
     ),
     "alert.alert_file_path": Ignored("the run's folder keeps ranks from telling the same twice"),
     "alert.light_monitor_address": Ignored("it is a service that is not public"),

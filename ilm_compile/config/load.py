@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ilm_compile.config import internlm
 from ilm_compile.config.checks import check_together
 from ilm_compile.config.config import Config
 from ilm_compile.config.files import read_source
+from ilm_compile.config.internlm_defaults import differences, fill_defaults
 from ilm_compile.config.model_section import read_model
 from ilm_compile.config.options import read_section, shown, unknown_key
 from ilm_compile.config.overrides import Override, read_overrides
@@ -43,12 +45,20 @@ def load_config(
     if path.suffix not in _READERS:
         raise ConfigError(f"{path}: expected a config in a .toml or .py file")
     table = _READERS[path.suffix](path, None if root is None else Path(root))
-    return _resolved(table, read_overrides(overrides), Place(str(path)))
+    return _resolved(
+        table, read_overrides(overrides), Place(str(path)), is_theirs=path.suffix == ".py"
+    )
 
 
-def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """The config in a mapping, with the keys that a file would have."""
-    return _resolved(_as_table(values, UNKNOWN), read_overrides(overrides), UNKNOWN)
+def make_config(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), *, is_theirs: bool = False
+) -> Config:
+    """The config in a mapping, with the keys that a file would have.
+
+    is_theirs: what it leaves out is as in InternEvo, which holds of every Python-style file.
+    """
+    table = _as_table(values, UNKNOWN)
+    return _resolved(table, read_overrides(overrides), UNKNOWN, is_theirs=is_theirs)
 
 
 def _read_toml_file(path: Path, root: Path | None) -> Table:
@@ -90,10 +100,13 @@ def _as_table(values: Mapping[str, Any], place: Place) -> Table:
     return table
 
 
-def _resolved(given: Table, overrides: list[Override], place: Place) -> Config:
+def _resolved(
+    given: Table, overrides: list[Override], place: Place, *, is_theirs: bool = False
+) -> Config:
     problems, notices = Problems(), list[str]()
-    table = translate(given, internlm.KEYS, ALL_SECTIONS, problems, notices)
-    _override(table, overrides, problems, notices)
+    table = translate(given, internlm.KEYS, ALL_SECTIONS, problems, notices, overrides)
+    if is_theirs:
+        notices += fill_defaults(table, place)
     _check_top_level(table, problems)
     values: dict[str, Any] = {}
     for name in ALL_SECTIONS:
@@ -107,23 +120,10 @@ def _resolved(given: Table, overrides: list[Override], place: Place) -> Config:
     if "job_name" in table:
         values["job_name"] = _job_name(table["job_name"], table.places["job_name"], problems)
     problems.raise_if_any()
-    config = Config(**values, notices=tuple(notices))
-    return check_together(config, table, place)
-
-
-def _override(
-    table: Table, overrides: list[Override], problems: Problems, notices: list[str]
-) -> None:
-    """Put the keys of the command line over those of the file; later ones win."""
-    for key, value, place in overrides:
-        if value is None:
-            table.insert(key, None, place)
-            continue
-        alone = Table()
-        alone.insert(key, value, place)
-        changed = translate(alone, internlm.KEYS, ALL_SECTIONS, problems, notices)
-        for path, item, where in changed.leaves():
-            table.insert(path, item, where)
+    config = Config(**values)
+    if is_theirs:
+        notices += differences(config, place)
+    return check_together(replace(config, notices=tuple(notices)), table, place)
 
 
 def _check_top_level(table: Table, problems: Problems) -> None:

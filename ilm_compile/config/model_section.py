@@ -16,6 +16,9 @@ FAMILIES: dict[str, type[ModelConfig]] = {
     "INTERNLM": InternLMConfig,
     "INTERNLM2": InternLM2Config,
     "INTERNLM2_PUBLIC": InternLM2Config,
+    "INTERNLM3": InternLM2Config,
+    "LLAMA": InternLM2Config,
+    "LLAMA2": InternLM2Config,
 }
 # Fields of ours that other keys of the config set.
 FROM_ELSEWHERE = {"seed": "train.seed", "max_seq_len": "data.seq_len"}

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ilm_compile.config.internlm import KEYS
+from ilm_compile.config.internlm_defaults import ALWAYS, LEFT_OUT, OF_FAMILIES
 from ilm_compile.config.model_section import FAMILIES, FROM_ELSEWHERE
 from ilm_compile.config.options import describe, hints
 from ilm_compile.config.schema import SECTIONS
@@ -31,6 +32,17 @@ honoured is an error that says what to write instead. Keys that are spelt as our
 
 | key | here |
 | --- | --- |"""
+
+_LEFT_OUT = """
+## What a `.py` file leaves out
+
+A `.py` file is a config of InternEvo, so a key that it leaves out has InternEvo's value, not the
+default above; `model.type` is INTERNLM, there are as many key heads as query heads, and
+`data.one_row` is on where `data.packing` is cut. `--set` goes over these too. docs/internevo.md
+says what is done otherwise all the same.
+
+| key | value | of models |
+| --- | --- | --- |"""
 
 
 def reference() -> str:
@@ -56,6 +68,10 @@ def _lines() -> Iterator[str]:
     yield _THEIRS
     for key, fate in KEYS.items():
         yield f"| {key} | {_told(fate)} |"
+    yield _LEFT_OUT
+    for family, values in {"": LEFT_OUT | ALWAYS, **OF_FAMILIES}.items():
+        for key, value in values.items():
+            yield f"| {key} | {toml_value(value)} | {family} |"
 
 
 def _model() -> Iterator[str]:

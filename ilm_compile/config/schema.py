@@ -73,6 +73,11 @@ class DataOptions:
     packing: Literal["cut", "whole", "window"] = option(
         "cut", "cut: samples go on in the next row; whole: never; window: rows without boundaries"
     )
+    one_row: bool = option(
+        False,
+        "packing='cut': the rows of a micro-batch are one row, in which a document is cut after "
+        "seq_len tokens, as InternEvo does",
+    )
     long_documents: Literal["refuse", "split", "truncate"] = option(
         "refuse", "what packing='whole' does with a sample longer than a row"
     )
@@ -80,22 +85,38 @@ class DataOptions:
     min_length: int = option(0, "leave shorter samples out", low=0)
     min_length_dict: Mapping[str, int] = option({}, "the same by type, for those named")
     zero_is_target: bool = option(True, "token 0 is learnt; InternLM never does")
+    learn_ends: bool = option(
+        True,
+        "packing='window': what follows a document's end, and the last row of a micro-batch, is "
+        "a target; InternLM never learns it",
+    )
     skip_batches: str = option("", "numbers of batches that are left out, from 0: '2-5,8'")
     rampup_batch_size: str = option("", "'start increment every', in micro-batches")
     seed: int | None = option(None, "of the order of the samples; train.seed if left out", low=0)
     num_worker: int = option(0, "processes that read batches ahead; 0: none", low=0)
     fixed_random_dataset_seqlen: bool = option(False, "random data of full rows")
 
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch."""
+        return 1 if self.one_row else self.micro_bsz
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row."""
+        return self.seq_len * self.micro_bsz // self.rows
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerOptions:
-    """AdamW. Norms and biases are not decayed."""
+    """AdamW."""
 
     lr: float = option(3e-4, "learning rate after warm-up", above=0)
     beta1: float = option(0.9, "of the gradient's average", low=0, high=0.9999999)
     beta2: float = option(0.95, "of its square's average", low=0, high=0.9999999)
     eps: float = option(1e-8, "added to the root", above=0)
     weight_decay: float = option(0.1, "of matrices", low=0)
+    decay_all: bool = option(False, "of norms and biases too, as InternEvo does")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +127,9 @@ class LrSchedulerOptions:
     init_steps: int = option(0, "steps at rate 0", low=0)
     warmup_ratio: float = option(0.01, "part of total_steps for warm-up", low=0, high=1)
     eta_min: float = option(1e-5, "the last learning rate", low=0)
+    hold_peak: bool = option(
+        False, "one more step at the full rate first, so that all later rates are a step later"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

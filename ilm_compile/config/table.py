@@ -62,6 +62,21 @@ class Table(dict[str, Any]):
             table = below
         table.put(last, value, place)
 
+    def remove(self, path: str) -> None:
+        """Take out the value at a dotted path, if there is one."""
+        above, _, last = path.rpartition(".")
+        found = self.find(above) if above else (self, UNKNOWN)
+        if found is not None and isinstance(found[0], Table):
+            found[0].pop(last, None)
+
+    def copy_deep(self) -> Table:
+        """A copy whose tables are its own."""
+        copy = Table()
+        for name, value in self.items():
+            own = value.copy_deep() if isinstance(value, Table) else value
+            copy.put(name, own, self.places.get(name, UNKNOWN))
+        return copy
+
     def leaves(self, prefix: str = "") -> Iterator[tuple[str, Any, Place]]:
         """Every value that is not a table, with its dotted path and place."""
         for name, value in self.items():

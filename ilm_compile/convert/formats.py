@@ -11,6 +11,7 @@ from torch import nn
 from ilm_compile.convert.checkpoint_files import CheckpointFiles
 from ilm_compile.convert.hf_files import open_hf, read_config, with_head
 from ilm_compile.convert.internlm_files import InternLMFiles
+from ilm_compile.convert.internlm_rules import choose_rules, split_shapes
 from ilm_compile.convert.rewrite import Joined, Split, check_shapes
 from ilm_compile.convert.safetensors_files import SafetensorsFiles
 from ilm_compile.convert.settings import check_hf_config, check_saved_config
@@ -32,7 +33,7 @@ class Format:
 
     open: Callable[[nn.Module, Path, Collection[str]], Source]
     rules: Rules | None = None
-    choose: Callable[[Source], Rules] | None = None
+    choose: Callable[[Source], Rules | None] | None = None
     is_written: bool = True
 
 
@@ -103,7 +104,8 @@ def _open_own(model: nn.Module, path: Path, allow_change: Collection[str]) -> So
 
 
 def _open_internlm(model: nn.Module, path: Path, _: Collection[str]) -> Source:
-    return InternLMFiles(path, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return InternLMFiles(path, shapes | split_shapes(model))
 
 
 def _which_hf(source: Source) -> Rules:
@@ -133,5 +135,5 @@ FORMATS: dict[str, Format] = {
     "hf": Format(_open_hf, choose=_which_hf, is_written=False),
     "hf-llama": Format(_open_hf, rules=_llama_rules),
     "hf-internlm2": Format(_open_hf, rules=_hub_rules),
-    "internlm": Format(_open_internlm, is_written=False),
+    "internlm": Format(_open_internlm, choose=choose_rules, is_written=False),
 }

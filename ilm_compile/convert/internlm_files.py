@@ -1,11 +1,13 @@
-"""A source of InternLM's own checkpoints: ``model_tp{t}_pp{p}.pt`` in one folder.
+"""A source of InternLM's own checkpoints: ``model_tp{t}_pp{p}.pt`` and the like in one folder.
 
 Layout (InternEvo internlm/checkpoint/components.py and internlm/model/*): every file has the part
 of one tensor-parallel and pipeline rank. Layers are numbered within their stage; with several
 chunks the names begin with the chunk's number, and chunk c of the last stage comes before chunk
 c + 1 of the first. Tensors are cut into equal parts along the dimension in which the part is
 smaller; the fused ``Wqkv`` of InternLM inside q, k and v each; ``out_proj.bias`` is on rank 0
-alone. Until v0.2 the second and third matrix of the MLP had each other's names.
+alone. Under "isp" the files are ``model_tp{t}_wp{w}_pp{p}.pt``, later ``model_wp{w}_pp{p}.pt``:
+weight-parallel rank w has part w of each matrix, of ``Wqkv`` as it stands, and the tensor rank
+makes no difference. Until v0.2 the second and third matrix of the MLP had each other's names.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from ilm_compile.program.program import Variable
 from ilm_compile.runtime.checkpoint.boxes import Box, Held, held_boxes
 
 Shape = tuple[int, ...]
-_FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
+_FILE = re.compile(r"model(?:_tp(?P<tp>\d+))?(?:_wp(?P<wp>\d+))?_pp(?P<pp>\d+)\.pt")
 _NAME = re.compile(r"(?:(?P<chunk>\d+)\.)?(?:model\.)?(?P<rest>.+)")
 _LAYER = re.compile(r"(?P<list>blocks|layers)\.(?P<index>\d+)\.(?P<rest>.+)")
 _EMBEDDING = {"embedding.word_embeddings.weight": "embedding.weight"}
-Key = tuple[int, int]  # tensor-parallel and pipeline rank
+Key = tuple[int, int]  # rank among those that share a matrix, and pipeline rank
 
 
 class InternLMFiles:
@@ -38,7 +40,7 @@ class InternLMFiles:
 
     def __init__(self, folder: Path, shapes: Mapping[str, Shape]) -> None:
         self.where = str(folder)
-        self._files = _open_all(folder)
+        self._files, self._by_weight = _open_all(folder)
         self._tp = 1 + max(tp for tp, _ in self._files)
         # Of each full tensor, the pipeline rank that has it and its name there.
         self._places = self._number_layers()
@@ -79,7 +81,7 @@ class InternLMFiles:
             for rest, own in names:
                 if (layer := _LAYER.fullmatch(rest)) is not None:
                     rest = f"{layer['list']}.{first + int(layer['index'])}.{layer['rest']}"
-                name = _EMBEDDING.get(rest, rest)
+                name = _EMBEDDING.get(rest, rest).replace(".mixer.wqkv.", ".mixer.Wqkv.")
                 if name in places:
                     raise IlmCompileError(f"{self.where}: {name} is on two pipeline ranks")
                 places[name] = (pp, own)
@@ -135,24 +137,34 @@ class InternLMFiles:
                 f"{self.where}: {name}: expected a part of shape {full} on each of {self._tp} "
                 f"tensor-parallel ranks, got {part}; is MODEL that of the checkpoint?"
             )
-        if ".Wqkv." in name and cut[0] == 0:
+        if ".Wqkv." in name and cut[0] == 0 and not self._by_weight:
             return S(0, (full[0] // 3,) * 3)
         return S(cut[0])
 
 
-def _open_all(folder: Path) -> dict[Key, TorchFile]:
+def _open_all(folder: Path) -> tuple[dict[Key, TorchFile], bool]:
+    """The files by key, and whether the ranks that share a matrix are weight-parallel ones."""
     matches = [m for p in sorted(folder.glob("model_*.pt")) if (m := _FILE.fullmatch(p.name))]
-    found = {(int(m[1]), int(m[2])): folder / m.string for m in matches}
-    if not found:
+    if not matches:
         raise IlmCompileError(f"expected model_tp0_pp0.pt and so on in {folder}, found none")
-    tp, pp = (1 + max(key[axis] for key in found) for axis in range(2))
-    missing = [(t, p) for p in range(pp) for t in range(tp) if (t, p) not in found]
+    by_weight = matches[0]["wp"] is not None
+    if any((m["wp"] is not None) != by_weight for m in matches):
+        raise IlmCompileError(
+            f"{folder}: expected the files of one checkpoint, found {matches[0].string} and names "
+            "of another kind; move one checkpoint elsewhere"
+        )
+    axis = "wp" if by_weight else "tp"
+    found: dict[Key, Path] = {}
+    for match in matches:  # in order of names: of equal ones the first is taken
+        found.setdefault((int(match[axis] or 0), int(match["pp"])), folder / match.string)
+    size, pp = (1 + max(key[place] for key in found) for place in range(2))
+    missing = [(t, p) for p in range(pp) for t in range(size) if (t, p) not in found]
     if missing:
         raise IlmCompileError(
-            f"{folder}: expected files of {tp} x {pp} ranks, model_tp{missing[0][0]}_pp"
+            f"{folder}: expected files of {size} x {pp} ranks, model_{axis}{missing[0][0]}_pp"
             f"{missing[0][1]}.pt is missing"
         )
-    return {key: TorchFile(path) for key, path in found.items()}
+    return {key: TorchFile(path) for key, path in found.items()}, by_weight
 
 
 def _reader(file: TorchFile, name: str) -> Callable[[Box], Tensor]:

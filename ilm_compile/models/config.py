@@ -10,10 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from ilm_compile.errors import IlmCompileError
 
-MLP_MULTIPLE = 256
 _POSITIVE = (
     *("num_layers", "hidden_size", "vocab_size", "num_attention_heads", "max_seq_len"),
-    *("mlp_ratio", "layer_norm_epsilon", "rope_base"),
+    *("mlp_ratio", "multiple_of", "layer_norm_epsilon", "rope_base"),
 )
 
 
@@ -22,6 +21,8 @@ class ModelConfig:
     """What InternLM and InternLM2 share.
 
     embed_grad_scale: the part of the gradient that reaches the embedding and the head (1: all).
+    multiple_of: the width inside an MLP is rounded up to a multiple of it.
+    norm_type: "layernorm" has a bias and takes the mean away first.
     norm_fp32: norms of a bf16 or fp16 model are computed in float32.
     *_init_std: standard deviation of the initial weights of each kind; init_type: how they spread.
     max_seq_len: only the default length of `example_inputs`; the models take any length.
@@ -32,6 +33,8 @@ class ModelConfig:
     vocab_size: int
     num_attention_heads: int
     mlp_ratio: float
+    multiple_of: int = 256
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     layer_norm_epsilon: float = 1e-5
     rope_base: float = 10000.0
     embed_grad_scale: float = 1.0
@@ -71,6 +74,11 @@ class ModelConfig:
         )
         _require(
             self,
+            self.norm_type in ("rmsnorm", "layernorm"),
+            f"norm_type={self.norm_type!r} must be 'rmsnorm' or 'layernorm'",
+        )
+        _require(
+            self,
             self.init_type in ("normal", "uniform"),
             f"init_type={self.init_type!r} must be 'normal' or 'uniform'",
         )
@@ -81,8 +89,8 @@ class ModelConfig:
 
     @property
     def ffn_hidden_size(self) -> int:
-        """Width inside the MLP: int(hidden * ratio), rounded up to a multiple of 256."""
-        return -(-int(self.hidden_size * self.mlp_ratio) // MLP_MULTIPLE) * MLP_MULTIPLE
+        """Width inside the MLP: int(hidden * ratio), rounded up to a multiple of `multiple_of`."""
+        return -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of) * self.multiple_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

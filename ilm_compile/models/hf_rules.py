@@ -135,6 +135,11 @@ def _llama_name(model: AnyModel, name: str) -> str:
             "LlamaForCausalLM has its norms before each part: a model with "
             "apply_post_layer_norm=True cannot be expressed in it"
         )
+    if model.config.norm_type != "rmsnorm":
+        raise IlmCompileError(
+            f"LlamaForCausalLM has RMSNorm: a model with norm_type={model.config.norm_type!r} "
+            "cannot be expressed in it"
+        )
     layer = re.search(r"\.(\d+)\.", name)
     if layer is None:
         return _LLAMA_NAMES[type(model)][name]

@@ -13,7 +13,7 @@ from ilm_compile.models.blocks import MLP, OutputHead, scale_gradient, token_los
 from ilm_compile.models.causal_lm import CausalLM
 from ilm_compile.models.config import InternLMConfig, config_from_fields
 from ilm_compile.models.init import Constant, InitTable, Random
-from ilm_compile.models.norm import RMSNorm
+from ilm_compile.models.norm import make_norm
 from ilm_compile.models.registry import MODEL_INITIALIZER
 from ilm_compile.models.rotary import default_positions, rotary_tables, rotate
 
@@ -41,10 +41,9 @@ class Block(nn.Module):
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__()
-        eps, fp32 = config.layer_norm_epsilon, config.norm_fp32
-        self.norm1 = RMSNorm(config.hidden_size, eps=eps, fp32=fp32)
+        self.norm1 = make_norm(config)
         self.mixer = Mixer(config)
-        self.norm2 = RMSNorm(config.hidden_size, eps=eps, fp32=fp32)
+        self.norm2 = make_norm(config)
         self.mlp = MLP(config.hidden_size, config.ffn_hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -60,15 +59,18 @@ class InternLM(CausalLM):
     init_table: ClassVar[InitTable] = {
         "embedding.weight": Random("embedding_init_std"),
         "blocks.norm1.weight": Constant(1.0),
+        "blocks.norm1.bias": Constant(0.0),
         "blocks.mixer.Wqkv.weight": Random("attn_wqkv_init_std"),
         "blocks.mixer.Wqkv.bias": Constant(0.0),
         "blocks.mixer.out_proj.weight": Random("attn_other_init_std", depth_scaled=True),
         "blocks.mixer.out_proj.bias": Constant(0.0),
         "blocks.norm2.weight": Constant(1.0),
+        "blocks.norm2.bias": Constant(0.0),
         "blocks.mlp.w1.weight": Random("ffn_uplayer_init_std"),
         "blocks.mlp.w3.weight": Random("ffn_uplayer_init_std"),
         "blocks.mlp.w2.weight": Random("ffn_other_init_std", depth_scaled=True),
         "norm.weight": Constant(1.0),
+        "norm.bias": Constant(0.0),
         "head.weight": Random("out_head_init_std"),
     }
 
@@ -76,9 +78,7 @@ class InternLM(CausalLM):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(
-            config.hidden_size, eps=config.layer_norm_epsilon, fp32=config.norm_fp32
-        )
+        self.norm = make_norm(config)
         self.head = OutputHead(
             config.hidden_size, config.vocab_size, grad_scale=config.embed_grad_scale
         )

@@ -13,7 +13,7 @@ from ilm_compile.models.blocks import MLP, OutputHead, scale_gradient, token_los
 from ilm_compile.models.causal_lm import CausalLM
 from ilm_compile.models.config import InternLM2Config, config_from_fields
 from ilm_compile.models.init import Constant, InitTable, Random
-from ilm_compile.models.norm import RMSNorm
+from ilm_compile.models.norm import make_norm
 from ilm_compile.models.registry import MODEL_INITIALIZER
 from ilm_compile.models.rotary import default_positions, even_then_odd, rotary_tables, rotate
 
@@ -58,11 +58,10 @@ class Block(nn.Module):
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__()
-        eps, fp32 = config.layer_norm_epsilon, config.norm_fp32
         self.post_norm = config.apply_post_layer_norm
-        self.attention_norm = RMSNorm(config.hidden_size, eps=eps, fp32=fp32)
+        self.attention_norm = make_norm(config)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, eps=eps, fp32=fp32)
+        self.ffn_norm = make_norm(config)
         self.feed_forward = MLP(config.hidden_size, config.ffn_hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -86,15 +85,18 @@ class InternLM2(CausalLM):
     init_table: ClassVar[InitTable] = {
         "tok_embeddings.weight": Random("embedding_init_std"),
         "layers.attention_norm.weight": Constant(1.0),
+        "layers.attention_norm.bias": Constant(0.0),
         "layers.attention.wqkv.weight": Random("attn_wqkv_init_std"),
         "layers.attention.wqkv.bias": Constant(0.0),
         "layers.attention.wo.weight": Random("attn_other_init_std", depth_scaled=True),
         "layers.attention.wo.bias": Constant(0.0),
         "layers.ffn_norm.weight": Constant(1.0),
+        "layers.ffn_norm.bias": Constant(0.0),
         "layers.feed_forward.w1.weight": Random("ffn_uplayer_init_std"),
         "layers.feed_forward.w3.weight": Random("ffn_uplayer_init_std"),
         "layers.feed_forward.w2.weight": Random("ffn_other_init_std", depth_scaled=True),
         "norm.weight": Constant(1.0),
+        "norm.bias": Constant(0.0),
         "output.weight": Random("out_head_init_std"),
     }
 
@@ -103,9 +105,7 @@ class InternLM2(CausalLM):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         if not config.apply_post_layer_norm:
-            self.norm = RMSNorm(
-                config.hidden_size, eps=config.layer_norm_epsilon, fp32=config.norm_fp32
-            )
+            self.norm = make_norm(config)
         self.output = OutputHead(
             config.hidden_size,
             config.vocab_size,
@@ -146,6 +146,12 @@ class InternLM2(CausalLM):
 
 @MODEL_INITIALIZER.register_module(module_name="INTERNLM2")
 @MODEL_INITIALIZER.register_module(module_name="INTERNLM2_PUBLIC")
+@MODEL_INITIALIZER.register_module(module_name="INTERNLM3")
+@MODEL_INITIALIZER.register_module(module_name="LLAMA")
+@MODEL_INITIALIZER.register_module(module_name="LLAMA2")
 def build_internlm2(**fields: Any) -> InternLM2:
-    """An InternLM2 from the fields of `InternLM2Config`."""
+    """An InternLM2 from the fields of `InternLM2Config`.
+
+    InternEvo's LLAMA and INTERNLM3 compute the same; they keep q, k and v in matrices of their own.
+    """
     return InternLM2(config_from_fields(InternLM2Config, fields))

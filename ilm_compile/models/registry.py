@@ -17,7 +17,7 @@ class Registry:
         self._what = what
         self._builders: dict[str, Callable[..., nn.Module]] = {}
 
-    def register_module(self, *, module_name: str) -> Callable[[BuilderT], BuilderT]:
+    def register_module(self, module_name: str) -> Callable[[BuilderT], BuilderT]:
         """A decorator that registers what it decorates, and returns it unchanged."""
 
         def register(builder: BuilderT) -> BuilderT:
@@ -32,14 +32,14 @@ class Registry:
         """Every registered name, sorted."""
         return sorted(self._builders)
 
-    def has(self, name: str) -> bool:
-        return name in self._builders
+    def has(self, module_name: str) -> bool:
+        return module_name in self._builders
 
-    def get_module(self, name: str) -> Callable[..., nn.Module]:
-        if name not in self._builders:
+    def get_module(self, module_name: str) -> Callable[..., nn.Module]:
+        if module_name not in self._builders:
             known = ", ".join(sorted(self._builders))
-            raise IlmCompileError(f"unknown {self._what} {name!r}; known: {known}")
-        return self._builders[name]
+            raise IlmCompileError(f"unknown {self._what} {module_name!r}; known: {known}")
+        return self._builders[module_name]
 
 
 MODEL_INITIALIZER = Registry("model type")

@@ -65,7 +65,7 @@ def get_train_data_loader(config: Config) -> TrainBatches:
         _train_rows(config),
         global_batch_size=global_batch_size(config),
         seed=_seed(config),
-        ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.micro_bsz * dp),
+        ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.rows * dp),
         skip=data.skip_batches,
         num_workers=data.num_worker,
     )
@@ -92,7 +92,7 @@ def data_parallel_size(config: Config) -> int:
 
 def global_batch_size(config: Config) -> int:
     """Rows of a step of all ranks."""
-    return config.data.micro_bsz * config.data.micro_num * data_parallel_size(config)
+    return config.data.rows * config.data.micro_num * data_parallel_size(config)
 
 
 class _ValidBatches:
@@ -127,7 +127,7 @@ def _train_rows(config: Config) -> RowDataset:
 def _random(config: Config) -> RowDataset:
     return DummyDataset(
         num_rows=DUMMY_ROWS,
-        seq_len=config.data.seq_len,
+        seq_len=config.data.row_tokens,
         vocab_size=_vocab_size(config),
         max_documents=max_documents(config),
         seed=_seed(config),
@@ -140,7 +140,8 @@ def _tokenized(config: Config, shards: list[TokenShard], only: str | None = None
     data = config.data
     return TokenDataset(
         shards,
-        seq_len=data.seq_len,
+        seq_len=data.row_tokens,
+        max_document=data.seq_len if data.one_row else None,
         vocab_size=_vocab_size(config),
         packing=data.packing,
         max_documents=max_documents(config),
@@ -151,13 +152,15 @@ def _tokenized(config: Config, shards: list[TokenShard], only: str | None = None
         },
         shuffle_seed=_seed(config),
         zero_is_target=data.zero_is_target,
+        learn_ends=data.learn_ends,
+        rows_of_a_pack=data.micro_bsz,
     )
 
 
 def _text(config: Config, documents: Iterable[str]) -> RowDataset:
     return pack_documents(
         documents,
-        seq_len=config.data.seq_len,
+        seq_len=config.data.row_tokens,
         max_documents=max_documents(config),
         tokenizer=load_tokenizer(config.data.tokenizer),
     )

@@ -76,6 +76,40 @@ def launch_from_slurm(
     environment["MASTER_ADDR"] = host or first_host(_text(environment, nodes, SRUN))
 
 
+def launch_by_hand(
+    *,
+    world_size: int | None,
+    rank: int | None,
+    local_rank: int | None,
+    host: str | None,
+    port: int | None,
+    environment: MutableMapping[str, str] = os.environ,
+) -> None:
+    """Set torchrun's variables from flags, for processes that nothing else started.
+
+    Under torchrun flags may repeat what its variables say. Raises `PlanError` if they contradict
+    it, or if a number is missing.
+    """
+    given = {"WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": local_rank}
+    if "WORLD_SIZE" in environment:
+        for name, value in given.items():
+            if value is not None and str(value) != environment.get(name):
+                raise PlanError(
+                    f"launch: --{name.lower()} {value}, but {name}={environment.get(name)} in the "
+                    "environment; leave the flag out under torchrun"
+                )
+        return
+    missing = [name.lower() for name, value in given.items() if value is None]
+    if missing:
+        raise PlanError(
+            f"launch: --{' and --'.join(missing)} missing: give --world_size, --rank and "
+            "--local_rank, and --host and --port of rank 0, or start with torchrun"
+        )
+    environment.update({name: str(value) for name, value in given.items()})
+    environment["MASTER_ADDR"] = host or "localhost"
+    environment["MASTER_PORT"] = str(DEFAULT_PORT if port is None else port)
+
+
 SRUN = "start the job with srun, or leave --launcher slurm out"
 
 

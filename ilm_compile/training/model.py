@@ -49,7 +49,8 @@ def max_documents(config: Config) -> int:
     data = config.data
     if data.packing == "window":
         return 1
-    return data.max_documents or max(MIN_DOCUMENTS, data.seq_len // TOKENS_A_DOCUMENT)
+    documents = data.max_documents or max(MIN_DOCUMENTS, data.row_tokens // TOKENS_A_DOCUMENT)
+    return documents + data.micro_bsz if data.one_row else documents  # cut ones count again
 
 
 def input_spec(config: Config) -> ExampleInputs:
@@ -58,10 +59,10 @@ def input_spec(config: Config) -> ExampleInputs:
     Those that the data offer and the model's forward takes. Rows of packing="window" have no
     boundaries, so positions and boundaries are left out there.
     """
-    rows = (config.data.micro_bsz, config.data.seq_len)
+    rows = (config.data.rows, config.data.row_tokens)
     spec = {"input_ids": (rows, torch.int64), "labels": (rows, torch.int64)}
     if config.data.packing != "window":
-        borders = (config.data.micro_bsz, max_documents(config) + 1)
+        borders = (config.data.rows, max_documents(config) + 1)
         spec |= {"position_ids": (rows, torch.int64), "cu_seqlens": (borders, torch.int32)}
     with torch.device("meta"):
         arguments = inspect.signature(build_model(config).forward).parameters

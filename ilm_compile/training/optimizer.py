@@ -28,6 +28,7 @@ def initialize_optimizer(config: Config, parallel: Parallel) -> Optimization:
         betas=(options.beta1, options.beta2),
         eps=options.eps,
         weight_decay=options.weight_decay,
+        decay_all=options.decay_all,
     )
     lr_scheduler = lr_schedule(
         optimizer,
@@ -35,6 +36,7 @@ def initialize_optimizer(config: Config, parallel: Parallel) -> Optimization:
         total_steps=config.lr_total_steps,
         min_ratio=scheduler.eta_min / options.lr,
         init_steps=scheduler.init_steps,
+        hold_peak=scheduler.hold_peak,
     )
     init_beta2 = config.beta2_scheduler.init_beta2
     beta2_scheduler = Beta2Scheduler(

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from ilm_compile.config import Config, load_config
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.training.launch import LAUNCHERS, launch_from_slurm
+from ilm_compile.training.launch import LAUNCHERS, launch_by_hand, launch_from_slurm
+
+_BY_HAND = {"--world_size": "world_size", "--rank": "rank", "--local_rank": "local_rank"}
+_DEVICES = {"nccl": "GPUs", "gloo": "the CPU"}
 
 
 def get_default_parser() -> argparse.ArgumentParser:
@@ -26,7 +31,7 @@ def get_default_parser() -> argparse.ArgumentParser:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those flags to a parser."""
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help=".toml, or .py of InternEvo"
+        "--config", type=Path, metavar="FILE", help=".toml, or .py of InternEvo; needed"
     )
     parser.add_argument(
         "--config-root",
@@ -48,8 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="torch", help="what started it; torch: torchrun"
     )
-    parser.add_argument("--host", help="of rank 0, under --launcher slurm; the first node")
-    parser.add_argument("--port", type=int, help="there, under --launcher slurm; 8888")
+    parser.add_argument("--host", help="of rank 0, under slurm or with --rank; the first node")
+    parser.add_argument("--port", type=int, help="there, under slurm or with --rank; 8888")
+    by_hand = "of this process, where neither torchrun nor srun started it"
+    for flag, dest in _BY_HAND.items():
+        parser.add_argument(flag, type=int, dest=dest, metavar="N", help=by_hand)
+    parser.add_argument(
+        "--backend", choices=tuple(_DEVICES), help="refused if it is not that of the device"
+    )
 
 
 def config_from_arguments(options: argparse.Namespace) -> Config:
@@ -58,16 +69,41 @@ def config_from_arguments(options: argparse.Namespace) -> Config:
     Raises `ConfigError` for the config, `PlanError` for the variables, `IlmCompileError` for flags
     that would have no effect.
     """
-    if options.launcher == "slurm":
-        launch_from_slurm(host=options.host, port=options.port)
-    elif options.host is not None or options.port is not None:
-        raise IlmCompileError(
-            "--host and --port are for --launcher slurm; give torchrun --master-addr and "
-            "--master-port instead"
-        )
+    if options.config is None:
+        raise IlmCompileError("--config FILE is missing: a .toml file, or a .py file of InternEvo")
+    _launch(options)
+    _check_backend(options.backend)
     overrides = list(options.set)
     if options.seed is not None:
         overrides.append(f"train.seed={options.seed}")
     if options.profiling:
         overrides.append("profiler.enabled=true")
     return load_config(options.config, overrides, root=options.config_root)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    """Say which process this is, if torchrun's variables do not yet."""
+    numbers = {name: getattr(options, name) for name in _BY_HAND.values()}
+    has_numbers = any(number is not None for number in numbers.values())
+    if options.launcher == "slurm":
+        if has_numbers:
+            raise IlmCompileError(
+                f"{', '.join(_BY_HAND)}: srun gives them; leave them or --launcher slurm out"
+            )
+        launch_from_slurm(host=options.host, port=options.port)
+    elif has_numbers:
+        launch_by_hand(**numbers, host=options.host, port=options.port)
+    elif options.host is not None or options.port is not None:
+        raise IlmCompileError(
+            "--host and --port are for --launcher slurm and --rank; give torchrun --master-addr "
+            "and --master-port instead"
+        )
+
+
+def _check_backend(name: str | None) -> None:
+    found = "nccl" if torch.cuda.is_available() else "gloo"
+    if name not in (None, found):
+        raise IlmCompileError(
+            f"--backend {name} is for {_DEVICES[str(name)]}, this process runs on "
+            f"{_DEVICES[found]} with {found}; leave it out"
+        )

@@ -88,7 +88,7 @@ def _world(start: Start) -> Iterator[str]:
 def _batches(start: Start) -> Iterator[str]:
     data = start.config.data
     BatchNumbers.parse(data.skip_batches)
-    ramp = BatchRamp.parse(data.rampup_batch_size, unit=data.micro_bsz * start.data_parallel)
+    ramp = BatchRamp.parse(data.rampup_batch_size, unit=data.rows * start.data_parallel)
     full = global_batch_size(start.config)
     if ramp is not None and ramp.start > full:
         yield (

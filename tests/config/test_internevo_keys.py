@@ -12,6 +12,14 @@ from tests.config.made import SIZES, SMALL, config, fault
 SAMPLES = Path(__file__).parent / "samples"
 
 
+def start(info: dict[str, Any] | None) -> dict[str, Any]:
+    return {"auto_resume": False, "load_ckpt_info": info}
+
+
+def folder(path: str) -> dict[str, Any]:
+    return {"auto_resume": False, "load_ckpt_folder": path}
+
+
 THEIRS: dict[str, Any] = {
     "JOB_NAME": "a",
     "DO_ALERT": True,
@@ -28,11 +36,16 @@ THEIRS: dict[str, Any] = {
     "batch_count": 0,
     "alert_address": "https://x",
     "moe": {"top_k": 2},
+    "use_apex_adam": False,
+    "selective_checkpoint": True,
+    "cpu_offloading": {"enable": True},
+    "generation": {"batch_size": 1, "eos_id": [2, 0]},
     "model": {
         "num_chunks": 1, "checkpoint": 0.2, "dtype": "torch.tf32", "embed_split_hidden": True,
-        "num_kv_attention_heads": 2, "mlp_ratio": 2, "multiple_of": 256, "embed_grad_scale": 0.1,
+        "num_kv_attention_heads": 2, "mlp_ratio": 2, "multiple_of": 128, "embed_grad_scale": 0.1,
+        "enable_qkv_fusion": False, "mlp_layer_fusion": True,
         "parallel_output": True, "residual_in_fp32": False, "norm_type": "rmsnorm",
-        "layer_norm_epsilon": 1e-6, "adapt_hf": True, "no_bias": True,
+        "layer_norm_epsilon": 1e-6, "qk_interleaved": False, "adapt_hf": True, "no_bias": True,
         "apply_post_layer_norm": True, "drop_rate": 0, "attn_drop_rate": 0.0,
         "dropout_selective_checkpoint": True, "use_swiglu": True, "use_flash_attn": True,
         "use_scaled_init": True, "embedding_init_std": 0.1, "attn_wqkv_init_std": 0.1,
@@ -43,7 +56,7 @@ THEIRS: dict[str, Any] = {
     },
     "parallel": {
         "zero1": {"size": 8, "fsdp": False}, "tensor": {"size": 2, "mode": "fsp"},
-        "pipeline": {"size": 1, "interleaved_overlap": True, "mode": "1F1B"},
+        "pipeline": {"size": 1, "interleaved_overlap": True, "mode": "1f1b"},
         "weight": {"size": 1, "overlap": True, "memory_pool": True}, "sequence_parallel": True,
     },
     "data": {
@@ -57,7 +70,8 @@ THEIRS: dict[str, Any] = {
     "ckpt": {
         "enable_save_ckpt": True, "save_ckpt_folder": "local:x", "checkpoint_every": 5,
         "load_ckpt_info": {"path": "y", "content": "model", "ckpt_type": "internevo"},
-        "auto_resume": True, "async_upload": True, "async_upload_tmp_folder": "z",
+        "auto_resume": False, "enable_internevo2hf_ckpt": False,
+        "async_upload": True, "async_upload_tmp_folder": "z",
         "oss_snapshot_freq": float("inf"), "snapshot_ckpt_folder": "s", "stop_file_path": "f",
     },
     "monitor": {
@@ -88,7 +102,8 @@ THEIRS: dict[str, Any] = {
 
 
 NOTICED = [
-    *["moe", "tensorboard.queue_max_length", "tensorboard_folder", "resume_tb_folder"],
+    *["moe", "generation", "tensorboard.queue_max_length", "tensorboard_folder"],
+    *["resume_tb_folder", "selective_checkpoint", "cpu_offloading"],
     *["model.dropout_selective_checkpoint", "model.max_position_embeddings", "model.moe_type"],
     *["parallel.zero1.size", "data.packed_length", "data.valid_micro_num"],
     *["ckpt.async_upload_tmp_folder", "ckpt.oss_snapshot_freq", "ckpt.snapshot_ckpt_folder"],
@@ -115,7 +130,8 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
     assert loaded.monitor.webhook_kind == "feishu"
     assert (loaded.monitor.slow_rank_every, loaded.monitor.slow_rank_ratio) == (9, 1.2)
     assert (loaded.ckpt.folder, loaded.ckpt.stop_file) == ("local:x", "f")
-    assert loaded.ckpt.load_path == "y"
+    assert (loaded.ckpt.load_path, loaded.ckpt.load_format) == ("y", "internlm")
+    assert loaded.model.fields["multiple_of"] == 128
     assert loaded.grad_scaler == SECTIONS["grad_scaler"](
         initial_scale=2.0**14, min_scale=2.0, growth_interval=10, growth_factor=3.0,
         backoff_factor=0.25, max_scale=2.0**20, hysteresis=3,
@@ -132,9 +148,8 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"norm_type": "layernorm"}}, "register a model of your own"),
+        ({"model": {"norm_type": "batchnorm"}}, "expected one of 'rmsnorm', 'layernorm'"),
         ({"model": {"num_experts": 8}}, "for mixtures of experts register"),
-        ({"model": {"multiple_of": 128}}, "multiple of 256"),
         ({"model": {"drop_rate": 0.1}}, "have no dropout"),
         ({"model": {"dtype": "torch.float64"}}, "write one of torch.bfloat16"),
         ({"model": {"is_reward": True}}, "for a reward head"),
@@ -143,6 +158,9 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
         ({"parallel": {"pipeline": {"mode": "ZBH1"}}}, "write parallel.schedule"),
         ({"data": {"use_packed_dataset": False}}, "rows are always packed"),
         ({"data": {"max_length_per_sample": 8}}, "a sample is cut at data.seq_len"),
+        ({"hf": {"cfg": "m"}}, "call ilm_compile.parallelize on the Hugging Face model"),
+        ({"int8_training": True}, "train.dtype is float32 or a 16-bit type"),
+        ({"data": {"type": "streaming"}}, "data.type: 'streaming': tokenize first"),
         ({"batch_count": 4}, "write ckpt.load_path"),
         ({"lr_scheduler": {"last_epoch": 4}}, "write ckpt.load_path"),
         (
@@ -150,9 +168,9 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
             "write 's3://models/a/b' and give the endpoint 1.2.3.4 with the variable AWS_ENDPOINT",
         ),
         ({"ckpt": {"save_ckpt_folder": "volc:vc://a.b/c"}}, "'s3://...'"),
-        ({"ckpt": {"load_ckpt_info": {"pth": "x"}}}, "it has path, content and ckpt_type"),
-        ({"ckpt": {"load_ckpt_info": {"ckpt_type": "llama"}}}, "write one of internevo"),
-        ({"ckpt": {"load_ckpt_info": {"content": "all"}}}, "only the weights can be read"),
+        ({"ckpt": start({"pth": "x"})}, "it has path, content and ckpt_type"),
+        ({"ckpt": start({"ckpt_type": "llama"})}, "write one of internevo"),
+        ({"ckpt": start({"content": "all"})}, "only the weights can be read"),
         ({"data": {"total_steps": 7}}, "train.total_steps is set to 7 here and to 100 at"),
     ],
 )
@@ -168,10 +186,14 @@ def test_what_ours_cannot_do_says_what_to_write(sections: dict[str, Any], messag
         ("parallel", {"tensor": {"mode": "mtp"}}, "parallel", "sequence_parallel", False),
         ("parallel", {"zero1": -1}, "parallel", "zero", 1),
         ("parallel", {"zero1": {"size": -1, "fsdp": True}}, "parallel", "zero", 3),
+        ("parallel", {"fsdp": {"enable": True, "mode": "v1"}}, "parallel", "zero", 3),
         ("parallel", {"pipeline": 1}, "parallel", "pipeline", 1),
         ("ckpt", {"checkpoint_every": float("inf")}, "ckpt", "every", 0),
-        ("ckpt", {"load_ckpt_folder": "local:a/49"}, "ckpt", "load_path", "local:a/49"),
-        ("ckpt", {"load_ckpt_info": None}, "ckpt", "load_path", None),
+        ("ckpt", folder("local:a/49"), "ckpt", "load_path", "local:a/49"),
+        ("ckpt", folder("local:a") | start({"path": "b"}), "ckpt", "load_path", "b"),
+        ("ckpt", start(None), "ckpt", "load_path", None),
+        ("ckpt", {**start({"path": "b"}), "auto_resume": True}, "ckpt", "load_path", None),
+        ("ckpt", {"load_ckpt_info": {"path": "b"}}, "ckpt", "load_path", None),
         ("data", {"pack_sample_into_one": True}, "data", "packing", "window"),
         ("model", {"dtype": "torch.bfloat16"}, "train", "dtype", "bfloat16"),
         ("monitor", {"alert": {"feishu_alert_address": "u"}}, "monitor", "webhook", None),
@@ -189,3 +211,57 @@ def test_keys_of_internlm2_mean_nothing_to_internlm_1_unless_set() -> None:
     assert "no_bias" not in make_config(values).model.fields
     with pytest.raises(ConfigError, match="norm_head: True is for model_type = 'INTERNLM2'"):
         make_config({**SMALL, "model": {**first, "norm_head": True}})
+
+
+def test_what_has_no_effect_beside_another_key_is_told() -> None:
+    both = config(ckpt=folder("local:a") | start({"path": "b"}))
+    assert any("load_ckpt_folder has no effect: ckpt.load_ckpt_info" in n for n in both.notices)
+    resumed = config(ckpt={"load_ckpt_info": {"path": "b"}})
+    assert any("write auto_resume=False to start from this one" in n for n in resumed.notices)
+
+
+@pytest.mark.parametrize(
+    ("file", "override", "section", "ours", "expected"),
+    [
+        ({"parallel": {"tensor": {"mode": "isp"}}}, "parallel.tensor.mode=fsp",
+         "parallel", "sequence_parallel", True),
+        ({"parallel": {"tensor": {"mode": "isp"}}}, "parallel.sequence_parallel=true",
+         "parallel", "sequence_parallel", True),
+        ({"parallel": {"tensor": {"mode": "isp"}, "weight": {"size": 2}}}, "parallel.zero=3",
+         "parallel", "zero", 3),
+        ({"parallel": {"pipeline": {"mode": "ZBV"}}}, "parallel.schedule=gpipe",
+         "parallel", "schedule", "gpipe"),
+        ({"parallel": {"tensor": {"size": 4, "mode": "msp"}}}, "parallel.tensor=2",
+         "parallel", "tensor", 2),
+        ({"parallel": {"tensor": {"size": 4, "mode": "msp"}}}, "parallel.tensor=2",
+         "parallel", "sequence_parallel", True),
+        ({"model": {"dtype": "torch.float64"}}, "train.dtype=bfloat16",
+         "train", "dtype", "bfloat16"),
+        ({"adam": {"lr": 0.5}}, "optimizer.lr=0.25", "optimizer", "lr", 0.25),
+        ({"optimizer": {"lr": 0.5}}, "adam.lr=0.25", "optimizer", "lr", 0.25),
+        ({"adam": {"lr": 0.5}}, "adam.lr=none", "optimizer", "lr", 3e-4),
+        ({"optimizer": {"lr": 0.5}}, "adam.lr=none", "optimizer", "lr", 3e-4),
+        ({"adam": {"lr": 0.5}}, "optimizer.lr=none", "optimizer", "lr", 3e-4),
+        ({"ckpt": start({"ckpt_type": "llama"})}, "ckpt.load_ckpt_info=none",
+         "ckpt", "load_path", None),
+        ({"ckpt": {"load_ckpt_info": {"path": "b"}}}, "ckpt.auto_resume=false",
+         "ckpt", "load_path", "b"),
+        ({"batch_count": 4}, "batch_count=0", "train", "total_steps", 100),
+    ],
+)  # fmt: skip
+def test_what_the_command_line_settles_is_no_fault_of_the_file(
+    file: dict[str, Any], override: str, section: str, ours: str, expected: object
+) -> None:
+    assert getattr(getattr(config(override, **file), section), ours) == expected
+
+
+def test_a_set_settles_no_more_than_it_says() -> None:
+    order = {"tensor": {"mode": "isp"}, "pipeline": {"mode": "ZBV"}}
+    text = fault("parallel.zero=3", parallel=order)
+    assert "pipeline.mode" in text
+    assert "tensor.mode" not in text
+
+
+def test_a_wrong_set_is_refused_over_a_right_file() -> None:
+    text = fault("parallel.tensor.mode=isp", parallel={"tensor": {"mode": "msp"}})
+    assert "--set parallel.tensor.mode=isp: parallel.tensor.mode: 'isp' is not supported" in text

@@ -130,6 +130,7 @@ def test_the_sample_with_bases_takes_its_own_values_over_theirs() -> None:
         ({"monitor": {"slow_rank_ratio": 1.0}}, "expected more than 1, or 0 for off; got 1"),
         ({"profiler": {"every": 1}}, "expected at least profiler.num_steps=2, got 1"),
         ({"data": {"packing": "window", "max_documents": 4}}, "hold one text; leave it out"),
+        ({"data": {"packing": "window", "one_row": True}}, "is for token files with packing='cut'"),
         ({"job_name": "../x"}, "job_name: expected letters, digits"),
         ({"SPARE": 1}, "SPARE is not a key"),
     ],

@@ -27,6 +27,8 @@ REFUSED = {
     "heads": ({"num_attention_heads": 5}, "hidden_size=32 must be a multiple of num_attention"),
     "odd head": ({"hidden_size": 24}, r"hidden_size / num_attention_heads = 3 must be even"),
     "grad scale": ({"embed_grad_scale": 1.5}, r"embed_grad_scale=1.5 must lie in \[0, 1\]"),
+    "norm_type": ({"norm_type": "x"}, "norm_type='x' must be 'rmsnorm' or 'layernorm'"),
+    "multiple_of": ({"multiple_of": 0}, "multiple_of must be positive"),
     "init_type": ({"init_type": "xavier"}, "init_type='xavier' must be 'normal' or 'uniform'"),
 }
 REFUSED2 = {
@@ -65,6 +67,9 @@ def test_a_config_is_frozen_and_can_be_varied():
         ("INTERNLM", SIZES, InternLM),
         ("INTERNLM2", SIZES2, InternLM2),
         ("INTERNLM2_PUBLIC", SIZES2, InternLM2),
+        ("INTERNLM3", SIZES2, InternLM2),
+        ("LLAMA", SIZES2, InternLM2),
+        ("LLAMA2", SIZES2, InternLM2),
     ],
 )
 def test_initialize_model(model_type, fields, expected):
@@ -82,9 +87,9 @@ def test_initialize_model_refuses_an_unknown_type():
 
 def test_initialize_model_refuses_an_unknown_field():
     with pytest.raises(
-        IlmCompileError, match=r"InternLM2Config: unknown field multiple_of; known fields: num_lay"
+        IlmCompileError, match=r"InternLM2Config: unknown field num_experts; known fields: num_lay"
     ):
-        initialize_model({"model_type": "INTERNLM2", "model": {**SIZES2, "multiple_of": 256}})
+        initialize_model({"model_type": "INTERNLM2", "model": {**SIZES2, "num_experts": 4}})
 
 
 def test_initialize_model_refuses_a_missing_field():
@@ -106,7 +111,9 @@ def test_a_registry_returns_what_was_registered():
     class Line(nn.Linear):
         pass
 
+    registry.register_module("BY_POSITION")(Line)
     assert registry.get_module("LINE") is Line
+    assert registry.get_module(module_name="BY_POSITION") is Line
     assert registry.has("LINE")
     assert not registry.has("CURVE")
     assert MODEL_INITIALIZER.has("INTERNLM2")

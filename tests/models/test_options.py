@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ilm_compile.models import internlm2_tiny, internlm_tiny
+import ilm_compile
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.models import internlm2_tiny, internlm_tiny, to_hf_llama_state_dict
 from ilm_compile.models.norm import RMSNorm
 from tests.support.models import random_tokens, randomize_
 
@@ -105,6 +107,36 @@ def test_post_norm_block():
     model.layers[-1].register_forward_hook(lambda module, args, out: hidden.append(out))
     logits = model(torch.arange(10).reshape(2, 5))
     assert torch.equal(logits, F.linear(hidden[0], model.output.weight))
+
+
+@pytest.mark.parametrize("make", [internlm_tiny, internlm2_tiny])
+def test_norm_type_layernorm_is_that_of_torch(make):
+    model = make(**SMALL, norm_type="layernorm", layer_norm_epsilon=1e-3)
+    assert not model.norm.bias.any()
+    x = 3 + torch.randn(5, 32)
+    oracle = torch.nn.LayerNorm(32, eps=1e-3)
+    oracle.load_state_dict(randomize_(model.norm).state_dict())
+    torch.testing.assert_close(model.norm(x), oracle(x))
+    kinds = {name.rpartition(".")[0] for name, p in model.named_parameters() if "norm" in name}
+    assert all(f"{kind}.bias" in dict(model.named_parameters()) for kind in kinds)
+
+
+@pytest.mark.parametrize("make", [internlm_tiny, internlm2_tiny])
+def test_a_model_with_layernorm_is_no_llama(make):
+    with pytest.raises(IlmCompileError, match="LlamaForCausalLM has RMSNorm"):
+        to_hf_llama_state_dict(make(**SMALL, norm_type="layernorm"))
+
+
+def test_a_model_with_layernorm_is_proven_in_parallel():
+    model = internlm2_tiny(**SMALL, norm_type="layernorm", multiple_of=32)
+    report = ilm_compile.verify(model, tp=2, pp=2, sequence_parallel=True)
+    report.raise_if_failed()
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(256, 256), (32, 96), (7, 91)])
+def test_the_width_of_an_mlp_is_rounded_up_to_a_multiple(multiple, width):
+    model = internlm_tiny(**SMALL, mlp_ratio=8 / 3, multiple_of=multiple)
+    assert model.blocks[0].mlp.w1.weight.shape == (width, 32)
 
 
 def test_labels_are_targets_of_their_own_position():

@@ -94,6 +94,42 @@ def test_windows_run_over_the_ends_of_documents(folder: Path) -> None:
     assert rows["cu_seqlens"] == [[0, 6]] * 4
 
 
+def test_a_document_begins_anew_within_a_row_and_its_targets_go_on(folder: Path) -> None:
+    found = everything(open_dataset(folder, seq_len=12, max_documents=8, max_document=3))
+    assert found["position_ids"] == [
+        [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 1],
+        [0, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7],
+    ]
+    assert found["labels"] == [
+        [12, 9, NONE, 13, 9, NONE, 2, 3, 9, NONE, 5, 9],
+        [NONE, 7, 8, 1, 2, 9, NONE, NONE, NONE, NONE, NONE, NONE],
+    ]
+    assert found["cu_seqlens"] == [[0, 3, 6, 9, 10, 12, 12, 12, 12], [0, 1, 4, *[12] * 6]]
+
+
+def test_rows_leave_room_for_the_pieces_of_documents(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", [[1], [2], [3], [4], [5] * 8])
+    found = everything(open_dataset(tmp_path, seq_len=12, max_documents=5, max_document=4))
+    assert found["cu_seqlens"] == [[0, 1, *[12] * 4], [0, 1, *[12] * 4], [0, 4, *[12] * 4]]
+    with pytest.raises(IlmCompileError, match="max_document=4 is for packing='cut' and more than"):
+        open_dataset(tmp_path, seq_len=12, max_documents=3, max_document=4)
+
+
+@pytest.mark.parametrize(("rows", "ends"), [(1, [5, 11, 17]), (2, [11])])
+def test_windows_do_not_learn_ends_if_one_agrees_with_internlm(
+    folder: Path, rows: int, ends: list[int]
+) -> None:
+    """Neither what follows a document, nor what follows a pack of rows."""
+    options = {"packing": "window", "max_documents": 1, "rows_of_a_pack": rows}
+    found = everything(open_dataset(folder, **options, learn_ends=False))
+    stream = [token for document in CODE + EN for token in document]
+    expected = [*stream[1:], *[NONE] * 6]
+    for end in (2, 5, 9, 12, 18, *ends):
+        expected[end] = NONE
+    assert [label for row in found["labels"] for label in row] == expected
+    assert found["position_ids"] == [list(range(6))] * 4
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [

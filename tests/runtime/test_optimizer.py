@@ -34,6 +34,11 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.2, 0.0)
 
 
+def test_vectors_decay_too_if_asked() -> None:
+    groups = adamw(model().named_parameters(), lr=1e-3, weight_decay=0.2, decay_all=True)
+    assert [group["weight_decay"] for group in groups.param_groups] == [0.2, 0.2]
+
+
 def test_frozen_parameters_are_left_out() -> None:
     layers = model()
     layers[0].requires_grad_(False)
@@ -96,6 +101,20 @@ def test_rate_warms_up_linearly_then_falls_to_the_minimum_at_the_last_step() -> 
     assert seen[6] == pytest.approx(0.6, rel=1e-10)
     assert seen[9] == pytest.approx(0.2, rel=1e-10)
     assert seen[3:] == sorted(seen[3:], reverse=True)
+
+
+def test_a_held_peak_puts_the_cosine_a_step_later() -> None:
+    """Against the recursion that torch's CosineAnnealingLR follows, which InternEvo wraps."""
+    layers = model()
+    oracle = adamw(layers.named_parameters(), lr=2.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(oracle, T_max=4, eta_min=0.2)
+    expected = [0.5, 1.0]  # warm-up
+    for _ in range(4):
+        expected.append(oracle.param_groups[0]["lr"] / 2.0)
+        oracle.step()
+        cosine.step()
+    found = rates(6, warmup_steps=2, total_steps=6, min_ratio=0.1, hold_peak=True)
+    assert found == pytest.approx(expected)
 
 
 def test_rate_is_zero_for_the_initial_steps_and_warms_up_after_them() -> None:

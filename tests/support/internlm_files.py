@@ -15,6 +15,7 @@ _CUT = {
     "Wqkv.bias": 0,
     "wqkv.weight": 0,
     "wqkv.bias": 0,
+    **{f"w{part}.{kind}": 0 for part in "qkv" for kind in ("weight", "bias")},
     "out_proj.weight": 1,
     "wo.weight": 1,
     "w1.weight": 0,

@@ -62,6 +62,52 @@ def test_slurm_is_read_with_host_and_port(file: Path, monkeypatch: pytest.Monkey
     assert os.environ["MASTER_PORT"] == "99"
 
 
-def test_a_flag_that_would_have_no_effect_is_refused(file: Path) -> None:
-    with pytest.raises(ilm_compile.IlmCompileError, match="give torchrun --master-addr"):
-        parsed("--config", file, "--port", 99)
+def test_a_process_that_nothing_started_says_which_it_is(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # what is written there goes away with the test
+        monkeypatch.delenv(name)
+    numbers = ("--world_size", 4, "--rank", 3, "--local_rank", 1)
+    parsed("--config", file, *numbers, "--host", "h", "--port", 99)
+    assert [os.environ[name] for name in names] == ["3", "1", "4", "h", "99"]
+    parsed("--config", file, "--rank", 3)  # the same again, as under torchrun
+    with pytest.raises(ilm_compile.PlanError, match="--rank 2, but RANK=3 in the environment"):
+        parsed("--config", file, "--rank", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--port", 99), "give torchrun --master-addr"),
+        (("--world_size", 2), "--rank and --local_rank missing"),
+        (("--rank", 0, "--launcher", "slurm"), "srun gives them"),
+    ],
+    ids=["port", "world_size", "slurm"],
+)
+def test_flags_that_do_not_fit_are_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ilm_compile.IlmCompileError, match=message):
+        parsed("--config", file, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "right", "wrong"), [(True, "nccl", "gloo"), (False, "gloo", "nccl")]
+)
+def test_a_backend_of_another_device_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool, right: str, wrong: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    parsed("--config", file, "--backend", right)
+    with pytest.raises(ilm_compile.IlmCompileError, match=f"--backend {wrong} is for"):
+        parsed("--config", file, "--backend", wrong)
+
+
+def test_the_parser_reads_no_config_and_a_job_needs_one() -> None:
+    options = ilm_compile.get_default_parser().parse_args([])
+    assert options.config is None
+    with pytest.raises(ilm_compile.IlmCompileError, match="--config FILE is missing"):
+        ilm_compile.config_from_arguments(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,8 @@ class TokenDataset:
     rows of plain text without document boundaries (InternLM's pack_sample_into_one).
     max_documents: in one row; more are left for the next. None takes max(8, seq_len // 64), and 1
     for "window". One for both gives unpacked rows.
+    max_document: of "cut", positions and boundaries begin anew after so many tokens of a document
+    within a row; its targets go on. Each such piece counts as one of max_documents.
     long_documents: what "whole" does with one longer than a row: "refuse", "split", "truncate".
     min_length: shorter documents are left out, and empty ones always. min_length_by_type: other
     numbers for the types it names.
@@ -37,6 +40,8 @@ class TokenDataset:
     ids: the number of each type, for type_ids; None numbers the names in order.
     with_types: batches have type_ids.
     zero_is_target: False agrees with InternLM, which never learns token 0.
+    learn_ends: False takes from rows of "window" the targets that follow the end of a document, and
+    of the last of every `rows_of_a_pack` rows what follows its end, as InternLM does.
     padding: the token that fills rows up.
 
     A token stored with a minus sign is input, but no target (InternLM's tokenised SFT data).
@@ -51,6 +56,7 @@ class TokenDataset:
         vocab_size: int,
         packing: str = "cut",
         max_documents: int | None = None,
+        max_document: int | None = None,
         long_documents: str = "refuse",
         min_length: int = 0,
         min_length_by_type: Mapping[str, int] | None = None,
@@ -58,6 +64,8 @@ class TokenDataset:
         ids: Mapping[str, int] | None = None,
         with_types: bool = False,
         zero_is_target: bool = True,
+        learn_ends: bool = True,
+        rows_of_a_pack: int = 1,
         padding: int = 0,
     ) -> None:
         if max_documents is None:
@@ -67,8 +75,15 @@ class TokenDataset:
         self.type_ids = dict(type_ids(self.shards) if ids is None else ids)
         check_type_ids(self.shards, self.type_ids)
         self.seq_len, self.max_documents, self.packing = seq_len, max_documents, packing
-        self._padding = padding
+        self._padding, self._max_document = padding, max_document
+        num_cuts = 0 if max_document is None else seq_len // max_document
+        if num_cuts and (packing != "cut" or num_cuts >= max_documents):
+            raise IlmCompileError(
+                f"token files: max_document={max_document} is for packing='cut' and more than "
+                f"{num_cuts} documents a row, got {packing!r} and max_documents={max_documents}"
+            )
         self._with_types, self._zero_is_target = with_types, zero_is_target
+        self._learn_ends, self._rows_of_a_pack = learn_ends, rows_of_a_pack
         limit = long_documents if packing == "whole" else "split"
         chosen = select(
             self.shards,
@@ -80,12 +95,14 @@ class TokenDataset:
         )
         self._shard_of, self._document_of = chosen.shards, chosen.documents
         self._ends = np.cumsum(chosen.lengths)
-        self._starts = PACKINGS[packing](self._ends, seq_len, max_documents)
+        self._starts = PACKINGS[packing](self._ends, seq_len, max_documents - num_cuts)
         self.num_documents = len(chosen.lengths)
         self.num_tokens = int(self._ends[-1])
         least = (min_length, dict(min_length_by_type or {}))
         packed = (packing, max_documents, limit, shuffle_seed)
-        self._options = (*packed, zero_is_target, padding, *least)
+        ends = () if learn_ends else ("no ends", rows_of_a_pack)
+        pieces = () if max_document is None else ("pieces", max_document)
+        self._options = (*packed, zero_is_target, padding, *least, *ends, *pieces)
         self._reader = DocumentReader(self.shards, vocab_size=vocab_size)
 
     @classmethod
@@ -132,18 +149,19 @@ class TokenDataset:
         last = int(self._ends.searchsorted(stop))
         borders = np.array([start, *self._ends[first:last], stop]) - start
         is_window = self.packing == "window"
-        goes_on = stop < (self.num_tokens if is_window else self._ends[last])
+        learns_ends = is_window and self._learn_ends
+        goes_on = stop < (self.num_tokens if learns_ends else self._ends[last])
         stream = self._stream(first, start, stop + goes_on)
         size = stop - start
         labels = np.full(self.seq_len, IGNORED_LABEL)
         following = stream[1:]
         is_target = following >= (0 if self._zero_is_target else 1)
         labels[: len(following)] = np.where(is_target, following, IGNORED_LABEL)
-        if is_window:
-            starts = np.zeros(1, np.int64)
-        else:
-            starts = borders[:-1]
+        starts = np.zeros(1, np.int64) if is_window else self._pieces(borders)
+        if not learns_ends:
             labels[self._ends[first:last] - start - 1] = IGNORED_LABEL
+            if is_window and (row + 1) % self._rows_of_a_pack == 0:
+                labels[size - 1] = IGNORED_LABEL
         columns = np.arange(self.seq_len)
         boundaries = np.full(self.max_documents + 1, self.seq_len, np.int32)
         boundaries[: len(starts)] = starts
@@ -157,6 +175,13 @@ class TokenDataset:
         if self._with_types:
             arrays[TYPE_IDS] = self._types(first, last, borders)
         return arrays
+
+    def _pieces(self, borders: Int64) -> Int64:
+        """Where the documents between the borders begin, long ones again and again."""
+        if self._max_document is None:
+            return borders[:-1]
+        pieces = [np.arange(*pair, self._max_document) for pair in pairwise(borders)]
+        return np.concatenate(pieces)
 
     def _stream(self, document: int, start: int, stop: int) -> Int64:
         """The tokens at the positions [start, stop), of which `document` holds the first."""

@@ -19,13 +19,15 @@ def lr_schedule(
     total_steps: int,
     min_ratio: float = 0.1,
     init_steps: int = 0,
+    hold_peak: bool = False,
 ) -> LambdaLR:
     """Linear warm-up, then half a cosine down to `min_ratio` of the learning rate.
 
     With t = 1, 2, ... the step being taken: 0 up to init_steps, then (t - init_steps) /
     warmup_steps of the rate for warmup_steps, then min_ratio + (1 - min_ratio) *
-    (1 + cos(pi * u)) / 2 with u going from 0 to 1 at total_steps, and min_ratio from there on. Call
-    `.step()` after every optimizer step.
+    (1 + cos(pi * u)) / 2 with u going from 0 to 1 at total_steps, and min_ratio from there on.
+    hold_peak: the cosine begins with a step at u = 0 and is a step behind from there on, as that of
+    InternEvo is. Call `.step()` after every optimizer step.
     Formula: Loshchilov and Hutter, "SGDR" (arXiv 1608.03983), equation 5, with one period.
     Its state is the number of steps: a resumed run follows the rates and lengths that are given
     here. Raises `IlmCompileError` unless the phases fit into total_steps.
@@ -45,7 +47,7 @@ def lr_schedule(
             return 0.0
         if step <= start:
             return (step - init_steps) / warmup_steps
-        progress = min(1.0, (step - start) / (total_steps - start))
+        progress = min(1.0, (step - start - hold_peak) / (total_steps - start))
         return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
     return _ByCount(optimizer, ratio)

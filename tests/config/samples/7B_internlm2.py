@@ -29,6 +29,7 @@ ckpt = dict(
     save_ckpt_folder=f"local:{JOB_NAME}/ckpts",
     checkpoint_every=float("inf") if LONG_CONTEXT else 1000,
     load_ckpt_info=dict(path="/weights", content=("model",), ckpt_type="hf_llama"),
+    auto_resume=False,
 )
 
 if LONG_CONTEXT:

@@ -1,5 +1,4 @@
 JOB_NAME = "7b_train"
-model_type = "INTERNLM"
 DO_ALERT = False
 
 VOCAB_SIZE = 103168
@@ -18,6 +17,7 @@ CHECKPOINT_EVERY = 50
 ckpt = dict(
     enable_save_ckpt=False,
     save_ckpt_folder=SAVE_CKPT_FOLDER,
+    load_ckpt_folder="local:runs_of_7b/",  # as in theirs, beside the key that replaced it
     load_ckpt_info=dict(path=MODEL_ONLY_FOLDER, content=("model",), ckpt_type="internevo"),
     auto_resume=False,
     checkpoint_every=CHECKPOINT_EVERY,
