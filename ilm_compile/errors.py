@@ -35,3 +35,7 @@ class VerificationError(IlmCompileError):
 
 class BatchError(IlmCompileError):
     """A batch does not have the shapes or dtypes the program was compiled for."""
+
+
+class NoTargetsError(BatchError):
+    """A global batch has no target at all: its loss is 0/0."""

@@ -1,5 +1,7 @@
 """A micro-batch without a single target trains as the rows of a whole batch do that have none."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -74,3 +76,21 @@ def test_a_whole_batch_without_targets_is_refused():
     parallel = ilm_compile.parallelize(make(), example_inputs=INPUTS, num_microbatches=ROWS)
     with pytest.raises(BatchError, match="expected at least one target token"):
         parallel.execute_schedule(batch(without=ROWS))
+
+
+def test_a_training_passes_over_such_a_batch():
+    """It ends as one without the batch, and says which step it was."""
+    ended = []
+    for seeds in ((0, None, 1), (0, 1)):
+        parallel = ilm_compile.parallelize(make(), example_inputs=INPUTS, num_microbatches=ROWS)
+        trainer = ilm_compile.Trainer(parallel, lr=1e-2)
+        batches = [batch(without=ROWS if seed is None else seed) for seed in seeds]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history = trainer.fit(batches, len(batches), progress=False)
+        told = [str(w.message) for w in caught if "is skipped" in str(w.message)]
+        assert [m.is_skipped for m in history] == [seed is None for seed in seeds]
+        assert [text[:17] for text in told] == ["step 2 is skipped"] * seeds.count(None)
+        ended.append(parallel.full_state_dict())
+    for name, value in ended[0].items():
+        torch.testing.assert_close(value, ended[1][name], rtol=0, atol=0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ilm_compile.errors import BatchError
+from ilm_compile.errors import BatchError, NoTargetsError
 from ilm_compile.program.program import Input
 from ilm_compile.runtime.mesh import Axis
 
@@ -83,7 +83,7 @@ class BatchLayout:
         columns = [batch[name].cpu().chunk(self.num_slices) for name in names]
         total = sum(int(graph(*arguments)) for arguments in zip(*columns, strict=True))
         if total == 0:
-            raise BatchError(
+            raise NoTargetsError(
                 f"batch: expected at least one target token, got none in {names}: every label is "
                 "ignored, so the loss is 0/0; leave such batches out"
             )

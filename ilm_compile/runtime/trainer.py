@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ilm_compile.errors import IlmCompileError
+from ilm_compile.errors import IlmCompileError, NoTargetsError
 from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.fit_hooks import fit_hooks
@@ -288,9 +288,13 @@ class Trainer:
         scale = self.loss_scale
         num_skipped = self.num_skipped_steps
         self.zero_grad()
-        loss = self.execute_schedule(batch)
-        assert isinstance(loss, Tensor)
-        grad_norm = self.step()
+        try:
+            loss = self.execute_schedule(batch)
+            assert isinstance(loss, Tensor)
+            grad_norm = self.step()
+        except NoTargetsError as error:  # on every rank alike, before anything was run
+            loss, grad_norm = torch.tensor(math.nan), math.nan
+            self._pass_over(error)
         if loss.device.type == "cuda":
             torch.cuda.synchronize(loss.device)
         num_tokens = next(iter(batch.values())).numel()
@@ -319,6 +323,13 @@ class Trainer:
         if wishing:
             self.stop_reason = self._stop_wish or f"asked for by rank {wishing[0]}"
             ACTIVITY.stopping = self.stop_reason
+
+    def _pass_over(self, error: NoTargetsError) -> None:
+        """Count a step whose batch trains nothing, as one whose loss is not finite."""
+        self.num_steps += 1
+        if self.parallel.mesh.rank == 0:
+            warnings.warn(f"step {self.num_steps} is skipped: {error}", stacklevel=4)
+        self._count_skip(math.nan)
 
     def _count_skip(self, norm: float) -> None:
         self.num_skipped_steps += 1
