@@ -23,6 +23,7 @@ from ilm_compile.runtime.data import BatchNumbers, BatchRamp
 from ilm_compile.runtime.observe.recorders import METRICS_FILE
 from ilm_compile.training.checkpoints import checkpoint_folder, local_path
 from ilm_compile.training.data import global_batch_size
+from ilm_compile.training.earlier_run import died_young
 from ilm_compile.training.hooks import make_sinks
 from ilm_compile.training.launch import Place, read_place
 from ilm_compile.training.model import build_model, input_spec, loss_function
@@ -190,7 +191,9 @@ def _earlier_run(start: Start, checkpoints: Path | None) -> Iterator[str]:
     config = start.config
     is_resumed = config.ckpt.enabled and config.ckpt.auto_resume
     has_checkpoint = checkpoints is None or any(checkpoints.glob("step-*"))
-    if (config.run_folder / METRICS_FILE).exists() and not (is_resumed and has_checkpoint):
+    if (config.run_folder / METRICS_FILE).exists() and not (
+        is_resumed and (has_checkpoint or died_young(config))
+    ):
         yield (
             f"{config.run_folder} holds an earlier run and there is no checkpoint to go on from; "
             "choose another job_name, or remove it"

@@ -18,6 +18,7 @@ from ilm_compile.training.data import (
     get_train_data_loader,
     get_validation_data_loaders,
 )
+from ilm_compile.training.earlier_run import set_aside
 from ilm_compile.training.guard import Guard
 from ilm_compile.training.hooks import make_hooks
 from ilm_compile.training.model import initialize_model
@@ -85,6 +86,7 @@ def _train(config: Config, batches: TrainBatches, validation: Mapping[str, Batch
         if config.ckpt.enabled:
             trainer.hooks.append(manager)
         if is_first:
+            changed += set_aside(config.run_folder) if trainer.num_steps == 0 else []
             told = [started, *changed] if config.logging.console else changed
             print("".join(f"{line}\n" for line in told), end="", flush=True)
     if is_first:  # only now: a start that is refused leaves the config of the run as it was

@@ -143,7 +143,7 @@ def test_a_gpu_without_bfloat16_or_for_too_few_ranks_is_named(
 
 def test_a_run_never_adds_to_one_that_it_does_not_go_on_with(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "tiny" / "metrics.jsonl").write_text('{"step": 3}\n')  # one more than up to a save
     with pytest.raises(StartError, match="holds an earlier run and there is no checkpoint"):
         train(tiny(tmp_path))
     (tmp_path / "tiny" / "checkpoints" / "step-00000002").mkdir(parents=True)
