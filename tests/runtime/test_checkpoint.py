@@ -247,6 +247,20 @@ def test_leftovers_of_killed_saves_are_deleted(tmp_path: Path) -> None:
     assert steps_in(f"local:{tmp_path}") == ["notes.tmp-0123abcd", "step-00000001"]
 
 
+def test_a_step_folder_that_is_a_link_is_used_and_deleted_as_a_link(tmp_path: Path) -> None:
+    """One on another disk, say: where it leads is left alone, and the next start is not blocked."""
+    folder, elsewhere = tmp_path / "ckpt", tmp_path / "elsewhere"
+    Job(folder, keep_last=1).manager.save(1, wait=True)
+    (folder / "step-00000001").rename(elsewhere)
+    (folder / "step-00000001").symlink_to(elsewhere)
+    job = Job(folder, every=1, keep_last=1)
+    assert job.manager.resume() == 1
+    job.train(2, 2)
+    assert steps_in(f"local:{folder}") == ["step-00000002"]
+    assert (elsewhere / "manifest.json").exists()
+    assert Job(folder).manager.resume() == 2
+
+
 def test_a_replaced_checkpoint_comes_back_if_its_successor_was_killed(tmp_path: Path) -> None:
     Job(tmp_path).manager.save(1, wait=True)
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.old-0123abcd")

@@ -118,7 +118,7 @@ class LocalStorage:
     def prepare(self, working: str) -> None:
         path = self._root / working
         if path.exists():
-            shutil.rmtree(path)
+            _delete(path)
         path.mkdir(parents=True)
 
     def publish(self, working: str, name: str, manifest: bytes) -> None:
@@ -136,7 +136,7 @@ class LocalStorage:
         gone = self._root / f"{name.split('.tmp-')[0]}.tmp-{os.urandom(4).hex()}"
         with suppress(FileNotFoundError):
             os.rename(self._root / name, gone)
-            shutil.rmtree(gone)
+            _delete(gone)
 
     def folders(self) -> list[str]:
         if not self._root.is_dir():
@@ -146,7 +146,7 @@ class LocalStorage:
     def clean(self) -> list[str]:
         left = [name for name in self.folders() if _LEFT_OVER.fullmatch(name)]
         for name in left:
-            shutil.rmtree(self._root / name)
+            _delete(self._root / name)
         return left + self.clean_replaced()
 
     def clean_replaced(self) -> list[str]:
@@ -156,7 +156,7 @@ class LocalStorage:
             if (match := _REPLACED.fullmatch(old)) is None:
                 continue
             if (self._root / match["name"]).exists():
-                shutil.rmtree(self._root / old)
+                _delete(self._root / old)
                 left.append(old)
             else:
                 os.rename(self._root / old, self._root / match["name"])
@@ -265,3 +265,11 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder; of a link to one the link alone, for where it leads is somebody else's."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
