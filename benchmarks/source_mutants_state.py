@@ -180,7 +180,7 @@ CHECKPOINT_MUTANTS = [
         ),
         (
             "the optimizer is not restored",
-            "restore.restore_optimizer(reader, self.parallel, self.optimizer)",
+            "restore.restore_optimizer(reader, self.parallel, self.optimizer, options=options)",
             "pass",
             CHECKPOINT,
         ),

@@ -117,7 +117,7 @@ UPDATE_MUTANTS = [
         ("another beta2", "(0.9, 0.95)", "(0.9, 0.999)"),
         ("another epsilon", "eps: float = 1e-8", "eps: float = 1e-6"),
         ("another weight decay", "weight_decay: float = 0.1", "weight_decay: float = 0.01"),
-        ("decay of norms and biases", '"weight_decay": 0.0}', '"weight_decay": weight_decay}'),
+        ("decay of norms and biases", "weight_decay if decay_all else 0.0", "weight_decay"),
         ("vectors decay", "if p.ndim >= 2]", "if p.ndim >= 1]"),
         (
             "the betas are not used",

@@ -16,7 +16,7 @@ from ilm_compile.sharding.sharded_forms import (
     SOFTMAXES,
     reduced_dims,
 )
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
+from ilm_compile.sharding.strategy import TAG_RULES, Call, Strategy, aten, rule
 
 # Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
 # is linear in each factor); "all": together (a sum); "first": the first only; "": none.
@@ -50,7 +50,7 @@ POINTWISE = {
 _LINEARITY = {target: kind for kind, targets in POINTWISE.items() for target in targets}
 
 
-@rule(*_LINEARITY, torch.Tag.pointwise)
+@rule(*_LINEARITY)
 def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Output sharded as wanted; an input that is broadcast along that dimension is R."""
     for out in wanted:
@@ -62,6 +62,9 @@ def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         yield Strategy((P, P), P)
     for index in {"each": range(count), "first": range(1)}.get(kind, range(0)):
         yield Strategy(tuple(P if i == index else R for i in range(count)), P)
+
+
+TAG_RULES[torch.Tag.pointwise] = pointwise
 
 
 def is_broadcast(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> bool:

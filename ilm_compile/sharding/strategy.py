@@ -64,6 +64,7 @@ class Call:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Rule = Callable[[Call, frozenset[Placement]], Iterator[Strategy]]
 RULES: dict[Any, Rule] = {}
+TAG_RULES: dict[torch.Tag, Rule] = {}  # of ops that others bring and tag
 
 
 def rule_of(target: Any) -> Rule:
@@ -74,8 +75,8 @@ def rule_of(target: Any) -> Rule:
     """
     schema = getattr(target, "_schema", None)
     found = RULES.get(target) or RULES.get(schema.name if schema else "")
-    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
-        found = RULES.get(torch.Tag.pointwise) if target.namespace != "aten" else None
+    if found is None and schema is not None and target.namespace != "aten":
+        found = next((TAG_RULES[tag] for tag in target.tags if tag in TAG_RULES), None)
     return found or _no_rule
 
 
