@@ -5,13 +5,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ilm_compile.cli import convert, explain, prepare_data, train, verify
+from ilm_compile.cli import convert, evaluate, explain, prepare_data, train, verify
 from ilm_compile.errors import IlmCompileError
 
 COMMANDS = {
     "explain": explain,
     "verify": verify,
     "train": train,
+    "evaluate": evaluate,
     "prepare-data": prepare_data,
     "convert": convert,
 }

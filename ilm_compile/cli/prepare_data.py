@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.data import (
-    Chat,
     FileTokenizer,
     chat_of,
     load_tokenizer,
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
             read_documents(
                 options.files,
                 field=options.field,
-                chat=Chat(chat.name, render),
+                chat=replace(chat, render=render),
                 as_text=options.as_text,
             ),
             options.out,

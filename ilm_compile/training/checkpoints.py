@@ -49,7 +49,7 @@ def start_from(config: Config, manager: CheckpointManager, trainer: Trainer) -> 
     """
     options = config.ckpt
     if options.enabled and options.auto_resume:
-        settings = Settings(config, trainer, content=(ALL,))
+        settings = Settings(config, trainer.parallel, content=(ALL,))
         step = manager.resume(settings="own", accept=settings.accept)
         if step is not None:
             return [f"resumed after step {step} from {checkpoint_folder(config)}", *settings.told]
@@ -62,7 +62,7 @@ def _load(config: Config, manager: CheckpointManager, trainer: Trainer) -> list[
     options = config.ckpt
     path = local_path(options.load_path or "")
     if options.load_format == CHECKPOINT:
-        settings = Settings(config, trainer, content=options.load_content)
+        settings = Settings(config, trainer.parallel, content=options.load_content)
         manager.load(path, options.load_content, settings="own", accept=settings.accept)
         return settings.told
     allowed = options.allow_change

@@ -73,9 +73,14 @@ def get_train_data_loader(config: Config) -> TrainBatches:
 
 
 def get_validation_data_loaders(config: Config) -> dict[str, Batches]:
+    """The batches of each validation set of a training by name; none if valid_every is 0."""
+    return validation_sets(config) if config.data.valid_every else {}
+
+
+def validation_sets(config: Config) -> dict[str, Batches]:
     """The batches of each validation set by name: each sub-folder of data.valid_folder is one."""
     folder = config.data.valid_folder
-    if folder is None or not config.data.valid_every:
+    if folder is None:
         return {}
     names = input_spec(config)
     return {

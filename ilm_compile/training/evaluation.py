@@ -1,13 +1,18 @@
-"""Evaluates on the validation sets while training goes on."""
+"""Evaluates on the validation sets, while training goes on too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ilm_compile.runtime import Hook, StepMetrics, Trainer
+from ilm_compile.runtime import Hook, Parallel, StepMetrics, Trainer
 from ilm_compile.runtime.evaluation import evaluate
 from ilm_compile.runtime.observe import Logger
 from ilm_compile.training.data import Batches
+
+
+def evaluate_sets(parallel: Parallel, sets: Mapping[str, Batches]) -> dict[str, dict[str, float]]:
+    """The metrics of each set by its name; see `runtime.evaluation.evaluate`. Collective."""
+    return {name: evaluate(parallel, batches) for name, batches in sets.items()}
 
 
 class Evaluation(Hook):
@@ -23,6 +28,6 @@ class Evaluation(Hook):
         is_last = metrics.step == trainer.total_steps
         if metrics.step % self._every and not is_last:
             return
-        for name, batches in self._sets.items():
-            self.last[name] = evaluate(trainer.parallel, batches)
-            self._logger.log(f"valid/{name}", metrics.step, self.last[name])
+        self.last = evaluate_sets(trainer.parallel, self._sets)
+        for name, values in self.last.items():
+            self._logger.log(f"valid/{name}", metrics.step, values)

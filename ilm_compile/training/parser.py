@@ -30,6 +30,14 @@ def get_default_parser() -> argparse.ArgumentParser:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those flags to a parser."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--profiling", action="store_true", help="the same as --set profiler.enabled=true"
+    )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those that say which config it is and which process this is."""
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help=".toml, or .py of InternEvo; needed"
     )
@@ -47,9 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="over the file, as in --set parallel.tensor=4; may be repeated",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
-    parser.add_argument(
-        "--profiling", action="store_true", help="the same as --set profiler.enabled=true"
-    )
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="torch", help="what started it; torch: torchrun"
     )
@@ -76,7 +81,7 @@ def config_from_arguments(options: argparse.Namespace) -> Config:
     overrides = list(options.set)
     if options.seed is not None:
         overrides.append(f"train.seed={options.seed}")
-    if options.profiling:
+    if getattr(options, "profiling", False):
         overrides.append("profiler.enabled=true")
     return load_config(options.config, overrides, root=options.config_root)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -49,23 +49,38 @@ class Start:
         return max(1, self.place.world_size // (self.plan.tp * self.plan.pp))
 
 
+Check = Callable[[Start], Iterator[str]]
+
+
 def check_start(config: Config) -> None:
     """Raise `StartError` if the run cannot work here: sizes, plan, paths, disk, dtype, memory.
 
     Local: no collective, no group, no weight. Costs about a second, in which a small model of the
     same widths is partitioned.
     """
+    _check(config, _CHECKS)
+
+
+def check_evaluation(config: Config) -> None:
+    """Raise `StartError` if the model cannot be evaluated here; what `check_start` says holds.
+
+    Nothing is asked of what only training needs: its data, its folder, memory for an optimizer.
+    """
+    _check(config, _EVALUATION_CHECKS)
+
+
+def _check(config: Config, checks: Sequence[Check]) -> None:
     try:
         start = Start(config, read_place(), make_plan(config.plan()), build_model(config))
         input_spec(config)
     except IlmCompileError as error:
         raise StartError(str(error)) from error
-    problems = [problem for check in _CHECKS for problem in _run(check, start)]
+    problems = [problem for check in checks for problem in _run(check, start)]
     if problems:
         raise StartError("\n  ".join(problems))
 
 
-def _run(check: Callable[[Start], Iterator[str]], start: Start) -> Iterator[str]:
+def _run(check: Check, start: Start) -> Iterator[str]:
     try:
         yield from check(start)
     except IlmCompileError as error:
@@ -77,7 +92,7 @@ def _world(start: Start) -> Iterator[str]:
     if not start.place.is_started and needed > 1:
         yield (
             f"parallel.tensor={start.plan.tp} and parallel.pipeline={start.plan.pp} need {needed} "
-            f"processes: torchrun --nproc-per-node {needed} -m ilm_compile.cli train ..."
+            f"processes: torchrun --nproc-per-node {needed} -m ilm_compile.cli ..."
         )
     elif found % needed:
         yield (
@@ -213,15 +228,28 @@ def _earlier_run(start: Start, checkpoints: Path | None) -> Iterator[str]:
 
 def _sources(start: Start) -> Iterator[str]:
     config = start.config
-    for key in ("train_folder", "valid_folder"):
-        value = getattr(config.data, key)
-        if value is not None and not os.access(value, os.R_OK):
-            yield f"data.{key}: expected a folder that can be read, found none at {value}"
+    yield from _unreadable("train_folder", config.data.train_folder)
+    yield from _unreadable("valid_folder", config.data.valid_folder)
     path = config.ckpt.load_path
     if path is None:
         return
     if "://" not in path and not Path(local_path(path)).exists():
         yield f"ckpt.load_path: found nothing at {local_path(path)}"
+
+
+def _validation(start: Start) -> Iterator[str]:
+    folder = start.config.data.valid_folder
+    if folder is None:
+        yield (
+            "data.valid_folder is not given, so there is nothing to evaluate on; give a folder of "
+            "which each sub-folder is a set, with data.type 'tokenized' or 'text'"
+        )
+    yield from _unreadable("valid_folder", folder)
+
+
+def _unreadable(key: str, folder: str | None) -> Iterator[str]:
+    if folder is not None and not os.access(folder, os.R_OK):
+        yield f"data.{key}: expected a folder that can be read, found none at {folder}"
 
 
 def _alerts(start: Start) -> Iterator[str]:
@@ -251,7 +279,7 @@ def _existing(folder: Path) -> Path:
     return next((path for path in (folder, *folder.parents) if path.exists()), folder)
 
 
-_CHECKS: tuple[Callable[[Start], Iterator[str]], ...] = (
+_CHECKS: tuple[Check, ...] = (
     _world,
     _batches,
     _device,
@@ -261,3 +289,4 @@ _CHECKS: tuple[Callable[[Start], Iterator[str]], ...] = (
     _alerts,
     _model,
 )
+_EVALUATION_CHECKS: tuple[Check, ...] = (_world, _device, _validation, _model)

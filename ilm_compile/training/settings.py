@@ -7,7 +7,7 @@ from typing import Any
 
 from ilm_compile.config import Config
 from ilm_compile.config.changes import Change, model_changes, training_changes
-from ilm_compile.runtime import Trainer
+from ilm_compile.runtime import Parallel
 from ilm_compile.runtime.checkpoint import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.checkpoint.training_state import ALL, MODEL
@@ -21,11 +21,11 @@ class Settings:
     content: what is loaded of it. told: a line for each change, once `accept` was called.
     """
 
-    def __init__(self, config: Config, trainer: Trainer, *, content: Collection[str]) -> None:
+    def __init__(self, config: Config, parallel: Parallel, *, content: Collection[str]) -> None:
         self.told: list[str] = []
         self._config = config
         self._own = config.to_dict()
-        self._data_parallel = trainer.parallel.mesh.dp.size
+        self._data_parallel = parallel.mesh.dp.size
         self._content = set(content)
 
     def accept(self, manifest: Manifest) -> None:

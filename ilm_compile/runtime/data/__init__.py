@@ -7,6 +7,7 @@
 Each is a `RowDataset`. `BatchIterator` (training) and `ValidationBatches` make batches of one.
 """
 
+from ilm_compile.runtime.data.answers import label_answers as label_answers
 from ilm_compile.runtime.data.batch_plan import BatchNumbers as BatchNumbers
 from ilm_compile.runtime.data.batch_plan import BatchRamp as BatchRamp
 from ilm_compile.runtime.data.batches import BatchIterator as BatchIterator
@@ -27,6 +28,7 @@ from ilm_compile.runtime.data.shard_folder import open_shards as open_shards
 from ilm_compile.runtime.data.shard_folder import open_validation_shards as open_validation_shards
 from ilm_compile.runtime.data.shard_writer import ShardWriter as ShardWriter
 from ilm_compile.runtime.data.shard_writer import write_shard as write_shard
+from ilm_compile.runtime.data.text_files import read_conversations as read_conversations
 from ilm_compile.runtime.data.text_files import read_documents as read_documents
 from ilm_compile.runtime.data.token_dataset import TokenDataset as TokenDataset
 from ilm_compile.runtime.data.tokenizer import ByteTokenizer as ByteTokenizer

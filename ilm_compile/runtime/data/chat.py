@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,25 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """render: messages to the text of a document, raising ValueError. name: what renders."""
+    """render: messages to the text of a document, raising ValueError. name: what renders.
+
+    ask: the same, and then what comes before the assistant's next answer.
+    """
 
     name: str
     render: Callable[[list[Message]], str]
+    ask: Callable[[list[Message]], str]
 
 
 def _plain(messages: list[Message]) -> str:
     return "\n\n".join(f"### {m['role'].capitalize()}:\n{m['content']}" for m in messages)
 
 
-PLAIN = Chat("headings (### User:)", _plain)
+def _plain_ask(messages: list[Message]) -> str:
+    return _plain([*messages, {"role": "assistant", "content": ""}])
+
+
+PLAIN = Chat("headings (### User:)", _plain, _plain_ask)
 
 
 def chat_of(tokenizer: str | Path) -> Chat:
@@ -66,15 +75,17 @@ def chat_of(tokenizer: str | Path) -> Chat:
         template = _environment().from_string(source)
     except TemplateError as error:
         raise IlmCompileError(f"chat template: cannot read that of {origin}: {error}") from error
-    return Chat(f"the chat template of {origin.name}", _renderer(template, config))
+    render = _renderer(template, config)
+    name = f"the chat template of {origin.name}"
+    return Chat(name, partial(render, is_asked=False), partial(render, is_asked=True))
 
 
-def _renderer(template: Template, config: dict[str, Any]) -> Callable[[list[Message]], str]:
+def _renderer(template: Template, config: dict[str, Any]) -> Callable[..., str]:
     tokens = {name: _content(config[name]) for name in _TOKENS if config.get(name) is not None}
 
-    def render(messages: list[Message]) -> str:
+    def render(messages: list[Message], *, is_asked: bool) -> str:
         try:
-            return template.render(messages=messages, add_generation_prompt=False, **tokens)
+            return template.render(messages=messages, add_generation_prompt=is_asked, **tokens)
         except (TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"an error of the chat template: {error}") from error
 

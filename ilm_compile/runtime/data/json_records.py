@@ -41,37 +41,54 @@ def text_of(record: Any, field: str | None, chat: Chat) -> str:
 
     Raises `WrongRecord`.
     """
+    content = _content_of(record, field)
+    return content if isinstance(content, str) else _render(content, chat)
+
+
+def messages_of(record: Any) -> list[Message]:
+    """The messages of a conversation or an Alpaca example. Raises `WrongRecord`."""
+    content = _content_of(record, None)
+    if isinstance(content, str):
+        raise WrongRecord("a conversation, of which only the answers are learnt", "a text")
+    return content
+
+
+def _content_of(record: Any, field: str | None) -> str | list[Message]:
     if not isinstance(record, dict):
         raise WrongRecord(_expected(field), f"a {type(record).__name__}")
     if field is not None:
-        return _of_field(record, field, chat)
+        return _of_field(record, field)
     found = [name for name in (TEXT, "messages", "conversations") if name in record]
     if len(found) > 1:
         raise WrongRecord("one text in each object", f"{_words(found)}; choose one with --field")
     if found:
-        return _of_field(record, found[0], chat)
+        return _of_field(record, found[0])
     if "instruction" in record:
-        return _render(_alpaca(record), record, chat)
+        return _of_texts(_alpaca(record), record)
     raise WrongRecord(FORMS, f"the fields {_fields(record)}; choose one with --field")
 
 
-def _of_field(record: dict[str, Any], field: str, chat: Chat) -> str:
+def _of_field(record: dict[str, Any], field: str) -> str | list[Message]:
     value = record.get(field)
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
         messages = [_message(each, f"{field}[{i}]") for i, each in enumerate(value)]
-        return _render([*_system(record, messages), *messages], record, chat)
+        return _of_texts([*_system(record, messages), *messages], record)
     raise WrongRecord(
         _expected(None if field == TEXT else field),
         f"the fields {_fields(record)}; choose one with --field",
     )
 
 
-def _render(messages: list[Message], record: dict[str, Any], chat: Chat) -> str:
+def _of_texts(messages: list[Message], record: dict[str, Any]) -> list[Message]:
     for name in _LOST_OF_RECORD:
         if record.get(name):
             raise WrongRecord("a conversation of texts alone", f"{name!r}; leave such objects out")
+    return messages
+
+
+def _render(messages: list[Message], chat: Chat) -> str:
     try:
         return chat.render(messages)
     except ValueError as error:

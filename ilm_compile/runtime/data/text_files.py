@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.chat import PLAIN, Chat
-from ilm_compile.runtime.data.json_records import FORMS, WrongRecord, is_record, text_of
+from ilm_compile.runtime.data.chat import PLAIN, Chat, Message
+from ilm_compile.runtime.data.json_records import (
+    FORMS,
+    WrongRecord,
+    is_record,
+    messages_of,
+    text_of,
+)
 
 JSON_LINES = (".jsonl", ".ndjson")
 JSON = (*JSON_LINES, ".json")
@@ -45,7 +51,21 @@ def read_documents(
         if as_text or path.suffix not in JSON:
             yield _plain(path, as_text=as_text)
         else:
-            yield from _json(path, field, chat)
+            for value, num_bytes, source in _records(path):
+                yield Document(_text(value, field, chat, source), num_bytes, source)
+
+
+def read_conversations(paths: Sequence[Path]) -> Iterator[tuple[list[Message], str]]:
+    """Every conversation of the JSON files, in order, and where it is: file:line, or file[index].
+
+    Raises `IlmCompileError` naming the place of what is none.
+    """
+    for path in paths:
+        for value, _, source in _records(path):
+            try:
+                yield messages_of(value), source
+            except WrongRecord as error:
+                raise _wrong(source, error.expected, error.got) from error
 
 
 def _plain(path: Path, *, as_text: bool) -> Document:
@@ -80,7 +100,8 @@ def _holds_records(text: str) -> bool:
     return False
 
 
-def _json(path: Path, field: str | None, chat: Chat) -> Iterator[Document]:
+def _records(path: Path) -> Iterator[tuple[Any, int, str]]:
+    """The JSON values of a file, the bytes that each took, and its place."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -89,13 +110,12 @@ def _json(path: Path, field: str | None, chat: Chat) -> Iterator[Document]:
         ) from error
     with file:
         if path.suffix not in JSON_LINES and not _is_lines(file):
-            yield from _one_value(path, file.read(), field, chat)
+            yield from _one_value(path, file.read())
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
                 source = f"{path}:{number}"
-                value = _parse(line, source)
-                yield Document(_text(value, field, chat, source), len(line), source)
+                yield _parse(line, source), len(line), source
 
 
 def _is_lines(file: Any) -> bool:
@@ -108,13 +128,13 @@ def _is_lines(file: Any) -> bool:
         return False
 
 
-def _one_value(path: Path, data: bytes, field: str | None, chat: Chat) -> Iterator[Document]:
+def _one_value(path: Path, data: bytes) -> Iterator[tuple[Any, int, str]]:
     """The objects of a list, or the only one."""
     value = _parse(data, str(path))
     records = value if isinstance(value, list) else [value]
     for index, record in enumerate(records):
         source = f"{path}[{index}]" if isinstance(value, list) else str(path)
-        yield Document(_text(record, field, chat, source), len(data) // len(records), source)
+        yield record, len(data) // len(records), source
 
 
 def _parse(data: bytes, source: str) -> Any:

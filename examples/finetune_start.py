@@ -1,0 +1,63 @@
+"""What `examples.finetune_hf` starts from if nothing is given: a small Llama and conversations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MESSAGE_TOKENS = ("<|im_start|>", "<|im_end|>")
+END = "<|endoftext|>"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_conversations(path: Path) -> None:
+    """Sums of two digits, as JSON Lines of messages."""
+    lines = []
+    for a in range(10):
+        for b in range(10):
+            turns = [("user", f"How much is {a} + {b}?"), ("assistant", f"It is {a + b}.")]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            lines.append(json.dumps({"messages": messages}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_model(folder: Path, texts: list[str], **sizes: Any) -> None:
+    """A Llama with random weights and a byte-level BPE tokenizer that has learnt `texts`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[END, *MESSAGE_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=MESSAGE_TOKENS[1], pad_token=END, chat_template=CHATML
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            **sizes,
+        },
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
