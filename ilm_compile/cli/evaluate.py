@@ -13,8 +13,9 @@ import json
 import math
 from pathlib import Path
 
-from ilm_compile.errors import IlmCompileError
+from ilm_compile.cli.turns import first_of_node_speaks
 from ilm_compile.files import write_text
+from ilm_compile.training import StartError
 from ilm_compile.training.evaluation_run import EvaluatedRun, evaluate_run
 from ilm_compile.training.launch import read_place
 from ilm_compile.training.notices import tell_notices
@@ -33,11 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check, load, evaluate; rank 0 tells."""
-    config = config_from_arguments(options)
-    if options.json is not None:
-        _check_target(options.json)
-    tell_notices(config)
-    evaluated = evaluate_run(config, options.checkpoint)
+    with first_of_node_speaks():
+        config = config_from_arguments(options)
+        if options.json is not None:
+            _check_target(options.json)
+        tell_notices(config)
+        evaluated = evaluate_run(config, options.checkpoint)
     if read_place().rank == 0:
         print(_table(evaluated))
         if options.json is not None:
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
 def _check_target(path: Path) -> None:
     problem = f"{path} is a folder" if path.is_dir() else unwritable(path.parent)
     if problem:
-        raise IlmCompileError(f"--json: expected a file that can be written, {problem}")
+        raise StartError(f"--json: expected a file that can be written, {problem}")
 
 
 def _table(evaluated: EvaluatedRun) -> str:

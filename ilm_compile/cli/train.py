@@ -8,34 +8,22 @@ A run that is started again goes on from its newest checkpoint, under any plan.
 """
 
 import argparse
-import os
-import time
 
-from ilm_compile.config import ConfigError
-from ilm_compile.training import StartError, config_from_arguments, train
+from ilm_compile.cli.turns import first_of_node_speaks
+from ilm_compile.training import config_from_arguments, train
 from ilm_compile.training.notices import tell_notices
 from ilm_compile.training.parser import add_arguments as add_arguments
-
-_TURN_S = 5.0  # the first rank of a node speaks first; the launcher then ends the others
 
 
 def run(options: argparse.Namespace) -> None:
     """Check, train, and say how it ended."""
-    try:
+    with first_of_node_speaks():
         config = config_from_arguments(options)
         tell_notices(config)
         trainer = train(config)
-    except (ConfigError, StartError):
-        if not _is_first_of_node():
-            time.sleep(_TURN_S)
-        raise
     if trainer.parallel.mesh.rank == 0:
         how = f"stopped ({trainer.stop_reason})" if trainer.stop_reason else "finished"
         print(
             f"{how} after step {trainer.num_steps} of {config.train.total_steps}; see "
             f"{config.run_folder}"
         )
-
-
-def _is_first_of_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -351,8 +351,10 @@ def test_the_command_tells_what_has_no_effect_and_how_it_ended(
     assert told.out.endswith(f"finished after step 1 of 1; see {tmp_path / 'tiny'}\n")
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
 @pytest.mark.parametrize(("local_rank", "waits"), [(0, []), (1, [5.0])])
 def test_a_bad_start_is_told_by_the_first_rank_of_a_node_before_the_others(
+    command: str,
     local_rank: int,
     waits: list[float],
     tmp_path: Path,
@@ -364,7 +366,7 @@ def test_a_bad_start_is_told_by_the_first_rank_of_a_node_before_the_others(
     tiny(tmp_path, "parallel.tensor=2").save(tmp_path / "tiny.toml")
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    assert main(["train", "--config", str(tmp_path / "tiny.toml")]) == 1
+    assert main([command, "--config", str(tmp_path / "tiny.toml")]) == 1
     assert "expected a multiple of parallel.tensor" in capsys.readouterr().err
     assert waited == waits
 
