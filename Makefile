@@ -1,5 +1,6 @@
 # make test    every check; the same as .ci/run
 # make demo    train a small model on four processes and on one, and compare
+# make docs    the documentation, to read from build/docs/index.html
 # make lint    ruff, mypy and the import layers only
 # make clean   remove what the other targets made
 #
@@ -17,12 +18,12 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
-test: lint
+test: lint docs
 	@# A file's tests stay on one worker, so that their processes are started once.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
@@ -31,12 +32,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo "ilm_compile needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,hf]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,docs,hf]'
 	@touch $@
 
 clean:

@@ -98,7 +98,7 @@ def test_pins_lie_inside_the_declared_ranges() -> None:
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["dev"], *extras["hf"]]:
+    for text in [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["hf"]]:
         requirement = Requirement(text)
         pin = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), f"{text} does not allow the pin {pin}"
@@ -116,7 +116,12 @@ def test_ci_runs_make_test() -> None:
     assert "make test" in script.read_text().splitlines()
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+def test_make_test_builds_the_documentation() -> None:
+    plan = make(ROOT, "--dry-run", "--always-make", "test")
+    assert "mkdocs build --strict" in plan.stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "docs", "test", "lint"])
 def test_make_target_installs_first(target: str) -> None:
     plan = make(ROOT, "--dry-run", "--always-make", target)
     assert "pip install --constraint constraints.txt" in plan.stdout
