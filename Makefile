@@ -23,7 +23,7 @@ export PYTHONNOUSERSITE := 1
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
-test: lint docs
+test: lint
 	@# A file's tests stay on one worker, so that their processes are started once.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
@@ -33,6 +33,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 docs: $(STAMP)
+	@$(BIN)/python -c "import mkdocs, mkdocstrings, material" 2>/dev/null || \
+	  $(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(STAMP): pyproject.toml constraints.txt
@@ -40,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "ilm_compile needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,docs,hf]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,hf]'
 	@touch $@
 
 clean:
