@@ -38,13 +38,15 @@ def test_what_a_dead_process_left_is_taken(tmp_path: Path) -> None:
 
 def test_a_number_that_is_another_process_s_by_now_is_no_owner(tmp_path: Path) -> None:
     left_by(tmp_path, replace(Owner.here(), began="long ago", token="other"))
-    RunLock(tmp_path).take()
+    with RunLock(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1"])
 def test_a_file_that_says_nothing_is_no_owner(text: str, tmp_path: Path) -> None:
     (tmp_path / LOCK_FILE).write_text(text)
-    RunLock(tmp_path).take()
+    with RunLock(tmp_path):
+        pass
 
 
 def test_of_another_host_the_beat_tells(tmp_path: Path) -> None:
