@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
+from ilm_compile.program.input_graph import graph_to
 from ilm_compile.program.program import Program
 
 aten = torch.ops.aten
@@ -37,28 +38,8 @@ def _is_causal(mask: fx.Node) -> bool:
     val = mask.meta["val"]
     if val.dtype != torch.bool or val.numel() > MAX_ELEMENTS or val.shape[-1] != val.shape[-2]:
         return False
-    value = _constant(mask)
-    if value is None:
+    graph = graph_to(mask, lambda node: node.op != "call_function")
+    if graph is None:  # it depends on more than sizes
         return False
+    value = graph()
     return bool((value == torch.ones_like(value).tril()).all())
-
-
-def _constant(node: fx.Node) -> Tensor | None:
-    """Return the value of `node` if it depends on sizes alone."""
-    needed: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current.op != "call_function":
-            return None
-        if current not in needed:
-            needed.add(current)
-            pending += current.all_input_nodes
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for current in node.graph.nodes:
-        if current in needed:
-            copied[current] = graph.node_copy(current, copied.__getitem__)
-    graph.output(copied[node])
-    value: Tensor = fx.GraphModule(nn.Module(), graph)()
-    return value

@@ -1,6 +1,8 @@
-"""The part of a graph that the inputs alone decide, as a graph of its own."""
+"""The part of a graph that a value needs, as a graph of its own: from the inputs, or from sizes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -11,17 +13,21 @@ def graph_from_inputs(value: fx.Node) -> fx.GraphModule | None:
 
     None if it needs parameters or random numbers, or no input.
     """
+    found = graph_to(value, lambda node: node.op == "get_attr" or _is_random(node))
+    return found if found and found.graph.find_nodes(op="placeholder") else None
+
+
+def graph_to(value: fx.Node, is_refused: Callable[[fx.Node], bool]) -> fx.GraphModule | None:
+    """Return the graph of all that `value` needs, itself included; None if any of it is refused."""
     needed: set[fx.Node] = set()
     pending = [value]
     while pending:
         node = pending.pop()
-        if node.op == "get_attr" or _is_random(node):
+        if is_refused(node):
             return None
         if node not in needed:
             needed.add(node)
             pending += node.all_input_nodes
-    if not any(node.op == "placeholder" for node in needed):
-        return None
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in value.graph.nodes:
