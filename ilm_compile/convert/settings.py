@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -127,38 +128,18 @@ def _shown(value: Any) -> str:
     return "none" if value is None else f"{value}"
 
 
+def _size(what: str, key: str, ours: str | None = None) -> _Fact:
+    """One that config.json says as it is, and our config in its attribute `ours`, `key` if None."""
+    return _Fact(what, key, lambda hf, _: hf.get(what), attrgetter(ours or key))
+
+
 _FACTS = (
     _Fact("model_type", "type", _family, lambda config: _FAMILIES[0]),
-    _Fact(
-        "num_hidden_layers",
-        "num_layers",
-        lambda hf, _: hf.get("num_hidden_layers"),
-        lambda config: config.num_layers,
-    ),
-    _Fact(
-        "hidden_size",
-        "hidden_size",
-        lambda hf, _: hf.get("hidden_size"),
-        lambda config: config.hidden_size,
-    ),
-    _Fact(
-        "intermediate_size",
-        "mlp_ratio",
-        lambda hf, _: hf.get("intermediate_size"),
-        lambda config: config.ffn_hidden_size,
-    ),
-    _Fact(
-        "vocab_size",
-        "vocab_size",
-        lambda hf, _: hf.get("vocab_size"),
-        lambda config: config.vocab_size,
-    ),
-    _Fact(
-        "num_attention_heads",
-        "num_attention_heads",
-        lambda hf, _: hf.get("num_attention_heads"),
-        lambda config: config.num_attention_heads,
-    ),
+    _size("num_hidden_layers", "num_layers"),
+    _size("hidden_size", "hidden_size"),
+    _size("intermediate_size", "mlp_ratio", "ffn_hidden_size"),
+    _size("vocab_size", "vocab_size"),
+    _size("num_attention_heads", "num_attention_heads"),
     _Fact(
         "num_key_value_heads",
         "num_kv_attention_heads",
