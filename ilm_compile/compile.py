@@ -14,7 +14,7 @@ from ilm_compile.cost import forward_flops_by_region, model_flops
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes import standard_passes as standard_passes
-from ilm_compile.passes.master_weights import MasterWeights, with_masters
+from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.passes.standard import settle_kernels
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
@@ -88,16 +88,8 @@ def partition(
     check_loss(program, model, loss_fn, num_slices=plan.num_microbatches * dp)
     program.flops = model_flops(program.graph)
     forward = forward_flops_by_region(program.graph)
-    every = [*standard_passes(plan), *passes]
-    has_low = with_masters(program)
-    left_out = {MasterWeights.name} & set(disable) if has_low else set()
-    run_passes(
-        program, every, disable=set(disable) - left_out, callback=callback, validate=validate
-    )
-    if has_low and not left_out:
-        # The proof holds a program to the model's dtypes, which this pass is there to change.
-        types = None if validate is None else "types"
-        run_passes(program, [MasterWeights()], callback=callback, validate=types)
+    every = [*standard_passes(plan), *passes, *master_passes(program)]
+    run_passes(program, every, disable=disable, callback=callback, validate=validate)
     marked = [index for index, region in enumerate(program.regions) if region.recompute]
     program.recomputed_flops = sum(forward[index] for index in marked)
     return program

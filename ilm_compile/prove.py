@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ilm_compile.compile import make_plan
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.passes import Pass, lower, run_passes, standard_passes
-from ilm_compile.passes.master_weights import MasterWeights, with_masters
+from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
@@ -82,9 +82,8 @@ def verify(
         check_loss(traced, model, loss_fn, num_slices=settled.num_microbatches * dp)
         is_additive = len(traced.warnings) == before  # no term that is per micro-batch by nature
         program = copy_program(traced)
+        passes = [*passes, *master_passes(program)]
         run_passes(program, [*standard_passes(settled), *passes])
-        if with_masters(program):
-            run_passes(program, [MasterWeights()])
         check_values(program)
         check_variables(traced, program)
         check_dtypes(traced, program)

@@ -28,9 +28,9 @@ LOW = (torch.bfloat16, torch.float16)
 _LOOKUPS: tuple[Any, ...] = (aten.embedding.default, vocab_embedding)
 
 
-def with_masters(program: Program) -> bool:
-    """Whether `program` holds parameters for which `MasterWeights` is there."""
-    return any(map(is_low, program.variables.values()))
+def master_passes(program: Program) -> list[Pass]:
+    """Return the pass that a model with 16-bit parameters needs beside the standard ones."""
+    return [MasterWeights()] if any(map(is_low, program.variables.values())) else []
 
 
 def is_master(program: Program, name: str, model: Variable) -> bool:
