@@ -213,7 +213,7 @@ GRADIENT_MUTANTS = [
         (EMULATED, UNUSUAL),
         (
             "equal parts count once per tp rank",
-            "and (shard.variable.placement.is_shard or self._mesh.tp.rank == 0)",
+            "and (shard.variable.layout.is_shard or self._mesh.tp.rank == 0)",
             "and True",
         ),
         (

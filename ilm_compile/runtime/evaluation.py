@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.layout import Layout
 from ilm_compile.program.token_metrics import TokenMetrics
 from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.data import IGNORED_LABEL, TYPE_IDS
@@ -91,19 +92,19 @@ class _Totals:
         first = self._mesh.dp.rank * self._num_microbatches
         self._type_rows = list(rows.chunk(count)[first : first + self._num_microbatches])
 
-    def add(self, metrics: TokenMetrics, by_token: bool) -> None:
-        """Add one micro-batch. by_token: each tp rank has tokens of its own, else all have all."""
-        microbatch, tp = self._pending.pop(0), self._mesh.tp
-        if not by_token and tp.rank != 0:
+    def add(self, metrics: TokenMetrics, layout: Layout, shape: torch.Size) -> None:
+        """Add one micro-batch; its targets, of local `shape`, lie as `layout` says."""
+        microbatch, axes = self._pending.pop(0), self._mesh.axes.items()
+        if any(axis.rank and not layout.on(name).is_shard for name, axis in axes):
             return
         columns = [metrics.counted, metrics.losses, metrics.hits]
         values = torch.stack([column.double() for column in columns], dim=1)
         if self._types is None:
             self._sums[0] += values.sum(0)
             return
-        parts = tp.size if by_token else 1
-        types = self._types_of(microbatch, len(values) * parts)
-        own = types.chunk(parts)[tp.rank if by_token else 0].to(values.device)
+        whole = layout.global_shape(shape, self._mesh.place.sizes)
+        types = self._types_of(microbatch, math.prod(whole)).view(whole)
+        own = layout.cut(types, self._mesh.place).flatten().to(values.device)
         self._sums.index_add_(0, own, values)
 
     def metrics(self) -> dict[str, float]:

@@ -34,7 +34,7 @@ def fill(
         if value.shape != meta.shape:
             raise ProgramError(
                 f"materialize: stage {stage.index} expects {name} of shape {tuple(meta.shape)}, "
-                f"the model gives {tuple(value.shape)} for tp rank {mesh.tp.rank} of {mesh.tp.size}"
+                f"the model gives {tuple(value.shape)} for the rank at {mesh.place}"
             )
         if isinstance(meta, nn.Parameter):
             value = nn.Parameter(value, requires_grad=meta.requires_grad)
@@ -43,8 +43,8 @@ def fill(
 
 
 def local_value(variable: Variable, values: InitialValues, mesh: Mesh) -> Tensor:
-    """This tp rank's shard of the initial value of `variable`, in memory of its own."""
-    part = values.shard(variable, rank=mesh.tp.rank, size=mesh.tp.size)
+    """This rank's shard of the initial value of `variable`, in memory of its own."""
+    part = values.shard(variable, mesh.place)
     return torch.empty(part.shape, dtype=part.dtype, device=mesh.device).copy_(part)
 
 

@@ -7,7 +7,6 @@ nothing of how they were made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Self
 
 import torch
@@ -28,7 +27,6 @@ from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
 from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.batch_checks import SameBatch, check_ids
-from ilm_compile.runtime.communicator import MeasuredCommunicator
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
@@ -81,15 +79,15 @@ class Parallel:
         self._lookups = lowered.lookups
         self._same_batch = SameBatch(mesh)
         self.inputs = lowered.inputs  # of one micro-batch, by name
-        self._tp = mesh.tensor_parallel()
-        mesh.bind(self._tp)
+        self.communicators = mesh.graph_communicators()  # by axis
+        mesh.bind(self.communicators)
         self._variables = lowered.variables
         self._maps = lowered.parameter_maps
         self._parameters = Parameters(lowered, schedule, mesh, values)
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
         last = lowered.stages[-1]
         self.output_names = last.outputs[1:]  # without the loss
-        self._output_placements = lowered.output_placements[1:]
+        self._output_layouts = lowered.output_layouts[1:]
         self._output_widths = lowered.output_widths
         self._has_outputs = schedule.stage_to_rank[last.index] == mesh.pp.rank
         self.stages = [
@@ -162,7 +160,7 @@ class Parallel:
         loss_scale: float = 1.0,
     ) -> StepResult:
         """`execute_schedule` of a batch known to be right; returns what this rank alone has."""
-        self.mesh.bind(self._tp)
+        self.mesh.bind(self.communicators)
         self._parameters.follow()
         result = self.executor.run(
             self.step_inputs.of_step(batch, self.num_steps),
@@ -179,18 +177,18 @@ class Parallel:
 
     def global_loss(self, result: StepResult) -> Tensor:
         """The mean loss of all micro-batches, in float64 for a float64 model, else in float32."""
-        own = self.step_inputs.share_of_loss(result.losses if self.mesh.tp.rank == 0 else [])
+        own = self.step_inputs.share_of_loss(result.losses if self.mesh.speaks else [])
         return self.mesh.everyone.all_reduce(own).to(self.step_inputs.dtype)
 
     def output(self, result: StepResult, name: str) -> Tensor:
-        """An output of the last stage, whole, of all micro-batches. Collective over its tp ranks.
+        """An output of the last stage, whole, of all micro-batches; stacked where it has no rows.
 
-        Stacked where it has no rows.
+        Collective over the tp and cp ranks that hold it.
         """
         index = self.output_names.index(name)
         join = torch.cat if result.outputs[0][index].ndim else torch.stack
         local = join([outputs[index] for outputs in result.outputs])
-        whole = gather(local, self._output_placements[index], self._tp)
+        whole = gather(local, self._output_layouts[index], self.communicators)
         return whole[..., : self._output_widths.get(name)] if whole.ndim else whole
 
     @property
@@ -294,17 +292,15 @@ class Parallel:
         return self.train(False)
 
     def traffic(self) -> dict[str, Traffic]:
-        """What this rank has sent so far: tp collectives by kind, and "p2p" between stages.
+        """What this rank has sent so far: the graph's collectives by kind, and "p2p" messages.
 
         Of "p2p" the calls are not counted. What a step adds is `predicted_traffic` of the program.
         """
-        sent = {kind: replace(traffic) for kind, traffic in self._tp.stats.items()}
+        sent: dict[str, Traffic] = {}
+        for axis in self.communicators.values():
+            for kind, traffic in axis.stats.items():
+                sent.setdefault(kind, Traffic()).add(traffic.num_bytes, traffic.calls)
         return {**sent, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
-
-    @property
-    def communicator(self) -> MeasuredCommunicator:
-        """That of the tp axis."""
-        return self._tp
 
     def _saved(self) -> list[Variable]:
         return [v for v in self._variables.values() if _is_saved(v)]
@@ -314,7 +310,7 @@ class Parallel:
             grad = shard.gradient() if gradients else shard.local
             return torch.zeros_like(shard.local) if grad is None else grad
 
-        return state.gather_full(variables, self._parameters, self.mesh, self._tp, pick)
+        return state.gather_full(variables, self._parameters, self.mesh, self.communicators, pick)
 
     def _note_losses(self, result: StepResult) -> None:
         """Keep the local losses for the check in `grad_norm`, with those that added up before."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.program.communicator import Communicator
+from ilm_compile.program.layout import WEIGHT_AXES
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
 from ilm_compile.runtime.initial_values import InitialValues
@@ -39,15 +40,15 @@ class Parameters:
                 continue
             for unit in units(stage):
                 fill(stage, unit.names, lowered.variables, values, mesh)
-                if mesh.dp.size > 1 and mesh.device_mesh is not None:
+                if mesh.fsdp.size > 1 and mesh.parameter_mesh is not None:
                     shard(
                         unit.module,
-                        mesh.device_mesh["dp"],
+                        mesh.parameter_mesh["dp"],
                         zero=lowered.plan.zero,
                         whole=[resolve(stage, name) for name in unit.names if name in whole],
                     )
             finish(stage, mesh.device)
-            if mesh.dp.size > 1:
+            if mesh.fsdp.size > 1:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:
                 leaf = resolve(stage, name)
@@ -72,13 +73,16 @@ class Parameters:
     def counts(self, shard: Shard) -> bool:
         """Whether this rank's part of `shard` counts in a sum over all ranks.
 
-        Of equal parts only one counts: that of tp rank 0 and dp rank 0 where the axis does not cut
-        the parameter, and that of the first pipeline rank that holds it.
+        Of equal parts only one counts: that of tp rank 0 and fsdp rank 0 where the axis does not
+        cut the parameter, and that of the first pipeline rank that holds it.
         """
         return (
             self.ranks[shard.variable.name][0] == self._mesh.pp.rank
-            and (shard.variable.placement.is_shard or self._mesh.tp.rank == 0)
-            and (shard.is_dp_sharded or self._mesh.dp.rank == 0)
+            and (shard.is_dp_sharded or self._mesh.fsdp.rank == 0)
+            and not any(
+                self._mesh.axes[axis].rank and not shard.variable.layout.on(axis).is_shard
+                for axis in WEIGHT_AXES
+            )
         )
 
     def follow(self) -> None:

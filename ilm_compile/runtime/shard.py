@@ -8,6 +8,7 @@ layout in which each rank's part is contiguous, and `full` undoes the permutatio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,13 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 
 from ilm_compile.program.communicator import Communicator
-from ilm_compile.program.placement import Placement, join_shards, split_shards
+from ilm_compile.program.layout import Layout
+from ilm_compile.program.placement import join_shards
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.communicator import all_gather_single
 from ilm_compile.runtime.mesh import Axis, Mesh
+
+Axes = Mapping[str, Communicator]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +72,44 @@ class Shard:
         else:
             self.public.grad = _public(grad, self.variable, mesh, is_dp_sharded=self.is_dp_sharded)
 
-    def full(self, local: Tensor, mesh: Mesh, tp: Communicator) -> Tensor:
-        """The full tensor of which each rank holds `local`: collective over dp and tp."""
-        if self.is_dp_sharded and mesh.dp.size > 1:
-            rows = self.variable.placement.local_shape(self.variable.shape, mesh.tp.size)[0]
-            local = _gather_rows(local, rows, mesh.dp)
-        return gather(local, self.variable.placement, tp)
+    def full(self, local: Tensor, mesh: Mesh, axes: Axes) -> Tensor:
+        """The full tensor of which ranks hold `local`: collective over those that hold a part."""
+        if self.is_dp_sharded and mesh.fsdp.size > 1:
+            local = _gather_rows(local, _rows(self.variable, mesh), mesh.fsdp)
+        return gather(local, self.variable.layout, axes)
 
     def load(self, full: Tensor, mesh: Mesh) -> None:
         """Overwrite this rank's part by its slice of `full`."""
-        part = full
-        if self.variable.placement.is_shard:
-            part = split_shards(full, self.variable.placement, mesh.tp.size)[mesh.tp.rank]
+        part = self.variable.layout.cut(full, mesh.place)
         if self.is_dp_sharded:
-            start = min(-(-part.shape[0] // mesh.dp.size) * mesh.dp.rank, part.shape[0])
+            start = first_row(part.shape[0], mesh.fsdp)
             part = part.narrow(0, start, self.local.shape[0])
         with torch.no_grad():
             self.local.copy_(part)
 
 
-def gather(local: Tensor, placement: Placement, tp: Communicator) -> Tensor:
-    """The full value of a tensor with this placement on the tp axis; collective if not on all."""
-    if placement.kind == "P":
-        return tp.all_reduce(local)
-    if not placement.is_shard or tp.size == 1:
-        return local
-    return join_shards(tp.all_gather(local).unbind(0), placement)
+def gather(local: Tensor, layout: Layout, axes: Axes) -> Tensor:
+    """The full value of a tensor with this layout, by the communicators of `axes`.
+
+    Collective over the axes that cut it, or on which it is partial; what was cut last is joined
+    first. Of a parameter's placement R, which speaks of its gradient, nothing is to be gathered.
+    """
+    for axis, placement in reversed(layout.placed):
+        ranks = axes[axis]
+        if placement.kind == "P":
+            local = ranks.all_reduce(local)
+        elif placement.is_shard and ranks.size > 1:
+            local = join_shards(ranks.all_gather(local).unbind(0), placement)
+    return local
+
+
+def first_row(rows: int, fsdp: Axis) -> int:
+    """The first of the rows that FSDP leaves this rank: as `Tensor.chunk` cuts."""
+    return min(-(-rows // fsdp.size) * fsdp.rank, rows)
+
+
+def _rows(variable: Variable, mesh: Mesh) -> int:
+    return variable.layout.local_shape(variable.shape, mesh.place.sizes)[0]
 
 
 def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
@@ -108,7 +124,7 @@ def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
 def _public(local: Tensor, variable: Variable, mesh: Mesh, *, is_dp_sharded: bool) -> Tensor:
     if mesh.parameter_mesh is None:
         return local
-    placement = variable.placement
+    placement = variable.layout.on("tp")
     return DTensor.from_local(
         local,
         mesh.parameter_mesh,

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, placement_of, rule
+from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule
 
 
 class Factor(NamedTuple):
@@ -171,11 +171,11 @@ def _segmentations(
     slices of the same value cut it, or where it is cut already.
     """
     source: Any = call.node.args[0]
-    placed = placement_of(source)
+    placed = call.axis.placement(source)
     cuts = set(accumulate(placed.segments)) if placed.dim == dim else set()
     for user in source.users:
         if user.target is call.target and user.args[0] is source:
-            sibling, *bounds, step = slice_bounds(global_call(user, call.size))
+            sibling, *bounds, step = slice_bounds(global_call(user, call.axis))
             cuts |= set(bounds) if sibling == dim and step == 1 else set()
     if not out.is_shard or out.dim != dim or end - start == call.shapes[0][dim]:
         return

@@ -27,7 +27,8 @@ from torch import fx
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
 from ilm_compile.errors import PlanError
 from ilm_compile.program.gradients import gradient_nodes
-from ilm_compile.program.placement import I, Placement
+from ilm_compile.program.layout import TOKEN_AXES, MeshAxis
+from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
@@ -69,22 +70,22 @@ class Move:
 
 
 def solve(
-    program: Program, size: int, *, restrictions: Restrictions, hardware: str = "h100"
+    program: Program, axis: MeshAxis, *, restrictions: Restrictions, hardware: str = "h100"
 ) -> Solution:
-    """Return the cheapest placements of `program` over `size` ranks.
+    """Return the cheapest placements of `program` over the ranks of `axis`.
 
     Raises `PlanError` when the restrictions leave no legal choice.
     """
-    return Search(program, size, restrictions, HARDWARE[hardware]).run()
+    return Search(program, axis, restrictions, HARDWARE[hardware]).run()
 
 
 class Search:
     """The integer program of one graph; it outlives the search, to say what else was possible."""
 
     def __init__(
-        self, program: Program, size: int, restrictions: Restrictions, hardware: Hardware
+        self, program: Program, axis: MeshAxis, restrictions: Restrictions, hardware: Hardware
     ) -> None:
-        self.program, self.size = program, size
+        self.program, self.axis, self.size = program, axis, axis.size
         self.restrictions, self.hardware = restrictions, hardware
         self.gradients = gradient_nodes(program.graph)
         self.weighted = _weighted_nodes(program)
@@ -113,7 +114,7 @@ class Search:
         answer = self.problem.solve()
         if answer is None:
             raise PlanError(
-                f"tensor-parallel: no legal placement over size={self.size} ranks under "
+                f"{self.restrictions.name}: no legal placement over size={self.size} ranks under "
                 f"{self.restrictions}; drop a restriction"
             )
         chosen = {cluster: self._chosen(cluster, answer.values) for cluster in self.choices}
@@ -137,10 +138,14 @@ class Search:
         shape = shapes_of(node)[0]
         if node.op == "get_attr":
             variable = self.program.variables[str(node.target)]
+            if not variable.is_parameter:
+                return [Strategy((), I)]
+            if self.axis.name in TOKEN_AXES:
+                return [Strategy((), R)]
             shards = {w for w in wanted if w.is_shard and w.divides(shape, self.size)}
-            at_rest = [I, *sorted(shards, key=str)] if variable.is_parameter else [I]
+            at_rest = [I, *sorted(shards, key=str)]
             return [Strategy((), p) for p in self.restrictions.parameter(variable.name, at_rest)]
-        call = global_call(node, self.size)
+        call = global_call(node, self.axis)
         if node not in self.weighted:  # integers, masks, tables: cheap, the same everywhere
             return strategies(call, ())[:1]
         options = strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
@@ -171,7 +176,7 @@ class Search:
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
             for backward in directions
         )
-        call = global_call(node, self.size)
+        call = global_call(node, self.axis)
         seconds = sum(times) + sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
         flops = forward_flops(node)
         # Sums are made whole where they arise: in low precision, partial ones drift apart.
