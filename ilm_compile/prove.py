@@ -260,7 +260,7 @@ def _step(proof: _Proof, subject: Subject, tolerance: float) -> str:
                 "difference arises in lowering, schedule or runtime: "
                 f"{subject.narrow(tolerance) if fit.is_own_size else 'run a smaller plan'}"
             )
-    ranks = f"{plan.tp * plan.pp * dp} ranks emulated, {len(steps)} steps"
+    ranks = f"{plan.ranks_per_replica * dp} ranks emulated, {len(steps)} steps"
     return f"{ranks}, {fit.note or 'at its own size'}; largest errors: {found.summary()}"
 
 

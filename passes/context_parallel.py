@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ilm_compile.cost import forward_flops
+from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.passes.shard import Shard
+from ilm_compile.program.dump import target_name
 from ilm_compile.program.layout import sharded_over
 from ilm_compile.program.program import Program
 from ilm_compile.sharding import Restrictions, Solution
@@ -29,20 +31,25 @@ class ContextParallel(Shard):
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded", sharded_over("cp")})
 
     def prepare(self, program: Program) -> Restrictions:
-        """Nothing needs to be made divisible: what does not divide is gathered."""
+        """Repeat key heads where the query heads divide; what does not divide is gathered."""
+        fit_heads(program, self, must_divide=False)
         return Restrictions(name=self.name)
 
     def report(self, program: Program, solution: Solution, num_collectives: int) -> None:
         """What share of the work is divided."""
         flops = {node: forward_flops(node) for node in solution.strategies}
-        divided = sum(
-            count
-            for node, count in flops.items()
-            if any(p.is_shard for p in (*solution.strategies[node].inputs,))
-        )
-        share = divided / max(1, sum(flops.values()))
+        whole = [n for n, s in solution.strategies.items() if not any(p.is_shard for p in s.inputs)]
+        repeated = {node: flops[node] for node in whole if flops[node]}
+        share = 1 - sum(repeated.values()) / max(1, sum(flops.values()))
         program.decisions.append(
             f"context-parallel: sequences are divided over {self.size} ranks, {share:.1%} of the "
             f"FLOPs with them; {num_collectives} collectives and local moves per micro-batch, "
             f"predicted {solution.answer.seconds * 1e3:.3f} ms forward and backward"
         )
+        if repeated:
+            worst = max(repeated, key=repeated.__getitem__)
+            program.warnings.append(
+                f"context-parallel: {len(repeated)} products and attentions, {1 - share:.1%} of "
+                f"the FLOPs, are computed whole on all {self.size} ranks, the largest of them "
+                f"{target_name(worst)} at {program.where(worst)}"
+            )

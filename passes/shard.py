@@ -23,9 +23,8 @@ from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import map_tensors
 from ilm_compile.sharding import Restrictions, Solution, Strategy, solve
-from ilm_compile.sharding.forced import forced_whole
 from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.strategy import global_call, has_rule
+from ilm_compile.sharding.strategy import global_call
 
 Collectives = dict[tuple[fx.Node, Placement], fx.Node]
 
@@ -62,7 +61,7 @@ class Shard(Pass):
             return
         axis = program.plan.axis(self.axis)
         solution = solve(program, axis, restrictions=restrictions, hardware=self.hardware)
-        warnings = self._forced(program, solution)
+        warnings = self.foresee(program, solution)
         calls = {node: global_call(node, axis) for node in solution.strategies}
         for node, placement in solution.placements.items():
             node.meta["layout"] = layout_of(node).with_placement(axis.name, placement)
@@ -77,18 +76,9 @@ class Shard(Pass):
         self.report(program, solution, len(collectives))
         program.warnings += warnings
 
-    def _forced(self, program: Program, solution: Solution) -> list[str]:
-        """Return a warning per large value that is made whole, with the op that forced it."""
-        found = []
-        for value, collective, culprit in forced_whole(solution):
-            why = "cannot divide it" if has_rule(culprit.target) else "has no placement rule"
-            shape = tuple(value.meta["val"].shape)
-            found.append(
-                f"{self.name}: {value.name} {shape} is made whole on all {self.size} ranks "
-                f"({collective}): {culprit.target} ({culprit.name}) {why} at "
-                f"{program.where(culprit)}"
-            )
-        return found
+    def foresee(self, program: Program, solution: Solution) -> list[str]:
+        """Return warnings about `solution`, before it is carried out."""
+        return []
 
 
 def _part(placement: Placement, size: int, value: Tensor) -> Tensor:

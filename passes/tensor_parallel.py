@@ -16,6 +16,7 @@ from ilm_compile.program.layout import sharded_over
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.sharding import Restrictions, Solution
+from ilm_compile.sharding.forced import forced_whole
 from ilm_compile.sharding.strategy import aten, has_rule
 from ilm_compile.sharding.why import Reasons
 
@@ -35,13 +36,26 @@ class TensorParallel(Shard):
 
     def prepare(self, program: Program) -> Restrictions:
         """Repeat key heads and pad the vocabulary so that both divide."""
-        fit_heads(program, self.size)
+        fit_heads(program, self, must_divide=True)
         pad_vocabulary(program, self.size)
         return Restrictions(
             name=self.name,
             sequence_parallel=self.sequence_parallel,
             parameters=(*self._constraints(program), *self._embedding_placements(program)),
         )
+
+    def foresee(self, program: Program, solution: Solution) -> list[str]:
+        """Return a warning per large value that is made whole, with the op that forced it."""
+        found = []
+        for value, collective, culprit in forced_whole(solution):
+            why = "cannot divide it" if has_rule(culprit.target) else "has no placement rule"
+            shape = tuple(value.meta["val"].shape)
+            found.append(
+                f"tensor-parallel: {value.name} {shape} is made whole on all {self.size} ranks "
+                f"({collective}): {culprit.target} ({culprit.name}) {why} at "
+                f"{program.where(culprit)}"
+            )
+        return found
 
     def report(self, program: Program, solution: Solution, num_collectives: int) -> None:
         """How much is divided, and which weights are not."""

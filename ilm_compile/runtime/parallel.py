@@ -187,8 +187,11 @@ class Parallel:
         """
         index = self.output_names.index(name)
         join = torch.cat if result.outputs[0][index].ndim else torch.stack
-        local = join([outputs[index] for outputs in result.outputs])
-        whole = gather(local, self._output_layouts[index], self.communicators)
+        layout, locals_ = self._output_layouts[index], [each[index] for each in result.outputs]
+        if any(place.dim == 0 for _, place in layout.placed):  # rows: of each micro-batch apart
+            whole = join([gather(local, layout, self.communicators) for local in locals_])
+        else:
+            whole = gather(join(locals_), layout, self.communicators)
         return whole[..., : self._output_widths.get(name)] if whole.ndim else whole
 
     @property

@@ -48,7 +48,7 @@ class Parameters:
                         whole=[resolve(stage, name) for name in unit.names if name in whole],
                     )
             finish(stage, mesh.device)
-            if mesh.fsdp.size > 1:
+            if mesh.fsdp.size > 1 and mesh.parameter_mesh is not None:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:
                 leaf = resolve(stage, name)

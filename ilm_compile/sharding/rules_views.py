@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from torch import fx
+
+from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule
+from ilm_compile.program.values import is_tuple
+from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule, tensor_inputs
 
 
 class Factor(NamedTuple):
@@ -70,6 +74,30 @@ def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             if out in wanted:
                 yield Strategy((source,), out)
     yield Strategy((P,), P)
+
+
+def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:
+    """Return the ways to shard a value along `dim` so that what it was made of is cut evenly.
+
+    Rows (batch, tokens) that became one dimension are cut in segments where the tokens are.
+    """
+    found, seen, pending = {S(dim)}, {node}, [node]
+    size = axis.shape(node)[dim]
+    while pending:
+        value = pending.pop()
+        if value.op != "call_function":
+            continue
+        for source in tensor_inputs(value):
+            if source in seen or is_tuple(source):
+                continue
+            seen.add(source)
+            if axis.shape(source)[dim : dim + 1] == (size,):
+                pending.append(source)
+            elif value.target is aten.reshape.default:
+                factors = refine(axis.shape(source), axis.shape(value))
+                outer = {f.out_outer for f in factors if f.out_dim == dim and f.size > 1}
+                found |= {_sharded(dim, size, n) for n in outer}
+    return found
 
 
 @rule(aten.expand.default)

@@ -3,9 +3,10 @@
 Each cluster of equal calls picks one strategy of its rule, each parameter one placement at rest,
 and each value that is needed in another placement than it was made in pays for the collective, once
 for all who need it, forward and backward. Costs are seconds on the given hardware: the roofline for
-calls, the alpha-beta model for collectives. It runs twice: first for the least share of weights and
-of FLOPs that every rank repeats, then for time among the plans that reach it. So whatever can be
-divided is divided, at any size: the search chooses how, not whether.
+ccalls, the alpha-beta model for collectives. It runs twice: first for the least share of weights and
+of FLOPs (on a token axis of activations too) that every rank repeats, then for time among the plans
+that reach it. So whatever can be divided is divided, at any size: the search chooses how, not
+whether.
 
 The linear program of an edge (one variable per pair of producer and consumer placement, with the
 pairs' sums tied to both choices) is the usual relaxation of a pairwise model, as in Alpa
@@ -94,6 +95,7 @@ class Search:
         for node, cluster in self.clusters.items():
             self.members[cluster].append(node)
         self.weight_total, self.flops_total = _totals(program)
+        self.elements_total = max(1, sum(map(_elements, self.weighted)))
         self.choices: dict[Cluster, list[Strategy]] = {}
         self.first: dict[Cluster, int] = {}  # column of a cluster's first choice
         self.moves: dict[int, Move] = {}  # the placement changes behind the columns that cost time
@@ -181,8 +183,10 @@ class Search:
         flops = forward_flops(node)
         # Sums are made whole where they arise: in low precision, partial ones drift apart.
         kept_partial = PARTIAL * (option.output.kind == "P" and not flops)
-        repeated = flops * (shards == 1) / self.flops_total
-        return len(nodes) * (seconds + kept_partial), len(nodes) * repeated
+        repeated = flops / self.flops_total
+        if self.axis.name in TOKEN_AXES and node in self.weighted:
+            repeated += _elements(node) / self.elements_total
+        return len(nodes) * (seconds + kept_partial), len(nodes) * repeated * (shards == 1)
 
     def _exchange(self, numbers: int) -> float:
         """Return the seconds of reducing `numbers` inside an op, but for the latency.
@@ -291,6 +295,13 @@ def _weight(program: Program, node: fx.Node) -> int:
     """Return the size of a weight; 0 for what is small anyway: biases, norms and buffers."""
     variable = program.variables[str(node.target)]
     return prod(variable.shape) if variable.is_parameter and len(variable.shape) > 1 else 0
+
+
+def _elements(node: fx.Node) -> int:
+    """Return how many numbers a call reads and writes: on a token axis all of them are divided."""
+    if node.op != "call_function":
+        return 0
+    return sum(prod(shape) for n in (node, *tensor_inputs(node)) for shape in shapes_of(n))
 
 
 def _totals(program: Program) -> tuple[int, int]:
