@@ -80,6 +80,7 @@ class Config:
         by_chunks = "interleaved_1f1b" if parallel.num_chunks > 1 else "1f1b"
         return Plan(
             tp=parallel.tensor,
+            cp=parallel.context,
             pp=parallel.pipeline,
             num_chunks=parallel.num_chunks,
             num_microbatches=self.data.micro_num,

@@ -40,9 +40,10 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelOptions:
-    """How the model is divided. Data-parallel ranks are what tensor and pipeline leave."""
+    """How the model is divided. Data-parallel ranks are what the others leave."""
 
     tensor: int = option(1, "ranks that share every layer", low=1)
+    context: int = option(1, "ranks that share every sequence", low=1)
     pipeline: int = option(1, "ranks that hold consecutive layers", low=1)
     num_chunks: int = option(1, "pipeline stages on each rank", low=1)
     schedule: str | None = option(None, "1f1b, gpipe, interleaved_1f1b; by num_chunks if left out")

@@ -90,9 +90,8 @@ def validation_sets(config: Config) -> dict[str, Batches]:
 
 
 def data_parallel_size(config: Config) -> int:
-    """Ranks that tensor and pipeline leave of the world, by the launcher's variables."""
-    parallel = config.parallel
-    return max(1, read_place().world_size // (parallel.tensor * parallel.pipeline))
+    """Ranks that the other axes leave of the world, by the launcher's variables."""
+    return max(1, read_place().world_size // config.plan().ranks_per_replica)
 
 
 def global_batch_size(config: Config) -> int:

@@ -46,7 +46,7 @@ class Start:
 
     @property
     def data_parallel(self) -> int:
-        return max(1, self.place.world_size // (self.plan.tp * self.plan.pp))
+        return max(1, self.place.world_size // self.plan.ranks_per_replica)
 
 
 Check = Callable[[Start], Iterator[str]]
@@ -88,15 +88,18 @@ def _run(check: Check, start: Start) -> Iterator[str]:
 
 
 def _world(start: Start) -> Iterator[str]:
-    needed, found = start.plan.tp * start.plan.pp, start.place.world_size
+    needed, found = start.plan.ranks_per_replica, start.place.world_size
+    parallel = {"tensor": start.plan.tp, "context": start.plan.cp, "pipeline": start.plan.pp}
+    shown = {n: size for n, size in parallel.items() if size > 1 or n != "context"}
+    sizes = {f"parallel.{name}": size for name, size in shown.items()}
     if not start.place.is_started and needed > 1:
         yield (
-            f"parallel.tensor={start.plan.tp} and parallel.pipeline={start.plan.pp} need {needed} "
+            f"{' and '.join(f'{name}={size}' for name, size in sizes.items())} need {needed} "
             f"processes: torchrun --nproc-per-node {needed} -m ilm_compile.cli ..."
         )
     elif found % needed:
         yield (
-            f"expected a multiple of parallel.tensor*parallel.pipeline = {needed} processes, got "
+            f"expected a multiple of {'*'.join(sizes)} = {needed} processes, got "
             f"{found}: start {-(-found // needed) * needed}, or change the plan"
         )
 
@@ -151,7 +154,7 @@ def _memory(start: Start) -> Iterator[str]:
     """Weights, gradients and optimizer state alone must fit; activations come on top."""
     dp, plan = start.data_parallel, start.plan
     total = sum(
-        prod(p.shape) * static_bytes_per_parameter(p.dtype, dp=dp, zero=plan.zero)
+        prod(p.shape) * static_bytes_per_parameter(p.dtype, dp=dp * plan.cp, zero=plan.zero)
         for p in start.model.parameters()
     )
     needed, available = total / (plan.tp * plan.pp), available_bytes(start.place)

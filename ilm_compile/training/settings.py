@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from math import prod
 from typing import Any
 
 from ilm_compile.config import Config
 from ilm_compile.config.changes import Change, model_changes, training_changes
+from ilm_compile.program.layout import AXES
 from ilm_compile.runtime import Parallel
 from ilm_compile.runtime.checkpoint import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
@@ -49,7 +51,7 @@ class Settings:
     def _rows(self, manifest: Manifest) -> Iterator[Change]:
         """The rows of a step, where another number of ranks changes them."""
         plan = manifest.plan
-        before = max(1, manifest.world_size // (plan.get("tp", 1) * plan.get("pp", 1)))
+        before = max(1, manifest.world_size // prod(plan.get(axis, 1) for axis in ("pp", *AXES)))
         if before != self._data_parallel and "data" in manifest.config:
             old = _rows(manifest.config["data"], before)
             new = _rows(self._own["data"], self._data_parallel)
