@@ -29,8 +29,8 @@ from ilm_compile.program.custom_functions import kept_functions
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.gradient_hooks import (
     NoGradientHooks,
+    kept_gradient_hooks,
     no_saved_tensor_hooks,
-    refuse_gradient_hooks,
 )
 from ilm_compile.program.known import KnownValues
 from ilm_compile.program.lifted import lifted_constants
@@ -59,6 +59,9 @@ def trace(
     ``loss_fn(model(**inputs without labels), labels)``; without one the model must return its loss
     when it is given ``labels``: as a scalar, as ``.loss`` or as the first output. Raises
     `TraceError` when the model cannot be captured as one static graph.
+
+    Gradient hooks of parameters that work element by element are kept. They see the gradient of the
+    whole global batch, where a loop that accumulates runs them in each backward.
     """
     inputs, arguments = read_inputs(model, example_inputs)
     if loss_fn is not None and "labels" not in inputs:
@@ -67,9 +70,11 @@ def trace(
             "loss_fn(outputs, labels) takes them"
         )
     refuse_lazy(model)
-    refuse_gradient_hooks(model)
+    hooks = kept_gradient_hooks(model)
     recorded: list[list[str]] = []
     variables = _read_variables(model)
+    for name, kept in hooks.items():
+        variables[name].gradient_hooks = kept
     was_training = model.training
     with borrowed(model) as loan:
         known = KnownValues(loan)
@@ -98,6 +103,11 @@ def trace(
         arguments=arguments,
     )
     program.warnings += [*known.decided, *loan.changed]
+    if hooks:
+        program.decisions.append(
+            f"trace: the gradient hooks of {', '.join(hooks)} are kept; they see the gradient of "
+            "the whole batch, once each time the schedule is executed, before clipping"
+        )
     if packing := packing_warning(model, inputs, arguments):
         program.warnings.append(packing)
     if not was_training:

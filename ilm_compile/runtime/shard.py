@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 
 from ilm_compile.program.communicator import Communicator
+from ilm_compile.program.kept_hooks import apply_hooks
 from ilm_compile.program.placement import Placement, join_shards, split_shards
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.communicator import all_gather_single
@@ -77,14 +78,48 @@ class Shard:
 
     def load(self, full: Tensor, mesh: Mesh) -> None:
         """Overwrite this rank's part by its slice of `full`."""
+        with torch.no_grad():
+            self.local.copy_(self._own_part(full, mesh))
+
+    def apply_hooks(self, grad: Tensor, mesh: Mesh, *, is_post: bool, scale: float) -> Tensor:
+        """What the user's hooks make of the local gradient of the whole batch.
+
+        Local: each hook works element by element. It sees a tensor of the user's shape.
+        """
+        hooks = [h for h in self.variable.gradient_hooks if h.is_post == is_post]
+        if not hooks:
+            return grad
+        whole = self.variable.unpad(self._alone(grad, mesh))
+        value = self.variable.unpad(self._alone(self.local, mesh)) if is_post else whole
+        result = apply_hooks(hooks, whole, value, scale=scale)
+        # torch's fused AdamW reads a gradient in the order of its weight, whatever its strides.
+        return self._own_part(self.variable.pad(result), mesh).contiguous()
+
+    def _own_part(self, full: Tensor, mesh: Mesh) -> Tensor:
+        """This rank's slice of a full tensor."""
         part = full
         if self.variable.placement.is_shard:
             part = split_shards(full, self.variable.placement, mesh.tp.size)[mesh.tp.rank]
         if self.is_dp_sharded:
-            start = min(-(-part.shape[0] // mesh.dp.size) * mesh.dp.rank, part.shape[0])
-            part = part.narrow(0, start, self.local.shape[0])
-        with torch.no_grad():
-            self.local.copy_(part)
+            part = part.narrow(0, self._start(part.shape[0], mesh), self.local.shape[0])
+        return part
+
+    def _alone(self, local: Tensor, mesh: Mesh) -> Tensor:
+        """A full tensor with this rank's part and zeros for the others."""
+        part, placement = local, self.variable.placement
+        if self.is_dp_sharded:
+            rows = placement.local_shape(self.variable.shape, mesh.tp.size)[0]
+            part = local.new_zeros((rows, *local.shape[1:]))
+            part.narrow(0, self._start(rows, mesh), local.shape[0]).copy_(local)
+        if not placement.is_shard:
+            return part.clone()
+        parts = [torch.zeros_like(part) for _ in range(mesh.tp.size)]
+        parts[mesh.tp.rank] = part
+        return join_shards(parts, placement).clone()
+
+    def _start(self, rows: int, mesh: Mesh) -> int:
+        """Of this rank's rows, as FSDP cuts them."""
+        return min(-(-rows // mesh.dp.size) * mesh.dp.rank, rows)
 
 
 def gather(local: Tensor, placement: Placement, tp: Communicator) -> Tensor:
