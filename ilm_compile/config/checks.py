@@ -64,6 +64,8 @@ def _data(config: Config) -> Iterator[Fault]:
     data = config.data
     if data.type == "text" and data.train_folder is None:
         yield "data.train_folder", "data.type='text' needs a folder of text files"
+    if data.type != "text" and data.json_field is not None:
+        yield "data.json_field", f"data.type={data.type!r} reads no JSON objects; leave it out"
     if data.type in _WITHOUT_FOLDER:
         for key in ("train_folder", "valid_folder"):
             if getattr(data, key) is not None:

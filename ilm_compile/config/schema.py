@@ -71,6 +71,9 @@ class DataOptions:
     valid_every: int = option(0, "steps between evaluations; 0: never", low=0)
     valid_batches: int | None = option(None, "global batches of an evaluation; all", low=1)
     tokenizer: str = option("bytes", "of data.type='text': bytes, or a tokenizer's file")
+    json_field: str | None = option(
+        None, "of data.type='text': the field of JSON objects that holds the text or the messages"
+    )
     packing: Literal["cut", "whole", "window"] = option(
         "cut", "cut: samples go on in the next row; whole: never; window: rows without boundaries"
     )

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
-from ilm_compile.program.placement import I, Placement, split_shards
+from ilm_compile.program.placement import I, Placement, join_shards, split_shards
 from ilm_compile.program.values import shapes_of
 
 # In the order in which they cut. A weight axis shards parameters: they are I or S on it. A token
@@ -103,6 +104,14 @@ class Layout:
         for axis, placement in self.shards(place.sizes):
             full = split_shards(full, placement, place.sizes[axis])[place.ranks[axis]]
         return full
+
+    def alone(self, part: Tensor, place: Place) -> Tensor:
+        """Return a full tensor with the `part` of the rank at `place`, zero elsewhere."""
+        for axis, placement in reversed(self.shards(place.sizes)):
+            parts = [torch.zeros_like(part) for _ in range(place.sizes[axis])]
+            parts[place.ranks[axis]] = part
+            part = join_shards(parts, placement)
+        return part
 
     def text(self, axes: Iterable[str]) -> str:
         """Return the placement alone on a mesh of one axis, else that of each axis by name."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.kept_hooks import GradientHook
 from ilm_compile.program.layout import INVARIANT, Layout
 from ilm_compile.program.parameter_map import ParameterMap
 from ilm_compile.program.plan import Plan
@@ -65,6 +66,7 @@ class Variable:
     aliases: tuple[str, ...] = ()  # further names of the same tensor (tied weights)
     layout: Layout = INVARIANT
     padding: int = 0
+    gradient_hooks: tuple[GradientHook, ...] = ()  # the user's
 
     @property
     def user_shape(self) -> tuple[int, ...]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
@@ -25,6 +24,8 @@ from ilm_compile.program.layout import AXES, Place
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
 from ilm_compile.runtime.groups import group_of
+from ilm_compile.runtime.guard.activity import ACTIVITY
+from ilm_compile.runtime.meeting import meet
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = "300"
@@ -197,40 +198,33 @@ class Mesh:
         return mine
 
 
-def join_job(device: torch.device, *, timeout: timedelta) -> None:
+def join_job(
+    device: torch.device, *, timeout: timedelta, on_met: Callable[[], object] | None = None
+) -> None:
     """Make the process group of all ranks, NCCL on a GPU and gloo on a CPU; left at a normal exit.
 
     For what ranks must tell each other before `Mesh.create`, which joins by itself if need be.
-    Raises `PlanError` if not all ranks come within `timeout`, or nobody knows the host to meet at.
+    Ranks that torchrun started again meet each other only. on_met: called when all have come,
+    before they connect. Raises `PlanError` naming the ranks that do not come within `timeout`, or
+    what is wrong with the host to meet at.
     """
-    _check_host()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
-        )
-    except dist.DistError as error:
-        raise PlanError(
-            f"start: not all {_world_size()} processes came together within "
-            f"{timeout.total_seconds():g} s; start as many as WORLD_SIZE says, on every node with "
-            f"the same MASTER_ADDR and MASTER_PORT ({str(error).splitlines()[0]})"
-        ) from error
+    ACTIVITY.do("meet the other ranks")
+    store = meet(timeout)
+    if on_met is not None:
+        on_met()
+    ACTIVITY.do("connect to the other ranks")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=_world_size(),
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
     atexit.register(_leave)
-
-
-def _check_host() -> None:
-    """Raise before torch's own lookup, which tries for minutes and fails with frames of C++."""
-    host = os.environ.get("MASTER_ADDR")
-    try:
-        if host:
-            socket.getaddrinfo(host, None)
-    except OSError as error:
-        raise PlanError(
-            f"start: MASTER_ADDR={host} is no host that {socket.gethostname()} knows "
-            f"({error.strerror}); give the name or address of rank 0's node as this node knows it"
-        ) from error
 
 
 def _leave() -> None:

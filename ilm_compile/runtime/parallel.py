@@ -84,6 +84,7 @@ class Parallel:
         self._variables = lowered.variables
         self._maps = lowered.parameter_maps
         self._parameters = Parameters(lowered, schedule, mesh, values)
+        self._is_complete = True  # the batch of the last run
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
         last = lowered.stages[-1]
         self.output_names = last.outputs[1:]  # without the loss
@@ -158,8 +159,13 @@ class Parallel:
         forward_only: bool = False,
         keep_outputs: bool = False,
         loss_scale: float = 1.0,
+        is_last: bool = True,
     ) -> StepResult:
-        """`execute_schedule` of a batch known to be right; returns what this rank alone has."""
+        """`execute_schedule` of a batch known to be right; returns what this rank alone has.
+
+        is_last: False if another run takes further rows of the same batch; gradients are complete,
+        and seen by hooks, after the last.
+        """
         self.mesh.bind(self.communicators)
         self._parameters.follow()
         result = self.executor.run(
@@ -171,8 +177,10 @@ class Parallel:
         if not forward_only:
             self.num_steps += 1
             self._note_losses(result)
+            self._is_complete = is_last
             ACTIVITY.do("gradients")
-            self._parameters.collect_gradients()
+            if is_last:
+                self._parameters.collect_gradients(scale=loss_scale)
         return result
 
     def global_loss(self, result: StepResult) -> Tensor:
@@ -317,7 +325,8 @@ class Parallel:
 
     def _note_losses(self, result: StepResult) -> None:
         """Keep the local losses for the check in `grad_norm`, with those that added up before."""
-        if all(shard.public.grad is None for shard in self._parameters.parameters()):
+        is_first = all(shard.public.grad is None for shard in self._parameters.parameters())
+        if is_first and self._is_complete:
             self._losses = []
         self._losses += result.losses
 

@@ -92,8 +92,11 @@ class Parameters:
                 for follower in followers:
                     follower.local.copy_(self.shards[name].local)
 
-    def collect_gradients(self) -> None:
-        """Add what the backward left on the leaves to the public gradients, tied ones summed."""
+    def collect_gradients(self, *, scale: float = 1.0) -> None:
+        """Add what the backward left on the leaves to the public gradients, tied ones summed.
+
+        The user's hooks see what is complete by then. scale: what all gradients are multiplied by.
+        """
         for own in self.parameters():
             if not own.leaf.requires_grad:
                 continue
@@ -105,7 +108,10 @@ class Parameters:
             if (group := self._tied_groups.get(own.variable.name)) is not None:
                 grad = group.all_reduce(torch.zeros_like(own.local) if grad is None else grad)
             if grad is not None:
-                own.add_gradient(grad, self._mesh)
+                hooked = own.apply_hooks(grad, self._mesh, is_post=False, scale=scale)
+                own.add_gradient(hooked, self._mesh)
+                if (total := own.gradient()) is not None:
+                    total.copy_(own.apply_hooks(total, self._mesh, is_post=True, scale=scale))
 
     def _keep_unused(self, lowered: LoweredProgram, values: InitialValues) -> None:
         """Hold what no stage uses on pipeline rank 0, so that a state dict is complete."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 
 from ilm_compile.program.communicator import Communicator
+from ilm_compile.program.kept_hooks import apply_hooks
 from ilm_compile.program.layout import Layout
 from ilm_compile.program.placement import join_shards
 from ilm_compile.program.program import Variable
@@ -80,12 +81,38 @@ class Shard:
 
     def load(self, full: Tensor, mesh: Mesh) -> None:
         """Overwrite this rank's part by its slice of `full`."""
+        with torch.no_grad():
+            self.local.copy_(self._own_part(full, mesh))
+
+    def apply_hooks(self, grad: Tensor, mesh: Mesh, *, is_post: bool, scale: float) -> Tensor:
+        """What the user's hooks make of the local gradient of the whole batch.
+
+        Local: each hook works element by element. It sees a tensor of the user's shape.
+        """
+        hooks = [h for h in self.variable.gradient_hooks if h.is_post == is_post]
+        if not hooks:
+            return grad
+        whole = self.variable.unpad(self._alone(grad, mesh))
+        value = self.variable.unpad(self._alone(self.local, mesh)) if is_post else whole
+        result = apply_hooks(hooks, whole, value, scale=scale)
+        # torch's fused AdamW reads a gradient in the order of its weight, whatever its strides.
+        return self._own_part(self.variable.pad(result), mesh).contiguous()
+
+    def _own_part(self, full: Tensor, mesh: Mesh) -> Tensor:
+        """This rank's slice of a full tensor."""
         part = self.variable.layout.cut(full, mesh.place)
         if self.is_dp_sharded:
-            start = first_row(part.shape[0], mesh.fsdp)
-            part = part.narrow(0, start, self.local.shape[0])
-        with torch.no_grad():
-            self.local.copy_(part)
+            part = part.narrow(0, first_row(part.shape[0], mesh.fsdp), self.local.shape[0])
+        return part
+
+    def _alone(self, local: Tensor, mesh: Mesh) -> Tensor:
+        """A full tensor with this rank's part and zeros for the others."""
+        part = local
+        if self.is_dp_sharded:
+            rows = _rows(self.variable, mesh)
+            part = local.new_zeros((rows, *local.shape[1:]))
+            part.narrow(0, first_row(rows, mesh.fsdp), local.shape[0]).copy_(local)
+        return self.variable.layout.alone(part, mesh.place).clone()
 
 
 def gather(local: Tensor, layout: Layout, axes: Axes) -> Tensor:

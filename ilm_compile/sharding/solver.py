@@ -3,7 +3,7 @@
 Each cluster of equal calls picks one strategy of its rule, each parameter one placement at rest,
 and each value that is needed in another placement than it was made in pays for the collective, once
 for all who need it, forward and backward. Costs are seconds on the given hardware: the roofline for
-ccalls, the alpha-beta model for collectives. It runs twice: first for the least share of weights and
+calls, the alpha-beta model for collectives. It runs twice: first for the least share of weights and
 of FLOPs (on a token axis of activations too) that every rank repeats, then for time among the plans
 that reach it. So whatever can be divided is divided, at any size: the search chooses how, not
 whether.

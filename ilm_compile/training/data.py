@@ -186,7 +186,12 @@ def _text_sets(config: Config, folder: Path) -> dict[str, RowDataset]:
 
 
 def _documents(config: Config, paths: list[Path]) -> list[str]:
-    return documents_from_files(paths, chat=chat_of(config.data.tokenizer))
+    return documents_from_files(
+        paths,
+        field=config.data.json_field,
+        chat=chat_of(config.data.tokenizer),
+        option="data.json_field",
+    )
 
 
 def _vocab_size(config: Config) -> int:

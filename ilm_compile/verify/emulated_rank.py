@@ -216,9 +216,11 @@ class EmulatedRank:
         self.parallel.zero_grad()
         loss = torch.zeros((), dtype=torch.float64)
         pieces: dict[str, list[Tensor]] = {}
-        for inputs in self._replicas:
+        for replica, inputs in enumerate(self._replicas, 1):
             self.parallel.step_inputs, self.parallel.num_steps = inputs, number
-            result = self.parallel.run(batch, keep_outputs=keep_outputs)
+            result = self.parallel.run(
+                batch, keep_outputs=keep_outputs, is_last=replica == len(self._replicas)
+            )
             for sync in self._syncs.values():
                 sync.check()
             loss += self.parallel.global_loss(result)

@@ -124,8 +124,15 @@ class _Resizer:
         rows = variable.shape[0] - variable.padding if variable.padding else 0
         padding = shape[0] - self.dim(dims[0]).of(rows) if variable.padding else 0
         layout = self.layout(variable.layout, dims)
+        hooks, users = variable.gradient_hooks, (shape[0] - padding, *shape[1:]) if shape else ()
+        if users != variable.user_shape:
+            hooks = tuple(hook.resized(users) for hook in hooks)
         program.variables[variable.name] = replace(
-            variable, shape=shape, padding=padding, layout=layout
+            variable,
+            shape=shape,
+            padding=padding,
+            layout=layout,
+            gradient_hooks=hooks,
         )
 
 
