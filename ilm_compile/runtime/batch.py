@@ -49,8 +49,16 @@ class BatchLayout:
                     f"batch: expected {name} of shape {expected} and dtype {spec.dtype}, got "
                     f"{tuple(tensor.shape)} and {tensor.dtype}; a global batch has {rows} rows x "
                     f"{self.num_microbatches} micro-batches x {self.dp.size} data-parallel ranks: "
-                    "give it that many, or compile for other example_inputs"
+                    "give it that many, or name its shape in parallelize(..., shapes=[...])"
                 )
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether `check` raises nothing."""
+        try:
+            self.check(batch)
+        except BatchError:
+            return False
+        return True
 
     def own(self, batch: Batch, name: str) -> Tensor:
         """This data-parallel rank's rows of one input."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -48,16 +49,24 @@ def evaluate(
     totals = _Totals(parallel, types)
     parallel.eval()
     try:
-        with probe(parallel, totals.add):
-            for batch in batches:
-                if LABELS in batch and bool((batch[LABELS] == IGNORED_LABEL).all()):
-                    continue
-                totals.start(batch)
-                inputs = {name: batch[name] for name in batch if name != TYPE_IDS}
-                parallel.execute_schedule(inputs, forward_only=True, return_loss=False)
+        counted = (batch for batch in batches if _has_targets(batch))
+        # The graph of each shape has its own cross entropy.
+        for _, alike in groupby(counted, lambda batch: parallel.prepare(_inputs(batch))):
+            with probe(parallel, totals.add):
+                for batch in alike:
+                    totals.start(batch)
+                    parallel.execute_schedule(_inputs(batch), forward_only=True, return_loss=False)
     finally:
         parallel.train()
     return totals.metrics()
+
+
+def _has_targets(batch: Batch) -> bool:
+    return LABELS not in batch or not bool((batch[LABELS] == IGNORED_LABEL).all())
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in batch if name != TYPE_IDS}
 
 
 class _Totals:

@@ -89,4 +89,4 @@ def _any_rank(own: bool, parallel: Parallel) -> bool:
 
 def last_stage(parallel: Parallel) -> Stage | None:
     """The stage with the loss, None if another rank holds it."""
-    return next((stage for stage in parallel.stages if not stage.sent), None)
+    return next((stage for stage in parallel.form.graphs if not stage.sent), None)

@@ -6,7 +6,7 @@ nothing of how they were made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -25,16 +25,16 @@ from ilm_compile.program.parameter_map import (
 from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
-from ilm_compile.runtime.batch import Batch
+from ilm_compile.runtime.batch import Batch, BatchLayout
 from ilm_compile.runtime.batch_checks import SameBatch, check_ids
-from ilm_compile.runtime.executor import Executor, StepResult
+from ilm_compile.runtime.executor import StepResult
+from ilm_compile.runtime.forms import Compiled, Form, Shape, make_form, stages_of
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
 from ilm_compile.runtime.parameters import Parameters
 from ilm_compile.runtime.shard import Shard, gather
-from ilm_compile.runtime.step_inputs import StepInputs
 from ilm_compile.schedule import Schedule
 
 LABELS = "labels"
@@ -54,6 +54,8 @@ class Parallel:
 
     check_ids_on_device: look at the ids of a batch that is on a GPU too, which waits for it; those
     on the CPU are always looked at.
+
+    shapes: further shapes of a micro-batch that it can be given, compiled when they first are.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Parallel:
         initializer: Callable[..., Tensor] | None = None,
         model_flops: float | None = None,
         hardware_flops: float | None = None,
+        shapes: Sequence[Shape] = (),
     ) -> None:
         values = InitialValues(
             model, seed=lowered.plan.seed, initializer=initializer, maps=lowered.parameter_maps
@@ -76,7 +79,6 @@ class Parallel:
         self.schedule = schedule
         self.plan = lowered.plan
         self.check_ids_on_device = False
-        self._lookups = lowered.lookups
         self._same_batch = SameBatch(mesh)
         self.inputs = lowered.inputs  # of one micro-batch, by name
         self.communicators = mesh.graph_communicators()  # by axis
@@ -86,25 +88,19 @@ class Parallel:
         self._parameters = Parameters(lowered, schedule, mesh, values)
         self._is_complete = True  # the batch of the last run
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
-        last = lowered.stages[-1]
-        self.output_names = last.outputs[1:]  # without the loss
-        self._output_layouts = lowered.output_layouts[1:]
-        self._output_widths = lowered.output_widths
-        self._has_outputs = schedule.stage_to_rank[last.index] == mesh.pp.rank
-        self.stages = [
-            stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
-        ]
-        self.step_inputs = StepInputs.of(
-            lowered,
-            self.stages,
-            num_microbatches=schedule.num_microbatches,
-            dp=mesh.dp,
-            device=mesh.device,
-        )
-        slices = self.step_inputs.layout.num_slices
-        self.model_flops = None if model_flops is None else model_flops * slices
-        self.hardware_flops = None if hardware_flops is None else hardware_flops * slices
-        self.executor = Executor(lowered.stages, schedule, mesh, self._parameters.syncs)
+        self._has_outputs = schedule.stage_to_rank[lowered.stages[-1].index] == mesh.pp.rank
+        self.stages = stages_of(lowered, schedule, mesh)
+        self._shapes = dict(enumerate(shapes, start=1))
+        inputs = [lowered.inputs, *(shape.inputs for shape in shapes)]
+        self._layouts = {
+            number: BatchLayout(each, schedule.num_microbatches, mesh.dp)
+            for number, each in enumerate(inputs)
+        }
+        self._is_training = True
+        first = self._form(Compiled(lowered, model_flops, hardware_flops), 0)
+        self._forms = {0: first}
+        self.form = first  # that of the last batch
+        self._use(first)
 
     def execute_schedule(
         self,
@@ -126,13 +122,12 @@ class Parallel:
         for, for ids outside the vocabulary, and on the first step and every hundredth if the ranks
         were given different batches.
         """
-        layout = self.step_inputs.layout
-        layout.check(batch)
+        form = self.prepare(batch)
         self._same_batch.check(batch)
         check_ids(
             batch,
-            self._lookups,
-            num_slices=layout.num_slices,
+            form.lookups,
+            num_slices=form.step_inputs.layout.num_slices,
             on_device=self.check_ids_on_device,
         )
         result = self.run(
@@ -148,9 +143,27 @@ class Parallel:
         if not self._has_outputs:
             return None, None, loss
         labels = self.step_inputs.layout.own(batch, LABELS) if LABELS in batch else None
-        names = self.output_names
+        names = self.form.output_names
         name = LOGITS if LOGITS in names else names[0] if names else None
         return None if name is None else self.output(result, name), labels, loss
+
+    def prepare(self, batch: Batch) -> Form:
+        """Be ready for batches of this one's shape, compiling its program if it is the first.
+
+        Raises `BatchError` for a shape that none of the programs is for, and as `parallelize` does.
+        """
+        if not self._shapes:
+            self.step_inputs.layout.check(batch)
+            return self.form
+        number = next((n for n, layout in self._layouts.items() if layout.fits(batch)), None)
+        if number is None:
+            self._layouts[0].check(batch)
+        assert number is not None
+        if number not in self._forms:
+            self._forms[number] = self._form(self._shapes[number].compile(), number)
+        if self._forms[number] is not self.form:
+            self._use(self._forms[number])
+        return self.form
 
     def run(
         self,
@@ -168,6 +181,8 @@ class Parallel:
         """
         self.mesh.bind(self.communicators)
         self._parameters.follow()
+        if len(self._forms) > 1:
+            self.form.wear()
         result = self.executor.run(
             self.step_inputs.of_step(batch, self.num_steps),
             loss_gradient=self.step_inputs.loss_gradient(loss_scale),
@@ -193,14 +208,15 @@ class Parallel:
 
         Collective over the tp and cp ranks that hold it.
         """
-        index = self.output_names.index(name)
+        form = self.form
+        index = form.output_names.index(name)
         join = torch.cat if result.outputs[0][index].ndim else torch.stack
-        layout, locals_ = self._output_layouts[index], [each[index] for each in result.outputs]
+        layout, locals_ = form.output_layouts[index], [each[index] for each in result.outputs]
         if any(place.dim == 0 for _, place in layout.placed):  # rows: of each micro-batch apart
             whole = join([gather(local, layout, self.communicators) for local in locals_])
         else:
             whole = gather(join(locals_), layout, self.communicators)
-        return whole[..., : self._output_widths.get(name)] if whole.ndim else whole
+        return whole[..., : form.output_widths.get(name)] if whole.ndim else whole
 
     @property
     def parameters(self) -> Parameters:
@@ -294,8 +310,10 @@ class Parallel:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training (dropout on), or to evaluation if not `mode`."""
-        for stage in self.stages:
-            set_training(stage.module, mode)
+        self._is_training = mode
+        for form in self._forms.values():
+            for stage in form.graphs:
+                set_training(stage.module, mode)
         return self
 
     def eval(self) -> Self:
@@ -312,6 +330,32 @@ class Parallel:
             for kind, traffic in axis.stats.items():
                 sent.setdefault(kind, Traffic()).add(traffic.num_bytes, traffic.calls)
         return {**sent, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs of the last stage, without the loss."""
+        return self.form.output_names
+
+    def _form(self, compiled: Compiled, number: int) -> Form:
+        return make_form(
+            compiled,
+            number,
+            self.stages,
+            self.schedule,
+            self.mesh,
+            self._parameters.syncs,
+            channel=self.form.executor.channel if number else None,
+            training=self._is_training,
+        )
+
+    def _use(self, form: Form) -> None:
+        """Make `form` the one whose batches come, and whose steps are watched like the last's."""
+        watched = self.form.executor
+        form.executor.record_timeline = watched.record_timeline
+        form.executor.annotate = watched.annotate
+        self.form = form
+        self.step_inputs, self.executor = form.step_inputs, form.executor
+        self.model_flops, self.hardware_flops = form.model_flops, form.hardware_flops
 
     def _saved(self) -> list[Variable]:
         return [v for v in self._variables.values() if _is_saved(v)]

@@ -18,6 +18,7 @@ from ilm_compile.config import Config
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.mesh import choose_device, join_job
 from ilm_compile.training.launch import read_place
+from ilm_compile.training.settings import settings_of
 
 
 def agree_on_start(config: Config, *, on_met: Callable[[], object] | None = None) -> None:
@@ -53,7 +54,7 @@ def code_facts() -> dict[str, bytes]:
 
 def config_facts(config: Config) -> dict[str, bytes]:
     """Every value of the config by its key; the keys of the model, which depend on it, as one."""
-    return {key: repr(value).encode() for key, value in _keys(config.to_dict())}
+    return {key: repr(value).encode() for key, value in _keys(settings_of(config))}
 
 
 def _keys(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from torch import nn
 from ilm_compile.compile import make_plan, partition
 from ilm_compile.config import Config
 from ilm_compile.config.model_section import FAMILIES
+from ilm_compile.convert import open_weights
 from ilm_compile.cost.memory import static_bytes_per_parameter
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
@@ -26,7 +27,7 @@ from ilm_compile.training.data import global_batch_size
 from ilm_compile.training.earlier_run import died_young
 from ilm_compile.training.hooks import make_sinks
 from ilm_compile.training.launch import Place, read_place
-from ilm_compile.training.model import build_model, input_spec, loss_function
+from ilm_compile.training.model import build_model, input_spec, loss_function, weights_folder
 
 GIB = 2**30
 
@@ -240,12 +241,19 @@ def _sources(start: Start) -> Iterator[str]:
         yield f"ckpt.load_path: found nothing at {local_path(path)}"
 
 
+def _weights(start: Start) -> Iterator[str]:
+    """Those of model.hf, by their names and shapes."""
+    if (folder := weights_folder(start.config)) is not None:
+        open_weights(start.model, folder, "hf")
+    yield from ()
+
+
 def _validation(start: Start) -> Iterator[str]:
     folder = start.config.data.valid_folder
     if folder is None:
         yield (
             "data.valid_folder is not given, so there is nothing to evaluate on; give a folder of "
-            "which each sub-folder is a set, with data.type 'tokenized' or 'text'"
+            "which each sub-folder is a set, with data.type 'tokenized', 'text' or 'chat'"
         )
     yield from _unreadable("valid_folder", folder)
 
@@ -289,6 +297,7 @@ _CHECKS: tuple[Check, ...] = (
     _memory,
     _folders,
     _sources,
+    _weights,
     _alerts,
     _model,
 )

@@ -46,6 +46,15 @@ class RowDataset(Protocol):
         ...
 
 
+def labels_in_place(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with each label beside its own token, as models want it that shift them.
+
+    Hugging Face's do. The label of the token after the row's last is lost.
+    """
+    nothing = torch.full_like(batch["labels"][:, :1], IGNORED_LABEL)
+    return {**batch, "labels": torch.cat([nothing, batch["labels"][:, :-1]], dim=1)}
+
+
 def padded_batch(dataset: RowDataset, rows: list[int], size: int) -> dict[str, Tensor]:
     """The rows, and then copies of the first with no target, `size` rows in all."""
     batch = dataset.batch(torch.tensor(rows + rows[:1] * (size - len(rows))))
