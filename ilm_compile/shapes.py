@@ -71,7 +71,9 @@ def example_of(inputs: Mapping[str, Input], first: Program) -> ExampleInputs:
 
 def plan_like(first: Program, plan: Plan) -> Plan:
     """The plan under which another program places each parameter where `first` does."""
-    placed = tuple((glob.escape(n), str(v.layout.on(WEIGHT_AXES[0]))) for n, v in first.parameters().items())
+    placed = tuple(
+        (glob.escape(n), str(v.layout.on(WEIGHT_AXES[0]))) for n, v in first.parameters().items()
+    )
     return plan.replace(constraints=placed)
 
 
