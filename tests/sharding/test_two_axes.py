@@ -23,7 +23,13 @@ from ilm_compile.sharding.other_axes import STANDS_FOR
 from ilm_compile.sharding.strategy import Call, global_call, plain_placements, strategies
 from ilm_compile.verify.numbers import gather, scatter
 from ilm_compile.verify.threads import run_ranks
-from tests.sharding.proof import WITHOUT_GRADIENT, all_strategies, gradient_placement, make_call, run
+from tests.sharding.proof import (
+    WITHOUT_GRADIENT,
+    all_strategies,
+    gradient_placement,
+    make_call,
+    run,
+)
 from tests.sharding.samples import SAMPLES
 from tests.support.layouts import axis
 
