@@ -95,6 +95,13 @@ class Mesh:
         """The global rank at these coordinates."""
         return (pp * self.dp.size + dp) * self.tp.size + tp
 
+    def replicas(self) -> list[list[int]]:
+        """The global ranks of each data-parallel rank, which work on the same rows."""
+        return [
+            [self.rank_at(pp, dp, tp) for pp in range(self.pp.size) for tp in range(self.tp.size)]
+            for dp in range(self.dp.size)
+        ]
+
     @classmethod
     def create(
         cls,

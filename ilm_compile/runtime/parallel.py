@@ -6,7 +6,7 @@ nothing of how they were made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -27,11 +27,11 @@ from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
 from ilm_compile.runtime.batch import Batch
-from ilm_compile.runtime.batch_checks import SameBatch, check_ids
 from ilm_compile.runtime.communicator import MeasuredCommunicator
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
+from ilm_compile.runtime.intake import Intake
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
 from ilm_compile.runtime.parameters import Parameters
@@ -78,8 +78,6 @@ class Parallel:
         self.schedule = schedule
         self.plan = lowered.plan
         self.check_ids_on_device = False
-        self._lookups = lowered.lookups
-        self._same_batch = SameBatch(mesh)
         self.inputs = lowered.inputs  # of one micro-batch, by name
         self._tp = mesh.tensor_parallel()
         mesh.bind(self._tp)
@@ -102,6 +100,7 @@ class Parallel:
             dp=mesh.dp,
             device=mesh.device,
         )
+        self._intake = Intake(self.step_inputs, lowered.lookups, mesh)
         slices = self.step_inputs.layout.num_slices
         self.model_flops = None if model_flops is None else model_flops * slices
         self.hardware_flops = None if hardware_flops is None else hardware_flops * slices
@@ -115,29 +114,25 @@ class Parallel:
         return_loss: bool = True,
         return_output_label: bool = False,
         loss_scale: float = 1.0,
+        batch_is_local: bool = False,
     ) -> Result:
         """Run forward and backward of the global batch, adding to the gradients.
 
         batch: every input of the model by name, with the rows of all micro-batches of all
-        data-parallel ranks, the same on every rank. Returns the loss of the global batch, a scalar
-        equal on every rank, or None if not `return_loss`. With `return_output_label` returns
-        (outputs, labels, loss): the logits of this data-parallel rank's rows and their labels, both
-        None except on the last pipeline stage. loss_scale: what the gradients are multiplied by,
-        not the loss returned. Raises `BatchError` for another batch than the program was compiled
-        for, for ids outside the vocabulary, and on the first step and every hundredth if the ranks
-        were given different batches.
+        data-parallel ranks, the same on every rank; with `batch_is_local`, and for what the data
+        loader gives, those of this data-parallel rank alone (`BatchLayout.own`). Returns the loss
+        of the global batch, a scalar equal on every rank, or None if not `return_loss`. With
+        `return_output_label` returns (outputs, labels, loss): the logits of this data-parallel
+        rank's rows and their labels, both None except on the last pipeline stage. loss_scale: what
+        the gradients are multiplied by, not the loss returned. Raises `BatchError` on every rank
+        for another batch than the program was compiled for, for ids outside the vocabulary, and on
+        the first step and every hundredth if the ranks were given different batches.
         """
-        layout = self.step_inputs.layout
-        layout.check(batch)
-        self._same_batch.check(batch)
-        check_ids(
-            batch,
-            self._lookups,
-            num_slices=layout.num_slices,
-            on_device=self.check_ids_on_device,
+        taken = self._intake.take(
+            batch, is_local=batch_is_local, on_device=self.check_ids_on_device
         )
         result = self.run(
-            batch,
+            self.step_inputs.of_rows(taken.rows, taken.counts, self.num_steps),
             forward_only=forward_only,
             keep_outputs=return_output_label,
             loss_scale=loss_scale,
@@ -148,24 +143,23 @@ class Parallel:
             return loss
         if not self._has_outputs:
             return None, None, loss
-        labels = self.step_inputs.layout.own(batch, LABELS) if LABELS in batch else None
         names = self.output_names
         name = LOGITS if LOGITS in names else names[0] if names else None
-        return None if name is None else self.output(result, name), labels, loss
+        return None if name is None else self.output(result, name), taken.rows.get(LABELS), loss
 
     def run(
         self,
-        batch: Batch,
+        inputs: Mapping[str, Sequence[Tensor]],
         *,
         forward_only: bool = False,
         keep_outputs: bool = False,
         loss_scale: float = 1.0,
     ) -> StepResult:
-        """`execute_schedule` of a batch known to be right; returns what this rank alone has."""
+        """`execute_schedule` of what `StepInputs` gives; returns what this rank alone has."""
         self.mesh.bind(self._tp)
         self._parameters.follow()
         result = self.executor.run(
-            self.step_inputs.of_step(batch, self.num_steps),
+            inputs,
             loss_gradient=self.step_inputs.loss_gradient(loss_scale),
             forward_only=forward_only,
             keep_outputs=keep_outputs,

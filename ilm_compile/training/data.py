@@ -1,8 +1,8 @@
-"""The data of a config: rows from files or from nowhere, and global batches of them."""
+"""The data of a config: rows from files or from nowhere, and this rank's part of each batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ilm_compile.config import Config
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.batch import LocalBatch
 from ilm_compile.runtime.data import (
     BatchIterator,
     BatchRamp,
     DummyDataset,
+    Part,
     RowDataset,
     TokenDataset,
     TokenShard,
@@ -30,22 +32,21 @@ from ilm_compile.training.launch import read_place
 from ilm_compile.training.model import input_spec, max_documents
 
 DUMMY_ROWS = 100_000  # of random data
-Batches = Iterable[dict[str, Tensor]]
+Batches = Iterable[LocalBatch]
 
 
 class TrainBatches:
-    """Endless global batches with the inputs that the model takes; resumable like the iterator."""
+    """Endless batches with the inputs that the model takes; resumable like the iterator."""
 
     def __init__(self, batches: BatchIterator, names: Iterable[str]) -> None:
         self._batches = batches
         self._names = frozenset(names)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[LocalBatch]:
         return self
 
-    def __next__(self) -> dict[str, Tensor]:
-        batch = next(self._batches)
-        return {name: value for name, value in batch.items() if name in self._names}
+    def __next__(self) -> LocalBatch:
+        return _inputs_of(next(self._batches), self._names)
 
     def state_dict(self) -> dict[str, Any]:
         return self._batches.state_dict()
@@ -55,19 +56,21 @@ class TrainBatches:
 
 
 def get_train_data_loader(config: Config) -> TrainBatches:
-    """The global batches of training, the same on every rank.
+    """The batches of training: of each this data-parallel rank's rows, and no others are read.
 
-    Raises `IlmCompileError` naming the folder or file that is missing or damaged.
+    Each is a `LocalBatch`, which `execute_schedule` and `fit` know as such. Raises
+    `IlmCompileError` naming the folder or file that is missing or damaged.
     """
-    dp = data_parallel_size(config)
+    part = data_parallel_part(config)
     data = config.data
     batches = BatchIterator(
         _train_rows(config),
         global_batch_size=global_batch_size(config),
         seed=_seed(config),
-        ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.rows * dp),
+        ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.rows * part.size),
         skip=data.skip_batches,
         num_workers=data.num_worker,
+        part=part,
     )
     return TrainBatches(batches, input_spec(config))
 
@@ -89,15 +92,19 @@ def validation_sets(config: Config) -> dict[str, Batches]:
     }
 
 
-def data_parallel_size(config: Config) -> int:
-    """Ranks that tensor and pipeline leave of the world, by the launcher's variables."""
-    parallel = config.parallel
-    return max(1, read_place().world_size // (parallel.tensor * parallel.pipeline))
+def data_parallel_part(config: Config) -> Part:
+    """This process among the ranks that tensor and pipeline leave, by the launcher's variables.
+
+    As `Mesh` lays them out, which the first batch shows: it is compared between ranks.
+    """
+    parallel, place = config.parallel, read_place()
+    size = max(1, place.world_size // (parallel.tensor * parallel.pipeline))
+    return Part(place.rank // parallel.tensor % size, size)
 
 
 def global_batch_size(config: Config) -> int:
     """Rows of a step of all ranks."""
-    return config.data.rows * config.data.micro_num * data_parallel_size(config)
+    return config.data.rows * config.data.micro_num * data_parallel_part(config).size
 
 
 class _ValidBatches:
@@ -105,9 +112,12 @@ class _ValidBatches:
         self._batches = batches
         self._names = frozenset(names)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self._batches:
-            yield {name: value for name, value in batch.items() if name in self._names}
+    def __iter__(self) -> Iterator[LocalBatch]:
+        return (_inputs_of(batch, self._names) for batch in self._batches)
+
+
+def _inputs_of(batch: Mapping[str, Tensor], names: Collection[str]) -> LocalBatch:
+    return LocalBatch({name: value for name, value in batch.items() if name in names})
 
 
 def _batches(config: Config, rows: RowDataset) -> ValidationBatches:
@@ -115,6 +125,7 @@ def _batches(config: Config, rows: RowDataset) -> ValidationBatches:
         rows,
         global_batch_size=global_batch_size(config),
         max_batches=config.data.valid_batches,
+        part=data_parallel_part(config),
     )
 
 

@@ -204,7 +204,7 @@ class EmulatedRank:
         pieces: dict[str, list[Tensor]] = {}
         for inputs in self._replicas:
             self.parallel.step_inputs, self.parallel.num_steps = inputs, number
-            result = self.parallel.run(batch, keep_outputs=keep_outputs)
+            result = self.parallel.run(inputs.of_step(batch, number), keep_outputs=keep_outputs)
             for sync in self._syncs.values():
                 sync.check()
             loss += self.parallel.global_loss(result)

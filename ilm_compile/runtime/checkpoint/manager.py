@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from ilm_compile.runtime.checkpoint.agreement import any_rank, broadcast, first_problem, together
+from ilm_compile.runtime.agree import any_rank, broadcast, first_problem
 from ilm_compile.runtime.checkpoint.agreement import describe as describe_error
+from ilm_compile.runtime.checkpoint.agreement import together
 from ilm_compile.runtime.checkpoint.contents import Stateful
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest

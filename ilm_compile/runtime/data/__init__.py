@@ -4,7 +4,8 @@
 * token files of prepare-data or InternLM, ``x.bin`` and ``x.bin.meta``: `TokenDataset.open`;
 * no data at all: `DummyDataset`.
 
-Each is a `RowDataset`. `BatchIterator` (training) and `ValidationBatches` make batches of one.
+Each is a `RowDataset`. `BatchIterator` (training) and `ValidationBatches` make batches of one, or
+the `Part` of them that a rank works on.
 """
 
 from ilm_compile.runtime.data.answers import label_answers as label_answers
@@ -16,6 +17,7 @@ from ilm_compile.runtime.data.chat import Chat as Chat
 from ilm_compile.runtime.data.chat import chat_of as chat_of
 from ilm_compile.runtime.data.dataset import IGNORED_LABEL as IGNORED_LABEL
 from ilm_compile.runtime.data.dataset import TYPE_IDS as TYPE_IDS
+from ilm_compile.runtime.data.dataset import Part as Part
 from ilm_compile.runtime.data.dataset import RowDataset as RowDataset
 from ilm_compile.runtime.data.documents import documents_from_files as documents_from_files
 from ilm_compile.runtime.data.documents import documents_from_pydoc as documents_from_pydoc
