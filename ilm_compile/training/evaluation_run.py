@@ -87,8 +87,7 @@ def _load(
         try:
             with together(mesh, "evaluate"):
                 manifest = read_manifest(storage, name)
-                own = list(manifest.files)[mesh.rank :: mesh.world_size]
-                check_files(storage, name, manifest, own)
+                check_files(storage, name, manifest, rank=mesh.rank, size=mesh.world_size)
         except CheckpointError as error:
             faults.append(str(error))
             continue
