@@ -79,6 +79,7 @@ class CountingStorage(LocalStorage):
 def measure(world: int, folder: Path) -> dict[str, Any]:
     """The counts of one rank in the middle of a world. folder: an empty one."""
     dp, counts = world // (TP * PP), Counts()
+    program()
     start = time.process_time()
     take_batches(dp, counts)
     cpu = {"batches_cpu_s": round(time.process_time() - start, 3)}

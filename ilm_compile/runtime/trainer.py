@@ -179,14 +179,13 @@ class Trainer:
         extra = fit_hooks(metrics_path=metrics_path, progress=progress, callback=callback)
         hooks = Hooks([*extra, *self.hooks])
         history: deque[StepMetrics] = deque(maxlen=MAX_HISTORY)
-        first = self.num_steps
         error: BaseException | None = None
         try:
             ACTIVITY.enter("hooks before the first step", patient=True)
             ACTIVITY.steps_done, ACTIVITY.stopping = self.num_steps, ""
             hooks.start(self)
-            self._run(islice(batches, num_steps), hooks, history, is_local=batch_is_local)
-            done = self.num_steps - first
+            given = islice(batches, num_steps)
+            done = self._run(given, hooks, history, is_local=batch_is_local)
             if done < num_steps and self.stop_reason is None:
                 raise IlmCompileError(
                     f"Trainer.fit: expected {num_steps} batches, got {done}; give an "
@@ -281,19 +280,22 @@ class Trainer:
         history: deque[StepMetrics],
         *,
         is_local: bool,
-    ) -> None:
-        for batch in batches:
+    ) -> int:
+        """Returns how many steps were done."""
+        done = 0
+        for done, batch in enumerate(batches, 1):
             step = self.num_steps + 1
             ACTIVITY.enter(f"hooks before step {step}", patient=True)
             hooks.step_start(self, step)
-            metrics = self._step_on(batch, is_first=not history, is_local=is_local)
+            metrics = self._step_on(batch, is_first=done == 1, is_local=is_local)
             history.append(metrics)
             ACTIVITY.steps_done = self.num_steps
             ACTIVITY.enter(f"hooks after step {step}", patient=True)
             hooks.step_end(self, metrics)
             ACTIVITY.enter(f"reading the batch of step {step + 1}", patient=True)
             if self.stop_reason is not None:
-                return
+                break
+        return done
 
     def _step_on(self, batch: Batch, *, is_first: bool, is_local: bool) -> StepMetrics:
         # The first step may take long, for kernels are compiled.
