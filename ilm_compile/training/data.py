@@ -28,6 +28,7 @@ from ilm_compile.runtime.data import (
     open_validation_shards,
     pack_documents,
 )
+from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.training.launch import read_place
 from ilm_compile.training.model import input_spec, max_documents
 
@@ -53,6 +54,10 @@ class TrainBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._batches.load_state_dict(state)
+
+    def agree(self, mesh: Mesh) -> None:
+        """See `BatchIterator.agree`. Collective."""
+        self._batches.agree(mesh)
 
 
 def get_train_data_loader(config: Config) -> TrainBatches:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
@@ -10,11 +12,14 @@ import numpy as np
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.agree import broadcast, exchange
 from ilm_compile.runtime.batch import LocalBatch
 from ilm_compile.runtime.data.batch_plan import BatchNumbers, BatchRamp
 from ilm_compile.runtime.data.dataset import Identity, Part, RowDataset, Rows, read_rows
 from ilm_compile.runtime.data.read_ahead import read_ahead
 from ilm_compile.runtime.data.row_order import ORDER, RowOrder
+from ilm_compile.runtime.data.token_dataset import TokenDataset
+from ilm_compile.runtime.mesh import Mesh
 
 _COUNTERS = ("rows_taken", "batches_taken")
 WHOLE = Part()
@@ -140,6 +145,25 @@ class BatchIterator:
                     f"{state[key]!r}"
                 )
         self._go_to(state["rows_taken"], state["batches_taken"])
+
+    def agree(self, mesh: Mesh) -> None:
+        """Have rank 0 alone hash the data set, where the ranks see the same by names and sizes.
+
+        Collective; without it each rank hashes its own for `state_dict`. Raises `IlmCompileError`
+        on every rank if they see different ones.
+        """
+        data = self._dataset
+        outline = data.outline() if isinstance(data, TokenDataset) else data.identity()
+        digest = hashlib.sha256(json.dumps(outline, sort_keys=True).encode()).digest()[:6]
+        found = [number for (number,) in exchange([float(int.from_bytes(digest))], mesh)]
+        if others := [rank for rank, number in enumerate(found) if number != found[0]]:
+            raise IlmCompileError(
+                f"data: expected the same {outline['kind']} on all ranks, ranks {others} have "
+                "others than rank 0 (names, sizes, lengths or options); give every node the same "
+                "folder"
+            )
+        own = json.dumps(self._identity).encode() if mesh.rank == 0 else b""
+        self._identity = json.loads(broadcast(own, mesh))
 
     def _go_to(self, rows_taken: int, batches_taken: int) -> None:
         self._order.go_to(rows_taken, batches_taken)
