@@ -109,6 +109,7 @@ def train(rank: int, plan: dict[str, Any], is_local: bool) -> tuple[Any, ...]:
     if layout.dp.size > 1:  # none on the first rank
         batches[0]["labels"][: ROWS * layout.num_microbatches] = -100
     given = [layout.own(batch) for batch in batches] if is_local else batches
+    alone = make_model()(**batches[0]).item()
     trainer = Trainer(parallel, lr=0.1)
     history = trainer.fit(given, 2, progress=False, batch_is_local=is_local)
     _, labels, loss = trainer.execute_schedule(
@@ -116,6 +117,7 @@ def train(rank: int, plan: dict[str, Any], is_local: bool) -> tuple[Any, ...]:
     )
     assert labels is None or torch.equal(labels, layout.own(batches[1])["labels"])
     gradients = {name: grad.tolist() for name, grad in parallel.full_gradients().items()}
+    assert history[0].loss == pytest.approx(alone, rel=1e-10)
     return [m.loss for m in history], trainer.num_tokens, loss.item(), gradients
 
 
