@@ -180,7 +180,7 @@ def slices_of(rank: int, world: int) -> dict[str, Record]:
 
 def read_checkpoint(folder: Path, world: int, counts: Counts) -> None:
     """Check the rank's share and find what it needs, under the plan that saved."""
-    storage, rank = CountingStorage(folder, counts), world // 2 + 1
+    storage, rank = CountingStorage(folder, counts), world - 1
     manifest = read_manifest(storage, FOLDER)
     for _ in contents(storage, FOLDER, manifest, rank=rank, size=world):
         pass
