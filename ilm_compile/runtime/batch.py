@@ -60,10 +60,10 @@ class BatchLayout:
                     has = f"a global batch has {whole} x {self.dp.size} data-parallel ranks"
                 raise BatchError(
                     f"batch: expected {name} of shape {expected} and dtype {spec.dtype}, got "
-                    f"{tuple(tensor.shape)} and {tensor.dtype}; {has}: give it that many "
+                    f"{tuple(tensor.shape)} and {tensor.dtype}; {has}: "
+                    "give it that many, or compile for other example_inputs "
                     f"(batch_is_local={not is_local} takes "
-                    f"{'all rows' if is_local else 'the rows of this data-parallel rank alone'}), "
-                    "or compile for other example_inputs"
+                    f"{'all rows' if is_local else 'the rows of this data-parallel rank alone'})"
                 )
 
     def own(self, batch: Batch) -> Batch:
