@@ -41,9 +41,9 @@ def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) ->
 
 
 def launch_config(
-    num_processes: int, *, start_method: str, monitor_interval: float
+    num_processes: int, *, start_method: str, monitor_interval: float, max_restarts: int = 0
 ) -> LaunchConfig:
-    """That of torchrun --standalone, without restarts. monitor_interval: in seconds."""
+    """That of torchrun --standalone. monitor_interval: in seconds."""
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -51,7 +51,7 @@ def launch_config(
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         monitor_interval=monitor_interval,
         start_method=start_method,
     )

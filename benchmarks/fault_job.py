@@ -50,7 +50,8 @@ def run(config: Path, options: list[str], fault: Fault | None, folder: Path) -> 
     torch.set_num_threads(1)
     launcher = os.getppid()
     arguments = ["train", "--config", str(config), *options]
-    if fault is not None and fault.rank == int(os.environ["RANK"]):
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if fault is not None and is_first and fault.rank == int(os.environ["RANK"]):
         act = ACTIONS[fault.action]
 
         def inject() -> None:

@@ -27,7 +27,7 @@ class Kind:
     draw: the fault that is injected into the first run, if any. from_half: that run goes on with
     one that was stopped after step `HALF`; damage: what is done to its files before. options: of
     the command line of the first run. repair: what a person does before the run is started again.
-    survives: the first run itself must end well. num_processes: of the first run.
+    survives: the first run itself must end well. num_processes, max_restarts: of the first run.
     may_pass: the run may end well if its curve is right: what was damaged was never read.
     skips: steps that it leaves out, so that its curve is not the undisturbed one from there on.
     """
@@ -41,6 +41,7 @@ class Kind:
     repair: Callable[[Path], None] | None = None
     survives: bool = False
     num_processes: int = NUM_PROCESSES
+    max_restarts: int = 0
     may_pass: bool = False
     skips: int = 0
 
@@ -121,6 +122,7 @@ def unmount_disk(folder: Path) -> None:
 
 KINDS: tuple[Kind, ...] = (
     Kind("kill -9 of a rank in a step", _in_step("kill")),
+    Kind("kill -9 of a rank, torchrun restarts", _in_step("kill"), survives=True, max_restarts=1),
     Kind("kill -9 of a rank in a save", _in_save("kill")),
     Kind("kill -9 of a rank in a load", _in_load("kill"), from_half=True),
     Kind("kill -9 of the launcher", _in_step("kill launcher")),

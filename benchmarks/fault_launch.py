@@ -26,7 +26,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start(
-    function: Callable[..., None], arguments: tuple[Any, ...], *, num_processes: int, folder: Path
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    *,
+    num_processes: int,
+    max_restarts: int,
+    folder: Path,
 ) -> int:
     """Run ``function(*arguments)`` in every rank; returns the launcher's process id at once.
 
@@ -41,7 +46,7 @@ def start(
     try:
         os.setsid()
         _redirect(folder / LOG)
-        code = _run_agent(function, arguments, num_processes, folder)
+        code = _run_agent(function, arguments, num_processes, max_restarts, folder)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -66,9 +71,15 @@ def _redirect(path: Path) -> None:
 
 
 def _run_agent(
-    function: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, folder: Path
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    num_processes: int,
+    max_restarts: int,
+    folder: Path,
 ) -> int:
-    config = launch_config(num_processes, start_method="fork", monitor_interval=0.1)
+    config = launch_config(
+        num_processes, start_method="fork", monitor_interval=0.1, max_restarts=max_restarts
+    )
     try:
         elastic_launch(config, _rank)(function, arguments, folder)
     except ChildFailedError as error:

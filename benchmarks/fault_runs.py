@@ -67,7 +67,7 @@ NOTICED_BY = (
     (r"left out", "checksums at load"),
     (r"token file", "data reader"),
     (r"differ from rank 0", "agreement at start"),
-    (r"came together", "rendezvous"),
+    (r"did not come within", "rendezvous"),
     (r"expected a multiple of", "check before start"),
     (r"No space left", "writer, told to all ranks"),
     (r"SIGTERM|asked for by", "monitor"),
@@ -118,7 +118,12 @@ def prepare(folder: Path, work: Path, template: Path | None = None) -> None:
 
 
 def run_job(
-    folder: Path, fault: Fault | None, settings: list[str], num_processes: int = NUM_PROCESSES
+    folder: Path,
+    fault: Fault | None,
+    settings: list[str],
+    *,
+    num_processes: int = NUM_PROCESSES,
+    max_restarts: int = 0,
 ) -> Generator[Callable[[], bool], None, Outcome]:
     """Start the job, wait for it and for its ranks; the generator's value is the `Outcome`."""
     place = folder / f"run-{1 + len(list(folder.glob('run-*')))}"
@@ -126,7 +131,11 @@ def run_job(
     overrides = [f"logging.folder={folder / RUNS}", f"data.train_folder={folder / DATA}", *settings]
     options = [part for text in overrides for part in ("--set", text)]
     launcher = fault_launch.start(
-        run, (folder / "job.toml", options, fault, place), num_processes=num_processes, folder=place
+        run,
+        (folder / "job.toml", options, fault, place),
+        num_processes=num_processes,
+        max_restarts=max_restarts,
+        folder=place,
     )
     deadline = time.monotonic() + RUN_LIMIT_S
     status: list[int] = []

@@ -178,7 +178,13 @@ def _experiment(
         if kind.damage is not None:
             kind.damage(folder, random)
         settings = ["ckpt.folder=local:" + str(folder / DISK)] if kind.disk else []
-        first = yield from run_job(folder, fault, [*settings, *kind.options], kind.num_processes)
+        first = yield from run_job(
+            folder,
+            fault,
+            [*settings, *kind.options],
+            num_processes=kind.num_processes,
+            max_restarts=kind.max_restarts,
+        )
         newest = newest_complete(folder, kind)
         before = (folder / RUNS / JOB / "metrics.jsonl") if first.last_step else None
         if before is not None:
@@ -188,7 +194,8 @@ def _experiment(
         second = yield from run_job(folder, None, settings)
         trial = Trial(kind.name, fault, first, second, newest, max(0, first.last_step - newest))
         if kind.survives:
-            trial.resumed = resumed(folder / "run-1") if kind.from_half else 0
+            goes_on = kind.from_half or kind.max_restarts
+            trial.resumed = resumed(folder / "run-1") if goes_on else 0
             trial.lost_steps = HALF - trial.resumed if kind.from_half else 0
         trial.problems = list(_problems(trial, kind, folder, expected, newest))
         trials.append(trial)

@@ -58,7 +58,7 @@ class Row:
 
     @property
     def num_processes(self) -> int:
-        return self.plan.tp * self.plan.pp * self.dp
+        return self.plan.ranks_per_replica * self.dp
 
     @property
     def num_slices(self) -> int:

@@ -216,7 +216,7 @@ INPUT_MUTANTS = [
         (LOCAL,),
         ("targets of each rank alone", "counts, totals, strict", "counts, counts.values(), strict"),
         ("an error stays on its rank", "if problems:", "if error is not None:"),
-        ("rows of every tp and pp rank count", "if mesh.tp.rank or mesh.pp.rank:", "if False:"),
+        ("rows of every tp and pp rank count", "if mesh.pp.rank or not mesh.speaks:", "if False:"),
         ("ranks may be given other rows", "self._same.check(batch, is_local=is_local)", "pass"),
     ),
 ]
@@ -226,7 +226,7 @@ GRADIENT_MUTANTS = [
         (EMULATED, UNUSUAL),
         (
             "equal parts count once per tp rank",
-            "and (shard.variable.placement.is_shard or self._mesh.tp.rank == 0)",
+            "and (shard.variable.layout.is_shard or self._mesh.tp.rank == 0)",
             "and True",
         ),
         (

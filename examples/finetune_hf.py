@@ -9,7 +9,6 @@ beyond tp are data-parallel. Only the answers are learnt; each row is one conver
 """
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import sys
@@ -27,11 +26,11 @@ from examples.finetune_start import write_conversations, write_model
 from ilm_compile import IlmCompileError, Parallel, Trainer
 from ilm_compile.runtime import BatchIterator, lr_schedule
 from ilm_compile.runtime.data import (
-    IGNORED_LABEL,
+    Conversations,
     ValidationBatches,
     chat_of,
-    label_answers,
-    read_conversations,
+    labels_in_place,
+    load_tokenizer,
 )
 from ilm_compile.runtime.evaluation import evaluate
 from ilm_compile.runtime.mesh import choose_device, join_job
@@ -40,71 +39,45 @@ TOLERANCE = 1e-4  # of the logits, in float32
 HELD_OUT = 10  # every tenth conversation is for the evaluation
 
 
-class Conversations:
-    """A row of `seq_len` tokens for each conversation, its end cut off or padded."""
+class Part:
+    """Some rows of conversations, with labels as Hugging Face's models shift them."""
 
-    def __init__(self, rows: list[tuple[list[int], list[int]]], seq_len: int, padding: int) -> None:
-        self._rows, self._seq_len, self._padding = rows, seq_len, padding
+    def __init__(self, whole: Conversations, rows: list[int]) -> None:
+        self._whole, self._rows = whole, torch.tensor(rows)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        chosen = [self._rows[row] for row in rows.tolist()]
-        return {
-            "input_ids": torch.tensor([self._fit(tokens, self._padding) for tokens, _ in chosen]),
-            "labels": torch.tensor([self._fit(labels, IGNORED_LABEL) for _, labels in chosen]),
-        }
+        batch = labels_in_place(self._whole.batch(self._rows[rows]))
+        return {name: batch[name] for name in ("input_ids", "labels")}
 
     def identity(self) -> dict[str, int | str]:
-        fingerprint = hashlib.sha256(repr(self._rows).encode()).hexdigest()
-        sizes = {"num_rows": len(self), "seq_len": self._seq_len}
-        return {"kind": "conversations", **sizes, "fingerprint": fingerprint}
-
-    def _fit(self, values: list[int], filling: int) -> list[int]:
-        return (values + [filling] * self._seq_len)[: self._seq_len]
+        return {**self._whole.identity(), "num_rows": len(self), "first": int(self._rows[0])}
 
 
 def read_data(
-    folder: Path, path: Path, seq_len: int, say: Callable[[str], None]
-) -> tuple[Conversations, Conversations]:
+    folder: Path, path: Path, seq_len: int, vocab_size: int, say: Callable[[str], None]
+) -> tuple[Part, Part]:
     """Rows for training and for evaluation, by the tokenizer and template of a model's folder."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.is_fast:
-        raise IlmCompileError(f"{folder}: expected a tokenizer.json, which tells where tokens lie")
     chat = chat_of(folder / "tokenizer.json")
-
-    def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return found["input_ids"], found["offset_mapping"]
-
-    rows = []
-    for messages, source in read_conversations([path]):
-        try:
-            tokens, labels = label_answers(messages, chat, encode)
-        except IlmCompileError as error:
-            raise IlmCompileError(f"{source}: {error}") from error
-        end = tokenizer.eos_token_id
-        if end not in tokens[-2:]:  # a template ends a turn with it, and maybe a line
-            tokens, labels = [*tokens, end], [*labels, end]
-        rows.append((tokens, labels))
-    # The first label predicts nothing, and what is cut off is not learnt.
-    kept = [row for row in rows if any(y != IGNORED_LABEL for y in row[1][1:seq_len])]
-    if len(kept) < 2:
-        raise IlmCompileError(
-            f"{path}: expected at least two conversations with an answer in their first {seq_len} "
-            f"tokens, got {len(kept)} of {len(rows)}; raise --seq-len or give more"
-        )
-    num_cut = sum(len(tokens) > seq_len for tokens, _ in kept)
-    say(f"{len(kept)} conversations by {chat.name}; {num_cut} are cut after {seq_len} tokens")
-    if len(kept) < len(rows):
-        say(f"{len(rows) - len(kept)} more have no answer there and are left out")
-    valid = kept[::HELD_OUT]
-    train = [row for index, row in enumerate(kept) if index % HELD_OUT]
-    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Conversations(train, seq_len, padding), Conversations(valid, seq_len, padding)
+    whole = Conversations(
+        [path],
+        tokenizer=load_tokenizer(folder / "tokenizer.json", end=chat.end),
+        chat=chat,
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        too_long="truncate",
+    )
+    if len(whole) < 2:
+        raise IlmCompileError(f"{path}: expected at least two conversations with an answer, got 1")
+    say(
+        f"{len(whole)} conversations by {chat.name}; {whole.num_cut} are cut after {seq_len} tokens"
+    )
+    if whole.num_left_out:
+        say(f"{whole.num_left_out} more have no answer there and are left out")
+    rows = list(range(len(whole)))
+    return Part(whole, [row for row in rows if row % HELD_OUT]), Part(whole, rows[::HELD_OUT])
 
 
 def load_model(folder: Path, lora: int) -> nn.Module:
@@ -174,8 +147,8 @@ def finetune(options: argparse.Namespace) -> float:
             write_model(start, data.read_text().splitlines())
     if num_ranks > 1:
         dist.barrier()  # the files are there
-    train, valid = read_data(start, data, options.seq_len, say)
     model = load_model(start, options.lora)
+    train, valid = read_data(start, data, options.seq_len, model.config.vocab_size, say)
     shape = ((options.rows, options.seq_len), torch.int64)
     parallel = ilm_compile.parallelize(
         model,

@@ -1,6 +1,13 @@
-"""What `examples.finetune_hf` starts from if nothing is given: a small Llama and conversations."""
+"""A small Llama and conversations: what fine-tuning starts from if nothing is given.
+
+    python -m examples.finetune_start runs/chat_start
+
+writes what examples/configs/chat_hf.toml trains: model/, train/ and valid/, every tenth
+conversation held out.
+"""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +68,20 @@ def write_model(folder: Path, texts: list[str], **sizes: Any) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_all(folder: Path, **sizes: Any) -> None:
+    """The model, and the conversations to learn and to evaluate on, below `folder`."""
+    for name in ("train", "valid"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    write_conversations(folder / "sums.jsonl")
+    lines = (folder / "sums.jsonl").read_text().splitlines(keepends=True)
+    (folder / "sums.jsonl").unlink()
+    learnt = [line for index, line in enumerate(lines) if index % 10]
+    (folder / "train" / "sums.jsonl").write_text("".join(learnt))
+    (folder / "valid" / "sums.jsonl").write_text("".join(lines[::10]))
+    write_model(folder / "model", lines, **sizes)
+
+
+if __name__ == "__main__":
+    write_all(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/chat_start"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,19 @@ from ilm_compile.passes import standard_passes as standard_passes
 from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.passes.standard import settle_kernels
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Program
+from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.runtime import Mesh, Parallel
+from ilm_compile.runtime.forms import Compiled, Shape
 from ilm_compile.schedule import build, check
+from ilm_compile.shapes import (
+    Shapes,
+    check_alike,
+    example_of,
+    passes_like,
+    plan_like,
+    read_shapes,
+)
 from ilm_compile.sharding.loss_terms import check_loss
 
 DTYPE_NAMES = {None: None, torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -83,12 +92,59 @@ def partition(
     trained as float32 (see `MasterWeights`). Raises `TraceError` if the
     model cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
-    plan = make_plan(plan, **keywords)
+    return _partition(
+        model,
+        make_plan(plan, **keywords),
+        example_inputs=example_inputs,
+        loss_fn=loss_fn,
+        passes=passes,
+        disable=disable,
+        callback=callback,
+        validate=validate,
+        dp=dp,
+    )
+
+
+def partition_like(
+    first: Program,
+    model: nn.Module,
+    inputs: Mapping[str, Input],
+    *,
+    plan: Plan,
+    example_inputs: ExampleInputs | None = None,
+    **keywords: Any,
+) -> Program:
+    """Return the program of `model` on other `inputs` that holds its parameters as `first` does.
+
+    Traced anew, for sizes are baked into a graph. Keywords as for `partition`, those that made
+    `first`. Raises `PlanError` if the two cannot share their parameters.
+    """
+    given = example_of(inputs, first)
+    own = plan_like(first, plan)
+    program = _partition(model, own, example_inputs=given, like=first, **keywords)
+    check_alike(first, program)
+    return program
+
+
+def _partition(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    loss_fn: LossFn | None = None,
+    passes: Sequence[Pass] = (),
+    disable: Collection[str] = (),
+    callback: Callable[[PassReport], None] | None = None,
+    validate: str | None = "types",
+    dp: int = 1,
+    like: Program | None = None,
+) -> Program:
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
     check_loss(program, model, loss_fn, num_slices=plan.num_microbatches * dp)
     program.flops = model_flops(program.graph)
     forward = forward_flops_by_region(program.graph)
     every = [*standard_passes(plan), *passes, *master_passes(program)]
+    every = every if like is None else passes_like(like, every)
     run_passes(program, every, disable=disable, callback=callback, validate=validate)
     marked = [index for index, region in enumerate(program.regions) if region.recompute]
     program.recomputed_flops = sum(forward[index] for index in marked)
@@ -99,6 +155,7 @@ def parallelize(
     model: nn.Module,
     *,
     timeout: timedelta = timedelta(minutes=5),
+    shapes: Shapes = (),
     **keywords: Any,
 ) -> Parallel:
     """Return this rank's part of `model`, ready to train; call it on every rank under torchrun.
@@ -106,13 +163,24 @@ def parallelize(
     Keywords as for `partition`. The number of data-parallel ranks is what is left of the world:
     world_size // (tp * pp). A model on the meta device gets its initial weights from `seed` and the
     parameter names, the same under every plan; a real one keeps its weights. `timeout` bounds the
-    wait for a rank that died or hangs. Raises as `partition` does, and `PlanError` if the world
+    wait for a rank that died or hangs. `shapes`: further shapes of a micro-batch, each a mapping
+    from every input's name to its shape, over the same parameters: a batch of one is taken wherever
+    one of the first is. The program of a shape is compiled when its first batch comes, from
+    `model`, which must stay as it is. Raises as `partition` does, and `PlanError` if the world
     size does not fit, kernels="triton" cannot run here or the process was not started by torchrun.
     """
     plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
     mesh = Mesh.create(plan, timeout=timeout)
     plan = settle_kernels(plan, mesh.device)
     program = partition(model, plan=plan, dp=mesh.dp.size, **keywords)
+
+    def of_shape(inputs: dict[str, Input]) -> Shape:
+        def compile_it() -> Compiled:
+            made = partition_like(program, model, inputs, plan=plan, dp=mesh.dp.size, **keywords)
+            return Compiled(lower(made), made.flops, made.flops + made.recomputed_flops)
+
+        return Shape(inputs, compile_it)
+
     return Parallel(
         lower(program),
         make_schedule(plan),
@@ -121,6 +189,7 @@ def parallelize(
         initializer=program.initializer,
         model_flops=program.flops,
         hardware_flops=program.flops + program.recomputed_flops,
+        shapes=[of_shape(inputs) for inputs in read_shapes(program.inputs, shapes)],
     )
 
 

@@ -18,7 +18,18 @@ from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
+from ilm_compile.runtime.forms import dress
+from ilm_compile.shapes import (
+    Shapes,
+    check_alike,
+    example_of,
+    passes_like,
+    plan_like,
+    read_shapes,
+    shown,
+)
 from ilm_compile.sharding.loss_terms import check_loss
 from ilm_compile.verify import translation as _translation  # noqa: F401 - validate="numerics"
 from ilm_compile.verify.bounds import check_bounds
@@ -47,11 +58,14 @@ def verify(
     passes: Sequence[Pass] = (),
     plan: Plan | None = None,
     tolerance: float = 1e-10,
+    shapes: Shapes = (),
     **keywords: Any,
 ) -> Report:
     """Return whether `model` under the plan trains exactly as it does on a single device.
 
-    Keywords as for `partition`; `dp` is the number of data-parallel ranks. What is proven is the
+    Keywords as for `partition`; `dp` is the number of data-parallel ranks; `shapes` as for
+    `parallelize`: the program of each is proven in the same way, and that it can run on the modules
+    of the first. What is proven is the
     program that would run, layer by layer:
 
     1. types: every placement follows by the rules after every pass, every shape and dtype computed
@@ -74,31 +88,73 @@ def verify(
     `Report.failures` and `Report.raise_if_failed`.
     """
     proof = _Proof(_title(model, plan, keywords, dp))
+    options = _Options(model, dp, loss_fn, passes, tolerance)
+    first = _prove_shape(proof, options, example_inputs, plan, keywords)
+    if first is not None and shapes:
+        further: list[dict[str, Input]] = []
+        with proof.check("shapes"):
+            further = read_shapes(first.inputs, shapes)
+        for inputs in further:
+            proof.suffix = f" of {shown(inputs)}"
+            _prove_shape(proof, options, example_of(inputs, first), plan, keywords, like=first)
+    return proof.report()
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What does not depend on the shape."""
+
+    model: nn.Module
+    dp: int
+    loss_fn: LossFn | None
+    passes: Sequence[Pass]
+    tolerance: float
+
+
+def _prove_shape(
+    proof: _Proof,
+    options: _Options,
+    example_inputs: ExampleInputs | None,
+    plan: Plan | None,
+    keywords: Mapping[str, Any],
+    like: Program | None = None,
+) -> Program | None:
+    """Prove the program of one shape; it, or None if it cannot even be made.
+
+    like: the one whose modules it is to run on.
+    """
+    model, dp, loss_fn = options.model, options.dp, options.loss_fn
     with proof.check("types") as note:
         settled = make_plan(plan, **keywords)
+        settled = settled if like is None else plan_like(like, settled)
         with _casts_of(model):
             traced = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=settled)
         before = len(traced.warnings)
         check_loss(traced, model, loss_fn, num_slices=settled.num_microbatches * dp)
         is_additive = len(traced.warnings) == before  # no term that is per micro-batch by nature
         program = copy_program(traced)
-        passes = [*passes, *master_passes(program)]
-        run_passes(program, [*standard_passes(settled), *passes])
+        passes = [*options.passes, *master_passes(program)]
+        every = [*standard_passes(settled), *passes]
+        run_passes(program, every if like is None else passes_like(like, every))
         check_values(program)
         check_variables(traced, program)
         check_dtypes(traced, program)
         check_bounds(traced, program)
-        lower(program)
+        stages = lower(program).stages
+        if like is not None:
+            check_alike(like, program)
+            for running, other in zip(lower(like).stages, stages, strict=True):
+                dress(running, other, 1, torch.device("cpu"))
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:
-        return proof.report()
+        return None
     proof.warnings += traced.warnings
     subject = Subject(traced, program, model, dp, passes=passes)
     with proof.check("capture") as note:
         slices = subject.num_slices if is_additive else 1
-        note(_capture(proof, subject, loss_fn, slices, tolerance))
-    prove_program(proof, subject, tolerance)
-    return proof.report()
+        note(_capture(proof, subject, loss_fn, slices, options.tolerance))
+    prove_program(proof, subject, options.tolerance)
+    return program
 
 
 def prove_program(proof: _Proof, subject: Subject, tolerance: float) -> None:
@@ -137,6 +193,7 @@ class _Proof:
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    suffix: str = ""  # of the names of checks
 
     def report(self) -> Report:
         return Report(self.title, self.checks, self.failures, self.warnings, **self.errors)
@@ -156,6 +213,7 @@ class _Proof:
         start = time.perf_counter()
         notes: list[str] = []
         failed = ""
+        name += self.suffix
         try:
             yield notes.append
         except IlmCompileError as error:
@@ -260,7 +318,7 @@ def _step(proof: _Proof, subject: Subject, tolerance: float) -> str:
                 "difference arises in lowering, schedule or runtime: "
                 f"{subject.narrow(tolerance) if fit.is_own_size else 'run a smaller plan'}"
             )
-    ranks = f"{plan.tp * plan.pp * dp} ranks emulated, {len(steps)} steps"
+    ranks = f"{plan.ranks_per_replica * dp} ranks emulated, {len(steps)} steps"
     return f"{ranks}, {fit.note or 'at its own size'}; largest errors: {found.summary()}"
 
 

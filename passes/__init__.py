@@ -4,6 +4,7 @@ from ilm_compile.passes.activation_checkpoint import ActivationCheckpoint as Act
 from ilm_compile.passes.base import Pass as Pass
 from ilm_compile.passes.cast_bf16 import CastBF16 as CastBF16
 from ilm_compile.passes.cast_bf16 import CastFP16 as CastFP16
+from ilm_compile.passes.context_parallel import ContextParallel as ContextParallel
 from ilm_compile.passes.fuse_kernels import FuseKernels as FuseKernels
 from ilm_compile.passes.fuse_residual import FuseResidual as FuseResidual
 from ilm_compile.passes.interleave import Interleave as Interleave
@@ -25,6 +26,7 @@ from ilm_compile.passes.rewrite import nodes_in as nodes_in
 from ilm_compile.passes.rewrite import replace as replace
 from ilm_compile.passes.rewrite import replace_call as replace_call
 from ilm_compile.passes.rewrite import wrap as wrap
+from ilm_compile.passes.shard import Shard as Shard
 from ilm_compile.passes.sources import save_sources as save_sources
 from ilm_compile.passes.standard import standard_passes as standard_passes
 from ilm_compile.passes.tensor_parallel import TensorParallel as TensorParallel

@@ -24,8 +24,8 @@ from ilm_compile.passes.precision import (
     called_name,
     precision_of,
 )
-from ilm_compile.program.communicator import ShapeCommunicator, communicators
-from ilm_compile.program.placement import P
+from ilm_compile.program.communicator import shape_communicators
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple, tensors_of, without_data
 
@@ -117,7 +117,7 @@ class _Caster:
                 # bf16 counts up to 256 only, fp16 up to 2048
                 node.meta["val"] = node.meta["val"].to(FP32)
         products = 0
-        with communicators(tp=ShapeCommunicator(self.program.plan.tp)), torch.no_grad():
+        with shape_communicators(self.program.plan.axes), torch.no_grad():
             for node in list(self.program.calls()):
                 products += self._visit(node)
         return products
@@ -152,7 +152,7 @@ class _Caster:
 
     def _is_read_low(self, move: fx.Node) -> bool:
         """Whether a value can be rounded before it moves between ranks, at half the bytes."""
-        is_partial = move.all_input_nodes[0].meta.get("placement") == P
+        is_partial = layout_of(move.all_input_nodes[0]).is_partial
         readers = [precision_of(user, self.parameter_free) for user in move.users]
         return not is_partial and all(reader.inputs == BF16 for reader in readers)
 
@@ -226,8 +226,8 @@ class _Caster:
     def _create_cast(self, source: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
         cast = self.program.graph.call_function(_CAST, (source, dtype))
         cast.meta.update({k: near.meta[k] for k in ("region", "stage", "source") if k in near.meta})
-        if "placement" in source.meta:
-            cast.meta["placement"] = source.meta["placement"]
+        if "layout" in source.meta:
+            cast.meta["layout"] = source.meta["layout"]
         cast.meta["val"] = source.meta["val"].to(dtype)
         return cast
 
@@ -246,7 +246,7 @@ class _Caster:
 
 def _where_whole(node: fx.Node) -> list[fx.Node]:
     """Return `node`, or what becomes of it once it is summed up: rounding parts is not linear."""
-    if node.meta.get("placement") != P:
+    if not layout_of(node).is_partial:
         return [node]
     return list(dict.fromkeys(whole for user in node.users for whole in _where_whole(user)))
 

@@ -30,9 +30,9 @@ from ilm_compile.passes.fusion import (
 )
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.dump import target_name
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import STANDS_FOR, name_of
-from ilm_compile.sharding.strategy import placement_of
 
 OP = "add_rms_norm"
 BETWEEN = (redistribute, aten.to.dtype)
@@ -74,7 +74,7 @@ def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
     if any(shape(term) != shape(total) or dtype(term) != dtype(total) for term in terms):
         kinds = " and ".join(f"{list(shape(term))} {dtype(term)}" for term in terms)
         return f"its terms are not alike: {kinds}"
-    if any(placement_of(term) != placement_of(total) for term in terms):
+    if any(layout_of(term) != layout_of(total) for term in terms):
         return "its terms are not placed as their sum"
     if is_mutated(total):
         return "its sum is changed in place"

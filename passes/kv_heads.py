@@ -9,43 +9,45 @@ the sum over its copies.
 from __future__ import annotations
 
 from math import lcm
-from typing import Any
 
 from torch import fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.passes.rewrite import insert_before
+from ilm_compile.passes.shard import Shard
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.rules_model import HEAD_DIM
 from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 
-def fit_heads(program: Program, size: int) -> None:
-    """Make every attention in `program` divisible by heads over `size` ranks.
+def fit_heads(program: Program, step: Shard, *, must_divide: bool) -> None:
+    """Make every attention in `program` divisible by heads over the ranks of `step`.
 
-    Raises `PlanError` unless `size` divides the number of query heads.
+    An attention whose query heads `step.size` does not divide is left alone, or refused with a
+    `PlanError` if it `must_divide`.
     """
+    size, name, axis = step.size, step.name, step.axis
     for node in list(program.calls()):
-        if node.target not in HEAD_DIM:
+        if node.target not in HEAD_DIM or size == 1:
             continue
         dim = HEAD_DIM[node.target] % node.meta["val"].dim()
         query, key, value = tensor_inputs(node)[:3]
         heads, kv_heads = (int(n.meta["val"].shape[dim]) for n in (query, key))
         if heads % size:
-            usable = [n for n in range(1, heads + 1) if heads % n == 0]
-            raise PlanError(
-                f"tensor-parallel: tp={size} does not divide the {heads} attention heads of "
-                f"{program.where(node)}; use one of tp={usable}"
-            )
+            if must_divide:
+                usable = [n for n in range(1, heads + 1) if heads % n == 0]
+                raise PlanError(
+                    f"{name}: {axis}={size} does not divide the {heads} attention heads of "
+                    f"{program.where(node)}; use one of {axis}={usable}"
+                )
+            continue
         repeats = lcm(kv_heads, size) // kv_heads
         if repeats > 1:
-            node.args = (
-                query,
-                *(_repeat(program, v, node, dim, repeats) for v in (key, value)),
-                *node.args[3:],
-            )
+            copies = {v: _repeat(program, v, node, dim, repeats) for v in {key: 0, value: 0}}
+            node.args = (query, copies[key], copies[value], *node.args[3:])
             program.decisions.append(
-                f"tensor-parallel: each of the {kv_heads} key-value heads of "
-                f"{program.source(node).module_path} is repeated {repeats} times for tp={size}"
+                f"{name}: each of the {kv_heads} key-value heads of "
+                f"{program.source(node).module_path} is repeated {repeats} times for {axis}={size}"
             )
 
 
@@ -53,14 +55,10 @@ def _repeat(program: Program, value: fx.Node, user: fx.Node, dim: int, repeats: 
     shape = list(value.meta["val"].shape)
     expanded = [*shape[: dim + 1], repeats, *shape[dim + 1 :]]
     merged = [*shape[:dim], shape[dim] * repeats, *shape[dim + 1 :]]
-    steps: list[tuple[Any, Any, list[int]]] = [
-        (aten.unsqueeze.default, dim + 1, [*shape[: dim + 1], 1, *shape[dim + 1 :]]),
-        (aten.expand.default, expanded, expanded),
-        (aten.reshape.default, merged, merged),
-    ]
-    with program.graph.inserting_before(user):
-        for target, argument, result in steps:
-            val = value.meta["val"].new_empty(result)
-            value = program.graph.call_function(target, (value, argument))
-            value.meta.update(val=val, source=program.source(user), region=user.meta["region"])
+    for target, argument in (
+        (aten.unsqueeze.default, dim + 1),
+        (aten.expand.default, expanded),
+        (aten.reshape.default, merged),
+    ):
+        value = insert_before(program, user, target, value, argument)
     return value

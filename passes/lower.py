@@ -13,8 +13,8 @@ from torch import fx
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.stage_module import Segment, build_stage
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.lowered import LoweredProgram, Stage
-from ilm_compile.program.placement import I
 from ilm_compile.program.program import Program
 
 
@@ -50,7 +50,7 @@ def lower(program: Program) -> LoweredProgram:
         variables=program.variables,
         target_counts=program.target_counts,
         stages=tuple(stages),
-        output_placements=tuple(node.meta.get("placement", I) for node in outputs),
+        output_layouts=tuple(map(layout_of, outputs)),
         output_widths=dict(program.output_widths),
         parameter_maps=tuple(program.parameter_maps),
         lookups=program.lookups,

@@ -23,7 +23,7 @@ from ilm_compile.sharding.check import check_placements
 class PassReport:
     """What one pass did: its time, the nodes it `added` to and `removed` from the graph.
 
-    `communication_before` and `communication_after` are the bytes that each tp rank sends per
+    `communication_before` and `communication_after` are the bytes that each rank sends per
     micro-batch, forward and backward. `str` gives it as one line.
     """
 
@@ -45,12 +45,12 @@ class PassReport:
 
 
 def communication_bytes(program: Program) -> float:
-    """Return the bytes that each tp rank sends per micro-batch, forward and backward."""
+    """Return the bytes that each rank sends per micro-batch, forward and backward."""
     gradients = gradient_nodes(program.graph)
     return sum(
         message.num_bytes
         for node in program.calls()
-        for message in traffic(node, program.plan.tp, has_gradient=node in gradients)
+        for message in traffic(node, program.plan.axes, has_gradient=node in gradients)
     )
 
 

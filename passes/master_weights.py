@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.collectives import redistribute
-from ilm_compile.program.placement import P
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program, Variable
 from ilm_compile.program.vocab import vocab_embedding
 
@@ -106,7 +106,7 @@ def _widen(program: Program, node: fx.Node, dtype: torch.dtype) -> None:
 
 def _whole(lookup: fx.Node) -> list[fx.Node]:
     """Return where what is looked up is whole and may be rounded; nothing if that is not known."""
-    if lookup.meta.get("placement") != P:
+    if not layout_of(lookup).is_partial:
         return [lookup]
     moved = list(lookup.users)
     return moved if all(node.target is redistribute for node in moved) else []
@@ -116,7 +116,7 @@ def _cast(program: Program, value: fx.Node, dtype: torch.dtype, *, near: fx.Node
     cast = program.graph.call_function(aten.to.dtype, (value, dtype))
     names = ("region", "stage", "clone", "source")
     cast.meta.update({name: near.meta[name] for name in names if name in near.meta})
-    if "placement" in value.meta:
-        cast.meta["placement"] = value.meta["placement"]
+    if "layout" in value.meta:
+        cast.meta["layout"] = value.meta["layout"]
     cast.meta["val"] = value.meta["val"].to(dtype)
     return cast

@@ -61,4 +61,4 @@ def _collective_seconds(
     if kind is None:
         return 0.0
     full = max(value_bytes(node), value_bytes(node.all_input_nodes[0]))
-    return collective_time(kind, full, program.plan.tp, hardware)
+    return collective_time(kind, full, program.plan.axes[str(arguments["axis"])], hardware)

@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import aten, global_call
+from ilm_compile.sharding.batch_axis import as_call
+from ilm_compile.sharding.strategy import aten
 
 # Ops that treat each class on its own, given that the last dimension stays what it is.
 CLASSWISE = {
@@ -77,7 +78,7 @@ def _chain(program: Program, head: fx.Node) -> Iterator[fx.Node | None]:
 def _is_blind(user: fx.Node) -> bool:
     if user.target not in BLIND:
         return False
-    dims = global_call(user, 1).named("dim")
+    dims = as_call(user).named("dim")
     last = user.all_input_nodes[0].meta["val"].dim() - 1
     return dims in (-1, last, [-1], [last])
 

@@ -11,6 +11,7 @@ from ilm_compile.errors import ProgramError
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.parameter_map import ParameterMap, Tensors
 from ilm_compile.program.program import Program, Variable
+from ilm_compile.program.users_line import defined_at
 
 WHAT = "replace_parameters"
 
@@ -60,6 +61,12 @@ def _source(program: Program, made_by: Pass, name: str) -> Variable:
     variable = program.variables.get(name)
     if variable is None or not variable.is_parameter:
         raise ProgramError(f"{WHAT}: {made_by.name} names {name}, which is no parameter")
+    if variable.gradient_hooks:
+        raise ProgramError(
+            f"{WHAT}: {made_by.name} puts another parameter in the place of {name}, which has a "
+            f"gradient hook, {defined_at(variable.gradient_hooks[0].function)}; remove the hook, "
+            "or leave this parameter alone"
+        )
     return variable
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.passes.balance import balance
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.cut_points import crossing_bytes, cut_points
+from ilm_compile.passes.cuts_like import cuts_like
 from ilm_compile.passes.node_cost import step_seconds
 from ilm_compile.passes.parameter_free import parameter_free_nodes
 from ilm_compile.program.program import Program
@@ -28,8 +29,9 @@ class PipelineSplit(Pass):
     name in `ilm_compile.cost.HARDWARE`), embedding and head included; layers are not counted. Nodes
     that no parameter reaches (rotary tables, masks) become clones: ``meta["clone"]`` is set instead
     of ``meta["stage"]``, and each stage that uses them computes them for itself. Stages are
-    consecutive runs of the graph, and stage s sends to stage s + 1 only. Preserves numerics bit for
-    bit.
+    consecutive runs of the graph, and stage s sends to stage s + 1 only. like: a program of the
+    same model on another batch shape, already split, so that each stage holds the same parameters.
+    Preserves numerics bit for bit.
     """
 
     name: ClassVar[str] = "pipeline-split"
@@ -38,6 +40,7 @@ class PipelineSplit(Pass):
 
     num_stages: int
     hardware: str = "h100"
+    like: Program | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_stages < 1:
@@ -53,7 +56,11 @@ class PipelineSplit(Pass):
         calls = [node for node in program.calls() if node not in clones]
         cost = step_seconds(program, HARDWARE[self.hardware])
         seconds = [cost[node] for node in calls]
-        starts = [0, *self._choose_cuts(program, calls, seconds), len(calls)]
+        if self.like is None:
+            cuts = self._choose_cuts(program, calls, seconds)
+        else:
+            cuts = cuts_like(self.like, calls, self.num_stages)
+        starts = [0, *cuts, len(calls)]
         for stage in range(self.num_stages):
             for node in calls[starts[stage] : starts[stage + 1]]:
                 node.meta["stage"] = stage

@@ -19,14 +19,15 @@ from torch import Tensor, fx
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.pattern import Function, Match, matches, parameters_of, trace_function
 from ilm_compile.program.collectives import redistribute
-from ilm_compile.program.communicator import ShapeCommunicator, communicators
+from ilm_compile.program.communicator import shape_communicators
+from ilm_compile.program.layout import INVARIANT, Layout, MeshAxis, Sizes, layout_of
 from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of, take_name, tensors_of, without_data
 from ilm_compile.sharding import Strategy, strategies
+from ilm_compile.sharding.check import solved_axes
 from ilm_compile.sharding.strategy import (
     global_call,
-    placement_of,
     plain_placements,
     tensor_inputs,
 )
@@ -72,7 +73,7 @@ def replace_call(
     program: Program, node: fx.Node, target: Any, /, *args: Any, **kwargs: Any
 ) -> fx.Node:
     """Put the call ``target(*args, **kwargs)`` in the place of call `node` and return it."""
-    wanted = node.meta.get("placement")
+    wanted = node.meta.get("layout")
     new = _insert(program, node, node, target, args, kwargs, wanted)
     return _take_over(program, node, new)
 
@@ -85,7 +86,7 @@ def wrap(program: Program, node: fx.Node, function: Function) -> fx.Node:
     users = set(node.users)
     point, like = _after(program, node)
     graph = trace_function(lambda x: function(x), {"x": without_data(node.meta["val"])})
-    new = _inline(program, graph, {"x": node}, point, like, node.meta.get("placement"))
+    new = _inline(program, graph, {"x": node}, point, like, node.meta.get("layout"))
     _refuse_other_type(program, node, new)
     node.replace_all_uses_with(new, delete_user_cb=users.__contains__)
     return new
@@ -123,7 +124,7 @@ def replace(
         key = repr([(v, v.stride()) if isinstance(v, Tensor) else v for v in examples.values()])
         if key not in traced:
             traced[key] = trace_function(replacement, examples)
-        wanted = match.output.meta.get("placement")
+        wanted = match.output.meta.get("layout")
         new = _inline(program, traced[key], inputs, match.output, match.output, wanted)
         current[match.output] = _take_over(program, match.output, new)
         for node in reversed(match.nodes[:-1]):
@@ -184,7 +185,7 @@ def _insert(
     target: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    wanted: Placement | None = None,
+    wanted: Layout | None = None,
 ) -> fx.Node:
     """Insert a call before `point` with the metadata of `like`; see `_place` for `wanted`."""
     name = target._schema.name if isinstance(target, torch._ops.OpOverload) else target.__name__
@@ -192,8 +193,8 @@ def _insert(
     with program.graph.inserting_before(point):
         node = program.graph.create_node("call_function", target, args, kwargs, name)
     node.meta.update({key: like.meta[key] for key in KEPT if key in like.meta})
-    node.meta["val"] = _run_without_data(node, program.plan.tp)
-    if "placement" in like.meta:
+    node.meta["val"] = _run_without_data(node, program.plan.axes)
+    if "layout" in like.meta:
         _place(program, node, wanted)
     return node
 
@@ -204,7 +205,7 @@ def _inline(
     inputs: dict[str, Any],
     point: fx.Node,
     like: fx.Node,
-    wanted: Placement | None = None,
+    wanted: Layout | None = None,
 ) -> fx.Node:
     """Insert the calls of a traced function before `point` and return its result."""
     result: fx.Node = graph.output_node().args[0][0]  # type: ignore[index, assignment]
@@ -232,7 +233,7 @@ def _refuse_other_type(program: Program, old: fx.Node, new: fx.Node) -> None:
     for what, before, after in (
         ("shape", *(shapes_of(node)[0] for node in (old, new))),
         ("dtype", *(tensors_of(node.meta["val"])[0].dtype for node in (old, new))),
-        ("placement", old.meta.get("placement"), new.meta.get("placement")),
+        ("placement", *(layout_of(node).text(program.axis_names()) for node in (old, new))),
     ):
         if before != after:
             raise ProgramError(
@@ -241,22 +242,31 @@ def _refuse_other_type(program: Program, old: fx.Node, new: fx.Node) -> None:
             )
 
 
-def _place(program: Program, node: fx.Node, wanted: Placement | None) -> None:
+def _place(program: Program, node: fx.Node, wanted: Layout | None) -> None:
     """Set the placement that follows from the inputs of `node` by its rule; `wanted` if it can."""
-    if node.target is redistribute:
-        node.meta["placement"] = Placement.parse(str(node.kwargs["dst"]))
-        return
-    size = program.plan.tp
-    inputs = tuple(map(placement_of, tensor_inputs(node)))
+    layout = INVARIANT
+    for axis in reversed(solved_axes(program)):  # shapes are local to the axes before
+        on_axis = None if wanted is None else wanted.on(axis.name)
+        placement = _placement(program, node, axis, layout, on_axis)
+        layout = layout.with_placement(axis.name, placement)
+    node.meta["layout"] = layout
+
+
+def _placement(
+    program: Program, node: fx.Node, axis: MeshAxis, layout: Layout, wanted: Placement | None
+) -> Placement:
+    if node.target is redistribute and node.kwargs["axis"] == axis.name:
+        return Placement.parse(str(node.kwargs["dst"]))
+    inputs = tuple(map(axis.placement, tensor_inputs(node)))
     if set(inputs) <= {I} or set(inputs) == {R}:  # every rank computes the same
-        node.meta["placement"] = R if inputs and inputs[0] == R else I
-        return
+        return R if inputs and inputs[0] == R else I
     shards = {placement for placement in inputs if placement.is_shard}
     dims = {Placement("S", dim) for dim in range(len(shapes_of(node)[0]))}
     legal = []
-    for output in plain_placements((), size) | shards | dims:
-        node.meta["placement"] = output  # a call's global shape depends on it
-        if Strategy(inputs, output) in strategies(global_call(node, size), {output}):
+    for output in plain_placements((), axis.size) | shards | dims:
+        # a call's global shape depends on it
+        node.meta["layout"] = layout.with_placement(axis.name, output)
+        if Strategy(inputs, output) in strategies(global_call(node, axis), {output}):
             legal.append(output)
     if wanted in legal:
         legal = [wanted]
@@ -267,16 +277,16 @@ def _place(program: Program, node: fx.Node, wanted: Placement | None) -> None:
             "Register a rule (ilm_compile.sharding.rule), insert a redistribute, or let the pass "
             'run before sharding (before = frozenset({"sharded"}))'
         )
-    node.meta["placement"] = legal[0]
+    return legal[0]
 
 
-def _run_without_data(node: fx.Node, size: int) -> Any:
+def _run_without_data(node: fx.Node, sizes: Sizes) -> Any:
     """Return the value of a call as tensors without data, from the values of its inputs."""
     args: Any
     args, kwargs = fx.node.map_arg(
         (node.args, node.kwargs), lambda source: without_data(source.meta["val"])
     )
-    with communicators(tp=ShapeCommunicator(size)), torch.no_grad():
+    with shape_communicators(sizes), torch.no_grad():
         value = node.target(*args, **kwargs)  # type: ignore[operator]
     several = isinstance(value, tuple) and getattr(node.target, "namespace", "aten") != "aten"
     if (several and len(tensors_of(value)) == len(value)) or isinstance(value, Tensor):

@@ -148,7 +148,7 @@ def _region(
     owned: list[str] = []
     for node in inputs:
         values[node] = body.placeholder(node.name)
-        values[node].meta["val"] = node.meta["val"]
+        values[node].meta.update({k: node.meta[k] for k in ("val", "layout") if k in node.meta})
     for node in nodes:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source not in values:
@@ -176,7 +176,7 @@ def _storage(program: Program, name: str) -> Tensor:
     traced: Tensor = getattr(program.graph_module.get_submodule(owner), leaf)
     if not traced.is_meta:
         return traced
-    shape = variable.placement.local_shape(variable.shape, program.plan.tp)
+    shape = variable.layout.local_shape(variable.shape, program.plan.axes)
     value = torch.empty(shape, dtype=variable.dtype, device="meta")
     return nn.Parameter(value, variable.requires_grad) if variable.is_parameter else value
 

@@ -10,6 +10,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.passes.activation_checkpoint import ActivationCheckpoint
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.cast_bf16 import CastBF16, CastFP16
+from ilm_compile.passes.context_parallel import ContextParallel
 from ilm_compile.passes.fuse_kernels import FuseKernels
 from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
@@ -61,6 +62,8 @@ def standard_passes(plan: Plan) -> list[Pass]:
             constraints=plan.constraints,
         )
     ]
+    if plan.cp > 1:
+        passes.append(ContextParallel(size=plan.cp))
     if fuses(plan):
         passes += [FuseKernels(), FuseResidual()]
     if plan.dtype:

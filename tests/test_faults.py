@@ -18,6 +18,7 @@ from ilm_compile.runtime.guard.ending import ExitCode
 ROOT = Path(__file__).parents[1]
 FAULTS = (
     "kill -9 of a rank in a step",
+    "kill -9 of a rank, torchrun restarts",
     "kill -9 of the launcher",
     "SIGTERM to one rank",
     "hang: endless sleep in a step",
@@ -65,6 +66,12 @@ def test_sigterm_saves_and_ends_with_success(trials: dict[str, Any]) -> None:
     assert trial["first"]["code"] == ExitCode.OK
     assert 0 < trial["first"]["last_step"] < 10
     assert trial["lost_steps"] == 0
+
+
+def test_ranks_that_torchrun_starts_again_go_on_from_a_checkpoint(trials: dict[str, Any]) -> None:
+    trial = trials["kill -9 of a rank, torchrun restarts"]
+    assert trial["first"]["code"] == ExitCode.OK
+    assert 0 < trial["resumed"] < trial["first"]["last_step"]
 
 
 def test_a_dead_launcher_leaves_no_orphans_and_loses_nothing(trials: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""Rewrite the weights of an InternLM or InternLM2 in the names and layout of another format.
+"""Rewrite the weights of a model in the names and layout of another format.
 
 Formats: ilm (our own, a folder of a checkpoint too), hf-llama (transformers' LlamaForCausalLM),
-hf-internlm2 (InternLM2 on the Hugging Face hub), hf (either), internlm (InternLM's own
-model_tp0_pp0.pt and so on). Tensors are read and written in pieces, so memory does not grow with
-the model.
+hf-internlm2 (InternLM2 on the Hugging Face hub), hf (to read, either; to write, the folder of a
+config's model.hf, whose tokenizer goes with it), internlm (InternLM's own model_tp0_pp0.pt and so
+on). Tensors are read and written in pieces, so memory does not grow with the model.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 
 from ilm_compile.cli.convert_tokens import add_token_arguments, find_tokens
 from ilm_compile.cli.model import add_model_argument, load_model
-from ilm_compile.convert import FORMATS, open_weights, to_format, write_weights
+from ilm_compile.convert import FORMATS, open_weights, write_model
 from ilm_compile.convert.formats import check_formats
 from ilm_compile.convert.hf_config import hf_llama_config
 from ilm_compile.convert.write import DEFAULT_SHARD_BYTES
@@ -65,8 +65,10 @@ def run(options: argparse.Namespace) -> None:
     check_formats(model, options.source, options.target)
     source = open_weights(model, options.input, options.source)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    number = write_weights(
-        to_format(model, source, options.target),
+    number = write_model(
+        model,
+        source,
+        options.target,
         options.output,
         dtype=dtype,
         shard_bytes=int(options.shard_gb * 1e9),

@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
                 field=options.field,
                 chat=replace(chat, render=render),
                 as_text=options.as_text,
+                option="--field",
             ),
             options.out,
             tokenizer=tokenizer,

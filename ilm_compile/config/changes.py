@@ -14,7 +14,8 @@ from typing import Any
 from ilm_compile.models import MODEL_INITIALIZER
 
 # Of `model`: how fresh weights are drawn, which says nothing of those that are loaded.
-_OF_FRESH_WEIGHTS = ("init_type", "_init_std")
+_OF_FRESH_WEIGHTS = ("init_type", "_init_std", "initializer_range", ".from_seed")
+_OF_A_PLACE = ("model.hf",)  # what config.json says there is compared key by key
 _OF_THE_GRADIENT = ("embed_grad_scale",)
 # Sections that change the training, each without these keys.
 _TRAINING: dict[str, tuple[str, ...]] = {
@@ -66,11 +67,12 @@ def _differences(
 ) -> Iterator[Change]:
     old, new = (_plain(config.get(section)) for config in (saved, own))
     for key in new:
-        if key not in old or old[key] == new[key] or key.endswith(_OF_FRESH_WEIGHTS):
+        if key not in old or old[key] == new[key] or f".{key}".endswith(_OF_FRESH_WEIGHTS):
             continue
         if (section, key) == ("model", "type") and _same_builder(old[key], new[key]):
             continue
-        yield Change(f"{section}.{key}", old[key], new[key])
+        if (name := f"{section}.{key}") not in _OF_A_PLACE:
+            yield Change(name, old[key], new[key])
 
 
 def _is_of_training(key: str) -> bool:

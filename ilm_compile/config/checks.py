@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ilm_compile.config.config import Config
-from ilm_compile.config.schema import CHECKPOINT
+from ilm_compile.config.schema import CHECKPOINT, DataOptions
 from ilm_compile.config.table import Place, Problems, Table
 from ilm_compile.errors import PlanError
 
 Fault = tuple[str, str]  # the key that is best changed, and what is wrong
 BYTE_VOCABULARY = 258
 _WITHOUT_FOLDER = ("pydoc", "random")
+_OF_PACKED_ROWS = (
+    *("packing", "max_documents", "min_length", "min_length_dict", "zero_is_target"),
+    *("learn_ends", "fixed_random_dataset_seqlen"),
+)
 
 
 def check_together(config: Config, table: Table, place: Place) -> Config:
@@ -62,14 +66,23 @@ def _scales(config: Config) -> Iterator[Fault]:
 
 def _data(config: Config) -> Iterator[Fault]:
     data = config.data
-    if data.type == "text" and data.train_folder is None:
-        yield "data.train_folder", "data.type='text' needs a folder of text files"
+    if data.type in ("text", "chat") and data.train_folder is None:
+        yield "data.train_folder", f"data.type={data.type!r} needs a folder of such files"
+    if data.type != "text" and data.json_field is not None:
+        yield "data.json_field", f"data.type={data.type!r} reads no JSON objects; leave it out"
     if data.type in _WITHOUT_FOLDER:
         for key in ("train_folder", "valid_folder"):
             if getattr(data, key) is not None:
                 yield f"data.{key}", f"data.type={data.type!r} reads no files; leave it out"
     if data.type in ("text", "pydoc") and data.packing != "cut":
         yield "data.packing", f"data.type={data.type!r} is packed by 'cut'; prepare it as tokens"
+    if data.type == "chat":
+        plain = DataOptions(seq_len=data.seq_len)
+        for key in _OF_PACKED_ROWS:
+            if getattr(data, key) != getattr(plain, key):
+                yield f"data.{key}", "data.type='chat' has one conversation a row; leave it out"
+        if data.long_documents == "split":
+            yield "data.long_documents", "a conversation is not split; write 'truncate'"
     if data.packing == "window" and data.max_documents not in (None, 1):
         yield "data.max_documents", "rows of packing='window' hold one text; leave it out"
     if data.one_row and (data.packing != "cut" or data.type not in ("tokenized", "random")):
@@ -77,12 +90,19 @@ def _data(config: Config) -> Iterator[Fault]:
     if any(length < 0 for length in data.min_length_dict.values()):
         yield "data.min_length_dict", "lengths must be 0 or more"
     vocab_size = config.model.fields.get("vocab_size", BYTE_VOCABULARY)
-    is_bytes = data.type == "pydoc" or (data.type == "text" and data.tokenizer == "bytes")
+    is_bytes = data.type == "pydoc" or (
+        data.type in ("text", "chat") and config.tokenizer == "bytes"
+    )
     if is_bytes and vocab_size < BYTE_VOCABULARY:
         yield (
             "model.vocab_size",
             f"data.type={data.type!r} needs {BYTE_VOCABULARY} for bytes, got {vocab_size}",
         )
+
+
+def _hf(config: Config) -> Iterator[Fault]:
+    if config.hf_folder is not None and config.loss.label_smoothing:
+        yield "loss.label_smoothing", "a model of model.hf has a loss of its own; leave it out"
 
 
 def _checkpoints(config: Config) -> Iterator[Fault]:
@@ -96,8 +116,10 @@ def _checkpoints(config: Config) -> Iterator[Fault]:
             f"load_format={ckpt.load_format!r} holds the weights alone; write ['model']",
         )
     known = ["model.type", *(f"model.{name}" for name in config.model.fields)]
+    known += ["model.config.KEY"] if config.hf_folder is not None else []
     for key in ckpt.allow_change:
-        if key not in known:
+        is_of_json = config.hf_folder is not None and key.startswith("model.config.")
+        if key not in known and not is_of_json:
             yield "ckpt.allow_change", f"{key!r} is no key of the model; it has {', '.join(known)}"
     if not ckpt.load_content:
         yield "ckpt.load_content", "expected at least one of what a checkpoint has"
@@ -120,6 +142,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[Fault]], ...] = (
     _schedule,
     _scales,
     _data,
+    _hf,
     _checkpoints,
     _monitor,
 )

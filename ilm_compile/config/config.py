@@ -23,6 +23,7 @@ from ilm_compile.config.schema import (
 )
 from ilm_compile.config.toml_text import to_toml
 from ilm_compile.files import write_text
+from ilm_compile.models import HF
 from ilm_compile.program.plan import Plan
 
 
@@ -80,6 +81,7 @@ class Config:
         by_chunks = "interleaved_1f1b" if parallel.num_chunks > 1 else "1f1b"
         return Plan(
             tp=parallel.tensor,
+            cp=parallel.context,
             pp=parallel.pipeline,
             num_chunks=parallel.num_chunks,
             num_microbatches=self.data.micro_num,
@@ -97,8 +99,23 @@ class Config:
     def model_fields(self) -> dict[str, Any]:
         """The keywords of the builder that `model.type` names, seed and row length included."""
         from_elsewhere = {"seed": self.train.seed, "max_seq_len": self.data.seq_len}
+        if (folder := self.hf_folder) is not None:
+            return {"hf": folder}  # what its weights are is no matter of its architecture
         extra = from_elsewhere if self.model.type in FAMILIES else {}
         return {**self.model.fields, **extra}
+
+    @property
+    def hf_folder(self) -> str | None:
+        """The Hugging Face folder that the model is built from, None for any other model."""
+        return str(self.model.fields["hf"]) if self.model.type == HF else None
+
+    @property
+    def tokenizer(self) -> str:
+        """data.tokenizer, or what it is where it is left out."""
+        if self.data.tokenizer is not None:
+            return self.data.tokenizer
+        folder = self.hf_folder
+        return "bytes" if folder is None else str(Path(folder) / "tokenizer.json")
 
 
 def _flat(model: dict[str, Any]) -> dict[str, Any]:

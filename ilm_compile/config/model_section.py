@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from ilm_compile.config.options import WRONG, hints, read_value, unknown_key
+from ilm_compile.config.options import (
+    WRONG,
+    hints,
+    option,
+    read_section,
+    read_value,
+    unknown_key,
+)
 from ilm_compile.config.table import Place, Problems, Table
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.models import MODEL_INITIALIZER, InternLM2Config, InternLMConfig, ModelConfig
+from ilm_compile.models import HF, MODEL_INITIALIZER, InternLM2Config, InternLMConfig, ModelConfig
 
 FAMILIES: dict[str, type[ModelConfig]] = {
     "INTERNLM": InternLMConfig,
@@ -32,12 +39,21 @@ class ModelOptions:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfOptions:
+    """Any causal language model that transformers builds from the config.json of a folder."""
+
+    hf: str = option(help="the folder: config.json, *.safetensors, tokenizer.json")
+    from_seed: bool = option(False, "fresh weights drawn from train.seed, not those in the folder")
+
+
 def read_model(table: Mapping[str, Any], place: Place, problems: Problems) -> ModelOptions | None:
     """The section, None after adding a problem. Needs `type` and what that type requires."""
     places = table.places if isinstance(table, Table) else {}
-    name, known = table.get("type"), ", ".join(MODEL_INITIALIZER.names())
+    name = table.get("type", HF if "hf" in table else None)
+    known = ", ".join(MODEL_INITIALIZER.names())
     if not isinstance(name, str):
-        problems.add(place, f"model.type is missing: one of {known}")
+        problems.add(place, f"model.type is missing: one of {known}; or model.hf, a folder")
         return None
     if not MODEL_INITIALIZER.has(name):
         problems.add(
@@ -47,6 +63,10 @@ def read_model(table: Mapping[str, Any], place: Place, problems: Problems) -> Mo
         )
         return None
     given = {key: value for key, value in table.items() if key != "type" and value is not None}
+    if name == HF:
+        given.pop("type", None)
+        found = read_section(HfOptions, Table(given, place), "model", place, problems)
+        return None if found is None else ModelOptions(type=HF, fields=asdict(found))
     if name not in FAMILIES:
         return _custom(name, given, places, place, problems)
     values = _family_fields(FAMILIES[name], given, places, place, problems)

@@ -11,11 +11,12 @@ from typing import Any
 
 from ilm_compile.config.internlm import KEYS
 from ilm_compile.config.internlm_defaults import ALWAYS, LEFT_OUT, OF_FAMILIES
-from ilm_compile.config.model_section import FAMILIES, FROM_ELSEWHERE
+from ilm_compile.config.model_section import FAMILIES, FROM_ELSEWHERE, HfOptions
 from ilm_compile.config.options import describe, hints
 from ilm_compile.config.schema import SECTIONS
 from ilm_compile.config.toml_text import toml_value
 from ilm_compile.config.translate import Fate, Ignored, Only, To
+from ilm_compile.models import HF
 
 _INTRODUCTION = """# Every key of a config
 
@@ -55,15 +56,8 @@ def _lines() -> Iterator[str]:
     yield "`job_name`: text that names the run's folder below `logging.folder`.\n"
     yield from _model()
     for name, section in SECTIONS.items():
-        summary = section.__doc__.splitlines()[0]
-        yield f"\n## {name}\n\n{summary}\n\n| key | value | default | |\n| --- | --- | --- | --- |"
-        for item in fields(section):
-            value = describe(hints(section)[item.name])
-            choices = item.metadata["choices"]
-            if choices is not None:
-                value = ", ".join(str(choice) for choice in choices)
-            text = item.metadata["help"].replace("|", "\\|")
-            yield f"| {item.name} | {value} | {_default(item)} | {text} |"
+        yield f"\n## {name}\n\n{_summary(section)}\n"
+        yield from _table(section)
     yield ""
     yield _THEIRS
     for key, fate in KEYS.items():
@@ -83,6 +77,23 @@ def _model() -> Iterator[str]:
             if item.name not in FROM_ELSEWHERE
         ]
         yield f"\n- {name}: {', '.join(keys)}"
+    yield f"\n- {HF}, which need not be written beside `hf`: {_summary(HfOptions)}\n"
+    yield from _table(HfOptions)
+
+
+def _summary(section: Any) -> str:
+    return str(section.__doc__).splitlines()[0]
+
+
+def _table(section: Any) -> Iterator[str]:
+    yield "| key | value | default | |\n| --- | --- | --- | --- |"
+    for item in fields(section):
+        value = describe(hints(section)[item.name])
+        choices = item.metadata["choices"]
+        if choices is not None:
+            value = ", ".join(str(choice) for choice in choices)
+        text = item.metadata["help"].replace("|", "\\|")
+        yield f"| {item.name} | {value} | {_default(item)} | {text} |"
 
 
 def _default(item: Any) -> str:

@@ -40,9 +40,10 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelOptions:
-    """How the model is divided. Data-parallel ranks are what tensor and pipeline leave."""
+    """How the model is divided. Data-parallel ranks are what the others leave."""
 
     tensor: int = option(1, "ranks that share every layer", low=1)
+    context: int = option(1, "ranks that share every sequence", low=1)
     pipeline: int = option(1, "ranks that hold consecutive layers", low=1)
     num_chunks: int = option(1, "pipeline stages on each rank", low=1)
     schedule: str | None = option(None, "1f1b, gpipe, interleaved_1f1b; by num_chunks if left out")
@@ -60,16 +61,22 @@ class DataOptions:
     seq_len: int = option(help="tokens of a row", low=1)
     micro_bsz: int = option(1, "rows of a micro-batch", low=1)
     micro_num: int = option(1, "micro-batches of a step on each data-parallel rank", low=1)
-    type: Literal["tokenized", "text", "pydoc", "random"] = option(
+    type: Literal["tokenized", "text", "chat", "pydoc", "random"] = option(
         "tokenized",
-        "tokenized: .bin of prepare-data or InternLM; text: files of text; pydoc: Python's own "
+        "tokenized: .bin of prepare-data or InternLM; text: files of text; chat: JSON of "
+        "conversations, one a row, of which the answers are learnt; pydoc: Python's own "
         "reference; random; tokenized without a folder is random too",
     )
     train_folder: str | None = option(None, "folder of training data, a sub-folder for each type")
     valid_folder: str | None = option(None, "folder of validation data, each sub-folder a set")
     valid_every: int = option(0, "steps between evaluations; 0: never", low=0)
     valid_batches: int | None = option(None, "global batches of an evaluation; all", low=1)
-    tokenizer: str = option("bytes", "of data.type='text': bytes, or a tokenizer's file")
+    tokenizer: str | None = option(
+        None, "of text and chat: bytes, or a tokenizer's file; model.hf's if there is one, or bytes"
+    )
+    json_field: str | None = option(
+        None, "of data.type='text': the field of JSON objects that holds the text or the messages"
+    )
     packing: Literal["cut", "whole", "window"] = option(
         "cut", "cut: samples go on in the next row; whole: never; window: rows without boundaries"
     )
@@ -79,7 +86,7 @@ class DataOptions:
         "seq_len tokens, as InternEvo does",
     )
     long_documents: Literal["refuse", "split", "truncate"] = option(
-        "refuse", "what packing='whole' does with a sample longer than a row"
+        "refuse", "what packing='whole' and chat do with a sample longer than a row"
     )
     max_documents: int | None = option(None, "in one row at most; by seq_len if left out", low=1)
     min_length: int = option(0, "leave shorter samples out", low=0)
@@ -95,6 +102,11 @@ class DataOptions:
     seed: int | None = option(None, "of the order of the samples; train.seed if left out", low=0)
     num_worker: int = option(0, "processes that read batches ahead; 0: none", low=0)
     fixed_random_dataset_seqlen: bool = option(False, "random data of full rows")
+
+    @property
+    def has_boundaries(self) -> bool:
+        """Whether the model is told where documents begin in a row."""
+        return self.packing != "window" and self.type != "chat"
 
     @property
     def rows(self) -> int:

@@ -23,6 +23,7 @@ from ilm_compile.convert.source import Spec, assemble
 from ilm_compile.convert.torch_file import TorchFile
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models.hf_rules import IGNORED_SUFFIX
+from ilm_compile.program.layout import Layout, Place
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.checkpoint.boxes import Box, Held, held_boxes
@@ -115,9 +116,11 @@ class InternLMFiles:
         """The boxes of each tensor-parallel rank; none where another rank has the same."""
         spec = self._specs[name]
         placement = self._placement(name, spec.shape)
-        variable = Variable(name, spec.shape, spec.dtype, True, True, placement=placement)
+        variable = Variable(
+            name, spec.shape, spec.dtype, True, True, layout=Layout.of({"tp": placement})
+        )
         if not placement.is_shard:
-            return [held_boxes(variable, tp=(0, 1))]
+            return [held_boxes(variable, Place())]
         for rank in range(self._tp):
             shape = placement.local_shape(spec.shape, self._tp)
             if self._part(name, rank) != (shape, spec.dtype):
@@ -125,7 +128,8 @@ class InternLMFiles:
                     f"{self.where}: {name}: expected shape {shape} {spec.dtype} on tensor-parallel "
                     f"rank {rank}, got {self._part(name, rank)}"
                 )
-        return [held_boxes(variable, tp=(rank, self._tp)) for rank in range(self._tp)]
+        places = [Place({"tp": self._tp}, {"tp": rank}) for rank in range(self._tp)]
+        return [held_boxes(variable, place) for place in places]
 
     def _placement(self, name: str, full: Shape) -> Placement:
         part, _ = self._part(name, 0)

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from ilm_compile.config.changes import model_changes
+from ilm_compile.convert.hf_files import read_config
+from ilm_compile.convert.hf_model import folder_of, model_facts
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import InternLM, InternLM2
 
@@ -63,9 +65,13 @@ def check_saved_config(
     model: nn.Module, saved: Values, where: str, allow_change: Collection[str] = ()
 ) -> None:
     """The same for the config that one of our checkpoints was made with."""
-    if not isinstance(model, InternLM | InternLM2):
+    if isinstance(model, InternLM | InternLM2):
+        own = asdict(model.config)
+    elif (folder := folder_of(model)) is not None:
+        own = model_facts(read_config(folder) or {})
+    else:
         return
-    changes = model_changes(saved, {"model": asdict(model.config)})
+    changes = model_changes(saved, {"model": own})
     if refused := [str(change) for change in changes if change.key not in allow_change]:
         raise IlmCompileError(
             f"{where}: is of another model (its value -> this one's): {'; '.join(refused)}; give "

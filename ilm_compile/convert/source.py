@@ -48,6 +48,22 @@ class Aliased:
         return self._source.read(self._aliases.get(name, name), box)
 
 
+class Chosen:
+    """Some of a source's tensors."""
+
+    def __init__(self, source: Source, names: Sequence[str]) -> None:
+        self.where = source.where
+        self._source = source
+        self._names = names
+
+    def specs(self) -> Mapping[str, Spec]:
+        specs = self._source.specs()
+        return {name: specs[name] for name in self._names}
+
+    def read(self, name: str, box: Box) -> Tensor:
+        return self._source.read(name, box)
+
+
 def read_whole(source: Source, name: str) -> Tensor:
     """All of a tensor."""
     return source.read(name, whole(source.specs()[name].shape))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -32,12 +33,12 @@ def write_weights(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
 ) -> int:
     """Write all tensors; returns how many. Nothing is there under `path` until all is written.
 
     path: a ``.safetensors`` file, or a folder that must not exist or be empty. dtype: of the
-    floating-point tensors, unchanged if None. extra: text files for the folder, by name.
+    floating-point tensors, unchanged if None. extra: other files for the folder, by name.
     """
     specs = {n: _cast(spec, dtype) for n, spec in source.specs().items()}
     if not specs:
@@ -46,21 +47,29 @@ def write_weights(
         with whole_file(path) as partial:
             _write_file(source, specs, partial)
         return len(specs)
+    with new_folder(path) as working:
+        _write_folder(source, specs, working, shard_bytes)
+        for name, content in (extra or {}).items():
+            data = content.encode() if isinstance(content, str) else content
+            (working / name).write_bytes(data)
+    return len(specs)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `path` once all is written; that must be new or empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(f"{path.name}.tmp-{os.urandom(4).hex()}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise IlmCompileError(f"convert: {path} exists; expected a new or an empty folder")
     try:
         working.mkdir()
-        _write_folder(source, specs, working, shard_bytes)
-        for name, text in (extra or {}).items():
-            (working / name).write_text(text)
+        yield working
         if path.exists():
             path.rmdir()
         os.rename(working, path)
     finally:
         shutil.rmtree(working, ignore_errors=True)
-    return len(specs)
 
 
 def _write_folder(

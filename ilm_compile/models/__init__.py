@@ -7,6 +7,8 @@ from ilm_compile.models.hf import from_hf_internlm2_state_dict as from_hf_intern
 from ilm_compile.models.hf import from_hf_llama_state_dict as from_hf_llama_state_dict
 from ilm_compile.models.hf import to_hf_internlm2_state_dict as to_hf_internlm2_state_dict
 from ilm_compile.models.hf import to_hf_llama_state_dict as to_hf_llama_state_dict
+from ilm_compile.models.hf_folder import HF as HF
+from ilm_compile.models.hf_folder import hf_causal_lm as hf_causal_lm
 from ilm_compile.models.init import initialize_ as initialize_
 from ilm_compile.models.internlm import InternLM as InternLM
 from ilm_compile.models.internlm2 import InternLM2 as InternLM2

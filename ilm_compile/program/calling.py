@@ -27,11 +27,12 @@ def call_model(
     inputs: Mapping[str, Tensor],
     loss_fn: LossFn | None = None,
     arguments: Mapping[str, Any] | None = None,
+    tell: Callable[[str], object] = str,
 ) -> dict[str, Tensor]:
     """Return the tensors that `model` gives for `inputs` by name, the loss first.
 
-    `arguments`: further arguments of its forward, which are no tensors. Raises `TraceError` if
-    there is no scalar loss among the outputs.
+    `arguments`: further arguments of its forward, which are no tensors. tell: given what was
+    decided, in words. Raises `TraceError` if there is no scalar loss among the outputs.
     """
     call: dict[str, Any] = {**inputs, **(arguments or {})}
     labels = call.pop("labels") if loss_fn else None
@@ -41,27 +42,45 @@ def call_model(
     result = model(**call)
     if loss_fn is not None:
         result = {"loss": loss_fn(result, cast(Tensor, labels))}
-    return _named_outputs(result)
+    return _named_outputs(result, type(model).__name__, tell)
 
 
 def _takes_cache(model: nn.Module) -> bool:
     return _USE_CACHE in inspect.signature(model.forward).parameters
 
 
-def _named_outputs(result: Any) -> dict[str, Tensor]:
+def _named_outputs(result: Any, model: str, tell: Callable[[str], object]) -> dict[str, Tensor]:
     named = _by_name(result)
     if "loss" not in named and isinstance(loss := getattr(result, "loss", None), Tensor):
         named["loss"] = loss  # a property, of a dataclass too
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    loss = tensors.pop("loss", None)
-    if loss is None or loss.dim() != 0:
-        shapes = {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)}
-        raise TraceError(
-            "trace: expected the model to return a scalar loss when given labels, or loss_fn to "
-            f"return one, got outputs {shapes}; "
-            "pass loss_fn=lambda outputs, labels: ..., or labels among the example_inputs"
+    losses = ["loss"] if "loss" in tensors else [n for n, t in tensors.items() if _is_loss(t)]
+    if len(losses) != 1 or tensors[losses[0]].dim() != 0:
+        raise TraceError(_no_loss(tensors, losses, model))
+    (name,) = losses
+    if name != "loss":
+        tell(f"trace: {name} of {model} is the loss, its one scalar output that can be trained")
+    return {"loss": tensors.pop(name), **tensors}
+
+
+def _is_loss(value: Any) -> bool:
+    is_scalar = isinstance(value, Tensor) and value.dim() == 0
+    return is_scalar and value.is_floating_point() and value.requires_grad
+
+
+def _no_loss(tensors: Mapping[str, Tensor], losses: list[str], model: str) -> str:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(losses) > 1:
+        return (
+            f"trace: expected one scalar that can be trained among the outputs of {model}, got "
+            f"{', '.join(losses)} of outputs {shapes}; return the loss under the name 'loss' or as "
+            f"the first output, in a sub-class of {model} if its file is not yours"
         )
-    return {"loss": loss, **tensors}
+    return (
+        "trace: expected the model to return a scalar loss when given labels, or loss_fn to return "
+        f"one, got outputs {shapes}; give what makes the model compute its loss (labels, targets) "
+        "among the example_inputs, or both labels there and loss_fn=lambda outputs, labels: ..."
+    )
 
 
 def _by_name(result: Any) -> dict[str, Any]:
@@ -76,7 +95,12 @@ def _by_name(result: Any) -> dict[str, Any]:
     if hasattr(result, "loss"):
         return dict(getattr(result, "__dict__", {}))
     values = result if isinstance(result, (tuple, list)) else [result]
-    return {"loss" if i == 0 else f"output_{i}": value for i, value in enumerate(values)}
+    named = {f"output_{i}": value for i, value in enumerate(values)}
+    first, *others = values or [None]
+    is_scalar = isinstance(first, Tensor) and first.dim() == 0
+    if is_scalar and (_is_loss(first) or not any(map(_is_loss, others))):
+        named = {"loss": named.pop("output_0"), **named}
+    return named
 
 
 def read_inputs(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -72,6 +72,11 @@ def set_communicators(axes: Mapping[str, Communicator]) -> None:
     """
     _process.clear()
     _process.update(axes)
+
+
+def shape_communicators(sizes: Mapping[str, int]) -> AbstractContextManager[None]:
+    """Within it, graph code runs for its shapes alone on a mesh of these sizes."""
+    return communicators(**{axis: ShapeCommunicator(size) for axis, size in sizes.items()})
 
 
 @contextmanager

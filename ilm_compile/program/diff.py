@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from ilm_compile.program.dump import target_name
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
 
@@ -130,10 +131,14 @@ def _path(program: Program, node: fx.Node) -> str:
     return program.source(node).module_path
 
 
+def _placement(program: Program, node: fx.Node) -> str:
+    return layout_of(node).text(program.axis_names()) if "layout" in node.meta else ""
+
+
 _PROPERTIES = {
     "dtype": lambda program, node: str(_value(node, "dtype")).removeprefix("torch."),
     "shape": lambda program, node: list(_value(node, "shape") or ()),
-    "placement": lambda program, node: str(node.meta.get("placement", "none")),
+    "placement": lambda program, node: _placement(program, node) or "none",
     "stage": lambda program, node: "clone" if "clone" in node.meta else node.meta.get("stage"),
     "region": _region,
 }
@@ -147,7 +152,7 @@ def _arguments(node: fx.Node) -> str:
 
 def _line(program: Program, node: fx.Node) -> str:
     dtype, shape = (_PROPERTIES[key](program, node) for key in ("dtype", "shape"))
-    placement = f" {node.meta['placement']}" if "placement" in node.meta else ""
+    placement = f" {placed}" if (placed := _placement(program, node)) else ""
     called = f"{target_name(node)}{_arguments(node)}" if node.op == "call_function" else node.op
     return f'{node.name}: "{dtype}{shape}{placement}" = {called}{_where(program, node)}'
 

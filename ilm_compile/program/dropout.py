@@ -14,37 +14,34 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.communicator import communicator
-from ilm_compile.program.placement import Placement, split_shards
+from ilm_compile.program.layout import Layout, Place
 
 SEED = "dropout_seed"  # the placeholder that receives the seed of a micro-batch
 aten = torch.ops.aten
 
 
-def seeded_dropout(
-    x: Tensor, seed: Tensor, probability: float, salt: int, placement: str, axis: str
-) -> Tensor:
+def seeded_dropout(x: Tensor, seed: Tensor, probability: float, salt: int, layout: str) -> Tensor:
     """Return `x` with elements zeroed with `probability` and the others scaled to keep the mean.
 
-    x: rank-local, placed as `placement` on mesh axis `axis`. seed: int64 scalar on the CPU, of the
+    x: rank-local, placed as `layout` says. seed: int64 scalar on the CPU, of the
     micro-batch; `salt` tells the dropouts of a model apart.
     """
-    kept = _kept(x, seed, probability, salt, Placement.parse(placement), axis)
+    kept = _kept(x, seed, probability, salt, Layout.parse(layout))
     return x * kept / (1 - probability) if probability < 1 else x * 0.0
 
 
-def _kept(
-    x: Tensor, seed: Tensor, probability: float, salt: int, placement: Placement, axis: str
-) -> Tensor:
+def _kept(x: Tensor, seed: Tensor, probability: float, salt: int, layout: Layout) -> Tensor:
     """Return this rank's part of the mask."""
     if x.is_meta:
         return torch.empty_like(x, dtype=torch.bool)
-    size = communicator(axis).size if placement.is_shard else 1
+    axes = {axis: communicator(axis) for axis, placement in layout.placed if placement.is_shard}
+    sizes = {axis: each.size for axis, each in axes.items()}
     generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), salt)) % 2**63)
-    shape = placement.global_shape(x.shape, size)
+    shape = layout.global_shape(x.shape, sizes)
     # Not in the default dtype, under which other numbers would be drawn.
     drawn = torch.rand(shape, generator=generator, device=x.device, dtype=torch.float32)
     kept = drawn >= probability
-    return split_shards(kept, placement, size)[communicator(axis).rank] if size > 1 else kept
+    return layout.cut(kept, Place(sizes, {axis: each.rank for axis, each in axes.items()}))
 
 
 def attention_probabilities(

@@ -16,7 +16,7 @@ def dump(program: Program) -> str:
     """Return the graph as Python text, one line a node, grouped by stage, region and module."""
     names = {n: f"self.{n.target}" if n.op == "get_attr" else n.name for n in program.graph.nodes}
     placeholders = program.graph.find_nodes(op="placeholder")
-    inputs = ", ".join(f"{node.target}: {_type(node)}" for node in placeholders)
+    inputs = ", ".join(f"{node.target}: {_type(program, node)}" for node in placeholders)
     lines = [f"def forward(self, {inputs}):"]
     heading = None
     for node in program.graph.nodes:
@@ -29,7 +29,7 @@ def dump(program: Program) -> str:
             lines.append(f"\n    # {here}")
             heading = here
         value = f" = {_call(node, names)}" if node.op == "call_function" else ""
-        lines.append(f"    {names[node]}: {_type(node)}{value}")
+        lines.append(f"    {names[node]}: {_type(program, node)}{value}")
     return "\n".join(lines) + "\n"
 
 
@@ -41,12 +41,13 @@ def _heading(program: Program, node: fx.Node) -> str:
     return f"{stage}{region.name}{recompute}: {path or 'top level'}"
 
 
-def _type(node: fx.Node) -> str:
+def _type(program: Program, node: fx.Node) -> str:
     values = tensors_of(node.meta.get("val"))
     if not values:
         return type(node.meta.get("val")).__name__
     types = (f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}" for val in values)
-    placement = f" {node.meta['placement']}" if "placement" in node.meta else ""
+    names = program.axis_names()
+    placement = f" {node.meta['layout'].text(names)}" if "layout" in node.meta else ""
     return f'"{", ".join(types)}{placement}"'
 
 

@@ -37,7 +37,8 @@ def explain(program: Program) -> str:
 
 def _plan(program: Program) -> str:
     plan = program.plan
-    parts = [f"tp={plan.tp}", f"pp={plan.pp}", f"num_chunks={plan.num_chunks}"]
+    axes = [f"{axis}={n}" for axis, n in plan.axes.items() if n > 1 or axis == "tp"]
+    parts = [*axes, f"pp={plan.pp}", f"num_chunks={plan.num_chunks}"]
     parts += [f"num_microbatches={plan.num_microbatches}", f"schedule={plan.schedule}"]
     shapes = ", ".join(f"{name} {list(i.shape)}" for name, i in program.inputs.items())
     return f"{' '.join(parts)}; one micro-batch is {shapes}"
@@ -94,7 +95,11 @@ def _parameter_rows(program: Program, region: int, nodes: list[fx.Node]) -> list
             variable = program.variables.get(str(value.target)) if value.op == "get_attr" else None
             if variable is not None and variable.is_parameter:
                 name = variable.name.removeprefix(program.regions[region].name + ".")
-                rows[name] = (name, str(list(variable.shape)), str(variable.placement))
+                rows[name] = (
+                    name,
+                    str(list(variable.shape)),
+                    variable.layout.text(program.axis_names()),
+                )
     return list(rows.values())
 
 

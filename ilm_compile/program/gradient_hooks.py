@@ -1,7 +1,8 @@
 """What changes a gradient outside the forward graph: hooks, of which a capture knows nothing.
 
 A program holds the forward pass; what a user hangs on tensors and modules to run in backward would
-vanish without a word. So each kind is refused by its name, with the user's line.
+vanish without a word. Hooks of parameters that work element by element are kept
+(`ilm_compile.program.kept_hooks`); each other kind is refused by its name, with the user's line.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.kept_hooks import GradientHook, fault_of
 from ilm_compile.program.known import written
 from ilm_compile.program.users_line import defined_at, is_users_file, users_line
 
@@ -25,10 +27,12 @@ _OF_MODULE = {
     "_backward_pre_hooks": "a full backward pre-hook",
     "_backward_hooks": "a backward hook",
 }
-_OF_PARAMETER = {
-    "_backward_hooks": "Tensor.register_hook",
+# Where torch keeps those of a parameter, and what registers them, in the order of their calls.
+OF_PARAMETER = {
+    "_backward_hooks": "register_hook",
     "_post_accumulate_grad_hooks": "register_post_accumulate_grad_hook",
 }
+_POST = "_post_accumulate_grad_hooks"
 _GLOBAL = {
     "_global_backward_pre_hooks": "a global module backward pre-hook",
     "_global_backward_hooks": "a global module backward hook",
@@ -50,16 +54,32 @@ _WAY_OUT = (
 )
 
 
-def refuse_gradient_hooks(model: nn.Module) -> None:
-    """Raise `TraceError` naming the first hook of `model` that would run in backward."""
+def kept_gradient_hooks(model: nn.Module) -> dict[str, tuple[GradientHook, ...]]:
+    """Return the hooks of parameters by name, each tried on random gradients of its parameter.
+
+    Raises `TraceError` naming the first hook of `model` that would run in backward and cannot be
+    kept.
+    """
     for attribute, kind in _GLOBAL.items():
         _refuse(getattr(module_hooks, attribute), kind, "all modules")
     for path, module in model.named_modules():
         for attribute, kind in _OF_MODULE.items():
             _refuse(getattr(module, attribute, None), kind, path or type(model).__name__)
-    for name, parameter in model.named_parameters():
-        for attribute, kind in _OF_PARAMETER.items():
-            _refuse(getattr(parameter, attribute, None), kind, name)
+    kept = {name: tuple(_kept(name, p)) for name, p in model.named_parameters()}
+    return {name: hooks for name, hooks in kept.items() if hooks}
+
+
+def _kept(name: str, parameter: nn.Parameter) -> Iterator[GradientHook]:
+    device = None if parameter.is_meta else parameter.device
+    for attribute, kind in OF_PARAMETER.items():
+        for function in (getattr(parameter, attribute, None) or {}).values():
+            hook = GradientHook(function, attribute == _POST, device)
+            if fault := fault_of(hook, parameter.detach()):
+                raise TraceError(
+                    f"trace: {name} has a hook by {kind}, {defined_at(function)}, which {fault}; "
+                    f"{_WAY_OUT}"
+                )
+            yield hook
 
 
 def _refuse(hooks: dict[int, Any] | None, kind: str, owner: str) -> None:

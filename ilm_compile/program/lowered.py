@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from ilm_compile.program.layout import Layout
 from ilm_compile.program.parameter_map import ParameterMap
-from ilm_compile.program.placement import Placement
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Lookup, Variable
 
@@ -55,7 +55,7 @@ class LoweredProgram:
     variables: dict[str, Variable]
     target_counts: dict[str, fx.GraphModule]
     stages: tuple[Stage, ...]
-    output_placements: tuple[Placement, ...]  # of the last stage's outputs, on the "tp" axis
+    output_layouts: tuple[Layout, ...]  # of the last stage's outputs
     output_widths: dict[str, int]  # as in `Program`
     parameter_maps: tuple[ParameterMap, ...] = ()  # likewise
     lookups: tuple[Lookup, ...] = ()  # likewise

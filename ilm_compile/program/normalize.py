@@ -208,7 +208,7 @@ class _Normalizer:
                 seed = self.graph.placeholder(SEED)
             seed.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
         salt = len(self.graph.find_nodes(op="call_function", target=seeded_dropout))
-        call = (x, seed, probability, salt, "I", "tp")
+        call = (x, seed, probability, salt, "I")
         node = self.graph.create_node("call_function", seeded_dropout, call, name="dropout")
         node.meta.update(val=x.meta["val"], source=source_of(origin))
         return node

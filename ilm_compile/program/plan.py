@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.layout import AXES, MeshAxis, Sizes
 from ilm_compile.program.placement import I, Placement, S
 
 DTYPES = (None, "bfloat16", "float16")
@@ -24,6 +26,7 @@ class Plan:
     """How a model is partitioned. Sizes are numbers of ranks; see the field comments."""
 
     tp: int = 1  # ranks that share every layer (tensor parallel)
+    cp: int = 1  # ranks that share every sequence (context parallel)
     pp: int = 1  # ranks that hold consecutive layers (pipeline parallel)
     num_chunks: int = 1  # model chunks, that is stages, per pipeline rank
     num_microbatches: int = 1  # per data-parallel rank and optimizer step
@@ -39,7 +42,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constraints", _read_constraints(self.constraints))
-        for name in ("tp", "pp", "num_chunks", "num_microbatches"):
+        for name in ("tp", "cp", "pp", "num_chunks", "num_microbatches"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"plan: {name} must be a positive integer, got {value!r}")
@@ -59,6 +62,25 @@ class Plan:
                 f"plan: num_chunks={self.num_chunks} needs pp > 1, got pp=1; model chunks "
                 "interleave the stages of several pipeline ranks"
             )
+
+    @property
+    def axes(self) -> Sizes:
+        """The mesh axes that graphs know: ranks by name, in the order in which they cut."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def mesh_axes(self) -> list[MeshAxis]:
+        """Those of more than one rank."""
+        return [MeshAxis.of(axis, self.axes) for axis, size in self.axes.items() if size > 1]
+
+    def axis(self, name: str) -> MeshAxis:
+        """One axis that graphs know."""
+        return MeshAxis.of(name, self.axes)
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """The ranks that hold one copy of the model and work on the same rows: pp * cp * tp."""
+        return self.pp * prod(self.axes.values())
 
     @property
     def num_stages(self) -> int:

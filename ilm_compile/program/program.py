@@ -6,7 +6,7 @@ The graph has one dialect (see `ilm_compile.program.trace`): placeholders are th
 loss. What passes learn is kept where it belongs: per node in ``node.meta``
 
 * ``val``        FakeTensor, rank-local once the program is sharded
-* ``placement``  `Placement` on the "tp" axis (absent before sharding)
+* ``layout``     `Layout`: its placement on every mesh axis (absent before sharding)
 * ``source``     `Source`: module path and the user's file and line
 * ``region``     index into `Program.regions`
 * ``stage``      pipeline stage, or absent before the split
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.kept_hooks import GradientHook
+from ilm_compile.program.layout import INVARIANT, Layout
 from ilm_compile.program.parameter_map import ParameterMap
-from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.plan import Plan
 
 
@@ -63,8 +64,9 @@ class Variable:
     requires_grad: bool
     persistent: bool = True
     aliases: tuple[str, ...] = ()  # further names of the same tensor (tied weights)
-    placement: Placement = I
+    layout: Layout = INVARIANT
     padding: int = 0
+    gradient_hooks: tuple[GradientHook, ...] = ()  # the user's
 
     @property
     def user_shape(self) -> tuple[int, ...]:
@@ -160,6 +162,10 @@ class Program:
     def parameters(self) -> dict[str, Variable]:
         """The trainable and frozen parameters by name, in the order of the user's model."""
         return {name: v for name, v in self.variables.items() if v.is_parameter}
+
+    def axis_names(self) -> list[str]:
+        """The mesh axes to speak of: those of more than one rank, or the first."""
+        return [axis.name for axis in self.plan.mesh_axes] or [*self.plan.axes][:1]
 
     def source(self, node: fx.Node) -> Source:
         """Return where `node` comes from."""

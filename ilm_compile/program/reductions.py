@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ilm_compile.program.communicator import communicator
 
-def partial_mean(x: Tensor, dims: list[int], keepdim: bool, size: int) -> Tensor:
-    """Return this rank's part of a mean over `dims`, one of which is sharded over `size` ranks.
+
+def partial_mean(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
+    """Return this rank's part of a mean over `dims`, one of which is sharded over `axis`.
 
     The result has placement P.
     """
-    return x.mean(dims, keepdim) / size
+    return x.mean(dims, keepdim) / communicator(axis).size

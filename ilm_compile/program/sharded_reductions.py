@@ -186,13 +186,13 @@ def sharded_nll_loss(
     return losses.sum() / (~ignored).sum() if reduction == MEAN else losses.sum()
 
 
-def partial_loss(name: str, x: Tensor, target: Tensor, size: int, **options: Any) -> Tensor:
+def partial_loss(name: str, x: Tensor, target: Tensor, axis: str, **options: Any) -> Tensor:
     """Return this rank's part of the mean of the elementwise loss ``aten::name``; placement P.
 
-    `x` and `target` are sharded alike over `size` ranks.
+    `x` and `target` are sharded alike over `axis`.
     """
     result: Tensor = getattr(torch.ops.aten, name)(x, target, **options)
-    return result / size
+    return result / communicator(axis).size
 
 
 FUNCTIONS = (

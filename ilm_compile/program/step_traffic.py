@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
-from ilm_compile.program.communicator import ShapeCommunicator, communicators
+from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.gradients import gradient_nodes, wanted_gradients
+from ilm_compile.program.layout import Sizes
 from ilm_compile.program.lowered import Boundary
 from ilm_compile.program.program import Program
 from ilm_compile.program.traffic import Message, Traffic, traffic
@@ -56,7 +57,7 @@ def collectives(program: Program) -> dict[fx.Node, list[Message]]:
     again = set(_run_again(program, wanted))
     found = {}
     for node in stage_of(program):
-        messages = traffic(node, program.plan.tp, has_gradient=node in wanted)
+        messages = traffic(node, program.plan.axes, has_gradient=node in wanted)
         if node in again:
             messages += [m._replace(backward=True) for m in messages if not m.backward]
         if messages:
@@ -76,12 +77,12 @@ def _run_again(program: Program, wanted: set[fx.Node]) -> Iterator[fx.Node]:
         nodes = list(group)
         if not program.regions[region].recompute or wanted.isdisjoint(nodes):
             continue
-        while nodes and not _keeps(nodes[-1], graph_gradients, program.plan.tp):
+        while nodes and not _keeps(nodes[-1], graph_gradients, program.plan.axes):
             nodes.pop()
         yield from nodes
 
 
-def _keeps(node: fx.Node, gradients: set[fx.Node], size: int) -> bool:
+def _keeps(node: fx.Node, gradients: set[fx.Node], sizes: Sizes) -> bool:
     """Whether autograd keeps a tensor for the backward of `node`; found out by running it."""
     if node not in gradients:
         return False
@@ -104,7 +105,7 @@ def _keeps(node: fx.Node, gradients: set[fx.Node], size: int) -> bool:
     target: Any = node.target
     with (
         torch.enable_grad(),
-        communicators(tp=ShapeCommunicator(size)),
+        shape_communicators(sizes),
         saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         target(*arguments[0], **arguments[1])

@@ -29,8 +29,8 @@ from ilm_compile.program.custom_functions import kept_functions
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.gradient_hooks import (
     NoGradientHooks,
+    kept_gradient_hooks,
     no_saved_tensor_hooks,
-    refuse_gradient_hooks,
 )
 from ilm_compile.program.known import KnownValues
 from ilm_compile.program.lifted import lifted_constants
@@ -57,8 +57,12 @@ def trace(
     dtype), and arguments that are no tensors (``"use_cache": True``) as they are; None asks
     ``model.example_inputs()``. With a `loss_fn`, the program computes
     ``loss_fn(model(**inputs without labels), labels)``; without one the model must return its loss
-    when it is given ``labels``: as a scalar, as ``.loss`` or as the first output. Raises
-    `TraceError` when the model cannot be captured as one static graph.
+    when it is given ``labels`` or what it calls them: as a scalar, as ``.loss``, as the first
+    output, or as the one scalar output that can be trained. Raises `TraceError` when the model
+    cannot be captured as one static graph.
+
+    Gradient hooks of parameters that work element by element are kept. They see the gradient of the
+    whole global batch, where a loop that accumulates runs them in each backward.
     """
     inputs, arguments = read_inputs(model, example_inputs)
     if loss_fn is not None and "labels" not in inputs:
@@ -67,14 +71,17 @@ def trace(
             "loss_fn(outputs, labels) takes them"
         )
     refuse_lazy(model)
-    refuse_gradient_hooks(model)
+    hooks = kept_gradient_hooks(model)
     recorded: list[list[str]] = []
+    decided: list[str] = []
     variables = _read_variables(model)
+    for name, kept in hooks.items():
+        variables[name].gradient_hooks = kept
     was_training = model.training
     with borrowed(model) as loan:
         known = KnownValues(loan)
         modes = (Originals(loan), KeepConstants(), NoGradientHooks(), UnrolledRecurrence(), known)
-        wrapper = _WithLoss(loan, loss_fn, arguments, modes, recorded.append)
+        wrapper = _WithLoss(loan, loss_fn, arguments, modes, recorded.append, decided.append)
         fakes = {name: loan.input(i.shape, i.dtype) for name, i in inputs.items()}
         try:
             with no_saved_tensor_hooks():
@@ -97,7 +104,13 @@ def trace(
         initializer=getattr(model, "initial_parameter", None),
         arguments=arguments,
     )
+    program.decisions += dict.fromkeys(decided)
     program.warnings += [*known.decided, *loan.changed]
+    if hooks:
+        program.decisions.append(
+            f"trace: the gradient hooks of {', '.join(hooks)} are kept; they see the gradient of "
+            "the whole batch, once each time the schedule is executed, before clipping"
+        )
     if packing := packing_warning(model, inputs, arguments):
         program.warnings.append(packing)
     if not was_training:
@@ -124,6 +137,7 @@ class _WithLoss(nn.Module):
         arguments: Mapping[str, Any],
         modes: Sequence[TorchFunctionMode],
         record: Callable[[list[str]], None],
+        tell: Callable[[str], object],
     ) -> None:
         super().__init__()
         self.model = loan.model
@@ -131,6 +145,7 @@ class _WithLoss(nn.Module):
         # In a tuple: were it a module, its tensors would be taken for the model's.
         self.rest = (loss_fn, arguments)
         self.modes = modes  # that see each call of the user's, the last one first
+        self.tell = tell
         self.record = record  # told the names of the outputs; export undoes changes of attributes
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -139,7 +154,7 @@ class _WithLoss(nn.Module):
             for mode in self.modes:
                 stack.enter_context(mode)
             terms = stack.enter_context(kept_functions())
-            named = call_model(self.model, inputs, *self.rest)
+            named = call_model(self.model, inputs, *self.rest, tell=self.tell)
         for term in terms:
             named["loss"] = named["loss"] + term
         self.record(list(named))

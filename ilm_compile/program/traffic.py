@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move, redistribute
+from ilm_compile.program.layout import Sizes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.sharded_reductions import (
     sharded_amax,
@@ -69,12 +70,13 @@ class Message(NamedTuple):
     backward: bool
 
 
-def traffic(node: fx.Node, size: int, *, has_gradient: bool = True) -> list[Message]:
-    """Return the collectives that `node` runs per micro-batch over `size` ranks.
+def traffic(node: fx.Node, sizes: Sizes, *, has_gradient: bool = True) -> list[Message]:
+    """Return the collectives that `node` runs per micro-batch on a mesh of these sizes.
 
     `has_gradient`: whether a gradient flows back through the node.
     """
     if node.target is redistribute:
+        size = sizes[str(node.kwargs["axis"])]
         source, target = (Placement.parse(str(node.kwargs[key])) for key in ("src", "dst"))
         full = _bytes(node.meta["val"]) * (size if target.is_shard else 1)
         _, forward, backward = TRANSITIONS[source.kind, target.kind]
@@ -83,6 +85,7 @@ def traffic(node: fx.Node, size: int, *, has_gradient: bool = True) -> list[Mess
         return [m for move, back in moves for m in _messages(move, full, size, back, shards)]
     if node.target not in INSIDE:
         return []
+    size = sizes[str(node.args[-1])]
     reduced = INSIDE[node.target](node)[: 1 + has_gradient]
     return [
         Message("all_reduce", sent_bytes("all_reduce", num_bytes, size), bool(backward))

@@ -23,6 +23,11 @@ class LocalBatch(dict[str, Tensor]):
     """A batch that holds the rows of one data-parallel rank alone, as the data loader gives it."""
 
 
+def says_local(batch: Batch) -> bool:
+    """Whether it is known to hold one rank's rows alone."""
+    return isinstance(batch, LocalBatch)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
     """inputs: each input of one micro-batch, by name; dimension 0 is its rows."""
@@ -61,10 +66,18 @@ class BatchLayout:
                 raise BatchError(
                     f"batch: expected {name} of shape {expected} and dtype {spec.dtype}, got "
                     f"{tuple(tensor.shape)} and {tensor.dtype}; {has}: "
-                    "give it that many, or compile for other example_inputs "
+                    "give it that many, or name its shape in parallelize(..., shapes=[...]) "
                     f"(batch_is_local={not is_local} takes "
                     f"{'all rows' if is_local else 'the rows of this data-parallel rank alone'})"
                 )
+
+    def fits(self, batch: Batch, *, is_local: bool = False) -> bool:
+        """Whether `check` raises nothing."""
+        try:
+            self.check(batch, is_local=is_local)
+        except BatchError:
+            return False
+        return True
 
     def own(self, batch: Batch) -> Batch:
         """This data-parallel rank's rows of a global batch."""

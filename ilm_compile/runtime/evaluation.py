@@ -12,16 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ilm_compile.errors import IlmCompileError, NoTargetsError
+from ilm_compile.errors import BatchError, IlmCompileError, NoTargetsError
+from ilm_compile.program.layout import Layout
 from ilm_compile.program.token_metrics import TokenMetrics
 from ilm_compile.runtime.agree import first_problem
-from ilm_compile.runtime.batch import Batch, LocalBatch
+from ilm_compile.runtime.batch import Batch, says_local
 from ilm_compile.runtime.data import TYPE_IDS
+from ilm_compile.runtime.forms import Form
 from ilm_compile.runtime.loss_probe import last_stage, probe
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.schedule import Kind, forward_only
@@ -51,18 +54,34 @@ def evaluate(
     totals = _Totals(parallel, types)
     parallel.eval()
     try:
-        with probe(parallel, totals.add):
-            for batch in batches:
-                is_local = batch_is_local or isinstance(batch, LocalBatch)
-                totals.start(batch, is_local=is_local)
-                inputs = {name: batch[name] for name in batch if name != TYPE_IDS}
-                with suppress(NoTargetsError):  # on every rank alike, before anything is run
-                    parallel.execute_schedule(
-                        inputs, forward_only=True, return_loss=False, batch_is_local=is_local
-                    )
+        told = ((batch, says_local(batch) or batch_is_local) for batch in batches)
+        # The graph of each shape has its own cross entropy.
+        for _, alike in groupby(told, lambda pair: _form(parallel, *pair)):
+            with probe(parallel, totals.add):
+                for batch, is_local in alike:
+                    totals.start(batch, is_local=is_local)
+                    with suppress(NoTargetsError):  # on every rank alike, before anything is run
+                        parallel.execute_schedule(
+                            _inputs(batch),
+                            forward_only=True,
+                            return_loss=False,
+                            batch_is_local=is_local,
+                        )
     finally:
         parallel.train()
     return totals.metrics()
+
+
+def _form(parallel: Parallel, batch: Batch, is_local: bool) -> Form:
+    """What runs the batch; what is wrong with it is raised on every rank when it is to run."""
+    try:
+        return parallel.prepare(_inputs(batch), is_local=is_local)
+    except BatchError:
+        return parallel.form
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in batch if name != TYPE_IDS}
 
 
 class _Totals:
@@ -99,19 +118,19 @@ class _Totals:
         own = rows if is_local else rows.chunk(self._mesh.dp.size)[self._mesh.dp.rank]
         self._type_rows = list(own.chunk(self._num_microbatches))
 
-    def add(self, metrics: TokenMetrics, by_token: bool) -> None:
-        """Add one micro-batch. by_token: each tp rank has tokens of its own, else all have all."""
-        microbatch, tp = self._pending.pop(0), self._mesh.tp
-        if not by_token and tp.rank != 0:
+    def add(self, metrics: TokenMetrics, layout: Layout, shape: torch.Size) -> None:
+        """Add one micro-batch; its targets, of local `shape`, lie as `layout` says."""
+        microbatch, axes = self._pending.pop(0), self._mesh.axes.items()
+        if any(axis.rank and not layout.on(name).is_shard for name, axis in axes):
             return
         columns = [metrics.counted, metrics.losses, metrics.hits]
         values = torch.stack([column.double() for column in columns], dim=1)
         if self._types is None:
             self._sums[0] += values.sum(0)
             return
-        parts = tp.size if by_token else 1
-        types = self._types_of(microbatch, len(values) * parts)
-        own = types.chunk(parts)[tp.rank if by_token else 0].to(values.device)
+        whole = layout.global_shape(shape, self._mesh.place.sizes)
+        types = self._types_of(microbatch, math.prod(whole)).view(whole)
+        own = layout.cut(types, self._mesh.place).flatten().to(values.device)
         self._sums.index_add_(0, own, values)
 
     def metrics(self) -> dict[str, float]:

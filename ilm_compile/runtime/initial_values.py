@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.layout import Place
 from ilm_compile.program.parameter_map import ParameterMap
-from ilm_compile.program.placement import split_shards
 from ilm_compile.program.program import Variable
+
+ALONE = Place()
 
 
 class InitialValues:
@@ -46,20 +48,24 @@ class InitialValues:
         self._made = {name: each for each in maps for name in each.targets}
         self._rebuilt: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def shard(self, variable: Variable, *, rank: int, size: int) -> Tensor:
-        """The part of `variable` that tp rank `rank` of `size` holds, in the variable's dtype.
+    def shard(self, variable: Variable, place: Place = ALONE) -> Tensor:
+        """The part of `variable` that the rank at `place` holds, in the variable's dtype.
 
         May alias the user's tensor. At most one full variable is in memory at a time.
         """
-        placement, name = variable.placement, variable.name
+        name = variable.name
         initializer = self._initializer_of(variable)
-        is_plain = placement.dim == 0 and not placement.segments and not variable.padding
-        if initializer is not None and is_plain:
-            rows = variable.shape[0] // size
-            part = initializer(name, rows=(rank * rows, (rank + 1) * rows), seed=self._seed)
+        cuts = variable.layout.shards(place.sizes)
+        is_plain = all(p.dim == 0 and not p.segments for _, p in cuts) and not variable.padding
+        if initializer is not None and cuts and is_plain:
+            start, rows = 0, variable.shape[0]
+            for axis, _ in cuts:
+                rows //= place.sizes[axis]
+                start += rows * place.ranks[axis]
+            part = initializer(name, rows=(start, start + rows), seed=self._seed)
             return part.to(variable.dtype)
         full = variable.pad(self._full(variable).to(variable.dtype))
-        return split_shards(full, placement, size)[rank] if placement.is_shard else full
+        return variable.layout.cut(full, place)
 
     def checksums(self) -> dict[str, float]:
         """The sum of each real tensor, to tell models of different random numbers apart."""

@@ -6,19 +6,18 @@ ranks, so that the counts are of the global batch and an error on one rank is ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ilm_compile.errors import BatchError
-from ilm_compile.program.program import Lookup
 from ilm_compile.runtime.agree import first_problem
-from ilm_compile.runtime.batch import Batch, LocalBatch
+from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.batch_checks import SameBatch, check_ids
+from ilm_compile.runtime.forms import Form
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.step_inputs import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +29,40 @@ class Taken:
 
 
 class Intake:
-    """Takes the batches of one rank. lookups: what the program looks up by the batch's integers."""
+    """Takes the batches of one rank. names: of the counts of targets that every program has."""
 
-    def __init__(self, inputs: StepInputs, lookups: Sequence[Lookup], mesh: Mesh) -> None:
-        self._inputs, self._lookups, self._mesh = inputs, lookups, mesh
+    def __init__(self, names: Iterable[str], mesh: Mesh) -> None:
+        self._names, self._mesh = tuple(names), mesh
         self._same = SameBatch(mesh)
 
-    def take(self, batch: Batch, *, is_local: bool = False, on_device: bool = False) -> Taken:
+    def take(
+        self,
+        batch: Batch,
+        choose: Callable[[], Form],
+        *,
+        is_local: bool = False,
+        on_device: bool = False,
+    ) -> Taken:
         """This rank's part of a batch. Collective.
 
-        is_local: `batch` is that part already, as it is for a `LocalBatch`. on_device: look at ids
-        on a GPU too. Raises `BatchError` on every rank if any was given a wrong batch, or now and
-        then if ranks that shall have the same were not given it.
+        choose: gives what runs it, or raises `BatchError`. is_local: `batch` is that part already.
+        on_device: look at ids on a GPU too. Raises `BatchError` on every rank if any was given a
+        wrong batch, or now and then if ranks that shall have the same were not given it.
         """
-        is_local = is_local or isinstance(batch, LocalBatch)
         error: BatchError | None = None
-        rows, counts = batch, dict.fromkeys(self._inputs.target_counts, 0)
-        layout = self._inputs.layout
+        rows, counts = batch, dict.fromkeys(self._names, 0)
         try:
-            layout.check(batch, is_local=is_local)
+            form = choose()
+            layout = form.step_inputs.layout
             rows = batch if is_local else layout.own(batch)
             check_ids(
                 rows,
-                self._lookups,
+                form.lookups,
                 num_slices=layout.num_microbatches,
                 first_slice=layout.dp.rank * layout.num_microbatches,
                 on_device=on_device,
             )
-            counts = self._inputs.count(rows)
+            counts |= form.step_inputs.count(rows)
         except BatchError as raised:
             error = raised
         problems, *totals = self._sums([int(error is not None), *counts.values()])
@@ -70,7 +75,7 @@ class Intake:
     def _sums(self, own: list[int]) -> list[int]:
         """The first number summed over all ranks, the others over data-parallel ranks."""
         mesh = self._mesh
-        if mesh.tp.rank or mesh.pp.rank:  # they have the same rows as the first
+        if mesh.pp.rank or not mesh.speaks:  # they have the same rows as the first
             own = [own[0], *(0 for _ in own[1:])]
         total: Tensor = mesh.everyone.all_reduce(torch.tensor(own, device=mesh.device))
         sums: list[int] = total.tolist()

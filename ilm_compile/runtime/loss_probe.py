@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.layout import Layout, layout_of
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.token_metrics import TokenMetrics, token_metrics
@@ -22,7 +23,7 @@ _WHOLE = torch.ops.aten.cross_entropy_loss.default
 _LOSSES = (_WHOLE, vocab_cross_entropy)
 
 # Told of one micro-batch: the metrics, and whether each tp rank has tokens of its own.
-Record = Callable[[TokenMetrics, bool], None]
+Record = Callable[[TokenMetrics, Layout, torch.Size], None]
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def probe(parallel: Parallel, record: Record) -> Iterator[None]:
         return
     graph_module, node = found
     target = node.target
-    node.target = _observed(node, parallel.mesh.tp.size, record)
+    node.target = _observed(node, record)
     recompile(graph_module)
     try:
         yield
@@ -58,7 +59,7 @@ def _find_loss(stage: Stage) -> tuple[fx.GraphModule, fx.Node] | None:
     return None
 
 
-def _observed(node: fx.Node, tp_size: int, record: Record) -> Callable[..., Tensor]:
+def _observed(node: fx.Node, record: Record) -> Callable[..., Tensor]:
     """The cross entropy of `node`, which also tells `record` what it was given."""
     original: Callable[..., Tensor] = node.target  # type: ignore[assignment]
     is_sharded = original is vocab_cross_entropy
@@ -66,15 +67,14 @@ def _observed(node: fx.Node, tp_size: int, record: Record) -> Callable[..., Tens
         ignore_index, axis = int(node.args[3]), str(node.args[5])  # type: ignore[arg-type]
     else:
         ignore_index, axis = cross_entropy_arguments(node)[2], None
-    placement = node.meta.get("placement")
-    by_token = tp_size > 1 and placement is not None and placement.kind in "PS"
+    layout = layout_of(node.args[1])  # type: ignore[arg-type]
 
     def observed_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flat = logits.movedim(1, -1).flatten(0, -2)
         metrics = token_metrics(
             flat.detach(), target.flatten(), ignore_index=ignore_index, axis=axis
         )
-        record(metrics, by_token)
+        record(metrics, layout, target.shape)
         return original(logits, target, *args, **kwargs)
 
     return observed_cross_entropy
@@ -89,4 +89,4 @@ def _any_rank(own: bool, parallel: Parallel) -> bool:
 
 def last_stage(parallel: Parallel) -> Stage | None:
     """The stage with the loss, None if another rank holds it."""
-    return next((stage for stage in parallel.stages if not stage.sent), None)
+    return next((stage for stage in parallel.form.graphs if not stage.sent), None)

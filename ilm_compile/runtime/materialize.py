@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,7 +35,7 @@ def fill(
         if value.shape != meta.shape:
             raise ProgramError(
                 f"materialize: stage {stage.index} expects {name} of shape {tuple(meta.shape)}, "
-                f"the model gives {tuple(value.shape)} for tp rank {mesh.tp.rank} of {mesh.tp.size}"
+                f"the model gives {tuple(value.shape)} for the rank at {mesh.place}"
             )
         if isinstance(meta, nn.Parameter):
             value = nn.Parameter(value, requires_grad=meta.requires_grad)
@@ -43,8 +44,8 @@ def fill(
 
 
 def local_value(variable: Variable, values: InitialValues, mesh: Mesh) -> Tensor:
-    """This tp rank's shard of the initial value of `variable`, in memory of its own."""
-    part = values.shard(variable, rank=mesh.tp.rank, size=mesh.tp.size)
+    """This rank's shard of the initial value of `variable`, in memory of its own."""
+    part = values.shard(variable, mesh.place)
     return torch.empty(part.shape, dtype=part.dtype, device=mesh.device).copy_(part)
 
 
@@ -59,7 +60,7 @@ def finish(stage: Stage, device: torch.device) -> None:
         if tensor.device != device:
             setattr(module, attribute, tensor.to(device))
     for graph_module in graph_modules(stage.module):
-        _bind_device(graph_module, device)
+        bind_device(graph_module, device)
 
 
 def resolve(stage: Stage, name: str) -> Tensor:
@@ -81,12 +82,26 @@ def recompile(graph_module: fx.GraphModule) -> None:
     takes FSDP's class for the module's own, and puts the call wrapper there a second time.
     """
     wrapped = type(graph_module)
-    own = next(c for c in wrapped.__mro__ if "_wrapped_call" in vars(c))
-    graph_module.__class__ = own
+    own = graph_module.__class__ = own_class(graph_module)
     try:
         graph_module.recompile()
     finally:
         graph_module.__class__ = wrapped
+    own.written_code = own.forward
+
+
+def own_class(graph_module: fx.GraphModule) -> Any:
+    """The class that fx has made for `graph_module` alone, whose forward is its code."""
+    return next(c for c in type(graph_module).__mro__ if "_wrapped_call" in vars(c))
+
+
+def code_of(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """What runs the graph of `graph_module`, even while it runs the code of another."""
+    own = own_class(graph_module)
+    if "written_code" not in vars(own):
+        own.written_code = own.forward
+    code: Callable[..., Any] = own.written_code
+    return code
 
 
 def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -107,14 +122,14 @@ def _tensors(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def _bind_device(graph_module: fx.GraphModule, device: torch.device) -> None:
+def bind_device(graph_module: fx.GraphModule, device: torch.device) -> None:
     """Give every op that creates a tensor from numbers alone (arange, full) the device."""
     if device.type == "cpu":
         return
     for node in graph_module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and _creates(node.target):
             node.kwargs = {**node.kwargs, "device": device}
-    graph_module.recompile()
+    recompile(graph_module)
 
 
 def _creates(op: torch._ops.OpOverload) -> bool:

@@ -1,6 +1,6 @@
 """Which ranks do what together: the process mesh of a plan, and this process's place in it.
 
-Ranks are laid out with tp fastest, then dp, then pp outermost: the ranks of a tp group are
+Ranks are laid out with tp fastest, then cp, dp, and pp outermost: the ranks of a tp group are
 neighbours on one node, and pipeline stages, which exchange least, lie furthest apart.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
@@ -20,9 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.communicator import Communicator, set_communicators
+from ilm_compile.program.layout import AXES, Place
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
 from ilm_compile.runtime.groups import group_of
+from ilm_compile.runtime.guard.activity import ACTIVITY
+from ilm_compile.runtime.meeting import meet
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = "300"
@@ -39,16 +42,20 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The three axes of a run, seen from this process.
+    """The axes of a run, seen from this process.
 
-    device_mesh has the dims ("pp", "dp", "tp"). parameter_mesh has the dims ("tp", "dp") and
-    covers the ranks of this pipeline rank: parameters are cut for tp first and then for dp.
+    dp: the ranks that work on other rows. fsdp: those whose gradients are added up, and that share
+    the storage of parameters: dp and cp together. device_mesh has the dims ("pp", "dp", "cp",
+    "tp"). parameter_mesh has the dims ("tp", "dp"), the latter for fsdp, and covers the ranks of
+    this pipeline rank: parameters are cut for tp first and then for fsdp.
     timeout: after which a collective that a rank does not join becomes an error. group: all ranks.
     """
 
     pp: Axis
     dp: Axis
+    cp: Axis
     tp: Axis
+    fsdp: Axis
     device: torch.device
     timeout: timedelta = timedelta(seconds=float(DEFAULT_TIMEOUT_S))
     group: dist.ProcessGroup | None = None
@@ -57,12 +64,12 @@ class Mesh:
 
     @property
     def world_size(self) -> int:
-        return self.pp.size * self.dp.size * self.tp.size
+        return self.pp.size * self.dp.size * self.cp.size * self.tp.size
 
     @property
     def rank(self) -> int:
         """The global rank."""
-        return self.rank_at(self.pp.rank, self.dp.rank, self.tp.rank)
+        return self.rank_at(self.pp.rank, self.fsdp.rank, self.tp.rank)
 
     @property
     def is_distributed(self) -> bool:
@@ -74,31 +81,57 @@ class Mesh:
         """All ranks of the job."""
         return communicator_over(self.group)
 
-    def tensor_parallel(self) -> MeasuredCommunicator:
-        """The ranks of the tp axis."""
-        return communicator_over(self.tp.group)
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """The axes that graphs know, by name, in the order in which they cut."""
+        return {name: getattr(self, name) for name in AXES}
+
+    @property
+    def place(self) -> Place:
+        """This rank's place on them."""
+        axes = self.axes.items()
+        return Place({name: a.size for name, a in axes}, {name: a.rank for name, a in axes})
+
+    @property
+    def speaks(self) -> bool:
+        """Whether of the ranks that compute on the same rows this is the first."""
+        return not any(axis.rank for axis in self.axes.values())
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether of the ranks that hold a stage this is the one that speaks for all."""
+        return self.fsdp.rank == 0 and self.tp.rank == 0
+
+    def graph_communicators(self) -> dict[str, MeasuredCommunicator]:
+        """What graphs reach the other ranks of each axis by."""
+        return {name: communicator_over(axis.group) for name, axis in self.axes.items()}
 
     def data_parallel(self) -> Communicator:
-        """The ranks of the dp axis."""
-        return communicator_over(self.dp.group)
+        """The ranks whose gradients are added up."""
+        return communicator_over(self.fsdp.group)
 
     def pipeline(self, pp_ranks: tuple[int, ...]) -> Communicator | None:
-        """The given pipeline ranks at this rank's (dp, tp): see `pipeline_group`."""
+        """The given pipeline ranks at this rank's (fsdp, tp): see `pipeline_group`."""
         group = self.pipeline_group(pp_ranks)
         return None if group is None else communicator_over(group)
 
-    def bind(self, tp: Communicator) -> None:
-        """Let the graphs of this rank reach the tp axis through `tp`."""
-        set_communicators({"tp": tp})
+    def bind(self, axes: Mapping[str, Communicator]) -> None:
+        """Let the graphs of this rank reach the other ranks through `axes`."""
+        set_communicators(axes)
 
-    def rank_at(self, pp: int, dp: int, tp: int) -> int:
-        """The global rank at these coordinates."""
-        return (pp * self.dp.size + dp) * self.tp.size + tp
+    def rank_at(self, pp: int, fsdp: int, tp: int) -> int:
+        """The global rank at these coordinates; fsdp counts (dp, cp), cp fastest."""
+        return (pp * self.fsdp.size + fsdp) * self.tp.size + tp
 
     def replicas(self) -> list[list[int]]:
         """The global ranks of each data-parallel rank, which work on the same rows."""
         return [
-            [self.rank_at(pp, dp, tp) for pp in range(self.pp.size) for tp in range(self.tp.size)]
+            [
+                self.rank_at(pp, dp * self.cp.size + cp, tp)
+                for pp in range(self.pp.size)
+                for cp in range(self.cp.size)
+                for tp in range(self.tp.size)
+            ]
             for dp in range(self.dp.size)
         ]
 
@@ -112,8 +145,8 @@ class Mesh:
     ) -> Self:
         """Lay the processes of this job out for `plan`, joining the process group if need be.
 
-        dp takes the ranks that tp and pp leave. device: this rank's GPU if there is one and the
-        process group is not gloo, else the CPU. timeout: 5 minutes unless the environment
+        dp takes the ranks that the other axes leave. device: this rank's GPU if there is one and
+        the process group is not gloo, else the CPU. timeout: 5 minutes unless the environment
         variable ILM_COMPILE_TIMEOUT_S says otherwise. Raises `PlanError` if the world does not fit.
         """
         if timeout is None:
@@ -126,85 +159,84 @@ class Mesh:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         if not started:
-            return cls(pp=Axis(), dp=Axis(), tp=Axis(), device=place, timeout=timeout)
+            alone = Axis()
+            return cls(
+                pp=alone, dp=alone, cp=alone, tp=alone, fsdp=alone, device=place, timeout=timeout
+            )
         everyone: dist.ProcessGroup | None
         if dist.is_initialized():
             everyone = group_of(None, timeout)  # the default group keeps its own timeout
         else:
             join_job(place, timeout=timeout)
             everyone = dist.group.WORLD
-        dp_size = world_size // (plan.pp * plan.tp)
-        layout = torch.arange(world_size).view(plan.pp, dp_size, plan.tp)
-        axes = [_axis(layout, dim, timeout) for dim in range(3)]
-        pp, dp, tp = axes
-        groups = [axis.group for axis in axes if axis.group is not None]
+        layout = torch.arange(world_size).view(plan.pp, -1, plan.cp, plan.tp)
+        axes = [_axis(layout, dim, timeout) for dim in range(4)]
+        pp, dp, cp, tp = axes
+        together = layout.flatten(1, 2)
+        fsdp = dp if cp.size == 1 else cp if dp.size == 1 else _axis(together, 1, timeout)
+        groups = [axis.group for axis in (*axes, fsdp) if axis.group is not None]
         return cls(
             pp=pp,
             dp=dp,
+            cp=cp,
             tp=tp,
+            fsdp=fsdp,
             device=place,
             timeout=timeout,
             group=everyone,
             device_mesh=DeviceMesh.from_group(
-                groups, place.type, mesh=layout, mesh_dim_names=("pp", "dp", "tp")
+                groups[:4], place.type, mesh=layout, mesh_dim_names=("pp", "dp", "cp", "tp")
             ),
             parameter_mesh=DeviceMesh.from_group(
-                [groups[2], groups[1]],
+                [groups[3], groups[4]],
                 place.type,
-                mesh=layout[pp.rank].t().contiguous(),
+                mesh=together[pp.rank].t().contiguous(),
                 mesh_dim_names=("tp", "dp"),
             ),
         )
 
     def pipeline_group(self, pp_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """The group of the given pipeline ranks at this rank's (dp, tp), None if not a member.
+        """The group of the given pipeline ranks at this rank's (fsdp, tp), None if not a member.
 
         Every rank of the job must call this in the same order with the same argument.
         """
         mine = None
-        for dp in range(self.dp.size):
+        for fsdp in range(self.fsdp.size):
             for tp in range(self.tp.size):
-                ranks = [self.rank_at(pp, dp, tp) for pp in pp_ranks]
+                ranks = [self.rank_at(pp, fsdp, tp) for pp in pp_ranks]
                 group = group_of(ranks, self.timeout)
                 if self.rank in ranks:
                     mine = group
         return mine
 
 
-def join_job(device: torch.device, *, timeout: timedelta) -> None:
+def join_job(
+    device: torch.device, *, timeout: timedelta, on_met: Callable[[], object] | None = None
+) -> None:
     """Make the process group of all ranks, NCCL on a GPU and gloo on a CPU; left at a normal exit.
 
     For what ranks must tell each other before `Mesh.create`, which joins by itself if need be.
-    Raises `PlanError` if not all ranks come within `timeout`, or nobody knows the host to meet at.
+    Ranks that torchrun started again meet each other only. on_met: called when all have come,
+    before they connect. Raises `PlanError` naming the ranks that do not come within `timeout`, or
+    what is wrong with the host to meet at.
     """
-    _check_host()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
-        )
-    except dist.DistError as error:
-        raise PlanError(
-            f"start: not all {_world_size()} processes came together within "
-            f"{timeout.total_seconds():g} s; start as many as WORLD_SIZE says, on every node with "
-            f"the same MASTER_ADDR and MASTER_PORT ({str(error).splitlines()[0]})"
-        ) from error
+    ACTIVITY.do("meet the other ranks")
+    store = meet(timeout)
+    if on_met is not None:
+        on_met()
+    ACTIVITY.do("connect to the other ranks")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=_world_size(),
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
     atexit.register(_leave)
-
-
-def _check_host() -> None:
-    """Raise before torch's own lookup, which tries for minutes and fails with frames of C++."""
-    host = os.environ.get("MASTER_ADDR")
-    try:
-        if host:
-            socket.getaddrinfo(host, None)
-    except OSError as error:
-        raise PlanError(
-            f"start: MASTER_ADDR={host} is no host that {socket.gethostname()} knows "
-            f"({error.strerror}); give the name or address of rank 0's node as this node knows it"
-        ) from error
 
 
 def _leave() -> None:
@@ -236,18 +268,21 @@ def _world_size() -> int:
 
 
 def _check_world(plan: Plan, started: bool, world_size: int) -> None:
-    needed = plan.tp * plan.pp
+    needed = plan.ranks_per_replica
+    sizes = {"tp": plan.tp, "pp": plan.pp, **plan.axes}
+    shown = {name: size for name, size in sizes.items() if size > 1 or name in ("tp", "pp")}
     if not started and needed > 1:
+        given = ", ".join(f"{name}={size}" for name, size in shown.items())
         raise PlanError(
-            f"parallelize with tp={plan.tp}, pp={plan.pp} needs {needed} processes and must be "
+            f"parallelize with {given} needs {needed} processes and must be "
             f"started by torchrun: torchrun --nproc-per-node={needed} script.py"
         )
     if world_size % needed:
         fitting = -(-world_size // needed) * needed
         raise PlanError(
-            f"parallelize: expected a world size that is a multiple of tp*pp = {plan.tp}*{plan.pp} "
-            f"= {needed}, got {world_size} processes; start it with "
-            f"torchrun --nproc-per-node={fitting} script.py"
+            f"parallelize: expected a world size that is a multiple of {'*'.join(shown)} = "
+            f"{'*'.join(map(str, shown.values()))} = {needed}, got {world_size} processes; "
+            f"start it with torchrun --nproc-per-node={fitting} script.py"
         )
 
 

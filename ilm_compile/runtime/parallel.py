@@ -7,7 +7,6 @@ nothing of how they were made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Self
 
 import torch
@@ -26,9 +25,9 @@ from ilm_compile.program.parameter_map import (
 from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
-from ilm_compile.runtime.batch import Batch
-from ilm_compile.runtime.communicator import MeasuredCommunicator
-from ilm_compile.runtime.executor import Executor, StepResult
+from ilm_compile.runtime.batch import Batch, BatchLayout, says_local
+from ilm_compile.runtime.executor import StepResult
+from ilm_compile.runtime.forms import Compiled, Form, Shape, make_form, stages_of
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.intake import Intake
@@ -36,7 +35,6 @@ from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
 from ilm_compile.runtime.parameters import Parameters
 from ilm_compile.runtime.shard import Shard, gather
-from ilm_compile.runtime.step_inputs import StepInputs
 from ilm_compile.schedule import Schedule
 
 LABELS = "labels"
@@ -56,6 +54,8 @@ class Parallel:
 
     check_ids_on_device: look at the ids of a batch that is on a GPU too, which waits for it; those
     on the CPU are always looked at.
+
+    shapes: further shapes of a micro-batch that it can be given, compiled when they first are.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Parallel:
         initializer: Callable[..., Tensor] | None = None,
         model_flops: float | None = None,
         hardware_flops: float | None = None,
+        shapes: Sequence[Shape] = (),
     ) -> None:
         values = InitialValues(
             model, seed=lowered.plan.seed, initializer=initializer, maps=lowered.parameter_maps
@@ -79,32 +80,27 @@ class Parallel:
         self.plan = lowered.plan
         self.check_ids_on_device = False
         self.inputs = lowered.inputs  # of one micro-batch, by name
-        self._tp = mesh.tensor_parallel()
-        mesh.bind(self._tp)
+        self.communicators = mesh.graph_communicators()  # by axis
+        mesh.bind(self.communicators)
         self._variables = lowered.variables
         self._maps = lowered.parameter_maps
         self._parameters = Parameters(lowered, schedule, mesh, values)
+        self._is_complete = True  # the batch of the last run
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
-        last = lowered.stages[-1]
-        self.output_names = last.outputs[1:]  # without the loss
-        self._output_placements = lowered.output_placements[1:]
-        self._output_widths = lowered.output_widths
-        self._has_outputs = schedule.stage_to_rank[last.index] == mesh.pp.rank
-        self.stages = [
-            stage for stage in lowered.stages if schedule.stage_to_rank[stage.index] == mesh.pp.rank
-        ]
-        self.step_inputs = StepInputs.of(
-            lowered,
-            self.stages,
-            num_microbatches=schedule.num_microbatches,
-            dp=mesh.dp,
-            device=mesh.device,
-        )
-        self._intake = Intake(self.step_inputs, lowered.lookups, mesh)
-        slices = self.step_inputs.layout.num_slices
-        self.model_flops = None if model_flops is None else model_flops * slices
-        self.hardware_flops = None if hardware_flops is None else hardware_flops * slices
-        self.executor = Executor(lowered.stages, schedule, mesh, self._parameters.syncs)
+        self._has_outputs = schedule.stage_to_rank[lowered.stages[-1].index] == mesh.pp.rank
+        self.stages = stages_of(lowered, schedule, mesh)
+        self._shapes = dict(enumerate(shapes, start=1))
+        inputs = [lowered.inputs, *(shape.inputs for shape in shapes)]
+        self._layouts = {
+            number: BatchLayout(each, schedule.num_microbatches, mesh.dp)
+            for number, each in enumerate(inputs)
+        }
+        self._is_training = True
+        first = self._form(Compiled(lowered, model_flops, hardware_flops), 0)
+        self._forms = {0: first}
+        self.form = first  # that of the last batch
+        self._use(first)
+        self._intake = Intake(lowered.target_counts, mesh)
 
     def execute_schedule(
         self,
@@ -128,8 +124,12 @@ class Parallel:
         for another batch than the program was compiled for, for ids outside the vocabulary, and on
         the first step and every hundredth if the ranks were given different batches.
         """
+        is_local = batch_is_local or says_local(batch)
         taken = self._intake.take(
-            batch, is_local=batch_is_local, on_device=self.check_ids_on_device
+            batch,
+            lambda: self.prepare(batch, is_local=is_local),
+            is_local=is_local,
+            on_device=self.check_ids_on_device,
         )
         result = self.run(
             self.step_inputs.of_rows(taken.rows, taken.counts, self.num_steps),
@@ -143,9 +143,29 @@ class Parallel:
             return loss
         if not self._has_outputs:
             return None, None, loss
-        names = self.output_names
+        names = self.form.output_names
         name = LOGITS if LOGITS in names else names[0] if names else None
         return None if name is None else self.output(result, name), taken.rows.get(LABELS), loss
+
+    def prepare(self, batch: Batch, *, is_local: bool = False) -> Form:
+        """Be ready for batches of this one's shape, compiling its program if it is the first.
+
+        is_local: it has this data-parallel rank's rows alone, as a `LocalBatch` does. Raises
+        `BatchError` for a shape that none of the programs is for, and as `parallelize` does.
+        """
+        if not self._shapes:
+            self.step_inputs.layout.check(batch, is_local=is_local)
+            return self.form
+        layouts = self._layouts.items()
+        number = next((n for n, each in layouts if each.fits(batch, is_local=is_local)), None)
+        if number is None:
+            self._layouts[0].check(batch, is_local=is_local)
+        assert number is not None
+        if number not in self._forms:
+            self._forms[number] = self._form(self._shapes[number].compile(), number)
+        if self._forms[number] is not self.form:
+            self._use(self._forms[number])
+        return self.form
 
     def run(
         self,
@@ -154,10 +174,17 @@ class Parallel:
         forward_only: bool = False,
         keep_outputs: bool = False,
         loss_scale: float = 1.0,
+        is_last: bool = True,
     ) -> StepResult:
-        """`execute_schedule` of what `StepInputs` gives; returns what this rank alone has."""
-        self.mesh.bind(self._tp)
+        """`execute_schedule` of what `StepInputs` gives; returns what this rank alone has.
+
+        is_last: False if another run takes further rows of the same batch; gradients are complete,
+        and seen by hooks, after the last.
+        """
+        self.mesh.bind(self.communicators)
         self._parameters.follow()
+        if len(self._forms) > 1:
+            self.form.wear()
         result = self.executor.run(
             inputs,
             loss_gradient=self.step_inputs.loss_gradient(loss_scale),
@@ -167,25 +194,31 @@ class Parallel:
         if not forward_only:
             self.num_steps += 1
             self._note_losses(result)
+            self._is_complete = is_last
             ACTIVITY.do("gradients")
-            self._parameters.collect_gradients()
+            if is_last:
+                self._parameters.collect_gradients(scale=loss_scale)
         return result
 
     def global_loss(self, result: StepResult) -> Tensor:
         """The mean loss of all micro-batches, in float64 for a float64 model, else in float32."""
-        own = self.step_inputs.share_of_loss(result.losses if self.mesh.tp.rank == 0 else [])
+        own = self.step_inputs.share_of_loss(result.losses if self.mesh.speaks else [])
         return self.mesh.everyone.all_reduce(own).to(self.step_inputs.dtype)
 
     def output(self, result: StepResult, name: str) -> Tensor:
-        """An output of the last stage, whole, of all micro-batches. Collective over its tp ranks.
+        """An output of the last stage, whole, of all micro-batches; stacked where it has no rows.
 
-        Stacked where it has no rows.
+        Collective over the tp and cp ranks that hold it.
         """
-        index = self.output_names.index(name)
+        form = self.form
+        index = form.output_names.index(name)
         join = torch.cat if result.outputs[0][index].ndim else torch.stack
-        local = join([outputs[index] for outputs in result.outputs])
-        whole = gather(local, self._output_placements[index], self._tp)
-        return whole[..., : self._output_widths.get(name)] if whole.ndim else whole
+        layout, locals_ = form.output_layouts[index], [each[index] for each in result.outputs]
+        if any(place.dim == 0 for _, place in layout.placed):  # rows: of each micro-batch apart
+            whole = join([gather(local, layout, self.communicators) for local in locals_])
+        else:
+            whole = gather(join(locals_), layout, self.communicators)
+        return whole[..., : form.output_widths.get(name)] if whole.ndim else whole
 
     @property
     def parameters(self) -> Parameters:
@@ -279,8 +312,10 @@ class Parallel:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training (dropout on), or to evaluation if not `mode`."""
-        for stage in self.stages:
-            set_training(stage.module, mode)
+        self._is_training = mode
+        for form in self._forms.values():
+            for stage in form.graphs:
+                set_training(stage.module, mode)
         return self
 
     def eval(self) -> Self:
@@ -288,17 +323,41 @@ class Parallel:
         return self.train(False)
 
     def traffic(self) -> dict[str, Traffic]:
-        """What this rank has sent so far: tp collectives by kind, and "p2p" between stages.
+        """What this rank has sent so far: the graph's collectives by kind, and "p2p" messages.
 
         Of "p2p" the calls are not counted. What a step adds is `predicted_traffic` of the program.
         """
-        sent = {kind: replace(traffic) for kind, traffic in self._tp.stats.items()}
+        sent: dict[str, Traffic] = {}
+        for axis in self.communicators.values():
+            for kind, traffic in axis.stats.items():
+                sent.setdefault(kind, Traffic()).add(traffic.num_bytes, traffic.calls)
         return {**sent, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
 
     @property
-    def communicator(self) -> MeasuredCommunicator:
-        """That of the tp axis."""
-        return self._tp
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs of the last stage, without the loss."""
+        return self.form.output_names
+
+    def _form(self, compiled: Compiled, number: int) -> Form:
+        return make_form(
+            compiled,
+            number,
+            self.stages,
+            self.schedule,
+            self.mesh,
+            self._parameters.syncs,
+            channel=self.form.executor.channel if number else None,
+            training=self._is_training,
+        )
+
+    def _use(self, form: Form) -> None:
+        """Make `form` the one whose batches come, and whose steps are watched like the last's."""
+        watched = self.form.executor
+        form.executor.record_timeline = watched.record_timeline
+        form.executor.annotate = watched.annotate
+        self.form = form
+        self.step_inputs, self.executor = form.step_inputs, form.executor
+        self.model_flops, self.hardware_flops = form.model_flops, form.hardware_flops
 
     def _saved(self) -> list[Variable]:
         return [v for v in self._variables.values() if _is_saved(v)]
@@ -308,11 +367,12 @@ class Parallel:
             grad = shard.gradient() if gradients else shard.local
             return torch.zeros_like(shard.local) if grad is None else grad
 
-        return state.gather_full(variables, self._parameters, self.mesh, self._tp, pick)
+        return state.gather_full(variables, self._parameters, self.mesh, self.communicators, pick)
 
     def _note_losses(self, result: StepResult) -> None:
         """Keep the local losses for the check in `grad_norm`, with those that added up before."""
-        if all(shard.public.grad is None for shard in self._parameters.parameters()):
+        is_first = all(shard.public.grad is None for shard in self._parameters.parameters())
+        if is_first and self._is_complete:
             self._losses = []
         self._losses += result.losses
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.program.communicator import Communicator
+from ilm_compile.program.layout import WEIGHT_AXES
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
 from ilm_compile.runtime.initial_values import InitialValues
@@ -39,15 +40,15 @@ class Parameters:
                 continue
             for unit in units(stage):
                 fill(stage, unit.names, lowered.variables, values, mesh)
-                if mesh.dp.size > 1 and mesh.device_mesh is not None:
+                if mesh.fsdp.size > 1 and mesh.parameter_mesh is not None:
                     shard(
                         unit.module,
-                        mesh.device_mesh["dp"],
+                        mesh.parameter_mesh["dp"],
                         zero=lowered.plan.zero,
                         whole=[resolve(stage, name) for name in unit.names if name in whole],
                     )
             finish(stage, mesh.device)
-            if mesh.dp.size > 1:
+            if mesh.fsdp.size > 1 and mesh.parameter_mesh is not None:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:
                 leaf = resolve(stage, name)
@@ -72,13 +73,16 @@ class Parameters:
     def counts(self, shard: Shard) -> bool:
         """Whether this rank's part of `shard` counts in a sum over all ranks.
 
-        Of equal parts only one counts: that of tp rank 0 and dp rank 0 where the axis does not cut
-        the parameter, and that of the first pipeline rank that holds it.
+        Of equal parts only one counts: that of tp rank 0 and fsdp rank 0 where the axis does not
+        cut the parameter, and that of the first pipeline rank that holds it.
         """
         return (
             self.ranks[shard.variable.name][0] == self._mesh.pp.rank
-            and (shard.variable.placement.is_shard or self._mesh.tp.rank == 0)
-            and (shard.is_dp_sharded or self._mesh.dp.rank == 0)
+            and (shard.is_dp_sharded or self._mesh.fsdp.rank == 0)
+            and not any(
+                self._mesh.axes[axis].rank and not shard.variable.layout.on(axis).is_shard
+                for axis in WEIGHT_AXES
+            )
         )
 
     def follow(self) -> None:
@@ -88,8 +92,11 @@ class Parameters:
                 for follower in followers:
                     follower.local.copy_(self.shards[name].local)
 
-    def collect_gradients(self) -> None:
-        """Add what the backward left on the leaves to the public gradients, tied ones summed."""
+    def collect_gradients(self, *, scale: float = 1.0) -> None:
+        """Add what the backward left on the leaves to the public gradients, tied ones summed.
+
+        The user's hooks see what is complete by then. scale: what all gradients are multiplied by.
+        """
         for own in self.parameters():
             if not own.leaf.requires_grad:
                 continue
@@ -101,7 +108,10 @@ class Parameters:
             if (group := self._tied_groups.get(own.variable.name)) is not None:
                 grad = group.all_reduce(torch.zeros_like(own.local) if grad is None else grad)
             if grad is not None:
-                own.add_gradient(grad, self._mesh)
+                hooked = own.apply_hooks(grad, self._mesh, is_post=False, scale=scale)
+                own.add_gradient(hooked, self._mesh)
+                if (total := own.gradient()) is not None:
+                    total.copy_(own.apply_hooks(total, self._mesh, is_post=True, scale=scale))
 
     def _keep_unused(self, lowered: LoweredProgram, values: InitialValues) -> None:
         """Hold what no stage uses on pipeline rank 0, so that a state dict is complete."""

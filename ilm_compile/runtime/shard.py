@@ -8,6 +8,7 @@ layout in which each rank's part is contiguous, and `full` undoes the permutatio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,14 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 
 from ilm_compile.program.communicator import Communicator
-from ilm_compile.program.placement import Placement, join_shards, split_shards
+from ilm_compile.program.kept_hooks import apply_hooks
+from ilm_compile.program.layout import Layout
+from ilm_compile.program.placement import join_shards
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.communicator import all_gather_single
 from ilm_compile.runtime.mesh import Axis, Mesh
+
+Axes = Mapping[str, Communicator]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +73,70 @@ class Shard:
         else:
             self.public.grad = _public(grad, self.variable, mesh, is_dp_sharded=self.is_dp_sharded)
 
-    def full(self, local: Tensor, mesh: Mesh, tp: Communicator) -> Tensor:
-        """The full tensor of which each rank holds `local`: collective over dp and tp."""
-        if self.is_dp_sharded and mesh.dp.size > 1:
-            rows = self.variable.placement.local_shape(self.variable.shape, mesh.tp.size)[0]
-            local = _gather_rows(local, rows, mesh.dp)
-        return gather(local, self.variable.placement, tp)
+    def full(self, local: Tensor, mesh: Mesh, axes: Axes) -> Tensor:
+        """The full tensor of which ranks hold `local`: collective over those that hold a part."""
+        if self.is_dp_sharded and mesh.fsdp.size > 1:
+            local = _gather_rows(local, _rows(self.variable, mesh), mesh.fsdp)
+        return gather(local, self.variable.layout, axes)
 
     def load(self, full: Tensor, mesh: Mesh) -> None:
         """Overwrite this rank's part by its slice of `full`."""
-        part = full
-        if self.variable.placement.is_shard:
-            part = split_shards(full, self.variable.placement, mesh.tp.size)[mesh.tp.rank]
-        if self.is_dp_sharded:
-            start = min(-(-part.shape[0] // mesh.dp.size) * mesh.dp.rank, part.shape[0])
-            part = part.narrow(0, start, self.local.shape[0])
         with torch.no_grad():
-            self.local.copy_(part)
+            self.local.copy_(self._own_part(full, mesh))
+
+    def apply_hooks(self, grad: Tensor, mesh: Mesh, *, is_post: bool, scale: float) -> Tensor:
+        """What the user's hooks make of the local gradient of the whole batch.
+
+        Local: each hook works element by element. It sees a tensor of the user's shape.
+        """
+        hooks = [h for h in self.variable.gradient_hooks if h.is_post == is_post]
+        if not hooks:
+            return grad
+        whole = self.variable.unpad(self._alone(grad, mesh))
+        value = self.variable.unpad(self._alone(self.local, mesh)) if is_post else whole
+        result = apply_hooks(hooks, whole, value, scale=scale)
+        # torch's fused AdamW reads a gradient in the order of its weight, whatever its strides.
+        return self._own_part(self.variable.pad(result), mesh).contiguous()
+
+    def _own_part(self, full: Tensor, mesh: Mesh) -> Tensor:
+        """This rank's slice of a full tensor."""
+        part = self.variable.layout.cut(full, mesh.place)
+        if self.is_dp_sharded:
+            part = part.narrow(0, first_row(part.shape[0], mesh.fsdp), self.local.shape[0])
+        return part
+
+    def _alone(self, local: Tensor, mesh: Mesh) -> Tensor:
+        """A full tensor with this rank's part and zeros for the others."""
+        part = local
+        if self.is_dp_sharded:
+            rows = _rows(self.variable, mesh)
+            part = local.new_zeros((rows, *local.shape[1:]))
+            part.narrow(0, first_row(rows, mesh.fsdp), local.shape[0]).copy_(local)
+        return self.variable.layout.alone(part, mesh.place).clone()
 
 
-def gather(local: Tensor, placement: Placement, tp: Communicator) -> Tensor:
-    """The full value of a tensor with this placement on the tp axis; collective if not on all."""
-    if placement.kind == "P":
-        return tp.all_reduce(local)
-    if not placement.is_shard or tp.size == 1:
-        return local
-    return join_shards(tp.all_gather(local).unbind(0), placement)
+def gather(local: Tensor, layout: Layout, axes: Axes) -> Tensor:
+    """The full value of a tensor with this layout, by the communicators of `axes`.
+
+    Collective over the axes that cut it, or on which it is partial; what was cut last is joined
+    first. Of a parameter's placement R, which speaks of its gradient, nothing is to be gathered.
+    """
+    for axis, placement in reversed(layout.placed):
+        ranks = axes[axis]
+        if placement.kind == "P":
+            local = ranks.all_reduce(local)
+        elif placement.is_shard and ranks.size > 1:
+            local = join_shards(ranks.all_gather(local).unbind(0), placement)
+    return local
+
+
+def first_row(rows: int, fsdp: Axis) -> int:
+    """The first of the rows that FSDP leaves this rank: as `Tensor.chunk` cuts."""
+    return min(-(-rows // fsdp.size) * fsdp.rank, rows)
+
+
+def _rows(variable: Variable, mesh: Mesh) -> int:
+    return variable.layout.local_shape(variable.shape, mesh.place.sizes)[0]
 
 
 def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
@@ -108,7 +151,7 @@ def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
 def _public(local: Tensor, variable: Variable, mesh: Mesh, *, is_dp_sharded: bool) -> Tensor:
     if mesh.parameter_mesh is None:
         return local
-    placement = variable.placement
+    placement = variable.layout.on("tp")
     return DTensor.from_local(
         local,
         mesh.parameter_mesh,

@@ -12,18 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.program.communicator import Communicator
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.parameters import Parameters
-from ilm_compile.runtime.shard import Shard
+from ilm_compile.runtime.shard import Axes, Shard
 
 
 def gather_full(
     variables: Iterable[Variable],
     parameters: Parameters,
     mesh: Mesh,
-    tp: Communicator,
+    axes: Axes,
     pick: Callable[[Shard], Tensor],
 ) -> dict[str, Tensor]:
     """What `pick` gives of each variable, whole and on the CPU, on rank 0; empty elsewhere."""
@@ -33,7 +32,7 @@ def gather_full(
         full: Tensor | None = None
         if mesh.pp.rank == first:
             own = parameters.shards[variable.name]
-            full = own.full(pick(own), mesh, tp)
+            full = own.full(pick(own), mesh, axes)
         if first != 0:
             full = _to_first(full, variable, first, mesh)
         if mesh.rank == 0 and full is not None:
@@ -56,7 +55,7 @@ def each_of_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _to_first(full: Tensor | None, variable: Variable, source: int, mesh: Mesh) -> Tensor | None:
     """Move a tensor from pipeline rank `source` to pipeline rank 0, once per job."""
-    if mesh.dp.rank != 0 or mesh.tp.rank != 0:
+    if not mesh.is_first_replica:
         return None
     if mesh.pp.rank == source:
         assert full is not None

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ilm_compile.program.dropout import SEED
+from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.loss import MEAN
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
@@ -30,6 +31,7 @@ from ilm_compile.sharding.rules_math import MEANS
 from ilm_compile.sharding.strategy import Call, Strategy, aten, strategies, tensor_inputs
 
 SLICES = 2  # the whole batch has this many slices
+BATCH = MeshAxis("batch", {"batch": SLICES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ class _Typer:
             if strategy.output == R and shrinks:
                 continue  # of a constant with rows, which are other ones in each slice
             if strategy.output in wanted and self._fits(call, placed, strategy):
-                target, *_ = localize(call, strategy, "batch")
+                target, *_ = localize(call, strategy, BATCH.name)
                 if target in (call.target, partial_mean):  # no op that talks over the axis
                     return Known(strategy.output, weight - (target is partial_mean))
         return None
@@ -243,7 +245,7 @@ def as_call(node: fx.Node) -> Call:
     """Return a call of a program that no axis was sharded in yet."""
     shapes = tuple(tuple(n.meta["val"].shape) for n in tensor_inputs(node))
     shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
-    return Call(node, node.target, node.args, dict(node.kwargs), shapes, shape, SLICES)
+    return Call(node, node.target, node.args, dict(node.kwargs), shapes, shape, BATCH)
 
 
 def _row_dim(part: fx.Node, whole: fx.Node) -> int | None:

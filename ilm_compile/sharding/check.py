@@ -12,48 +12,61 @@ from torch import fx
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.dump import target_name
+from ilm_compile.program.layout import (
+    AXES,
+    TOKEN_AXES,
+    WEIGHT_AXES,
+    MeshAxis,
+    layout_of,
+    sharded_over,
+)
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import (
-    Strategy,
-    global_call,
-    global_shape,
-    placement_of,
-    strategies,
-    tensor_inputs,
-)
+from ilm_compile.sharding.strategy import Strategy, axis_of, global_call, strategies, tensor_inputs
+
+# What a parameter can be at rest.
+AT_REST = {**dict.fromkeys(WEIGHT_AXES, "IS"), **dict.fromkeys(TOKEN_AXES, "R")}
 
 
 def check_placements(program: Program) -> None:
     """Raise `PlacementError` naming the node unless every placement follows by the rules."""
-    size = program.plan.tp
-    for node in program.graph.nodes:
-        problem = _PROBLEMS[node.op](program, node, size)
-        if problem:
-            raise PlacementError(f"placement check: {problem} at {program.where(node)}")
+    for axis in solved_axes(program):
+        for node in program.graph.nodes:
+            if problem := _PROBLEMS[node.op](program, node, axis):
+                on = f" on axis {axis.name}" if axis.name != WEIGHT_AXES[0] else ""
+                raise PlacementError(f"placement check{on}: {problem} at {program.where(node)}")
 
 
-def _placeholder(program: Program, node: fx.Node, size: int) -> str | None:
-    placement = placement_of(node)
+def solved_axes(program: Program) -> list[MeshAxis]:
+    """Return the axes over which `program` was sharded; the first if there is one rank."""
+    axes = program.plan.mesh_axes or [program.plan.axis(AXES[0])]
+    return [a for a in axes if a.name not in TOKEN_AXES or sharded_over(a.name) in program.facts]
+
+
+def _placeholder(program: Program, node: fx.Node, axis: MeshAxis) -> str | None:
+    placement = axis.placement(node)
     return None if placement == I else f"expected an input to be I, got {placement}"
 
 
-def _attribute(program: Program, node: fx.Node, size: int) -> str | None:
+def _attribute(program: Program, node: fx.Node, axis: MeshAxis) -> str | None:
     variable = program.variables[str(node.target)]
-    placement = placement_of(node)
-    if placement != variable.placement or placement.kind not in "IS":
-        expected = f"I or {variable.placement}"
-        return f"expected {variable.name} to be {expected}, got {placement}"
-    if global_shape(node, size) != variable.shape:
-        return f"{variable.name} has global shape {global_shape(node, size)}, not {variable.shape}"
+    placement, held = axis.placement(node), variable.layout.on(axis.name)
+    kinds = AT_REST[axis.name] if variable.is_parameter else "I"
+    if placement != held or placement.kind not in kinds:
+        return f"expected {variable.name} to be {' or '.join(kinds)} and {held}, got {placement}"
+    sizes = program.plan.axes
+    shape = layout_of(node).global_shape(tuple(node.meta["val"].shape), sizes)
+    if shape != variable.shape:
+        return f"{variable.name} has global shape {shape}, not {variable.shape}"
     return None
 
 
-def _call(program: Program, node: fx.Node, size: int) -> str | None:
-    if node.target is redistribute:
-        return _redistribute(node, size)
-    found = Strategy(tuple(map(placement_of, tensor_inputs(node))), placement_of(node))
-    legal = strategies(global_call(node, size), {found.output})
+def _call(program: Program, node: fx.Node, axis: MeshAxis) -> str | None:
+    if node.target is redistribute and axis_of(node) == axis.name:
+        return _redistribute(node, axis)
+    placements = tuple(map(axis.placement, tensor_inputs(node)))
+    found = Strategy(placements, axis.placement(node))
+    legal = strategies(global_call(node, axis), {found.output})
     if found in legal:
         return None
     given = ", ".join(map(str, found.inputs))
@@ -65,22 +78,22 @@ def _call(program: Program, node: fx.Node, size: int) -> str | None:
     )
 
 
-def _redistribute(node: fx.Node, size: int) -> str | None:
+def _redistribute(node: fx.Node, axis: MeshAxis) -> str | None:
     (source,) = tensor_inputs(node)
     src, dst = (Placement.parse(str(node.kwargs[key])) for key in ("src", "dst"))
-    if src != placement_of(source) or dst != placement_of(node):
-        given = f"{placement_of(source)} -> {placement_of(node)}"
+    if src != axis.placement(source) or dst != axis.placement(node):
+        given = f"{axis.placement(source)} -> {axis.placement(node)}"
         return f"the collective is typed {src} -> {dst}, but the graph says {given}"
     if (src.kind, dst.kind) not in TRANSITIONS:
         return f"there is no transition {src} -> {dst}"
-    shape = global_shape(source, size)
-    if not dst.divides(shape, size) or global_shape(node, size) != shape:
-        return f"{src} -> {dst} of a value of shape {shape} cannot give {global_shape(node, size)}"
+    shape = axis.shape(source)
+    if not dst.divides(shape, axis.size) or axis.shape(node) != shape:
+        return f"{src} -> {dst} of a value of shape {shape} cannot give {axis.shape(node)}"
     return None
 
 
-def _output(program: Program, node: fx.Node, size: int) -> str | None:
-    placement = placement_of(program.outputs[0])
+def _output(program: Program, node: fx.Node, axis: MeshAxis) -> str | None:
+    placement = axis.placement(program.outputs[0])
     if placement == I:
         return None
     return f"expected the loss to be I, got {placement}; it is not fully reduced"

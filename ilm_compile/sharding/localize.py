@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.layout import Layout
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.placement import P
 from ilm_compile.program.reductions import partial_mean
@@ -54,14 +55,15 @@ def _cross_entropy(call: Call, strategy: Strategy, axis: str) -> LocalCall:
 
 
 def _dropout(call: Call, strategy: Strategy, axis: str) -> LocalCall:
-    return call.target, (*call.args[:4], str(strategy.output), axis), {}
+    layout = Layout.parse(call.args[4]).with_placement(axis, strategy.output)
+    return call.target, (*call.args[:4], str(layout)), {}
 
 
 def _mean(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     if not strategy.inputs[0].is_shard or strategy.output != P:
         return call.target, call.args, call.kwargs
     dims = call.named("dim") or list(range(len(call.shapes[0])))
-    return partial_mean, (call.args[0], dims, bool(call.named("keepdim")), call.size), {}
+    return partial_mean, (call.args[0], dims, bool(call.named("keepdim")), axis), {}
 
 
 def _convolution(call: Call, strategy: Strategy, axis: str) -> LocalCall:

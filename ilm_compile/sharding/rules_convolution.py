@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.program.layout import MeshAxis, layout_of
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.strategy import (
     GLOBAL_ARGUMENTS,
     Call,
     Strategy,
     aten,
-    placement_of,
     rule,
 )
 
@@ -48,11 +48,12 @@ def convolution(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 
 def _global_groups(
-    node: fx.Node, inputs: tuple[fx.Node, ...], size: int
+    node: fx.Node, inputs: tuple[fx.Node, ...], axis: MeshAxis
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     kwargs: dict[str, Any] = dict(node.kwargs)
-    if "groups" in kwargs and placement_of(inputs[0]).dim == placement_of(node).dim == 1:
-        kwargs["groups"] *= size
+    for name, placement in layout_of(node).shards(axis.sizes) if "groups" in kwargs else ():
+        if layout_of(inputs[0]).on(name).dim == placement.dim == 1:
+            kwargs["groups"] *= axis.sizes[name]
     return node.args, kwargs
 
 

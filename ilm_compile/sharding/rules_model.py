@@ -11,7 +11,8 @@ from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.sharded_reductions import NONE
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.sharding.rules_math import aligned
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
+from ilm_compile.sharding.rules_views import cuts_of
+from ilm_compile.sharding.strategy import Call, Strategy, aten, rule, tensor_inputs
 
 import torch  # isort: skip
 
@@ -49,7 +50,8 @@ def cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy
                 yield Strategy((S(dim, out.segments), out), out)
     elif reduction == SUM:
         for dim in range(len(target)):
-            yield Strategy((S(dim + (dim > 0)), S(dim)), P)
+            for cut in cuts_of(tensor_inputs(call.node)[1], call.axis, dim):
+                yield Strategy((S(dim + (dim > 0), cut.segments), cut), P)
 
 
 @rule(vocab_cross_entropy)

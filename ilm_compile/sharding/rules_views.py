@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from torch import fx
+
+from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, placement_of, rule
+from ilm_compile.program.values import is_tuple
+from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule, tensor_inputs
 
 
 class Factor(NamedTuple):
@@ -70,6 +74,30 @@ def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             if out in wanted:
                 yield Strategy((source,), out)
     yield Strategy((P,), P)
+
+
+def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:
+    """Return the ways to shard a value along `dim` so that what it was made of is cut evenly.
+
+    Rows (batch, tokens) that became one dimension are cut in segments where the tokens are.
+    """
+    found, seen, pending = {S(dim)}, {node}, [node]
+    size = axis.shape(node)[dim]
+    while pending:
+        value = pending.pop()
+        if value.op != "call_function":
+            continue
+        for source in tensor_inputs(value):
+            if source in seen or is_tuple(source):
+                continue
+            seen.add(source)
+            if axis.shape(source)[dim : dim + 1] == (size,):
+                pending.append(source)
+            elif value.target is aten.reshape.default:
+                factors = refine(axis.shape(source), axis.shape(value))
+                outer = {f.out_outer for f in factors if f.out_dim == dim and f.size > 1}
+                found |= {_sharded(dim, size, n) for n in outer}
+    return found
 
 
 @rule(aten.expand.default)
@@ -171,11 +199,11 @@ def _segmentations(
     slices of the same value cut it, or where it is cut already.
     """
     source: Any = call.node.args[0]
-    placed = placement_of(source)
+    placed = call.axis.placement(source)
     cuts = set(accumulate(placed.segments)) if placed.dim == dim else set()
     for user in source.users:
         if user.target is call.target and user.args[0] is source:
-            sibling, *bounds, step = slice_bounds(global_call(user, call.size))
+            sibling, *bounds, step = slice_bounds(global_call(user, call.axis))
             cuts |= set(bounds) if sibling == dim and step == 1 else set()
     if not out.is_shard or out.dim != dim or end - start == call.shapes[0][dim]:
         return

@@ -144,7 +144,7 @@ def _elementwise_loss(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     declared = call.target._schema.arguments[3:]
     options = {argument.name: call.named(argument.name) for argument in declared}
     name = call.target._schema.name.removeprefix("aten::")
-    return partial_loss, (name, *call.args[:2], call.size), options
+    return partial_loss, (name, *call.args[:2], axis), options
 
 
 LOCAL: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {

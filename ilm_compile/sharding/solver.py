@@ -4,8 +4,9 @@ Each cluster of equal calls picks one strategy of its rule, each parameter one p
 and each value that is needed in another placement than it was made in pays for the collective, once
 for all who need it, forward and backward. Costs are seconds on the given hardware: the roofline for
 calls, the alpha-beta model for collectives. It runs twice: first for the least share of weights and
-of FLOPs that every rank repeats, then for time among the plans that reach it. So whatever can be
-divided is divided, at any size: the search chooses how, not whether.
+of FLOPs (on a token axis of activations too) that every rank repeats, then for time among the plans
+that reach it. So whatever can be divided is divided, at any size: the search chooses how, not
+whether.
 
 The linear program of an edge (one variable per pair of producer and consumer placement, with the
 pairs' sums tied to both choices) is the usual relaxation of a pairwise model, as in Alpa
@@ -27,7 +28,8 @@ from torch import fx
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
 from ilm_compile.errors import PlanError
 from ilm_compile.program.gradients import gradient_nodes
-from ilm_compile.program.placement import I, Placement
+from ilm_compile.program.layout import TOKEN_AXES, MeshAxis
+from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
@@ -69,22 +71,22 @@ class Move:
 
 
 def solve(
-    program: Program, size: int, *, restrictions: Restrictions, hardware: str = "h100"
+    program: Program, axis: MeshAxis, *, restrictions: Restrictions, hardware: str = "h100"
 ) -> Solution:
-    """Return the cheapest placements of `program` over `size` ranks.
+    """Return the cheapest placements of `program` over the ranks of `axis`.
 
     Raises `PlanError` when the restrictions leave no legal choice.
     """
-    return Search(program, size, restrictions, HARDWARE[hardware]).run()
+    return Search(program, axis, restrictions, HARDWARE[hardware]).run()
 
 
 class Search:
     """The integer program of one graph; it outlives the search, to say what else was possible."""
 
     def __init__(
-        self, program: Program, size: int, restrictions: Restrictions, hardware: Hardware
+        self, program: Program, axis: MeshAxis, restrictions: Restrictions, hardware: Hardware
     ) -> None:
-        self.program, self.size = program, size
+        self.program, self.axis, self.size = program, axis, axis.size
         self.restrictions, self.hardware = restrictions, hardware
         self.gradients = gradient_nodes(program.graph)
         self.weighted = _weighted_nodes(program)
@@ -93,6 +95,7 @@ class Search:
         for node, cluster in self.clusters.items():
             self.members[cluster].append(node)
         self.weight_total, self.flops_total = _totals(program)
+        self.elements_total = max(1, sum(map(_elements, self.weighted)))
         self.choices: dict[Cluster, list[Strategy]] = {}
         self.first: dict[Cluster, int] = {}  # column of a cluster's first choice
         self.moves: dict[int, Move] = {}  # the placement changes behind the columns that cost time
@@ -113,7 +116,7 @@ class Search:
         answer = self.problem.solve()
         if answer is None:
             raise PlanError(
-                f"tensor-parallel: no legal placement over size={self.size} ranks under "
+                f"{self.restrictions.name}: no legal placement over size={self.size} ranks under "
                 f"{self.restrictions}; drop a restriction"
             )
         chosen = {cluster: self._chosen(cluster, answer.values) for cluster in self.choices}
@@ -137,10 +140,14 @@ class Search:
         shape = shapes_of(node)[0]
         if node.op == "get_attr":
             variable = self.program.variables[str(node.target)]
+            if not variable.is_parameter:
+                return [Strategy((), I)]
+            if self.axis.name in TOKEN_AXES:
+                return [Strategy((), R)]
             shards = {w for w in wanted if w.is_shard and w.divides(shape, self.size)}
-            at_rest = [I, *sorted(shards, key=str)] if variable.is_parameter else [I]
+            at_rest = [I, *sorted(shards, key=str)]
             return [Strategy((), p) for p in self.restrictions.parameter(variable.name, at_rest)]
-        call = global_call(node, self.size)
+        call = global_call(node, self.axis)
         if node not in self.weighted:  # integers, masks, tables: cheap, the same everywhere
             return strategies(call, ())[:1]
         options = strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
@@ -171,13 +178,15 @@ class Search:
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
             for backward in directions
         )
-        call = global_call(node, self.size)
+        call = global_call(node, self.axis)
         seconds = sum(times) + sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
         flops = forward_flops(node)
         # Sums are made whole where they arise: in low precision, partial ones drift apart.
         kept_partial = PARTIAL * (option.output.kind == "P" and not flops)
-        repeated = flops * (shards == 1) / self.flops_total
-        return len(nodes) * (seconds + kept_partial), len(nodes) * repeated
+        repeated = flops / self.flops_total
+        if self.axis.name in TOKEN_AXES and node in self.weighted:
+            repeated += _elements(node) / self.elements_total
+        return len(nodes) * (seconds + kept_partial), len(nodes) * repeated * (shards == 1)
 
     def _exchange(self, numbers: int) -> float:
         """Return the seconds of reducing `numbers` inside an op, but for the latency.
@@ -286,6 +295,13 @@ def _weight(program: Program, node: fx.Node) -> int:
     """Return the size of a weight; 0 for what is small anyway: biases, norms and buffers."""
     variable = program.variables[str(node.target)]
     return prod(variable.shape) if variable.is_parameter and len(variable.shape) > 1 else 0
+
+
+def _elements(node: fx.Node) -> int:
+    """Return how many numbers a call reads and writes: on a token axis all of them are divided."""
+    if node.op != "call_function":
+        return 0
+    return sum(prod(shape) for n in (node, *tensor_inputs(node)) for shape in shapes_of(n))
 
 
 def _totals(program: Program) -> tuple[int, int]:

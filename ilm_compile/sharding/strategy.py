@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ilm_compile.program.layout import MeshAxis, layout_of
 from ilm_compile.program.placement import I, P, Placement, R, S
-from ilm_compile.program.values import shapes_of
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ class Strategy(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call node as the rules see it; shapes are the global, unsharded ones."""
+    """A call node as the rules see it on one axis; shapes are the global ones (`MeshAxis`)."""
 
     node: fx.Node
     target: Any
@@ -44,8 +44,13 @@ class Call:
     kwargs: dict[str, Any]
     shapes: tuple[tuple[int, ...], ...]  # of the tensor inputs, in the order of `tensor_inputs`
     shape: tuple[int, ...]  # of the output
-    size: int  # ranks on the axis
+    axis: MeshAxis
     further: tuple[tuple[int, ...], ...] = ()  # of an op's results after the first
+
+    @property
+    def size(self) -> int:
+        """The number of ranks on the axis."""
+        return self.axis.size
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
         """Return the argument given by position or by name."""
@@ -65,6 +70,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Rule = Callable[[Call, frozenset[Placement]], Iterator[Strategy]]
 RULES: dict[Any, Rule] = {}
 TAG_RULES: dict[torch.Tag, Rule] = {}  # of ops that others bring and tag
+OTHER_AXIS: dict[Any, Rule] = {}  # of functions that talk over an axis: their rule on the others
 
 
 def rule_of(target: Any) -> Rule:
@@ -95,45 +101,31 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def global_call(node: fx.Node, size: int) -> Call:
+def global_call(node: fx.Node, axis: MeshAxis) -> Call:
     """Return `node` as a call on global values, whether or not it was made rank-local already."""
     inputs = tensor_inputs(node)
-    shapes = tuple(global_shape(value, size) for value in inputs)
+    shapes = tuple(map(axis.shape, inputs))
     restore = GLOBAL_ARGUMENTS.get(node.target, _as_they_are)
-    args, kwargs = restore(node, inputs, size)
-    shape, *further = _global_shapes(node, size)
-    return Call(node, node.target, args, kwargs, shapes, shape, size, tuple(further))
+    args, kwargs = restore(node, inputs, axis)
+    shape, *further = axis.shapes(node)
+    return Call(node, node.target, args, kwargs, shapes, shape, axis, tuple(further))
 
 
-def placement_of(node: fx.Node) -> Placement:
-    """Return the placement of a node's value; I where none was set."""
-    found: Placement = node.meta.get("placement", I)
-    return found
-
-
-def global_shape(node: fx.Node, size: int) -> tuple[int, ...]:
-    """Return the shape of a node's value over all ranks; of several results, the first one's."""
-    return _global_shapes(node, size)[0]
-
-
-def _global_shapes(node: fx.Node, size: int) -> list[tuple[int, ...]]:
-    return [placement_of(node).global_shape(shape, size) for shape in shapes_of(node)]
-
-
-def _as_they_are(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> Arguments:
+def _as_they_are(node: fx.Node, inputs: tuple[fx.Node, ...], axis: MeshAxis) -> Arguments:
     return node.args, dict(node.kwargs)
 
 
-def _global_slice(node: fx.Node, inputs: tuple[fx.Node, ...], size: int) -> Arguments:
-    source, placement = inputs[0], placement_of(inputs[0])
+def _global_slice(node: fx.Node, inputs: tuple[fx.Node, ...], axis: MeshAxis) -> Arguments:
+    source = inputs[0]
     x, dim, *bounds = node.args
-    if placement.is_shard and bounds and placement.dim == dim % source.meta["val"].dim():
-        bounds[:2] = [bound * size for bound in bounds[:2]]  # type: ignore[operator]
+    for name, placement in layout_of(source).shards(axis.sizes) if bounds else ():
+        if placement.dim == dim % source.meta["val"].dim():
+            bounds[:2] = [bound * axis.sizes[name] for bound in bounds[:2]]  # type: ignore[operator]
     return (x, dim, *bounds), dict(node.kwargs)
 
 
 # How arguments that speak of local sizes are made global again; see `localize` for the other way.
-GLOBAL_ARGUMENTS: dict[Any, Callable[[fx.Node, tuple[fx.Node, ...], int], Arguments]] = {
+GLOBAL_ARGUMENTS: dict[Any, Callable[[fx.Node, tuple[fx.Node, ...], MeshAxis], Arguments]] = {
     aten.slice.Tensor: _global_slice,
 }
 
@@ -145,6 +137,11 @@ def tensor_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(found)
 
 
+def axis_of(call: Call | fx.Node) -> str:
+    """Return the axis over which a function of the graph talks: its last argument."""
+    return str(call.kwargs.get("axis") or call.args[-1])
+
+
 def strategies(call: Call, wanted: Iterable[Placement]) -> list[Strategy]:
     """Return the distinct legal strategies of `call`, trivial ones first, in the same order always.
 
@@ -154,7 +151,9 @@ def strategies(call: Call, wanted: Iterable[Placement]) -> list[Strategy]:
     found = [Strategy((I,) * count, I)]
     if count:
         found.append(Strategy((R,) * count, R))
-    found += sorted(rule_of(call.target)(call, frozenset(wanted)), key=repr)
+    is_elsewhere = call.target in OTHER_AXIS and axis_of(call) != call.axis.name
+    rule = OTHER_AXIS[call.target] if is_elsewhere else rule_of(call.target)
+    found += sorted(rule(call, frozenset(wanted)), key=repr)
     legal = (s for s in found if _divides(call, s))
     return list(dict.fromkeys(legal))
 

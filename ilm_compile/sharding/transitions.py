@@ -24,9 +24,11 @@ class Restrictions:
 
     `sequence_parallel`: True, activations are sharded over tokens wherever that is legal and are
     gathered for a matrix product only; False, none is ever scattered. None leaves it to the cost.
-    `parameters` fixes placements at rest, by parameter name or glob pattern.
+    `parameters` fixes placements at rest, by parameter name or glob pattern. `name`: of the pass,
+    in errors.
     """
 
+    name: str = "tensor-parallel"
     sequence_parallel: bool | None = None
     parameters: tuple[tuple[str, Placement], ...] = ()
 
@@ -46,7 +48,7 @@ class Restrictions:
         left = [p for p in options if p == fixed or (any_segments and p.dim == fixed.dim)]
         if not left:
             raise PlanError(
-                f"tensor-parallel: {name} cannot be {fixed}; by the rules of the ops that use it, "
+                f"{self.name}: {name} cannot be {fixed}; by the rules of the ops that use it, "
                 f"it can be one of {options}"
             )
         return left

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,13 @@ from ilm_compile.config import Config
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.mesh import choose_device, join_job
 from ilm_compile.training.launch import read_place
+from ilm_compile.training.settings import settings_of
 
 
-def agree_on_start(config: Config) -> None:
+def agree_on_start(config: Config, *, on_met: Callable[[], object] | None = None) -> None:
     """Join the job's process group and compare hashes, the first collective of all.
 
+    on_met: called once all ranks are known to have come, unless the group was there already.
     A rank with another plan would wait in another group; here it is named. Raises
     `IlmCompileError` on all ranks with the numbers of those that differ from rank 0, and in what.
     Does nothing in a process that was started alone.
@@ -30,7 +32,8 @@ def agree_on_start(config: Config) -> None:
     if not dist.is_initialized():
         if not read_place().is_started:
             return
-        join_job(choose_device(), timeout=timedelta(seconds=config.train.timeout_s))
+        timeout = timedelta(seconds=config.train.timeout_s)
+        join_job(choose_device(), timeout=timeout, on_met=on_met)
     # The code first, for another code may have other keys.
     for what, facts in (("code", code_facts()), ("config", config_facts(config))):
         if differences := _differences(facts):
@@ -51,7 +54,7 @@ def code_facts() -> dict[str, bytes]:
 
 def config_facts(config: Config) -> dict[str, bytes]:
     """Every value of the config by its key; the keys of the model, which depend on it, as one."""
-    return {key: repr(value).encode() for key, value in _keys(config.to_dict())}
+    return {key: repr(value).encode() for key, value in _keys(settings_of(config))}
 
 
 def _keys(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,8 +9,8 @@ from ilm_compile.runtime import Trainer
 from ilm_compile.runtime.checkpoint import CheckpointManager
 from ilm_compile.runtime.checkpoint.training_state import ALL
 from ilm_compile.training.data import TrainBatches
-from ilm_compile.training.model import build_model
-from ilm_compile.training.settings import Settings
+from ilm_compile.training.model import build_model, weights_folder
+from ilm_compile.training.settings import Settings, settings_of
 
 CHECKPOINT_FOLDER = "checkpoints"
 TRAINER, SAMPLER = "trainer", "sampler"
@@ -31,7 +31,7 @@ def initialize_checkpoints(
         trainer.parallel,
         optimizer=trainer.optimizer,
         states={TRAINER: trainer, SAMPLER: batches},
-        config=config.to_dict(),
+        config=settings_of(config),
         every=options.every,
         keep_last=options.keep_last,
         keep_every=options.keep_every,
@@ -54,7 +54,9 @@ def start_from(config: Config, manager: CheckpointManager, trainer: Trainer) -> 
         if step is not None:
             return [f"resumed after step {step} from {checkpoint_folder(config)}", *settings.told]
     if options.load_path is None:
-        return [f"a new run from seed {config.train.seed}"]
+        weights = weights_folder(config)
+        begins = f"seed {config.train.seed}" if weights is None else f"the weights in {weights}"
+        return [f"a new run from {begins}"]
     return [f"started from {options.load_path}", *_load(config, manager, trainer)]
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ilm_compile.config import Config
+from ilm_compile.convert.hf_files import read_config
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.batch import LocalBatch
 from ilm_compile.runtime.data import (
     BatchIterator,
     BatchRamp,
+    Conversations,
     DummyDataset,
     Part,
     RowDataset,
@@ -23,31 +27,34 @@ from ilm_compile.runtime.data import (
     chat_of,
     documents_from_files,
     documents_from_pydoc,
+    labels_in_place,
     load_tokenizer,
     open_shards,
     open_validation_shards,
     pack_documents,
 )
+from ilm_compile.runtime.data.tokenizer import BYTES
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.training.launch import read_place
 from ilm_compile.training.model import input_spec, max_documents
 
 DUMMY_ROWS = 100_000  # of random data
+Batch = dict[str, Tensor]
 Batches = Iterable[LocalBatch]
 
 
 class TrainBatches:
-    """Endless batches with the inputs that the model takes; resumable like the iterator."""
+    """Endless batches as `fit` makes them for the model; resumable like the iterator."""
 
-    def __init__(self, batches: BatchIterator, names: Iterable[str]) -> None:
+    def __init__(self, batches: BatchIterator, fit: Callable[[Batch], LocalBatch]) -> None:
         self._batches = batches
-        self._names = frozenset(names)
+        self._fit = fit
 
     def __iter__(self) -> Iterator[LocalBatch]:
         return self
 
     def __next__(self) -> LocalBatch:
-        return _inputs_of(next(self._batches), self._names)
+        return self._fit(next(self._batches))
 
     def state_dict(self) -> dict[str, Any]:
         return self._batches.state_dict()
@@ -77,7 +84,7 @@ def get_train_data_loader(config: Config) -> TrainBatches:
         num_workers=data.num_worker,
         part=part,
     )
-    return TrainBatches(batches, input_spec(config))
+    return TrainBatches(batches, _fit(config))
 
 
 def get_validation_data_loaders(config: Config) -> dict[str, Batches]:
@@ -90,21 +97,21 @@ def validation_sets(config: Config) -> dict[str, Batches]:
     folder = config.data.valid_folder
     if folder is None:
         return {}
-    names = input_spec(config)
+    fit = _fit(config)
     return {
-        name: _ValidBatches(_batches(config, rows), names)
+        name: _ValidBatches(_batches(config, rows), fit)
         for name, rows in _VALID[config.data.type](config, Path(folder)).items()
     }
 
 
 def data_parallel_part(config: Config) -> Part:
-    """This process among the ranks that tensor and pipeline leave, by the launcher's variables.
+    """This process among the ranks that the other axes leave, by the launcher's variables.
 
     As `Mesh` lays them out, which the first batch shows: it is compared between ranks.
     """
-    parallel, place = config.parallel, read_place()
-    size = max(1, place.world_size // (parallel.tensor * parallel.pipeline))
-    return Part(place.rank // parallel.tensor % size, size)
+    plan, place = config.plan(), read_place()
+    size = max(1, place.world_size // plan.ranks_per_replica)
+    return Part(place.rank // (plan.ranks_per_replica // plan.pp) % size, size)
 
 
 def global_batch_size(config: Config) -> int:
@@ -113,16 +120,23 @@ def global_batch_size(config: Config) -> int:
 
 
 class _ValidBatches:
-    def __init__(self, batches: ValidationBatches, names: Iterable[str]) -> None:
+    def __init__(self, batches: ValidationBatches, fit: Callable[[Batch], LocalBatch]) -> None:
         self._batches = batches
-        self._names = frozenset(names)
+        self._fit = fit
 
     def __iter__(self) -> Iterator[LocalBatch]:
-        return (_inputs_of(batch, self._names) for batch in self._batches)
+        return map(self._fit, self._batches)
 
 
-def _inputs_of(batch: Mapping[str, Tensor], names: Collection[str]) -> LocalBatch:
-    return LocalBatch({name: value for name, value in batch.items() if name in names})
+def _fit(config: Config) -> Callable[[Batch], LocalBatch]:
+    """Leaves of a batch the inputs that the model takes, the labels where it expects them."""
+    names, shifts = frozenset(input_spec(config)), config.hf_folder is not None
+
+    def fit(batch: Batch) -> LocalBatch:
+        taken = {name: value for name, value in batch.items() if name in names}
+        return LocalBatch(labels_in_place(taken) if shifts else taken)
+
+    return fit
 
 
 def _batches(config: Config, rows: RowDataset) -> ValidationBatches:
@@ -152,7 +166,7 @@ def _random(config: Config) -> RowDataset:
         vocab_size=_vocab_size(config),
         max_documents=max_documents(config),
         seed=_seed(config),
-        fixed_length=config.data.fixed_random_dataset_seqlen or config.data.packing == "window",
+        fixed_length=config.data.fixed_random_dataset_seqlen or not config.data.has_boundaries,
     )
 
 
@@ -183,31 +197,67 @@ def _text(config: Config, documents: Iterable[str]) -> RowDataset:
         documents,
         seq_len=config.data.row_tokens,
         max_documents=max_documents(config),
-        tokenizer=load_tokenizer(config.data.tokenizer),
+        tokenizer=load_tokenizer(config.tokenizer),
     )
+
+
+def _chat(config: Config, paths: list[Path]) -> RowDataset:
+    chat = chat_of(config.tokenizer)
+    is_file = config.tokenizer != BYTES
+    rows = Conversations(
+        paths,
+        tokenizer=load_tokenizer(config.tokenizer, end=chat.end if is_file else None),
+        chat=chat,
+        seq_len=config.data.row_tokens,
+        vocab_size=_vocab_size(config),
+        too_long=config.data.long_documents,
+    )
+    if read_place().rank == 0 and (rows.num_cut or rows.num_left_out):
+        warnings.warn(
+            f"data: of {len(rows) + rows.num_left_out} conversations {rows.num_cut} are cut after "
+            f"{config.data.row_tokens} tokens, {rows.num_left_out} are left out, for there is no "
+            "answer in these",
+            stacklevel=2,
+        )
+    return rows
+
+
+def _train_files(config: Config) -> list[Path]:
+    return _files_below(Path(config.data.train_folder or ""))
 
 
 def _files_below(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     if not files:
-        raise IlmCompileError(f"data: expected text files below {folder}, found none")
+        raise IlmCompileError(f"data: expected files below {folder}, found none")
     return files
 
 
-def _text_sets(config: Config, folder: Path) -> dict[str, RowDataset]:
+def _sets(
+    config: Config, folder: Path, read: Callable[[Config, list[Path]], RowDataset]
+) -> dict[str, RowDataset]:
+    """A set for each sub-folder, and one for the files beside them."""
     sets: dict[str, list[Path]] = {}
     for path in _files_below(folder):
         parts = path.relative_to(folder).parts
         sets.setdefault(parts[0] if len(parts) > 1 else folder.name, []).append(path)
-    return {name: _text(config, _documents(config, paths)) for name, paths in sets.items()}
+    return {name: read(config, paths) for name, paths in sets.items()}
 
 
-def _documents(config: Config, paths: list[Path]) -> list[str]:
-    return documents_from_files(paths, chat=chat_of(config.data.tokenizer))
+def _text_files(config: Config, paths: list[Path]) -> RowDataset:
+    documents = documents_from_files(
+        paths,
+        field=config.data.json_field,
+        chat=chat_of(config.tokenizer),
+        option="data.json_field",
+    )
+    return _text(config, documents)
 
 
 def _vocab_size(config: Config) -> int:
     size = config.model.fields.get("vocab_size")
+    if (folder := config.hf_folder) is not None:
+        size = (read_config(Path(folder)) or {}).get("vocab_size")
     if not isinstance(size, int):
         raise IlmCompileError(
             f"model.vocab_size: data.type={config.data.type!r} needs it, and a model of type "
@@ -218,9 +268,8 @@ def _vocab_size(config: Config) -> int:
 
 _TRAIN: dict[str, Callable[[Config], RowDataset]] = {
     "tokenized": lambda config: _tokenized(config, open_shards(config.data.train_folder or "")),
-    "text": lambda config: _text(
-        config, _documents(config, _files_below(Path(config.data.train_folder or "")))
-    ),
+    "text": lambda config: _text_files(config, _train_files(config)),
+    "chat": lambda config: _chat(config, _train_files(config)),
     "pydoc": lambda config: _text(config, documents_from_pydoc()),
     "random": _random,
 }
@@ -229,5 +278,6 @@ _VALID: dict[str, Callable[[Config, Path], dict[str, RowDataset]]] = {
         name: _tokenized(config, shards, only=name)
         for name, shards in open_validation_shards(folder).items()
     },
-    "text": _text_sets,
+    "text": partial(_sets, read=_text_files),
+    "chat": partial(_sets, read=_chat),
 }

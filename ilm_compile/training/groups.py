@@ -30,7 +30,7 @@ class ProcessGroups:
             ParallelMode.DATA: mesh.dp,
             ParallelMode.TENSOR: mesh.tp,
             ParallelMode.PIPELINE: mesh.pp,
-            ParallelMode.ZERO1: mesh.dp,
+            ParallelMode.ZERO1: mesh.fsdp,
         }
 
     def get_group(self, mode: ParallelMode) -> dist.ProcessGroup | None:
@@ -50,14 +50,15 @@ class ProcessGroups:
     def get_ranks_in_group(self, mode: ParallelMode) -> list[int]:
         """The global ranks of the group, in its order."""
         mesh = self._mesh
-        pp, dp, tp = mesh.pp.rank, mesh.dp.rank, mesh.tp.rank
+        pp, fsdp, tp = mesh.pp.rank, mesh.fsdp.rank, mesh.tp.rank
         if mode is ParallelMode.GLOBAL:
             return list(range(mesh.world_size))
         if mode is ParallelMode.TENSOR:
-            return [mesh.rank_at(pp, dp, other) for other in range(mesh.tp.size)]
+            return [mesh.rank_at(pp, fsdp, other) for other in range(mesh.tp.size)]
         if mode is ParallelMode.PIPELINE:
-            return [mesh.rank_at(other, dp, tp) for other in range(mesh.pp.size)]
-        return [mesh.rank_at(pp, other, tp) for other in range(mesh.dp.size)]
+            return [mesh.rank_at(other, fsdp, tp) for other in range(mesh.pp.size)]
+        step = mesh.cp.size if mode is ParallelMode.DATA else 1
+        return [mesh.rank_at(pp, each, tp) for each in range(fsdp % step, mesh.fsdp.size, step)]
 
     def is_first_rank(self, mode: ParallelMode) -> bool:
         return self._axes[mode].rank == 0

@@ -43,8 +43,9 @@ class Guard:
         return self
 
     def watch(self) -> None:
-        """Watch from here on. After the first collective; of a job of several processes only."""
-        if self._place.is_started:
+        """Watch from here on, if not yet. Of a job of several processes only, and after all have
+        come: by then rank 0 has cleared what the job before wrote."""
+        if self._place.is_started and self._watchdog is None:
             self._watchdog = make_watchdog(self._config, self._place)
             self._watchdog.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Container
 from datetime import timedelta
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from ilm_compile.compile import make_plan, parallelize
 from ilm_compile.config import Config
+from ilm_compile.convert import load_weights
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import MODEL_INITIALIZER
 from ilm_compile.program.trace import ExampleInputs, LossFn
@@ -28,13 +30,22 @@ def initialize_model(config: Config) -> Parallel:
     Joins the process group of the job and makes the groups by kind; see `ParallelMode`. Raises
     `PlanError` if the plan does not fit the model or the world.
     """
-    return parallelize(
-        build_model(config),
+    model = build_model(config)
+    parallel = parallelize(
+        model,
         plan=make_plan(config.plan()),
         example_inputs=input_spec(config),
         loss_fn=loss_function(config),
         timeout=timedelta(seconds=config.train.timeout_s),
     )
+    if (folder := weights_folder(config)) is not None:
+        load_weights(parallel, model, folder, "hf")
+    return parallel
+
+
+def weights_folder(config: Config) -> str | None:
+    """The Hugging Face folder whose weights a new run starts from, None if there is none."""
+    return None if config.model.fields.get("from_seed") else config.hf_folder
 
 
 def build_model(config: Config) -> nn.Module:
@@ -47,7 +58,7 @@ def build_model(config: Config) -> nn.Module:
 def max_documents(config: Config) -> int:
     """Documents in one row at most: as many boundaries the program is compiled for."""
     data = config.data
-    if data.packing == "window":
+    if not data.has_boundaries:
         return 1
     documents = data.max_documents or max(MIN_DOCUMENTS, data.row_tokens // TOKENS_A_DOCUMENT)
     return documents + data.micro_bsz if data.one_row else documents  # cut ones count again
@@ -56,16 +67,18 @@ def max_documents(config: Config) -> int:
 def input_spec(config: Config) -> ExampleInputs:
     """Shape and dtype of each input of one micro-batch, by name.
 
-    Those that the data offer and the model's forward takes. Rows of packing="window" have no
-    boundaries, so positions and boundaries are left out there.
+    Those that the data offer and the model's forward takes. Rows of one text have no boundaries, so
+    positions and boundaries are left out there.
     """
     rows = (config.data.rows, config.data.row_tokens)
     spec = {"input_ids": (rows, torch.int64), "labels": (rows, torch.int64)}
-    if config.data.packing != "window":
+    if config.data.has_boundaries:
         borders = (config.data.rows, max_documents(config) + 1)
         spec |= {"position_ids": (rows, torch.int64), "cu_seqlens": (borders, torch.int32)}
     with torch.device("meta"):
         arguments = inspect.signature(build_model(config).forward).parameters
+    if config.hf_folder is not None and config.data.has_boundaries:
+        _check_positions(config, arguments)
     taken = {name: value for name, value in spec.items() if name in arguments or name == "labels"}
     if "input_ids" not in taken or ("labels" not in arguments and not loss_function(config)):
         raise IlmCompileError(
@@ -73,6 +86,15 @@ def input_spec(config: Config) -> ExampleInputs:
             f"labels, it takes {', '.join(arguments)}; call parallelize with a loss_fn instead"
         )
     return taken
+
+
+def _check_positions(config: Config, arguments: Container[str]) -> None:
+    """A Hugging Face model learns from its positions where the documents of a row begin."""
+    if "position_ids" not in arguments:
+        raise IlmCompileError(
+            f"model.hf: {config.hf_folder} is a model that takes no position_ids, so it would read "
+            "on from one document of a row into the next; write data.packing = 'window' if it may"
+        )
 
 
 def loss_function(config: Config) -> LossFn | None:

@@ -15,6 +15,7 @@ from torch import nn
 from ilm_compile.compile import make_plan, partition
 from ilm_compile.config import Config
 from ilm_compile.config.model_section import FAMILIES
+from ilm_compile.convert import open_weights
 from ilm_compile.cost.memory import static_bytes_per_parameter
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
@@ -26,7 +27,7 @@ from ilm_compile.training.data import global_batch_size
 from ilm_compile.training.earlier_run import died_young
 from ilm_compile.training.hooks import make_sinks
 from ilm_compile.training.launch import Place, read_place
-from ilm_compile.training.model import build_model, input_spec, loss_function
+from ilm_compile.training.model import build_model, input_spec, loss_function, weights_folder
 
 GIB = 2**30
 
@@ -46,7 +47,7 @@ class Start:
 
     @property
     def data_parallel(self) -> int:
-        return max(1, self.place.world_size // (self.plan.tp * self.plan.pp))
+        return max(1, self.place.world_size // self.plan.ranks_per_replica)
 
 
 Check = Callable[[Start], Iterator[str]]
@@ -88,15 +89,18 @@ def _run(check: Check, start: Start) -> Iterator[str]:
 
 
 def _world(start: Start) -> Iterator[str]:
-    needed, found = start.plan.tp * start.plan.pp, start.place.world_size
+    needed, found = start.plan.ranks_per_replica, start.place.world_size
+    parallel = {"tensor": start.plan.tp, "context": start.plan.cp, "pipeline": start.plan.pp}
+    shown = {n: size for n, size in parallel.items() if size > 1 or n != "context"}
+    sizes = {f"parallel.{name}": size for name, size in shown.items()}
     if not start.place.is_started and needed > 1:
         yield (
-            f"parallel.tensor={start.plan.tp} and parallel.pipeline={start.plan.pp} need {needed} "
+            f"{' and '.join(f'{name}={size}' for name, size in sizes.items())} need {needed} "
             f"processes: torchrun --nproc-per-node {needed} -m ilm_compile.cli ..."
         )
     elif found % needed:
         yield (
-            f"expected a multiple of parallel.tensor*parallel.pipeline = {needed} processes, got "
+            f"expected a multiple of {'*'.join(sizes)} = {needed} processes, got "
             f"{found}: start {-(-found // needed) * needed}, or change the plan"
         )
 
@@ -151,7 +155,7 @@ def _memory(start: Start) -> Iterator[str]:
     """Weights, gradients and optimizer state alone must fit; activations come on top."""
     dp, plan = start.data_parallel, start.plan
     total = sum(
-        prod(p.shape) * static_bytes_per_parameter(p.dtype, dp=dp, zero=plan.zero)
+        prod(p.shape) * static_bytes_per_parameter(p.dtype, dp=dp * plan.cp, zero=plan.zero)
         for p in start.model.parameters()
     )
     needed, available = total / (plan.tp * plan.pp), available_bytes(start.place)
@@ -237,12 +241,19 @@ def _sources(start: Start) -> Iterator[str]:
         yield f"ckpt.load_path: found nothing at {local_path(path)}"
 
 
+def _weights(start: Start) -> Iterator[str]:
+    """Those of model.hf, by their names and shapes."""
+    if (folder := weights_folder(start.config)) is not None:
+        open_weights(start.model, folder, "hf")
+    yield from ()
+
+
 def _validation(start: Start) -> Iterator[str]:
     folder = start.config.data.valid_folder
     if folder is None:
         yield (
             "data.valid_folder is not given, so there is nothing to evaluate on; give a folder of "
-            "which each sub-folder is a set, with data.type 'tokenized' or 'text'"
+            "which each sub-folder is a set, with data.type 'tokenized', 'text' or 'chat'"
         )
     yield from _unreadable("valid_folder", folder)
 
@@ -286,6 +297,7 @@ _CHECKS: tuple[Check, ...] = (
     _memory,
     _folders,
     _sources,
+    _weights,
     _alerts,
     _model,
 )

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from math import prod
+from pathlib import Path
 from typing import Any
 
 from ilm_compile.config import Config
 from ilm_compile.config.changes import Change, model_changes, training_changes
+from ilm_compile.convert.hf_files import read_config
+from ilm_compile.convert.hf_model import model_facts
+from ilm_compile.program.layout import AXES
 from ilm_compile.runtime import Parallel
 from ilm_compile.runtime.checkpoint import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.checkpoint.training_state import ALL, MODEL
 
 TRAINED = {ALL, "optimizer", "trainer"}  # what makes it the same training that goes on
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """`Config.to_dict`, and what the config.json of model.hf says, as a checkpoint keeps it."""
+    values = config.to_dict()
+    if config.hf_folder is not None:
+        values["model"] |= model_facts(read_config(Path(config.hf_folder)) or {})
+    return values
 
 
 class Settings:
@@ -24,7 +37,7 @@ class Settings:
     def __init__(self, config: Config, parallel: Parallel, *, content: Collection[str]) -> None:
         self.told: list[str] = []
         self._config = config
-        self._own = config.to_dict()
+        self._own = settings_of(config)
         self._data_parallel = parallel.mesh.dp.size
         self._content = set(content)
 
@@ -49,7 +62,7 @@ class Settings:
     def _rows(self, manifest: Manifest) -> Iterator[Change]:
         """The rows of a step, where another number of ranks changes them."""
         plan = manifest.plan
-        before = max(1, manifest.world_size // (plan.get("tp", 1) * plan.get("pp", 1)))
+        before = max(1, manifest.world_size // prod(plan.get(axis, 1) for axis in ("pp", *AXES)))
         if before != self._data_parallel and "data" in manifest.config:
             old = _rows(manifest.config["data"], before)
             new = _rows(self._own["data"], self._data_parallel)

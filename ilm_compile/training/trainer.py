@@ -61,7 +61,7 @@ def train(config: Config) -> Trainer:
     with Guard(config) as guard:
         batches = get_train_data_loader(config)
         validation = get_validation_data_loaders(config)
-        agree_on_start(config)
+        agree_on_start(config, on_met=guard.watch)
         guard.watch()
         trainer = _train(config, batches, validation)
         guard.record_success(trainer)

@@ -76,7 +76,7 @@ class _Names:
         value = self.buffers.get(name)
         content = "" if value is None else _digest(value)
         words = (kind, self.of(("variable", name)), variable.shape, variable.dtype, content)
-        return f"{words} {variable.requires_grad} {variable.placement} {variable.padding}"
+        return f"{words} {variable.requires_grad} {variable.layout} {variable.padding}"
 
     def call(self, node: fx.Node, local: Mapping[fx.Node, str]) -> str:
         if node.op != "call_function":
@@ -90,7 +90,7 @@ class _Names:
 
 def _type(node: fx.Node) -> str:
     values = [f"{value.dtype}{list(value.shape)}" for value in tensors_of(node.meta.get("val"))]
-    return f"{values} {node.meta.get('placement')}"
+    return f"{values} {node.meta.get('layout')}"
 
 
 def _digest(value: Tensor) -> str:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from ilm_compile.program.borrow import remember
 from ilm_compile.program.calling import LossFn, call_model
+from ilm_compile.program.gradient_hooks import OF_PARAMETER
 from ilm_compile.verify.emulate import Step
 from ilm_compile.verify.promote import float64_throughout
 
@@ -77,6 +78,9 @@ def _stand_in(own: Tensor, value: Tensor | None) -> Tensor:
         return value
     parameter = nn.Parameter(value, requires_grad=own.requires_grad)
     parameter.__dict__.update(vars(own))
+    for attribute, kind in OF_PARAMETER.items():  # torch itself says what they do
+        for hook in (getattr(own, attribute, None) or {}).values():
+            getattr(parameter, kind)(hook)
     return parameter
 
 

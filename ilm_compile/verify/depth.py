@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from ilm_compile.program.copy import copy_program
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.pieces import Anchor, Piece
 
 
@@ -52,7 +52,7 @@ def _follows(program: Program, piece: Piece, before: Piece) -> bool:
 
 def _type(anchor: Anchor) -> tuple[object, ...]:
     value = anchor.node.meta["val"]
-    return value.shape, value.dtype, placement_of(anchor.node), anchor.trained
+    return value.shape, value.dtype, layout_of(anchor.node), anchor.trained
 
 
 def _replaced(program: Program, names: Mapping[str, str]) -> Program:

@@ -80,7 +80,6 @@ class View:
     inputs: list[Dims]
     results: list[Dims]
     classes: Classes
-    size: int
     dims: Mapping[fx.Node, list[Dims]]
 
     @property
@@ -102,7 +101,7 @@ class View:
     def name_position(self, dim: int, position: int) -> None:
         """Note a place along dimension `dim` of the first input; local ones are made global."""
         number = self.inputs[0][dim]
-        position = position * self.size if self.is_split(dim) else position
+        position *= self.classes.sizes[number] // max(1, self.classes.locals[number])
         length = self.classes.sizes[number]
         position = position + length if position < 0 else position
         if 0 < position < length:

@@ -16,7 +16,7 @@ from ilm_compile.errors import ProgramError
 from ilm_compile.passes.master_weights import is_master
 from ilm_compile.passes.parameter_free import parameter_free_nodes
 from ilm_compile.passes.precision import BF16, CARRIERS, called_name, precision_of
-from ilm_compile.program.placement import P
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program, Variable
 from ilm_compile.program.values import tensors_of
 
@@ -90,7 +90,7 @@ def _is_looked_up(cast: fx.Node) -> bool:
         node = pending.pop()
         if node.op == "call_function" and precision_of(node, ()).result == BF16:
             return True
-        if called_name(node) in CARRIERS or node.meta.get("placement") == P:
+        if called_name(node) in CARRIERS or layout_of(node).is_partial:
             pending += node.all_input_nodes
     return False
 

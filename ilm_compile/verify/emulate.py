@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ilm_compile.errors import PlacementError, ProgramError
+from ilm_compile.program.layout import Sizes
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.parameter_map import check_round_trip, gradients_to_model, to_model
 from ilm_compile.program.placement import join_shards
@@ -86,11 +87,11 @@ class _World:
         max_norm: float | None,
     ) -> None:
         self.lowered = lowered
-        self.meetings = meetings = Meetings(schedule.num_ranks, lowered.plan.tp)
+        self.meetings = meetings = Meetings(schedule.num_ranks, lowered.plan.axes)
         self.ranks = [
             [
-                EmulatedRank(lowered, schedule, model, meetings, (p, t), dp=dp, max_norm=max_norm)
-                for t in range(meetings.tp)
+                EmulatedRank(lowered, schedule, model, meetings, (p, r), dp=dp, max_norm=max_norm)
+                for r in range(meetings.size)
             ]
             for p in range(meetings.pp)
         ]
@@ -125,18 +126,18 @@ class _World:
         self._on_all(lambda rank: rank.load(reader))
 
     def _on_all(self, function: Callable[[EmulatedRank], T]) -> list[list[T]]:
-        """Return what `function` gives on every rank's thread, by pipeline and tp rank."""
+        """Return what `function` gives on every rank's thread, by pipeline rank and number."""
         return run_groups(
             self.meetings.pp,
-            self.meetings.tp,
-            lambda pp_rank, tp_rank: function(self.ranks[pp_rank][tp_rank]),
-            groups=self.meetings.tensor_parallel,
+            self.meetings.meshes[0].sizes,
+            lambda pp_rank, rank: function(self.ranks[pp_rank][rank]),
+            meshes=self.meetings.meshes,
             turn=self.meetings.turn,
             on_failure=self.meetings.close,
         )
 
     def _held(self, variable: Variable) -> list[list[Shard]]:
-        """What the tp ranks of each pipeline rank that holds `variable` have of it."""
+        """What the ranks of each pipeline rank that holds `variable` have of it."""
         groups = ([r.parallel.parameters.shards for r in group] for group in self.ranks)
         return [
             [s[variable.name] for s in shards] for shards in groups if variable.name in shards[0]
@@ -155,7 +156,12 @@ class _World:
             if all(part is None for group in copies for _, part in group):
                 continue
             wholes = [
-                _joined([torch.zeros_like(x) if p is None else p for x, p in g], variable, kind)
+                _joined(
+                    [torch.zeros_like(x) if p is None else p for x, p in g],
+                    variable,
+                    self.meetings.meshes[0].sizes,
+                    kind,
+                )
                 for g in copies
             ]
             if any(not torch.equal(wholes[0], other) for other in wholes[1:]):
@@ -184,27 +190,33 @@ class _World:
                 )
 
 
-def _joined(copies: list[Tensor], variable: Variable, kind: str) -> Tensor:
-    """Return the full tensor of which the tp ranks hold `copies`."""
-    if variable.placement.is_shard:
-        return join_shards(copies, variable.placement)
-    _require_equal(copies, variable.name, kind)
-    return copies[0]
+def _joined(parts: list[Tensor], variable: Variable, sizes: Sizes, kind: str) -> Tensor:
+    """Return the full tensor of which the ranks hold `parts`, copies of each included."""
+    for axis, size in reversed([*sizes.items()]):
+        place = variable.layout.on(axis)
+        groups = [parts[i : i + size] for i in range(0, len(parts), size)]
+        if place.is_shard:
+            parts = [join_shards(group, place) for group in groups]
+            continue
+        for group in groups:
+            _require_equal(group, variable.name, kind, axis)
+        parts = [group[0] for group in groups]
+    return parts[0]
 
 
 def _agreed(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the outputs that every tp rank has made whole, which must be the same."""
+    """Return the outputs that every rank has made whole, which must be the same."""
     for name in outputs[0]:
-        _require_equal([each[name] for each in outputs], f"output {name}", "value")
+        _require_equal([each[name] for each in outputs], f"output {name}", "value", "tp or cp")
     return outputs[0]
 
 
-def _require_equal(copies: list[Tensor], name: str, kind: str) -> None:
+def _require_equal(copies: list[Tensor], name: str, kind: str, axis: str) -> None:
     for rank, other in enumerate(copies):
         if not torch.allclose(other, copies[0], rtol=1e-9, atol=1e-12, equal_nan=True):
             raise PlacementError(
-                f"emulation: {name} is invariant, but its {kind} differs between tp ranks 0 and "
-                f"{rank}: it is not fully reduced"
+                f"emulation: {name} is invariant, but its {kind} differs between {axis} ranks "
+                f"0 and {rank}: it is not fully reduced"
             )
 
 

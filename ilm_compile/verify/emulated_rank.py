@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from ilm_compile.errors import ScheduleError
 from ilm_compile.program.communicator import Communicator
+from ilm_compile.program.layout import Sizes
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.checkpoint.manifest import Manifest
-from ilm_compile.runtime.communicator import MeasuredCommunicator, SingleCommunicator
+from ilm_compile.runtime.communicator import MeasuredCommunicator
 from ilm_compile.runtime.executor import Executor, StepResult
 from ilm_compile.runtime.mesh import Axis, Mesh
 from ilm_compile.runtime.optimizer import adamw
@@ -32,7 +33,7 @@ from ilm_compile.runtime.trainer import Trainer
 from ilm_compile.schedule import Schedule
 from ilm_compile.verify import round_trip
 from ilm_compile.verify.mailroom import Mailroom, MailroomChannel
-from ilm_compile.verify.threads import ThreadCommunicator, ThreadGroup
+from ilm_compile.verify.threads import AxisGroups, ThreadCommunicator, ThreadGroup
 
 LEARNING_RATE = 1e-2
 # Of Adam: where a gradient is far below it, the rounding of its last digit is not blown up to a
@@ -47,52 +48,60 @@ def optimizer_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
 
 
 class Meetings:
-    """Where the ranks of a world of `pp` times `tp` threads meet."""
+    """Where the ranks of a world of threads meet: `pp` meshes of these `sizes`."""
 
-    def __init__(self, pp: int, tp: int) -> None:
-        self.pp, self.tp = pp, tp
+    def __init__(self, pp: int, sizes: Sizes) -> None:
+        self.pp = pp
         self.turn = threading.RLock()
-        self.everyone = ThreadGroup(pp * tp, self.turn)
-        self.tensor_parallel = [ThreadGroup(tp, self.turn) for _ in range(pp)]
-        self.mailrooms = [Mailroom(pp, self.turn) for _ in range(tp)]
+        self.meshes = [AxisGroups(sizes, self.turn) for _ in range(pp)]
+        self.size = self.meshes[0].size
+        self.everyone = ThreadGroup(pp * self.size, self.turn)
+        self.mailrooms = [Mailroom(pp, self.turn) for _ in range(self.size)]
         self._pipelines: dict[tuple[tuple[int, ...], int], ThreadGroup] = {}
 
-    def pipeline(self, pp_ranks: tuple[int, ...], tp_rank: int) -> ThreadGroup:
-        """The given pipeline ranks of one tp rank."""
+    def pipeline(self, pp_ranks: tuple[int, ...], rank: int) -> ThreadGroup:
+        """The given pipeline ranks, each with its rank of this number."""
         new = ThreadGroup(len(pp_ranks), self.turn)
-        return self._pipelines.setdefault((pp_ranks, tp_rank), new)
+        return self._pipelines.setdefault((pp_ranks, rank), new)
 
     def close(self) -> None:
         """Release everyone who waits for another, with an error."""
         for mailroom in self.mailrooms:
             mailroom.close()
-        for group in (self.everyone, *self.tensor_parallel, *self._pipelines.values()):
+        for mesh in self.meshes:
+            mesh.close()
+        for group in (self.everyone, *self._pipelines.values()):
             group.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadMesh(Mesh):
-    """A `Mesh` whose ranks are threads. It has one dp rank, which takes every replica's part."""
+    """A `Mesh` whose ranks are threads. It has one dp rank, which takes every replica's part.
+
+    number: of the rank among those of its pipeline rank.
+    """
 
     meetings: Meetings
+    number: int
 
     @property
     def everyone(self) -> Communicator:
-        return ThreadCommunicator(self.meetings.everyone, self.rank)
+        number = self.pp.rank * self.meetings.size + self.number
+        return ThreadCommunicator(self.meetings.everyone, number)
+
+    def graph_communicators(self) -> dict[str, MeasuredCommunicator]:
+        return {**self.meetings.meshes[self.pp.rank].communicators(self.number)}
 
     def data_parallel(self) -> Communicator:
-        return SingleCommunicator()
-
-    def tensor_parallel(self) -> MeasuredCommunicator:
-        return ThreadCommunicator(self.meetings.tensor_parallel[self.pp.rank], self.tp.rank)
+        return self.graph_communicators()["cp"]
 
     def pipeline(self, pp_ranks: tuple[int, ...]) -> Communicator | None:
         if self.pp.rank not in pp_ranks:
             return None
-        group = self.meetings.pipeline(pp_ranks, self.tp.rank)
+        group = self.meetings.pipeline(pp_ranks, self.number)
         return ThreadCommunicator(group, pp_ranks.index(self.pp.rank))
 
-    def bind(self, tp: Communicator) -> None:
+    def bind(self, axes: Mapping[str, Communicator]) -> None:
         """Its thread is bound by whoever runs it."""
 
 
@@ -154,13 +163,18 @@ class EmulatedRank:
         dp: int,
         max_norm: float | None,
     ) -> None:
-        pp_rank, tp_rank = place
+        pp_rank, number = place
+        own_place = meetings.meshes[pp_rank].place(number)
+        axes = {axis: Axis(own_place.ranks[axis], size) for axis, size in own_place.sizes.items()}
         mesh = ThreadMesh(
             pp=Axis(pp_rank, meetings.pp),
             dp=Axis(),
-            tp=Axis(tp_rank, meetings.tp),
+            cp=axes["cp"],
+            tp=axes["tp"],
+            fsdp=axes["cp"],
             device=CPU,
             meetings=meetings,
+            number=number,
         )
         stages = tuple(
             copy.deepcopy(stage) if schedule.stage_to_rank[stage.index] == pp_rank else stage
@@ -169,7 +183,7 @@ class EmulatedRank:
         own = replace(lowered, stages=stages)
         self.parallel = Parallel(own, schedule, mesh, model)
         self._syncs = {stage.index: WatchedSync(stage) for stage in self.parallel.stages}
-        channel = MailroomChannel(meetings.mailrooms[tp_rank], pp_rank)
+        channel = MailroomChannel(meetings.mailrooms[number], pp_rank)
         self.parallel.executor = Executor(stages, schedule, mesh, self._syncs, channel)
         self._replicas = [
             StepInputs.of(
@@ -202,9 +216,13 @@ class EmulatedRank:
         self.parallel.zero_grad()
         loss = torch.zeros((), dtype=torch.float64)
         pieces: dict[str, list[Tensor]] = {}
-        for inputs in self._replicas:
+        for replica, inputs in enumerate(self._replicas, 1):
             self.parallel.step_inputs, self.parallel.num_steps = inputs, number
-            result = self.parallel.run(inputs.of_step(batch, number), keep_outputs=keep_outputs)
+            result = self.parallel.run(
+                inputs.of_step(batch, number),
+                keep_outputs=keep_outputs,
+                is_last=replica == len(self._replicas),
+            )
             for sync in self._syncs.values():
                 sync.check()
             loss += self.parallel.global_loss(result)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.dropout import SEED, seeded_dropout
+from ilm_compile.program.kept_hooks import GradientHook
 from ilm_compile.program.program import Program
 from ilm_compile.runtime.batch import BatchLayout
 from ilm_compile.runtime.mesh import Axis
@@ -42,6 +43,8 @@ def graph_steps(
     for number, batch in enumerate(batches):
         with float64_default():
             loss, outputs = _accumulate(traced, held, batch, num_slices, number)
+        for name, parameter in trained.items():
+            _run_hooks(traced.variables[name].gradient_hooks, parameter)
         gradients = {n: t.grad.clone() for n, t in trained.items() if t.grad is not None}
         _clip(trained, max_norm)
         if optimizer is not None:
@@ -85,6 +88,18 @@ def _accumulate(
         for i, name in enumerate(traced.output_names[1:])
     }
     return torch.stack(losses).mean(), whole
+
+
+def _run_hooks(hooks: Sequence[GradientHook], parameter: torch.nn.Parameter) -> None:
+    """As torch would after one backward of the whole batch."""
+    with torch.no_grad():
+        for hook in hooks if parameter.grad is not None else ():
+            if hook.is_post:
+                hook.function(parameter)
+            elif (changed := hook.function(parameter.grad)) is not None:
+                parameter.grad = changed
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.contiguous()
 
 
 def _clip(parameters: Mapping[str, Tensor], max_norm: float | None) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.values import name_of
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.numbers import (
     Parts,
     Run,
@@ -68,8 +68,8 @@ def first_difference(
                 held = [grad for grad in ours.gradients if grad is not None]
                 if len(right) < before.size or len(held) < after.size:
                     continue
-            whole = gather(right, placement_of(old[name_of(node)]), what)[0]
-            wholes = gather(held, placement_of(node), what)
+            whole = gather(right, layout_of(old[name_of(node)]), before.sizes, what)[0]
+            wholes = gather(held, layout_of(node), after.sizes, what)
             tiny = floor if what == "gradient" else 1e-12
             errors = [relative_error(each, whole, tiny) for each in wholes]
             if not max(errors) <= tolerance:
@@ -98,7 +98,7 @@ def _norm(tensors: Sequence[Tensor | None]) -> float:
 def _how(wholes: Parts, errors: list[float], expected: Tensor, tolerance: float) -> str:
     """Return what can be told of wrong values: on which rank, of what shape, how many times."""
     worst = errors.index(max(errors))
-    words = [f"on tp rank {worst} but not on all"] if min(errors) <= tolerance else []
+    words = [f"on rank {worst} but not on all"] if min(errors) <= tolerance else []
     actual = without_padding(wholes[worst], expected)
     if actual.shape != expected.shape:
         words.append(f"it has shape {list(actual.shape)}, expected {list(expected.shape)}")

@@ -46,7 +46,7 @@ def _rounding(find: Callable[[Program], Iterable[fx.Node]]) -> Callable[[Program
 
         def rounded(user: fx.Node) -> fx.Node:
             short = narrow(user)
-            placed = short.meta.get("placement")
+            placed = short.meta.get("layout")
             return put(program, user, CAST, short, torch.float32, placed=placed)
 
         reroute(program, node, rounded)

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 
 from ilm_compile.program.collectives import redistribute
-from ilm_compile.program.placement import I, Placement, R, S
+from ilm_compile.program.layout import INVARIANT, Layout, layout_of
+from ilm_compile.program.placement import Placement, R, S
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.mutate_places import (
     Kind,
     Place,
@@ -30,7 +31,6 @@ from ilm_compile.verify.mutate_places import (
 
 IGNORED, HIDDEN = -100, -1e9
 WINDOW = 20  # tokens: more than a proof on sixteen could see
-TO_RANKS = {"src": "I", "dst": "R", "axis": "tp"}
 SDPA, ATTENTION, SOFTMAX = (
     aten.scaled_dot_product_attention.default,
     ilm.attention.default,
@@ -143,24 +143,27 @@ def _length(node: fx.Node) -> int:
 
 
 def _look_back(window: int, program: Program, node: fx.Node) -> None:
-    length, is_placed = _length(node), "placement" in node.meta
-    whole = R if placement_of(node).is_shard else I  # the ranks' heads share a mask
+    length, is_placed = _length(node), "layout" in node.meta
+    # the ranks' heads share a mask
+    whole = Layout.of({axis: R for axis, place in layout_of(node).placed if place.is_shard})
 
     def emit(target: object, *args: object, **kwargs: object) -> fx.Node:
         return put(program, node, target, *args, placed=whole if is_placed else None, **kwargs)
 
     ones = emit(aten.ones.default, [length, length], dtype=torch.bool)
-    if whole == R:
-        ones.meta["placement"] = I
+    if is_placed:
+        ones.meta["layout"] = INVARIANT
+    for axis, _ in whole.placed:
+        move: dict[str, Any] = {"src": "I", "dst": "R", "axis": axis}
         with program.graph.inserting_before(node):
-            copy = program.graph.call_function(redistribute, (ones,), dict(TO_RANKS))
-        copy.meta = {**ones.meta, "placement": R}
+            copy = program.graph.call_function(redistribute, (ones,), move)
+        copy.meta = {**ones.meta, "layout": layout_of(ones).with_placement(axis, R)}
         ones = copy
     seen = emit(aten.triu.default, ones, 1 - window)
     if node.target is SOFTMAX:
         far = emit(aten.logical_not.default, seen)
         scores = node.all_input_nodes[0]
-        placed = placement_of(scores) if is_placed else None
+        placed = layout_of(scores) if is_placed else None
         call = (aten.masked_fill.Scalar, scores, far, HIDDEN)
         node.update_arg(0, put(program, node, *call, placed=placed))
     elif node.target is SDPA:
@@ -183,12 +186,16 @@ def _mask(program: Program, node: fx.Node, seen: fx.Node, emit: Callable[..., fx
     node.kwargs = {**node.kwargs, "attn_mask": mask, "dropout_p": rate, "is_causal": False}
 
 
+def _turned(place: Placement) -> Placement:
+    """Return how heads and tokens lie when they change places."""
+    return S(3 - place.dim) if place.is_shard and place.dim in (1, 2) else place
+
+
 def _write_out(program: Program, node: fx.Node, mask: fx.Node, is_placed: bool) -> None:
     """Put torch's attention, heads before tokens, in the place of ours."""
 
     def turned(value: fx.Node) -> fx.Node:
-        own = placement_of(value)
-        placed: Placement | None = S(3 - own.dim) if own.is_shard and own.dim in (1, 2) else own
+        placed = Layout.of({axis: _turned(place) for axis, place in layout_of(value).placed})
         call = (aten.transpose.int, value, 1, 2)
         return put(program, node, *call, placed=placed if is_placed else None)
 
@@ -199,7 +206,7 @@ def _write_out(program: Program, node: fx.Node, mask: fx.Node, is_placed: bool) 
         node,
         SDPA,
         *(q, k, v),
-        placed=placement_of(q) if is_placed else None,
+        placed=layout_of(q) if is_placed else None,
         attn_mask=mask,
         scale=scale,
         enable_gqa=True,

@@ -16,10 +16,9 @@ from ilm_compile.passes.parameter_free import parameter_free_nodes
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.gradients import wanted_gradients
-from ilm_compile.program.placement import Placement
+from ilm_compile.program.layout import Layout, layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of, without_data
-from ilm_compile.sharding.strategy import placement_of
 
 Edit = Callable[[Program, fx.Node], None]
 Place = tuple[fx.Node, str, Edit]  # where, more words about it, and what to do there
@@ -119,7 +118,7 @@ def put(
     point: fx.Node,
     target: Any,
     *args: Any,
-    placed: Placement | None = None,
+    placed: Layout | None = None,
     **kwargs: Any,
 ) -> fx.Node:
     """Insert a call before `point`, in its region and stage, and return it."""
@@ -132,7 +131,7 @@ def put(
     with torch.no_grad(), torch.device("meta"):
         node.meta["val"] = without_data(target(*given[0], **given[1]))
     if placed is not None:
-        node.meta["placement"] = placed
+        node.meta["layout"] = placed
     return node
 
 
@@ -144,7 +143,7 @@ def reroute(program: Program, node: fx.Node, make: Callable[[fx.Node], fx.Node])
 
 def like(program: Program, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> Make:
     """Return what gives a user ``target(node, *args)``, placed as `node` is."""
-    placed = placement_of(node) if "placement" in node.meta else None
+    placed = layout_of(node) if "layout" in node.meta else None
     return lambda user: put(program, user, target, node, *args, placed=placed, **kwargs)
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from ilm_compile.program.collectives import TRANSITIONS
+from ilm_compile.program.layout import WEIGHT_AXES, layout_of
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import global_shape, placement_of
 from ilm_compile.verify.mutate_places import CAST, Kind, Place, collectives, parameters
+
+FUSED = WEIGHT_AXES[0]  # the axis that cuts fused parameters
 
 
 def _ends(node: fx.Node) -> tuple[Placement, Placement]:
@@ -53,7 +55,7 @@ def retype_collective(program: Program) -> Iterator[Place]:
 
     def edit(src: Placement, dst: Placement, program: Program, node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, "src": str(src), "dst": str(dst)}
-        node.meta["placement"] = dst
+        _place(node, str(node.kwargs["axis"]), dst)
 
     for node in collectives(program):
         ends = _ends(node)
@@ -68,38 +70,48 @@ def retype_collective(program: Program) -> Iterator[Place]:
 def flip_shard_dim(program: Program) -> Iterator[Place]:
     """A parameter, or the result of a collective, sharded along another dimension."""
 
-    def edit(placement: Placement, program: Program, node: fx.Node) -> None:
-        shape = global_shape(node, program.plan.tp)
-        local = placement.local_shape(shape, program.plan.tp)
-        node.meta.update(val=node.meta["val"].new_empty(local), placement=placement)
+    def edit(name: str, placement: Placement, program: Program, node: fx.Node) -> None:
+        axis = program.plan.axis(name)
+        own = node.meta["val"].shape
+        shape = axis.placement(node).global_shape(own, axis.size)
+        local = placement.local_shape(shape, axis.size)
+        node.meta["val"] = node.meta["val"].new_empty(local)
+        _place(node, name, placement)
         if node.op == "get_attr":
-            program.variables[str(node.target)].placement = placement
+            program.variables[str(node.target)].layout = layout_of(node)
         else:
             node.kwargs = {**node.kwargs, "dst": str(placement)}
 
-    for node in [*parameters(program), *collectives(program)]:
-        placement, shape = placement_of(node), global_shape(node, program.plan.tp)
-        for dim in range(len(shape)) if placement.is_shard else ():
-            if dim != placement.dim and S(dim).divides(shape, program.plan.tp):
-                yield node, f"{placement} as {S(dim)}", partial(edit, S(dim))
+    for axis in program.plan.mesh_axes:
+        moved = [node for node in collectives(program) if node.kwargs["axis"] == axis.name]
+        for node in [*parameters(program), *moved]:
+            placement, shape = axis.placement(node), axis.shape(node)
+            for dim in range(len(shape)) if placement.is_shard else ():
+                if dim != placement.dim and S(dim).divides(shape, axis.size):
+                    yield node, f"{placement} as {S(dim)}", partial(edit, axis.name, S(dim))
+
+
+def _place(node: fx.Node, axis: str, placement: Placement) -> None:
+    node.meta["layout"] = layout_of(node).with_placement(axis, placement)
 
 
 def swap_segments(program: Program) -> Iterator[Place]:
     """The parts of a fused parameter forgotten, merged, or in another order."""
 
     def edit(segments: tuple[int, ...], at_rest: bool, program: Program, node: fx.Node) -> None:
-        placement = S(placement_of(node).dim, segments)
-        program.variables[str(node.target)].placement = placement
+        layout = layout_of(node)
+        layout = layout.with_placement(FUSED, S(layout.on(FUSED).dim, segments))
+        program.variables[str(node.target)].layout = layout
         if not at_rest:
-            node.meta["placement"] = placement
+            node.meta["layout"] = layout
 
     for node in parameters(program):
-        first, *rest = placement_of(node).segments or (0,)
+        first, *rest = layout_of(node).on(FUSED).segments or (0,)
         if not rest:
             continue
         wrong = [(), (first + rest[0], *rest[1:]), (first, sum(rest)), (*rest, first)]
         for segments in wrong:
-            if S(0, segments).segments == placement_of(node).segments:
+            if S(0, segments).segments == layout_of(node).on(FUSED).segments:
                 continue
             for at_rest in (True, False):
                 words = f"segments {list(segments)}{' in memory only' if at_rest else ''}"
@@ -120,7 +132,7 @@ def round_partial_sum(program: Program) -> Iterator[Place]:
 
     for node in collectives(program):
         (part,) = node.all_input_nodes
-        if placement_of(part).kind == "P" and part.meta["val"].dtype != torch.bfloat16:
+        if layout_of(part).is_partial and part.meta["val"].dtype != torch.bfloat16:
             yield node, f"{part.name}, {_type(node)}", edit
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import fx
 
 from ilm_compile.passes.rewrite import insert_before
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.mutate_inputs import ATTENTION, SDPA
 from ilm_compile.verify.mutate_places import (
     Kind,
@@ -160,7 +160,7 @@ def swap_parameters(program: Program) -> Iterator[Place]:
     """Two parameters of the same shape and placement, each in the place of the other."""
     for first, second in combinations(parameters(program), 2):
         variables = [program.variables[str(n.target)] for n in (first, second)]
-        alike = {(v.shape, v.placement) for v in variables}
+        alike = {(v.shape, v.layout) for v in variables}
         apart = set(first.users).isdisjoint(second.users)
         if len(alike) == 1 and apart:
             words = f"{first.target} and {second.target}"
@@ -210,7 +210,7 @@ def drop_fused_residual(program: Program) -> Iterator[Place]:
     def edit(position: int, program: Program, node: fx.Node) -> None:
         term = node.args[position]
         zeros = insert_before(program, node, aten.zeros_like.default, term)
-        zeros.meta["placement"] = placement_of(term)  # type: ignore[arg-type]
+        zeros.meta["layout"] = layout_of(term)  # type: ignore[arg-type]
         node.update_arg(position, zeros)
 
     for node in calls(program, ilm.add_rms_norm.default):

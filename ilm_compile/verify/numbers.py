@@ -1,7 +1,7 @@
 """Two graphs run on the same numbers and compared: values, and gradients of all that is trained.
 
 A graph is a whole program or a piece of one. Full values go in and come out; between, every rank of
-the tensor-parallel axis runs its part on a thread. What is split, and how it is put together again,
+the mesh runs its part on a thread. What is split, and how it is put together again,
 follows from the placements: a partial value is cut into random summands, and so is the gradient of
 a replicated one.
 """
@@ -12,17 +12,18 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.program.layout import Layout, Sizes, layout_of, sharded_over
 from ilm_compile.program.parameter_map import gradients_to_model, to_program
 from ilm_compile.program.placement import Placement, join_shards, split_shards
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.promote import float64_default
-from ilm_compile.verify.threads import run_ranks
+from ilm_compile.verify.threads import AxisGroups, run_ranks
 
 Parts = list[Tensor]  # by rank
 PARTIAL = {"value": "P", "gradient": "R"}  # the placement whose parts add up
@@ -46,16 +47,21 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A graph of `program`, all of it or a piece, that runs on `size` ranks."""
+    """A graph of `program`, all of it or a piece, that runs on a mesh of `sizes`."""
 
     program: Program
     graph: fx.GraphModule
-    size: int
+    sizes: Sizes
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return prod(self.sizes.values())
 
     @classmethod
     def of(cls, program: Program, graph: fx.GraphModule | None = None) -> Side:
         """Return the side of a whole program, or of a piece that was cut out of it."""
-        return cls(program, graph or program.graph_module, ranks_of(program))
+        return cls(program, graph or program.graph_module, sizes_of(program))
 
     def placeholders(self) -> list[fx.Node]:
         """What the graph takes, in order."""
@@ -72,9 +78,10 @@ class Side:
         return {str(node.target): node for node in nodes if node.users}
 
 
-def ranks_of(program: Program) -> int:
-    """Return on how many tp ranks `program` runs: one until it is sharded."""
-    return program.plan.tp if "sharded" in program.facts else 1
+def sizes_of(program: Program) -> Sizes:
+    """Return the mesh on which `program` runs: of one rank on each axis until it is sharded."""
+    facts = program.facts
+    return {a: n if sharded_over(a) in facts else 1 for a, n in program.plan.axes.items()}
 
 
 def run(
@@ -93,12 +100,12 @@ def run(
     the inputs that want a gradient. keep: see every call, not inputs and parameters alone.
     in_own_dtypes: inputs are cast to what the graph says of them.
     """
-    size, placeholders = side.size, side.placeholders()
+    sizes, placeholders = side.sizes, side.placeholders()
     split = {
-        node.name: scatter(inputs[str(node.target)], node, size, "value") for node in placeholders
+        node.name: scatter(inputs[str(node.target)], node, sizes, "value") for node in placeholders
     }
     starts = [
-        None if seed is None else scatter(seed, node, size, "gradient")
+        None if seed is None else scatter(seed, node, sizes, "gradient")
         for seed, node in zip(seeds, side.results(), strict=True)
     ]
     held = _local_tensors(side, tensors)
@@ -126,7 +133,7 @@ def run(
         return recorder.seen, [output.detach() for output in outputs]
 
     with nullcontext() if in_own_dtypes else float64_default():
-        ranks = run_ranks(size, rank)
+        ranks = run_ranks(sizes, rank)
     return Run(
         {
             name: Seen([s[name].detach() for s, _ in ranks], [s[name].grad for s, _ in ranks])
@@ -172,9 +179,8 @@ def _local_tensors(side: Side, tensors: Mapping[str, Tensor]) -> dict[str, Parts
         if value is None:  # a constant of the graph brings its value along
             value = dict(side.graph.named_buffers())[name]
         value = variable.pad(value.detach()) if variable.padding else value.detach()
-        place = variable.placement
-        is_split = place.is_shard and side.size > 1
-        parts = split_shards(value, place, side.size) if is_split else [value] * side.size
+        mesh = AxisGroups(side.sizes)
+        parts = [variable.layout.cut(value, mesh.place(rank)) for rank in range(side.size)]
         needs = variable.is_parameter and variable.requires_grad
         held[name] = [part.clone().requires_grad_(needs) for part in parts]
     return held
@@ -192,7 +198,7 @@ def weight_gradients(side: Side, found: Run, tensors: Mapping[str, Tensor]) -> d
             continue
         seen = found.seen[node.name]
         parts = filled(seen.gradients, seen.values)
-        wholes = gather(parts, variable.placement, "gradient")
+        wholes = gather(parts, variable.layout, side.sizes, "gradient")
         for index, gradients in enumerate(whole):
             gradients[name] = variable.unpad(wholes[index % len(wholes)])
     maps = side.program.parameter_maps
@@ -206,15 +212,24 @@ def filled(gradients: Sequence[Tensor | None], values: Parts) -> Parts:
     return [torch.zeros_like(value) if grad is None else grad for grad, value in pairs]
 
 
-def scatter(full: Tensor, node: fx.Node, size: int, what: str) -> Parts:
-    """Return each rank's part of a full value or gradient of `node`."""
-    place = placement_of(node)
-    full = _padded(full, place.global_shape(node.meta["val"].shape, size))
+def scatter(full: Tensor, node: fx.Node, sizes: Sizes, what: str) -> Parts:
+    """Return each rank's part of a full value or gradient of `node`, the last axis fastest."""
+    layout = layout_of(node)
+    generator = torch.Generator().manual_seed(zlib.crc32(node.name.encode()))
+    parts = [_padded(full, layout.global_shape(node.meta["val"].shape, sizes))]
+    for axis, size in sizes.items():
+        place = layout.on(axis)
+        parts = [each for part in parts for each in _split(part, place, size, what, generator)]
+    return parts
+
+
+def _split(
+    full: Tensor, place: Placement, size: int, what: str, generator: torch.Generator
+) -> Parts:
     if place.is_shard:
         return split_shards(full, place, size)
     if place.kind != PARTIAL[what] or size == 1:
         return [full] * size
-    generator = torch.Generator().manual_seed(zlib.crc32(node.name.encode()))
     parts = [
         torch.randn(full.shape, generator=generator, dtype=torch.float64).to(full.dtype)
         for _ in range(size - 1)
@@ -222,8 +237,24 @@ def scatter(full: Tensor, node: fx.Node, size: int, what: str) -> Parts:
     return [*parts, full - torch.stack(parts).sum(0)]
 
 
-def gather(parts: Parts, place: Placement, what: str) -> list[Tensor]:
+def gather(parts: Parts, layout: Layout, sizes: Sizes, what: str) -> list[Tensor]:
     """Return the full value: once, or as often as there are ranks if each must have it."""
+    found = [[part] for part in parts]  # of each rank so far: its value, or all that must be alike
+    for axis, size in reversed([*sizes.items()]):
+        place = layout.on(axis)
+        groups = [found[i : i + size] for i in range(0, len(found), size)]
+        found = [
+            [
+                whole
+                for versions in zip(*group, strict=True)
+                for whole in _join(list(versions), place, what)
+            ]
+            for group in groups
+        ]
+    return found[0]
+
+
+def _join(parts: Parts, place: Placement, what: str) -> list[Tensor]:
     if place.is_shard:
         return [join_shards(parts, place)]
     return [torch.stack(parts).sum(0)] if place.kind == PARTIAL[what] else parts

@@ -18,9 +18,9 @@ from torch import fx
 
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.gradients import wanted_gradients
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import name_of
-from ilm_compile.sharding.strategy import global_shape
+from ilm_compile.program.values import name_of, shapes_of
 
 SEEN_THROUGH = {redistribute, torch.ops.aten.to.dtype}
 
@@ -121,7 +121,8 @@ def _crosses(node: fx.Node) -> bool:
 
 def _alike(origin: fx.Node, node: fx.Node, program: Program) -> bool:
     """Whether both may be the same value: of one shape, but for a padded vocabulary."""
-    ours, theirs = global_shape(node, program.plan.tp), global_shape(origin, 1)
+    (ours, *_), (theirs, *_) = shapes_of(node), shapes_of(origin)
+    ours = layout_of(node).global_shape(ours, program.plan.axes)
     return len(ours) == len(theirs) and all(a >= b for a, b in zip(ours, theirs, strict=True))
 
 

@@ -20,12 +20,12 @@ from torch import Tensor, fx
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.parameter_free import parameter_free_nodes
 from ilm_compile.passes.precision import BF16, CARRIERS, called_name, precision_of
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import name_of, tensors_of, without_data
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.exact import exact
 from ilm_compile.verify.inputs import corner_batch, microbatch
-from ilm_compile.verify.numbers import Run, Side, gather, relative_error, run
+from ilm_compile.verify.numbers import Run, Side, gather, relative_error, run, sizes_of
 from ilm_compile.verify.pieces import Piece, extract, pieces
 from ilm_compile.verify.regions import random_values
 from ilm_compile.verify.subject import Subject, key_of
@@ -62,7 +62,7 @@ def check_precision(subject: Subject) -> str:
             if not expected.is_floating_point():
                 continue
             parts = [part.double() for part in ours.seen[node.name].values]
-            wholes = gather(parts, placement_of(node), "value")
+            wholes = gather(parts, layout_of(node), sizes_of(fit.program), "value")
             error = max(relative_error(whole, expected) for whole in wholes)
             allowed = FACTOR * relative_error(budget[name_of(node)].double(), expected) + NOISE
             worst = max(worst, error)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ilm_compile.program.layout import Sizes, layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.locate import Difference, first_difference
 from ilm_compile.verify.numbers import (
     Run,
@@ -80,8 +80,11 @@ class Trial:
         result = Found(is_finite=_is_finite(theirs))
         for index, anchor in enumerate(piece.outputs):
             name = piece.names[index] if piece.names else anchor.origin.name
-            result.values[name] = _output_error(anchor, theirs, found, index)
-        expected, actual = _input_gradients(piece, theirs), _input_gradients(piece, found, True)
+            result.values[name] = _output_error(
+                anchor, theirs, found, index, (old.sizes, new.sizes)
+            )
+        expected = _input_gradients(piece, theirs, old.sizes)
+        actual = _input_gradients(piece, found, new.sizes, True)
         weights = weight_gradients(old, theirs, tensors), weight_gradients(new, found, tensors)
         expected |= {name: parts[0] for name, parts in weights[0].items()}
         actual |= weights[1]
@@ -171,13 +174,17 @@ def _is_finite(theirs: Run) -> bool:
     return not any(bool(part.isnan().all()) for part in parts)
 
 
-def _output_error(anchor: Anchor, theirs: Run, ours: Run, index: int) -> float:
-    right = gather(theirs.outputs[index], placement_of(anchor.origin), "value")[0]
-    wholes = gather(ours.outputs[index], placement_of(anchor.node), "value")
+def _output_error(
+    anchor: Anchor, theirs: Run, ours: Run, index: int, sizes: tuple[Sizes, Sizes]
+) -> float:
+    right = gather(theirs.outputs[index], layout_of(anchor.origin), sizes[0], "value")[0]
+    wholes = gather(ours.outputs[index], layout_of(anchor.node), sizes[1], "value")
     return max(relative_error(whole, right) for whole in wholes)
 
 
-def _input_gradients(piece: Piece, found: Run, is_compiled: bool = False) -> dict[str, Any]:
+def _input_gradients(
+    piece: Piece, found: Run, sizes: Sizes, is_compiled: bool = False
+) -> dict[str, Any]:
     """Return the gradients of the anchors by the names in the traced graph.
 
     Of the traced graph whole ones, of the compiled one once or on every rank.
@@ -188,7 +195,7 @@ def _input_gradients(piece: Piece, found: Run, is_compiled: bool = False) -> dic
         if not anchor.trained or node.name not in found.seen:
             continue
         seen = found.seen[node.name]
-        parts = gather(filled(seen.gradients, seen.values), placement_of(node), "gradient")
+        parts = gather(filled(seen.gradients, seen.values), layout_of(node), sizes, "gradient")
         if not is_compiled:
             result[anchor.origin.name] = parts[0]
             continue

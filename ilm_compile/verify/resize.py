@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 from torch import fx
 
 from ilm_compile.program.copy import copy_program
+from ilm_compile.program.layout import Layout, layout_of
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
 from ilm_compile.verify.dims import END, Dims, op_name
+from ilm_compile.verify.numbers import sizes_of
 from ilm_compile.verify.place_relations import places_of
 from ilm_compile.verify.smaller import Change, Sizes
 
@@ -24,7 +26,8 @@ def resized(program: Program, sizes: Sizes, dims: dict[fx.Node, list[Dims]]) -> 
     result = copy_program(program)
     old = list(program.graph.nodes)
     new = list(result.graph.nodes)
-    change = _Resizer(sizes, {b: dims[a] for a, b in zip(old, new, strict=True)})
+    axes = sizes_of(program)
+    change = _Resizer(sizes, {b: dims[a] for a, b in zip(old, new, strict=True)}, axes)
     for before, node in zip(old, new, strict=True):
         if node.op != "output":
             change.node(node, dims[before], [dims[n] for n in before.all_input_nodes])
@@ -66,9 +69,11 @@ def _recount(graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> fx.GraphMod
 
 
 class _Resizer:
-    def __init__(self, sizes: Sizes, dims: Mapping[fx.Node, list[Dims]]) -> None:
-        """dims: of the new graph's nodes."""
-        self.sizes, self.dims = sizes, dims
+    def __init__(
+        self, sizes: Sizes, dims: Mapping[fx.Node, list[Dims]], axes: Mapping[str, int]
+    ) -> None:
+        """dims: of the new graph's nodes. axes: the ranks of each."""
+        self.sizes, self.dims, self.axes = sizes, dims, axes
 
     def places(self, node: fx.Node) -> Dims:
         """Return the dimensions of a value of the new graph."""
@@ -92,19 +97,25 @@ class _Resizer:
             for value, each in zip(tensors_of(node.meta["val"]), dims, strict=True)
         ]
         node.meta["val"] = tuple(values) if isinstance(node.meta["val"], tuple) else values[0]
-        place: Placement | None = node.meta.get("placement")
-        if place is not None:
-            node.meta["placement"] = self.placement(place, dims[0])
+        if "layout" in node.meta:
+            node.meta["layout"] = self.layout(node.meta["layout"], dims[0])
         if node.op == "call_function" and (rewrite := ARGUMENTS.get(op_name(node))):
             rewrite(self, node, dims, inputs)
 
-    def placement(self, place: Placement, dims: Dims) -> Placement:
+    def layout(self, layout: Layout, dims: Dims) -> Layout:
+        return Layout.of(
+            {
+                axis: self.placement(place, dims, layout.parts_before(axis, self.axes))
+                for axis, place in layout.placed
+            }
+        )
+
+    def placement(self, place: Placement, dims: Dims, parts: int = 1) -> Placement:
+        """Return a placement of one of `parts` parts of a value."""
         if not place.segments:
             return place
-        change, ends = self.dim(dims[place.dim]), [0]
-        for segment in place.segments:
-            ends.append(ends[-1] + segment)
-        new = [change.of(end) for end in ends]
+        change = self.dim(dims[place.dim])
+        new = [change.of(end * parts) // parts for end in accumulate(place.segments, initial=0)]
         return S(place.dim, [b - a for a, b in pairwise(new)])
 
     def variable(self, program: Program, node: fx.Node, dims: Dims) -> None:
@@ -112,9 +123,16 @@ class _Resizer:
         shape = tuple(self.dim(d).of(classes.sizes[d]) for d in dims)
         rows = variable.shape[0] - variable.padding if variable.padding else 0
         padding = shape[0] - self.dim(dims[0]).of(rows) if variable.padding else 0
-        placement = self.placement(variable.placement, dims)
+        layout = self.layout(variable.layout, dims)
+        hooks, users = variable.gradient_hooks, (shape[0] - padding, *shape[1:]) if shape else ()
+        if users != variable.user_shape:
+            hooks = tuple(hook.resized(users) for hook in hooks)
         program.variables[variable.name] = replace(
-            variable, shape=shape, padding=padding, placement=placement
+            variable,
+            shape=shape,
+            padding=padding,
+            layout=layout,
+            gradient_hooks=hooks,
         )
 
 
@@ -193,19 +211,17 @@ def _padding_index(
         _argument(node, 2, min(cast(int, node.args[2]), last))
 
 
-def _typed(*places: int | str) -> Rewrite:
+def _moved(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
     """Placements written as text."""
+    axis = str(node.kwargs["axis"])
+    for key in ("src", "dst"):
+        place = Placement.parse(str(node.kwargs[key]))
+        parts = layout_of(node).with_placement(axis, place).parts_before(axis, run.axes)
+        node.kwargs = {**node.kwargs, key: str(run.placement(place, inputs[0][0], parts))}
 
-    def rewrite(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
-        for place in places:
-            text = node.kwargs[place] if isinstance(place, str) else node.args[place]
-            new = str(run.placement(Placement.parse(str(text)), inputs[0][0]))
-            if isinstance(place, str):
-                node.kwargs = {**node.kwargs, place: new}
-            else:
-                _argument(node, place, new)
 
-    return rewrite
+def _dropout(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+    _argument(node, 4, str(run.layout(Layout.parse(str(node.args[4])), inputs[0][0])))
 
 
 ARGUMENTS: dict[str, Rewrite] = {
@@ -217,6 +233,6 @@ ARGUMENTS: dict[str, Rewrite] = {
     **dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), _bound),
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
     **dict.fromkeys(("embedding", "vocab_embedding"), _padding_index),
-    "redistribute": _typed("src", "dst"),
-    "seeded_dropout": _typed(4),
+    "redistribute": _moved,
+    "seeded_dropout": _dropout,
 }

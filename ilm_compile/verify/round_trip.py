@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ilm_compile.program.placement import split_shards
+from ilm_compile.program.layout import Place
 from ilm_compile.runtime.checkpoint.boxes import Box
 from ilm_compile.runtime.checkpoint.contents import Piece
 from ilm_compile.runtime.checkpoint.manifest import Manifest, Record, Slice, check_tiling
 from ilm_compile.runtime.checkpoint.mapped import mapped_groups
 from ilm_compile.runtime.checkpoint.slices import TensorReader
 from ilm_compile.runtime.checkpoint.training_state import MODEL, OPTIMIZER, TrainingState
-from ilm_compile.runtime.mesh import Axis
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.shard import Shard
 from ilm_compile.runtime.trainer import Trainer
@@ -62,7 +61,7 @@ def damage(trainer: Trainer) -> None:
         for shard in trainer.parallel.parameters.shards.values():
             if shard.variable.is_parameter or shard.variable.persistent:
                 _spoil(shard.local)
-                _keep_padding(shard, trainer.parallel.mesh.tp)
+                _keep_padding(shard, trainer.parallel.mesh.place)
     trainer.optimizer.state.clear()
 
 
@@ -75,14 +74,12 @@ def _state_of(trainer: Trainer) -> TrainingState:
     return TrainingState(trainer.parallel, trainer.optimizer, {TRAINER: trainer})
 
 
-def _keep_padding(shard: Shard, tp: Axis) -> None:
+def _keep_padding(shard: Shard, place: Place) -> None:
     """The rows that a padded vocabulary adds are zero, and in no checkpoint."""
     variable = shard.variable
     if variable.padding:
         own = variable.pad(torch.ones(variable.user_shape, dtype=torch.bool))
-        place = variable.placement
-        part = split_shards(own, place, tp.size)[tp.rank] if place.is_shard else own
-        shard.local.masked_fill_(~part, 0)
+        shard.local.masked_fill_(~variable.layout.cut(own, place), 0)
 
 
 def _spoil(tensor: Tensor) -> None:

@@ -8,34 +8,37 @@ that no row of the table speaks of keeps all its sizes.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import fx
 
-from ilm_compile.program.placement import Placement
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
-from ilm_compile.sharding.strategy import placement_of, tensor_inputs
+from ilm_compile.sharding.strategy import tensor_inputs
 from ilm_compile.verify import place_relations as place
 from ilm_compile.verify import size_relations as size
 from ilm_compile.verify.dims import Classes, Dims, Relation, View, op_name, pin, same
-from ilm_compile.verify.numbers import ranks_of
+from ilm_compile.verify.numbers import sizes_of
 
 
 def dimensions(classes: Classes, program: Program) -> dict[fx.Node, list[Dims]]:
     """Return the dimensions of every value of `program`, tied as its calls tie them."""
-    size = ranks_of(program)
+    sizes = sizes_of(program)
     found: dict[fx.Node, list[Dims]] = {}
     for node in program.graph.nodes:
         values = tensors_of(node.meta.get("val")) if node.op != "output" else ()
-        place: Placement = placement_of(node)
+        layout = layout_of(node)
         shapes = [tuple(value.shape) for value in values]
-        found[node] = [classes.add(place.global_shape(s, size), s) for s in shapes]
-        if place.segments:
-            ends = [sum(place.segments[: i + 1]) for i in range(len(place.segments) - 1)]
-            classes.positions += [(dims[place.dim], end) for dims in found[node] for end in ends]
+        found[node] = [classes.add(layout.global_shape(s, sizes), s) for s in shapes]
+        for axis, cut in layout.shards(sizes):
+            parts = layout.parts_before(axis, sizes)
+            ends = [parts * end for end in accumulate(cut.segments[:-1])]
+            classes.positions += [(dims[cut.dim], end) for dims in found[node] for end in ends]
     for node in program.calls():
         sources = [found[source][0] for source in tensor_inputs(node) if found[source]]
-        view = View(node, sources, found[node], classes, size, found)
+        view = View(node, sources, found[node], classes, found)
         relation_of(node)(view) if not is_item(node) else _item(view, found)
     return found
 

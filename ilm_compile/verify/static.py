@@ -8,6 +8,7 @@ from ilm_compile.errors import ProgramError
 from ilm_compile.passes.master_weights import is_master
 from ilm_compile.program.parameter_map import model_variables
 from ilm_compile.program.program import Program, Variable
+from ilm_compile.program.users_line import defined_at
 
 FACTS: dict[str, Callable[[Variable], object]] = {
     "shape": lambda variable: variable.user_shape,
@@ -15,6 +16,7 @@ FACTS: dict[str, Callable[[Variable], object]] = {
     "requires_grad": lambda variable: variable.requires_grad,
     "further names": lambda variable: variable.aliases,
     "being a parameter": lambda variable: variable.is_parameter,
+    "gradient hooks": lambda variable: [defined_at(h.function) for h in variable.gradient_hooks],
     "being saved": lambda variable: variable.persistent,
 }
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ilm_compile.program.communicator import communicators
+from ilm_compile.program.layout import Place, Sizes
 from ilm_compile.program.traffic import Traffic
 
 T = TypeVar("T")
@@ -86,43 +88,86 @@ class ThreadCommunicator:
         return torch.stack([value[self.rank] for value in self.group.exchange(self.rank, x)])
 
 
-def run_ranks(size: int, function: Callable[[int], T], axis: str = "tp") -> list[T]:
-    """Return ``function(rank)`` of every rank, each run on a thread that owns mesh axis `axis`.
+class AxisGroups:
+    """Where the threads of one mesh meet: a group for every line of ranks along every axis.
 
-    The first exception of any rank is raised here; the other ranks are released from their meeting.
+    Ranks are numbered with the last axis fastest, so that a value cut axis after axis is the list
+    of its parts.
     """
-    return run_groups(1, size, lambda _, rank: function(rank), axis=axis)[0]
+
+    def __init__(self, sizes: Sizes, turn: Turn | None = None) -> None:
+        self.sizes = dict(sizes)
+        self.size = prod(self.sizes.values())
+        self._groups: dict[tuple[str, tuple[int, ...]], ThreadGroup] = {}
+        for rank in range(self.size):
+            ranks = self.place(rank).ranks
+            for axis, size in self.sizes.items():
+                line = axis, tuple(n for other, n in ranks.items() if other != axis)
+                self._groups.setdefault(line, ThreadGroup(size, turn))
+
+    def place(self, rank: int) -> Place:
+        """The coordinates of rank number `rank`."""
+        ranks = {}
+        for axis, size in reversed(self.sizes.items()):
+            rank, ranks[axis] = divmod(rank, size)
+        return Place(self.sizes, {axis: ranks[axis] for axis in self.sizes})
+
+    def communicators(self, rank: int) -> dict[str, ThreadCommunicator]:
+        """What rank number `rank` reaches the others by, on each axis."""
+        ranks = self.place(rank).ranks
+        return {
+            axis: ThreadCommunicator(
+                self._groups[axis, tuple(n for other, n in ranks.items() if other != axis)],
+                ranks[axis],
+            )
+            for axis in self.sizes
+        }
+
+    def close(self) -> None:
+        """Release everyone who waits."""
+        for group in self._groups.values():
+            group.close()
+
+
+def run_ranks(size: int | Sizes, function: Callable[[int], T], axis: str = "tp") -> list[T]:
+    """Return ``function(rank)`` of every rank, each run on a thread of its own.
+
+    size: of mesh axis `axis`, or of several axes by name. The first exception of any rank is raised
+    here; the other ranks are released from their meeting.
+    """
+    sizes = {axis: size} if isinstance(size, int) else size
+    return run_groups(1, sizes, lambda _, rank: function(rank))[0]
 
 
 def run_groups(
     num_groups: int,
-    size: int,
+    sizes: Sizes,
     function: Callable[[int, int], T],
     *,
-    axis: str = "tp",
-    groups: Sequence[ThreadGroup] = (),
+    meshes: Sequence[AxisGroups] = (),
     turn: AbstractContextManager[object] | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> list[list[T]]:
-    """Return ``function(group, rank)`` of every rank of `num_groups` groups of `size` ranks.
+    """Return ``function(group, rank)`` of every rank of `num_groups` meshes of these `sizes`.
 
-    Only the ranks of one group meet in collectives, in `groups` where they are given. `turn`: what
+    Only the ranks of one mesh meet in collectives, in `meshes` where they are given. `turn`: what
     a rank holds while it runs, so that many of them do not fight over the interpreter after each
     small op. `on_failure` is called when a rank has failed, to release those who wait for it
     elsewhere.
     """
-    groups = groups or [ThreadGroup(size) for _ in range(num_groups)]
+    meshes = meshes or [AxisGroups(sizes) for _ in range(num_groups)]
+    size = meshes[0].size
     places = [(index, rank) for index in range(num_groups) for rank in range(size)]
 
     def body(place: tuple[int, int]) -> T:
         index, rank = place
-        tp = ThreadCommunicator(groups[index], rank)
-        with turn or nullcontext(), communicators(**{axis: tp}):
+        axes = meshes[index].communicators(rank)
+        with turn or nullcontext(), communicators(**axes):
             return function(index, rank)
 
     def release() -> None:
-        for group in groups:
-            group.close()
+        for mesh in meshes:
+            mesh.close()
         on_failure()
 
     results = _run_all(places, body, release)

@@ -16,11 +16,11 @@ from ilm_compile.errors import ProgramError
 from ilm_compile.passes import Pass, check_program
 from ilm_compile.passes.manager import VALIDATORS
 from ilm_compile.program.copy import copy_program
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import placement_of
 from ilm_compile.verify.dtypes import check_dtypes
 from ilm_compile.verify.inputs import corner_batch, microbatch
-from ilm_compile.verify.numbers import Side, gather, ranks_of, relative_error, run
+from ilm_compile.verify.numbers import Side, gather, relative_error, run, sizes_of
 from ilm_compile.verify.precision import check_precision
 from ilm_compile.verify.static import check_variables
 from ilm_compile.verify.subject import Subject
@@ -47,7 +47,9 @@ def validate_numerics(step: Pass, program: Program) -> Iterator[None]:
     if step.numerics == "changing":
         _compare_outputs(step, subject)
         is_cast = program.plan.dtype is not None and "cast" in program.facts - before.facts
-        if is_cast and ranks_of(before) == 1:  # `verify` has the unsharded graph to go by
+        if is_cast and set(sizes_of(before).values()) == {
+            1
+        }:  # `verify` has the unsharded graph to go by
             check_precision(subject)
         return
     check_dtypes(before, program)
@@ -87,4 +89,6 @@ def _outputs(program: Program, subject: Subject) -> dict[str, Tensor]:
     inputs = microbatch(program, corner_batch(program, 1))
     found = run(side, tensors, inputs, [None] * len(program.outputs), in_own_dtypes=True)
     nodes = zip(program.output_names, program.outputs, found.outputs, strict=True)
-    return {name: gather(parts, placement_of(node), "value")[0] for name, node, parts in nodes}
+    return {
+        name: gather(parts, layout_of(node), side.sizes, "value")[0] for name, node, parts in nodes
+    }

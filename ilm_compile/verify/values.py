@@ -14,14 +14,14 @@ from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.precision import PRECISIONS, PRODUCT, called_name
-from ilm_compile.program.communicator import ShapeCommunicator, communicators
+from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of, without_data
 
 
 def check_values(program: Program) -> None:
     """Raise `ProgramError` naming the node whose op does not give the shape and dtype recorded."""
-    with communicators(tp=ShapeCommunicator(program.plan.tp)), torch.no_grad():
+    with shape_communicators(program.plan.axes), torch.no_grad():
         for node in program.calls():
             _check(program, node)
 

@@ -41,7 +41,7 @@ def buffer_values(model: nn.Module | None, program: Program) -> dict[str, Tensor
         try:
             if values is None:
                 raise IlmCompileError("no model")
-            found[name] = values.shard(variable, rank=0, size=1).clone()
+            found[name] = values.shard(variable).clone()
         except (IlmCompileError, AttributeError, KeyError):
             is_float = variable.dtype.is_floating_point
             shape, dtype = variable.shape, variable.dtype

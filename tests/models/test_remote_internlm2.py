@@ -73,7 +73,7 @@ def test_on_the_meta_device_it_is_the_same_program():
 def test_packed_weights_are_divided_by_groups():
     rows = {name: value[:2] for name, value in tokens().items()}
     program = partition(build(), example_inputs=rows, tp=2, pp=2, num_microbatches=2)
-    placements = {name: str(v.placement) for name, v in program.variables.items()}
+    placements = {name: str(v.layout.on("tp")) for name, v in program.variables.items()}
     assert placements["model.layers.0.attention.wqkv.weight"] == "S(0)"
     assert placements["model.layers.1.attention.wo.weight"] == "S(1)"
     assert placements["model.layers.0.feed_forward.w2.weight"] == "S(1)"

@@ -288,7 +288,7 @@ def test_sharded_program_passes_the_placement_check(sequence_parallel: bool) -> 
     step = TensorParallel(size=2, sequence_parallel=sequence_parallel)
     program = cast(MODELS["internlm2"](), Plan(tp=2), step)
     assert dtypes(program, "aten.linear") == {BF16}
-    assert all("placement" in node.meta for node in calls(program, "aten.to"))
+    assert all("layout" in node.meta for node in calls(program, "aten.to"))
 
 
 def test_values_move_between_ranks_in_bf16_when_read_in_bf16() -> None:

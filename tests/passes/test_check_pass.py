@@ -18,6 +18,7 @@ from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.verify import zoo
 from ilm_compile.verify.check_pass import PassCheck, check_pass, make_batch
+from tests.support.layouts import placed
 
 aten = torch.ops.aten
 TP2 = Plan(num_microbatches=2, tp=2)
@@ -302,7 +303,7 @@ def test_rewrite_after_sharding_is_placed_by_rule() -> None:
 
         new = replace(program, pattern, lambda gate, up: torch.sigmoid(gate) * gate * up)
         if program.plan.tp > 1:
-            assert {node.meta["placement"] for node in new} == {S(2)}
+            assert {placed(node) for node in new} == {S(2)}
 
     step = make_pass(fuse_late, after=frozenset({"sharded", "split"}), tolerance=1e-12)
     assert checked(step, TP2, PP2, model="internlm2").ok

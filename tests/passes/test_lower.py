@@ -214,7 +214,7 @@ def test_parameters_are_rank_local_and_on_meta() -> None:
             variable = program.variables[name]
             local = stage.module.get_parameter(path)
             assert local.is_meta
-            assert tuple(local.shape) == variable.placement.local_shape(variable.shape, 2)
+            assert tuple(local.shape) == variable.layout.local_shape(variable.shape, {"tp": 2})
             checked += tuple(local.shape) != variable.shape
     assert checked > 0
 

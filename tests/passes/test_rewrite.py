@@ -30,6 +30,7 @@ from ilm_compile.program.placement import S
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
+from tests.support.layouts import placed
 
 aten = torch.ops.aten
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_kv_attention_heads": 2}
@@ -267,7 +268,7 @@ def ends(program: Program) -> list[fx.Node]:
 def test_placement_of_a_sharded_replacement_follows_by_rule() -> None:
     program = decoder(tp=2)
     for node in replace(program, swiglu, lambda gate, up: torch.sigmoid(gate) * gate * up):
-        assert node.meta["placement"] == S(2)
+        assert placed(node) == S(2)
         assert node.meta["val"].shape[2] * 2 == 256
     check(program)
 
@@ -280,7 +281,7 @@ def test_placement_that_does_not_follow_is_refused() -> None:
 
 def test_nonlinear_op_of_a_partial_sum_is_refused() -> None:
     program = decoder(tp=2)
-    partial = next(n for n in program.calls() if str(n.meta["placement"]) == "P")
+    partial = next(n for n in program.calls() if str(placed(n)) == "P")
     with pytest.raises(ProgramError, match=r"placement of aten.tanh.*from its inputs \(P,\)"):
         wrap(program, partial, torch.tanh)
 
@@ -319,7 +320,7 @@ def test_inserted_call_is_complete(insert: Any) -> None:
     assert (new.next is node) == (insert is insert_before)
     for key in ("region", "stage", "source"):
         assert new.meta[key] == node.meta[key]
-    assert new.meta["placement"] == new.args[0].meta["placement"]
+    assert placed(new) == placed(new.args[0])
     assert new.meta["val"].shape == new.args[0].meta["val"].shape
     new.replace_all_uses_with(new)
     program.graph.lint()

@@ -13,6 +13,7 @@ from ilm_compile.errors import TraceError
 from ilm_compile.program.placement import R, S
 from ilm_compile.program.trace import trace
 from tests.program.execute import Apply, trace_and_compare
+from tests.support.layouts import placed
 from tests.verify.small import INPUTS
 
 
@@ -261,5 +262,5 @@ def test_an_elementwise_function_stays_sharded_and_another_is_whole(name, placem
     program = ilm_compile.partition(
         Model(KEPT[name]), example_inputs=INPUTS, tp=2, constraints={"layers.*.up.weight": "S(0)"}
     )
-    found = [n.meta["placement"] for n in program.calls() if "ilm_user" in str(n.target)]
+    found = [placed(n) for n in program.calls() if "ilm_user" in str(n.target)]
     assert found == [placement, placement]

@@ -48,7 +48,7 @@ def test_copy_is_equal_and_independent(before: Program, after: Program) -> None:
     run_passes(after, [TensorParallel(size=2), ActivationCheckpoint(fraction=True)])
     assert before.dump() == text
     assert "sharded" not in before.facts
-    assert not any(v.placement.is_shard for v in before.variables.values())
+    assert not any(v.layout.is_shard for v in before.variables.values())
 
 
 def test_two_traces_are_equal(before: Program) -> None:

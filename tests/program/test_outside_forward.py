@@ -164,6 +164,10 @@ def halve(grad):
     return grad * 0.5
 
 
+def centred(grad):
+    return grad - grad.mean()
+
+
 def with_parameter_hook(register):
     model = LM()
     register(model.layer.weight)
@@ -236,16 +240,16 @@ def bag():
 
 REFUSED = {
     "parameter hook": (
-        lambda: with_parameter_hook(lambda p: p.register_hook(halve)),
-        r"layer.weight has Tensor.register_hook, halve \(",
+        lambda: with_parameter_hook(lambda p: p.register_hook(centred)),
+        r"layer.weight has a hook by register_hook, centred \(",
     ),
     "partial parameter hook": (
-        lambda: with_parameter_hook(lambda p: p.register_hook(functools.partial(halve))),
-        r"layer.weight has Tensor.register_hook, halve \(",
+        lambda: with_parameter_hook(lambda p: p.register_hook(functools.partial(centred))),
+        r"layer.weight has a hook by register_hook, centred \(",
     ),
     "post-accumulate hook": (
         lambda: with_parameter_hook(lambda p: p.register_post_accumulate_grad_hook(halve)),
-        r"layer.weight has register_post_accumulate_grad_hook, halve \(",
+        r"layer.weight has a hook by register_post_accumulate_grad_hook, halve \(",
     ),
     "full backward hook": (
         lambda: with_module_hook(lambda m: m.register_full_backward_hook(lambda *a: None)),

@@ -22,6 +22,7 @@ from ilm_compile.program.values import is_tuple, shapes_of
 from ilm_compile.verify.exact import exact
 from ilm_compile.verify.values import check_values
 from tests.program.execute import run_model, run_program
+from tests.support.layouts import placed
 
 SHAPE = (2, 4, 6)
 
@@ -140,6 +141,6 @@ def test_results_are_placed_alike_and_moved_one_by_one() -> None:
         Stream(), example_inputs={"x": (SHAPE, torch.float64)}, tp=2, sequence_parallel=True
     )
     call, first, second = parts(program)
-    placements = {str(node.meta["placement"]) for node in (call, first, second)}
+    placements = {str(placed(node)) for node in (call, first, second)}
     assert placements == {"S(1)"}
     assert shapes_of(call) == ((2, 2, 6), (2, 2, 6))

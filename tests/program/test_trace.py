@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ilm_compile import models
+from ilm_compile import models, verify
 from ilm_compile.errors import TraceError
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.plan import Plan
@@ -213,6 +213,49 @@ def test_program_keeps_the_plan_and_the_initial_values() -> None:
     assert program.initializer == model.initial_parameter
 
 
+class Returning(Classifier):
+    """Returns what `pick` makes of scores, loss and a figure that is not trained."""
+
+    def __init__(self, pick: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__("loss")
+        self.pick = (pick,)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Any:  # type: ignore[override]
+        scores = super().forward(x)
+        figure = (scores.argmax(-1) == targets).double().mean()
+        return self.pick[0](scores, F.cross_entropy(scores, targets), figure)
+
+
+@pytest.mark.parametrize(
+    ("pick", "names", "taken"),
+    [
+        (lambda s, loss, f: (s, loss), ("output_0",), "output_1"),  # nanoGPT
+        (lambda s, loss, f: (f, s, loss), ("output_0", "output_1"), "output_2"),
+        (lambda s, loss, f: {"logits": s, "ce": loss, "right": f}, ("logits", "right"), "ce"),
+        (lambda s, loss, f: (s, loss.detach(), loss), ("output_0", "output_1"), "output_2"),
+        (lambda s, loss, f: (loss, s, loss * 2), ("output_1", "output_2"), None),
+        (lambda s, loss, f: {"other": loss * 2, "loss": loss}, ("other",), None),
+    ],
+    ids=["tuple", "after a figure", "dict", "detached", "first", "by name"],
+)
+def test_the_one_scalar_that_can_be_trained_is_the_loss(
+    pick: Callable[..., Any], names: tuple[str, ...], taken: str | None
+) -> None:
+    model = Returning(pick)
+    inputs = {"x": rows()["x"], "targets": rows()["labels"]}
+    program = trace(model, example_inputs=inputs)
+    assert program.output_names == ("loss", *names)
+    told = f"trace: {taken} of Returning is the loss, its one scalar output that can be trained"
+    assert [each for each in program.decisions if " is the loss" in each] == [told] * bool(taken)
+    assert verify(model, example_inputs=inputs).ok
+
+
+def test_two_scalars_that_can_be_trained_are_not_guessed_among() -> None:
+    inputs = {"x": rows()["x"], "targets": rows()["labels"]}
+    with pytest.raises(TraceError, match=r"got output_1, output_2 of outputs .* as the first"):
+        trace(Returning(lambda s, loss, f: (s, loss, loss * 2)), example_inputs=inputs)
+
+
 class Asks(Classifier):
     """Looks at a value before it goes on."""
 
@@ -246,7 +289,7 @@ class Counts(Classifier):
         (
             lambda: Classifier("no loss"),
             {"example_inputs": rows()},
-            r"expected the model to return a scalar loss.*\{'scores': \(5, 3\)\}; pass loss_fn",
+            r"expected the model to return a scalar loss.*\{'scores': \(5, 3\)\}; give what makes",
         ),
         (
             Classifier,

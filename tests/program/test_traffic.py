@@ -12,6 +12,7 @@ from ilm_compile.program.traffic import Message, traffic
 from ilm_compile.program.vocab import vocab_cross_entropy
 
 SHAPE = (8, 16)
+TP4 = {"tp": 4}
 FULL = 8 * 16 * 4  # bytes of the full float32 tensor
 
 
@@ -51,14 +52,14 @@ def test_redistribute(pair: tuple[str, str], expected: Any) -> None:
         for sent, backward in zip(expected, (False, True), strict=True)
         if sent is not None
     ]
-    assert traffic(moved(*pair, 4), 4) == directions
+    assert traffic(moved(*pair, 4), TP4) == directions
 
 
 def test_without_gradient_nothing_runs_backward() -> None:
-    assert traffic(moved("P", "R", 4), 4, has_gradient=False) == [
+    assert traffic(moved("P", "R", 4), TP4, has_gradient=False) == [
         Message("all_reduce", FULL * 6 / 4, False)
     ]
-    assert traffic(moved("I", "R", 4), 4, has_gradient=False) == []
+    assert traffic(moved("I", "R", 4), TP4, has_gradient=False) == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_cross_entropy_reduces_numbers_per_token(
     logits.meta["val"] = torch.empty(10, 25, device="meta", dtype=dtype)
     node = graph.call_function(vocab_cross_entropy, (logits, target, 1, -100, smoothing, "tp"))
     row = 10 * itemsize * 6 / 4
-    assert traffic(node, 4) == [
+    assert traffic(node, TP4) == [
         Message("all_reduce", row, False),
         Message("all_reduce", stacked * row, False),
     ]
@@ -82,5 +83,6 @@ def test_cross_entropy_reduces_numbers_per_token(
 def test_other_calls_send_nothing() -> None:
     graph = fx.Graph()
     assert (
-        traffic(graph.call_function(torch.ops.aten.exp.default, (graph.placeholder("x"),)), 4) == []
+        traffic(graph.call_function(torch.ops.aten.exp.default, (graph.placeholder("x"),)), TP4)
+        == []
     )

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.layout import INVARIANT
 from ilm_compile.program.lowered import Boundary, LoweredProgram, Stage
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Variable
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.schedule import build, check
+from tests.support import layouts
 
 VOCAB, HIDDEN, FFN, SEQ, ROWS, NUM_BLOCKS = 10, 6, 8, 5, 2, 4
 META: dict[str, Any] = {"device": "meta", "dtype": torch.float64}
@@ -118,7 +120,7 @@ def lower_by_hand(plan: Plan, *, tied: bool = False) -> LoweredProgram:
         variables=_variables(tied=tied),
         target_counts={"num_targets": _count_targets()},
         stages=stages,
-        output_placements=(I, I, I),
+        output_layouts=(INVARIANT,) * 3,
         output_widths={},
     )
 
@@ -212,7 +214,7 @@ def _variables(*, tied: bool) -> dict[str, Variable]:
             is_parameter=True,
             requires_grad=parameter.requires_grad,
             aliases=("head",) if tied and name == "embed" else (),
-            placement=PLACEMENTS.get(name.rpartition(".")[2], I),
+            layout=layouts.tp(PLACEMENTS.get(name.rpartition(".")[2], I)),
         )
         for name, parameter in model.named_parameters()
     }

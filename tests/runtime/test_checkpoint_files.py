@@ -28,30 +28,31 @@ from ilm_compile.runtime.checkpoint.tensor_file import (
     read_header,
     write_tensor_file,
 )
+from tests.support.layouts import tp, tp_place
 
 # Boxes
 
 
 def variable(shape: tuple[int, ...], placement: Placement = I, padding: int = 0) -> Variable:
-    return Variable("w", shape, torch.float64, True, True, placement=placement, padding=padding)
+    return Variable("w", shape, torch.float64, True, True, layout=tp(placement), padding=padding)
 
 
 @st.composite
 def cuts(draw: st.DrawFn) -> tuple[Variable, int, int | None]:
     """A variable, the number of tp ranks, and that of dp ranks if dp cuts it."""
-    tp = draw(st.integers(1, 4))
+    size = draw(st.integers(1, 4))
     ndim = draw(st.integers(1, 3))
     shape = [draw(st.integers(1, 5)) for _ in range(ndim)]
     placement = I
-    if tp > 1 and draw(st.booleans()):
+    if size > 1 and draw(st.booleans()):
         dim = draw(st.integers(0, ndim - 1))
-        segments = [tp * draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))]
+        segments = [size * draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))]
         shape[dim] = sum(segments)
         placement = S(dim, segments)
     # Padding may reach over several ranks, as where a small vocabulary meets many.
     padding = draw(st.integers(0, shape[0] - 1)) if not placement.segments else 0
     dp = draw(st.none() | st.integers(1, 5))
-    return variable(tuple(shape), placement, padding), tp, dp
+    return variable(tuple(shape), placement, padding), size, dp
 
 
 @settings(max_examples=300, deadline=None)
@@ -60,11 +61,12 @@ def test_the_boxes_of_all_ranks_give_the_full_tensor_back(
     case: tuple[Variable, int, int | None],
 ) -> None:
     """Against `split_shards` and `Tensor.chunk`, which is what materialising and FSDP do."""
-    what, tp, dp = case
+    what, size, dp = case
     full = torch.arange(prod(what.user_shape), dtype=torch.float64).view(what.user_shape)
-    parts = split_shards(what.pad(full), what.placement, tp) if what.placement.is_shard else None
+    cut = what.layout.on("tp")
+    parts = split_shards(what.pad(full), cut, size) if cut.is_shard else None
     seen = torch.zeros(what.user_shape)
-    for rank in range(tp):
+    for rank in range(size):
         own = what.pad(full) if parts is None else parts[rank]
         for d in range(dp or 1):
             local, rows = own, None
@@ -72,14 +74,14 @@ def test_the_boxes_of_all_ranks_give_the_full_tensor_back(
                 chunks = own.chunk(dp)
                 local = chunks[d] if d < len(chunks) else own[:0]
                 rows = (min(-(-own.shape[0] // dp) * d, own.shape[0]), local.shape[0])
-            for held in held_boxes(what, tp=(rank, tp), rows=rows):
+            for held in held_boxes(what, tp_place(rank, size), rows=rows):
                 assert torch.equal(held.own.of(local), held.full.of(full))
                 held.full.of(seen).add_(1)
-    assert bool((seen == (tp if parts is None else 1)).all())
+    assert bool((seen == (size if parts is None else 1)).all())
 
 
 def test_the_box_of_a_scalar() -> None:
-    (held,) = held_boxes(variable(()), tp=(0, 1))
+    (held,) = held_boxes(variable(()), tp_place(0, 1))
     assert held.full == whole(())
     assert held.own.of(torch.tensor(3.0)) == 3
 

@@ -73,10 +73,10 @@ def test_a_named_field_holds_messages_or_text(tmp_path: Path, field: str) -> Non
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "other fields": ({"prompt": "a", "completion": "b"}, r"\(Alpaca\) in .*a\.json\[0\], got the "
-                     r"fields 'prompt' \(str\), 'completion' \(str\); choose one with --field"),
+                     r"fields 'prompt' \(str\), 'completion' \(str\); choose one with field="),
     "columns": ({"text": {"0": "a"}}, r"the fields 'text' \(dict\)"),
     "no record": ("only a string", r"got a str"),
-    "two texts": ({"text": "a", "messages": MESSAGES}, "got text, messages; choose one with"),
+    "two texts": ({"text": "a", "messages": MESSAGES}, "got text, messages; choose one with f"),
     "an unknown role": ({"messages": [{"role": "tool", "content": "1"}]},
                         r"a role among system, user, human.* in messages\[0\].*got 'tool'"),
     "a message of text": ({"conversations": ["Hi"]}, r"as conversations\[0\] in .*got a str"),

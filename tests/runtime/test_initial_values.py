@@ -15,6 +15,7 @@ from ilm_compile.runtime import Mesh
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.materialize import fill, finish
 from tests.runtime.handmade import Model, lower_by_hand, make_model
+from tests.support.layouts import tp, tp_place
 
 
 def variable(
@@ -22,7 +23,7 @@ def variable(
 ) -> Variable:
     is_parameter = isinstance(tensor, nn.Parameter)
     dtype = dtype or tensor.dtype
-    return Variable(name, tuple(tensor.shape), dtype, is_parameter, True, placement=placement)
+    return Variable(name, tuple(tensor.shape), dtype, is_parameter, True, layout=tp(placement))
 
 
 class Mlp(nn.Module):
@@ -51,8 +52,8 @@ def test_shards_join_to_the_same_bits(placement: Placement, kind: str) -> None:
         return InitialValues(model, seed=7, initializer=initializer if kind == "drawn" else None)
 
     weight = variable("up.weight", model.up.weight, placement)
-    whole = values().shard(variable("up.weight", model.up.weight), rank=0, size=1)
-    shards = [values().shard(weight, rank=rank, size=2) for rank in range(2)]
+    whole = values().shard(variable("up.weight", model.up.weight))
+    shards = [values().shard(weight, tp_place(rank, 2)) for rank in range(2)]
     joined = join_shards(shards, placement) if placement.is_shard else shards[1]
     assert torch.equal(joined, whole)
     if kind == "real":
@@ -70,7 +71,7 @@ def test_only_the_wanted_rows_are_drawn() -> None:
 
     model = Mlp().to("meta")
     values = InitialValues(model, seed=7, initializer=initializer)
-    part = values.shard(variable("up.weight", model.up.weight, S(0)), rank=3, size=4)
+    part = values.shard(variable("up.weight", model.up.weight, S(0)), tp_place(3, 4))
     assert asked == [("up.weight", (6, 8), 7)]
     assert part.shape == (2, 6)
 
@@ -81,7 +82,7 @@ def test_drawn_values_take_the_dtype_of_the_model(placement: Placement) -> None:
     draw = lambda name, rows=None, seed=0: torch.ones(8, 6)  # noqa: E731
     values = InitialValues(model, seed=7, initializer=draw)
     weight = variable("up.weight", model.up.weight, placement)
-    assert values.shard(weight, rank=0, size=1).dtype == torch.float64
+    assert values.shard(weight).dtype == torch.float64
 
 
 def test_rebuilt_values_depend_on_the_seed_and_the_name_alone() -> None:
@@ -91,10 +92,7 @@ def test_rebuilt_values_depend_on_the_seed_and_the_name_alone() -> None:
     def read(order: list[str], seed: int) -> dict[str, Tensor]:
         values = InitialValues(model, seed=seed)
         torch.rand(1)  # the global generator must not matter, nor be disturbed
-        return {
-            name: values.shard(variable(name, model.get_parameter(name)), rank=0, size=1)
-            for name in order
-        }
+        return {name: values.shard(variable(name, model.get_parameter(name))) for name in order}
 
     state = torch.get_rng_state()
     first, again, other = read(names, 1), read(names[::-1], 1), read(names, 2)
@@ -111,7 +109,7 @@ def test_rebuilt_modules_of_one_kind_draw_different_numbers() -> None:
     model = nn.ModuleList(nn.Linear(6, 8) for _ in range(3)).to("meta")
     values = InitialValues(model, seed=1)
     drawn = [
-        values.shard(variable(name, parameter), rank=0, size=1)
+        values.shard(variable(name, parameter))
         for name, parameter in model.named_parameters()
         if name.endswith("weight")
     ]
@@ -123,15 +121,15 @@ def test_values_may_be_given_as_tensors() -> None:
     given = dict(model.named_parameters())
     values = InitialValues(given, seed=1)
     weight = variable("up.weight", model.up.weight)
-    assert torch.equal(values.shard(weight, rank=0, size=1), model.up.weight)
+    assert torch.equal(values.shard(weight), model.up.weight)
     with pytest.raises(IlmCompileError, match=r"needs table of shape \(4,\), which is not among"):
-        values.shard(variable("table", model.table), rank=0, size=1)
+        values.shard(variable("table", model.table))
 
 
 def test_rebuilding_leaves_the_global_generator_alone() -> None:
     model = Mlp().to("meta")
     state = torch.get_rng_state()
-    InitialValues(model, seed=1).shard(variable("up.weight", model.up.weight), rank=0, size=1)
+    InitialValues(model, seed=1).shard(variable("up.weight", model.up.weight))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.up.weight.is_meta
 
@@ -142,7 +140,7 @@ def test_a_buffer_nobody_computes_is_named() -> None:
     with pytest.raises(
         IlmCompileError, match=r"nothing computes the buffer table; expected Mlp.reset_parameters"
     ):
-        values.shard(variable("table", model.table), rank=0, size=1)
+        values.shard(variable("table", model.table))
 
 
 def test_materialising_copies_and_keeps_sharing() -> None:
@@ -196,12 +194,12 @@ def test_a_hugging_face_model_on_meta_is_initialised_as_on_the_cpu(kind: str) ->
         model = copy.deepcopy(hugging_face(kind))
     values = InitialValues(model, seed=1)
     for name, parameter in real.named_parameters():
-        value = values.shard(variable(name, parameter), rank=0, size=1)
+        value = values.shard(variable(name, parameter))
         assert value.shape == parameter.shape
         if parameter.std() == 0 or parameter.numel() < 1000:
             continue
         assert value.std().item() == pytest.approx(parameter.std().item(), rel=0.15), name
         assert value.mean().abs() < 0.1 * value.std(), name
     for name, buffer in real.named_buffers():
-        value = values.shard(variable(name, buffer), rank=0, size=1)
+        value = values.shard(variable(name, buffer))
         assert torch.equal(value, buffer), name

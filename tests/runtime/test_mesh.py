@@ -1,15 +1,19 @@
-"""Who sits where, and worlds that do not fit the plan."""
+"""Who sits where, worlds that do not fit the plan, and how processes find each other.
 
+The world's own group stays as it is in meetings; its store, like torchrun's, keeps what they leave.
+"""
+
+import logging
 from datetime import timedelta
 
 import pytest
-import torch
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
-from ilm_compile.runtime import Mesh
-from ilm_compile.runtime.mesh import join_job
+from ilm_compile.runtime import Mesh, meeting
 from tests.support.world import World
+
+LONG, SHORT = timedelta(seconds=60), timedelta(seconds=2)
 
 
 def coordinates(rank: int, plan: Plan) -> tuple[tuple[int, int], ...]:
@@ -59,7 +63,63 @@ def test_a_world_of_the_wrong_size_is_refused_with_one_that_works(world4: World)
         assert "torchrun --nproc-per-node=6 script.py" in text
 
 
-def test_a_host_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    with pytest.raises(PlanError, match=r"MASTER_ADDR=no-such-host\.invalid is no host that"):
-        join_job(torch.device("cpu"), timeout=timedelta(seconds=1))
+def greet_twice(rank: int) -> tuple[bytes, bool]:
+    """What the next rank says, and whether anything is left of it in a second meeting."""
+    neighbour = f"address/{(rank + 1) % 4}"
+    store = meeting.meet(LONG)
+    store.set(f"address/{rank}", f"rank {rank}")
+    return store.get(neighbour), meeting.meet(LONG).check([neighbour])
+
+
+def meet_without(rank: int, absent: int) -> tuple[str, list[str]]:
+    """The error and the warnings where one rank does not come."""
+    if rank == absent:
+        return "", []
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    meeting.LOGGER.addHandler(handler)
+    before, meeting.NOTICE_S = meeting.NOTICE_S, 1.0
+    try:
+        with pytest.raises(PlanError) as info:
+            meeting.meet(SHORT)
+    finally:
+        meeting.LOGGER.removeHandler(handler)
+        meeting.NOTICE_S = before
+    return str(info.value), told
+
+
+@pytest.mark.parametrize("absent", [3, 0])
+def test_who_does_not_come_is_named_by_all_and_holds_up_no_later_meeting(
+    world4: World, absent: int
+) -> None:
+    for rank, (error, told) in enumerate(world4.run(meet_without, absent)):
+        if rank != absent:
+            assert told == [f"start: rank {rank} waits for rank {absent} of 4, 1 s so far"]
+            assert error.startswith(f"start: rank {absent} of 4 did not come within 2 s; see what")
+    heard = [(f"rank {rank}".encode(), False) for rank in (1, 2, 3, 0)]
+    assert world4.run(greet_twice) == heard
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_ADDR": "no-such-host.invalid"}, r"no-such-host\.invalid is no host that"),
+        ({"MASTER_PORT": "none"}, "expected a number in the variable MASTER_PORT, got 'none'"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE is set but MASTER_PORT is not; start the job with"),
+        ({"RANK": "1"}, "MASTER_ADDR=127.0.0.1 MASTER_PORT=1 does not answer"),
+        ({"MASTER_ADDR": "192.0.2.1"}, "MASTER_PORT=1 cannot be served by rank 0"),
+    ],
+    ids=["host", "port", "variable", "nobody there", "another's address"],
+)
+def test_a_place_to_meet_that_is_none_is_named(
+    variables: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (place | variables).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(PlanError, match=message):
+        meeting.meet(timedelta(seconds=1))

@@ -14,14 +14,23 @@ from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
-from ilm_compile.runtime import Hook, Trainer
+from ilm_compile.runtime import Hook, Mesh, Trainer
+from ilm_compile.runtime.guard.activity import ACTIVITY
+from ilm_compile.runtime.mesh import Axis
 from ilm_compile.runtime.observe import MemoryBreakdown, PipelineTimeline, Profiler
 from ilm_compile.runtime.observe.memory import live_microbatches, module_of, region_labels
 from ilm_compile.runtime.observe.memory_picture import draw_memory, format_bytes
+from ilm_compile.runtime.observe.phases import PHASES
+from ilm_compile.runtime.observe.places import rank_words
 from ilm_compile.runtime.observe.saved import SavedBytes
 from ilm_compile.runtime.observe.svg import ticks
-from ilm_compile.runtime.observe.timeline import bubble, compute_rows, draw_timelines
-from ilm_compile.schedule import Action, build
+from ilm_compile.runtime.observe.timeline_picture import (
+    Row,
+    bubble,
+    compute_rows,
+    draw_timelines,
+)
+from ilm_compile.schedule import Action, Kind, build
 from tests.runtime.handmade import (
     FFN,
     HIDDEN,
@@ -34,6 +43,7 @@ from tests.runtime.handmade import (
 )
 from tests.support.world import World
 
+PARTS = ["gradient reduction", "loss", "gradient norm", "optimizer"]
 SVG = "{http://www.w3.org/2000/svg}"
 PP2 = Plan(pp=2, num_microbatches=4)
 
@@ -53,14 +63,14 @@ def observe_all(rank: int, folder: Path) -> list[bool]:
         MemoryBreakdown(folder, step=2),
     ]
     executor = train(*hooks, plan=PP2).parallel.executor
-    return [executor.annotate, executor.record_timeline]
+    return [executor.annotate, executor.record_timeline, ACTIVITY.watcher is not None]
 
 
 @pytest.fixture(scope="module")
 def observed(world2: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on two pipeline ranks with every observer on."""
     folder = tmp_path_factory.mktemp("observed")
-    assert world2.run(observe_all, folder) == [[False, False]] * 2  # all is off again
+    assert world2.run(observe_all, folder) == [[False] * 3] * 2  # all is off again
     return folder
 
 
@@ -91,12 +101,10 @@ def texts(svg: str) -> list[str]:
 def test_a_timeline_shows_every_action_planned_and_measured(observed: Path) -> None:
     svg = (observed / "pipeline-step-3.svg").read_text()
     tips = [e.text or "" for e in ElementTree.fromstring(svg).iter(f"{SVG}title")]
-    for unit in ("forwards of one stage", "ms"):
+    rows = compute_rows(build("1f1b", pp=2, num_microbatches=4))
+    for unit, after in (("forwards of one stage", []), ("ms", PARTS)):
         shown = [tip.split(":")[0] for tip in tips if tip.endswith(unit)]
-        expected = [
-            str(a) for row in compute_rows(build("1f1b", pp=2, num_microbatches=4)) for a in row
-        ]
-        assert shown == expected
+        assert shown == [text for row in rows for text in [*map(str, row), *after]]
     headings = [text for text in texts(svg) if text.endswith("idle")]
     assert headings[0] == "planned: 20.0% idle"
     assert headings[1].startswith("measured: ")
@@ -107,7 +115,7 @@ def test_measured_actions_of_two_ranks_share_one_clock(observed: Path) -> None:
     svg = (observed / "pipeline-step-3.svg").read_text()
     spans = {
         match[1]: (float(match[2]), float(match[3]))
-        for match in re.finditer(r"<title>(\w+): ([\d.e+-]+) to ([\d.e+-]+) ms</title>", svg)
+        for match in re.finditer(r"<title>(\d[FB]\d): ([\d.e+-]+) to ([\d.e+-]+) ms</title>", svg)
     }
     assert len(spans) == 16
     for microbatch in range(4):
@@ -122,6 +130,46 @@ def test_the_idle_share_counts_from_the_first_start_to_the_last_end() -> None:
         zip([a for row in rows for a in row], [(2, 3), (6, 8), (3, 4), (4, 6)], strict=True)
     )
     assert bubble(rows, spans) == pytest.approx(1 - 6 / 12)
+
+
+@pytest.mark.parametrize(("pp", "num_microbatches", "chunks"), [(8, 16, 1), (8, 32, 2)])
+def test_every_planned_forward_is_labelled(pp: int, num_microbatches: int, chunks: int) -> None:
+    name = "interleaved_1f1b" if chunks > 1 else "1f1b"
+    schedule = build(name, pp=pp, num_microbatches=num_microbatches, num_chunks=chunks)
+    every = [action for row in compute_rows(schedule) for action in row]
+    svg = draw_timelines(schedule, {a: (i, i + 1e-3) for i, a in enumerate(every)}, title="step")
+    planned = svg[: svg.index("measured")]
+    found = re.findall(r"<rect[^>]*><title>(\d+F\d+): .*\n<text[^>]*>(\w+)</text>", planned)
+    assert len(found) == sum(action.kind is Kind.F for action in every)
+    assert all(label in (action, action.rpartition("F")[2]) for action, label in found)
+
+
+def test_rows_tell_ranks_stages_and_what_came_after_the_schedule() -> None:
+    schedule = build("interleaved_1f1b", pp=2, num_microbatches=2, num_chunks=2)
+    every = [action for row in compute_rows(schedule) for action in row]
+    spans = {action: (i, i + 1.0) for i, action in enumerate(every)}
+    rows = [Row("rank 0 (pp 0, dp 0)", {"optimizer": (20.0, 24.0)}), Row("rank 2 (pp 1, dp 0)")]
+    svg = draw_timelines(schedule, spans, title="step", ranks=rows, dp=2)
+    for text in ("rank 2 (pp 1, dp 0)", "stages 0, 2", "stages 1, 3"):
+        assert texts(svg).count(text) == 2
+    assert "<title>optimizer: 2e+04 to 2.4e+04 ms</title>" in svg
+    # a legend, and the last backward of each of four stages in both panels
+    assert svg.count(PHASES["gradients"][1]) == 1 + 2 * 4
+    assert svg.count("reduces over dp") == 1
+    assert "reduces over dp" not in draw_timelines(schedule, spans, title="step")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((2, 1, 1), "rank 1"),
+        ((2, 3, 1), "rank 3 (pp 1, dp 0)"),
+        ((2, 2, 2), "rank 4 (pp 1, dp 0, tp 0)"),
+    ],
+)
+def test_a_rank_is_called_by_its_place(sizes: tuple[int, ...], words: str) -> None:
+    pp, dp, tp = (Axis(0, size) for size in sizes)
+    assert rank_words(Mesh(pp=pp, dp=dp, tp=tp, device=torch.device("cpu")), 1) == words
 
 
 def boxes(svg: str) -> list[dict[str, float]]:
@@ -197,6 +245,14 @@ def test_names_in_a_picture_are_escaped() -> None:
     page = draw_memory("rank 0", {"rank 0": sizes}, {"<b>&": sizes}, step=1)
     assert "<b>" not in page
     assert numbers(page)["&lt;b&gt;&amp;"][0] == "1 MiB"
+
+
+def test_the_allocators_peak_stands_beside_what_is_known() -> None:
+    sizes = {"rank 0": Counter(parameters=3 * 2**19), "rank 1": Counter(parameters=2**20)}
+    page = draw_memory("rank 0", sizes, {}, step=1, peaks={"rank 0": 2**21, "rank 1": 2**19})
+    assert {"1.5 MiB of 2 MiB", "1 MiB of 512 KiB"} <= set(re.findall(r">([^<>]+)</text>", page))
+    assert "The rest of the allocator" in page
+    assert "allocator" not in draw_memory("rank 0", sizes, {}, step=1)
 
 
 def test_the_fullest_moment_weighs_stages_by_their_bytes() -> None:

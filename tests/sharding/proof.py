@@ -18,6 +18,7 @@ from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.strategy import Call, global_call, plain_placements
 from ilm_compile.verify.threads import run_ranks
+from tests.support.layouts import axis
 
 # Inputs that an op gives no gradient: rotary tables.
 WITHOUT_GRADIENT = {
@@ -47,7 +48,7 @@ def make_call(
         target, tuple(map(lift, args)), {key: lift(value) for key, value in kwargs.items()}
     )
     node.meta["val"] = target(*args, **kwargs)
-    return global_call(node, size), tensors
+    return global_call(node, axis(size)), tensors
 
 
 def all_strategies(call: Call) -> list[Strategy]:

@@ -143,7 +143,7 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     "transformers::grouped_mm_fallback": [
         lambda: call(x(6, 8), x(3, 8, 12), torch.tensor([2, 2, 6], dtype=torch.int32)),
     ],
-    seeded_dropout: [lambda: call(x(4, 8), torch.tensor(5), 0.5, 0, "I", "tp")],
+    seeded_dropout: [lambda: call(x(4, 8), torch.tensor(5), 0.5, 0, "I")],
     aten.linear.default: [
         lambda: call(x(2, 4, 8), x(12, 8)),
         lambda: call(x(2, 4, 8), x(12, 8), x(12)),

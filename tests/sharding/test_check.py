@@ -14,6 +14,7 @@ from ilm_compile.program.placement import I, P, R, S
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.trace import trace
 from ilm_compile.sharding import check_placements
+from tests.support.layouts import tp
 
 
 def sharded(sequence_parallel=False):
@@ -32,7 +33,7 @@ def collective(program, src, dst):
 
 def retype(node, dst):
     node.kwargs = {**node.kwargs, "dst": str(dst)}
-    node.meta["placement"] = dst
+    node.meta["layout"] = tp(dst)
 
 
 def test_the_program_the_search_found_is_accepted():
@@ -81,7 +82,7 @@ def test_a_norm_weight_that_is_not_reduced_under_sequence_parallelism_is_refused
 def test_a_partial_loss_is_refused():
     program = sharded()
     loss = program.graph.output_node().args[0][0]
-    loss.meta["placement"] = P
+    loss.meta["layout"] = tp(P)
     with pytest.raises(PlacementError):
         check_placements(program)
 
@@ -89,6 +90,6 @@ def test_a_partial_loss_is_refused():
 def test_a_wrong_shard_dimension_of_a_parameter_is_refused():
     program = sharded()
     node = next(n for n in program.graph.nodes if n.target == "layers.0.attention.wo.weight")
-    node.meta["placement"] = program.variables[node.target].placement = S(0)
+    node.meta["layout"] = program.variables[node.target].layout = tp(S(0))
     with pytest.raises(PlacementError, match="has global shape"):
         check_placements(program)

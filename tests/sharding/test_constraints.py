@@ -12,7 +12,7 @@ ONE = "layers.1.feed_forward.w2.weight"
 
 def placements(**keywords):
     program = partition(internlm2_tiny(num_layers=3), tp=2, **keywords)
-    found = {name: str(variable.placement) for name, variable in program.parameters().items()}
+    found = {name: str(variable.layout.on("tp")) for name, variable in program.parameters().items()}
     return found, program.warnings
 
 

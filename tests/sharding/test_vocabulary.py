@@ -175,7 +175,7 @@ def test_a_frozen_model_is_divided_like_a_trained_one(tp):
     constraints = {"*.1.weight": "S(0)"}
     program = partition(model, example_inputs=example, tp=tp, constraints=constraints)
     weights = {n: v for n, v in program.parameters().items() if len(v.shape) > 1}
-    assert all(variable.placement.is_shard for variable in weights.values())
+    assert all(variable.layout.is_shard for variable in weights.values())
     assert moved(program) <= HIDDEN * ROWS * SEQ
     teacher = {n for n in program.calls() if not n.meta["val"].requires_grad}
     assert teacher

@@ -105,7 +105,7 @@ def repeated_weights(program: Program) -> float:
     used = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
     weights = [v for name, v in program.parameters().items() if name in used]
     size = {v.name: prod(v.shape) * v.dtype.itemsize for v in weights}
-    repeated = sum(size[v.name] for v in weights if not v.placement.is_shard)
+    repeated = sum(size[v.name] for v in weights if not v.layout.is_shard)
     return repeated / sum(size.values())
 
 

@@ -38,7 +38,7 @@ def test_groups_do_not_meet():
     def total(group, rank):
         return float(communicator("tp").all_reduce(torch.tensor(float(10 * group + rank))))
 
-    assert run_groups(2, 2, total) == [[1.0, 1.0], [21.0, 21.0]]
+    assert run_groups(2, {"tp": 2}, total) == [[1.0, 1.0], [21.0, 21.0]]
 
 
 def test_the_first_error_is_raised_and_the_others_are_released():
@@ -50,5 +50,5 @@ def test_the_first_error_is_raised_and_the_others_are_released():
         communicator("tp").all_reduce(torch.zeros(()))
 
     with pytest.raises(RuntimeError, match="rank 1 has had enough"):
-        run_groups(2, 2, fail, on_failure=lambda: released.append(True))
+        run_groups(2, {"tp": 2}, fail, on_failure=lambda: released.append(True))
     assert released

@@ -14,9 +14,11 @@ from math import prod
 
 from torch import Tensor
 
+from ilm_compile.program.layout import Place
+from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.shard import Shard
+from ilm_compile.runtime.shard import Shard, first_row
 
 Coordinates = tuple[int, ...]
 
@@ -75,21 +77,21 @@ def whole(shape: Sequence[int]) -> Box:
 
 
 def held_boxes(
-    variable: Variable, *, tp: tuple[int, int], rows: tuple[int, int] | None = None
+    variable: Variable, place: Place, *, rows: tuple[int, int] | None = None
 ) -> list[Held]:
-    """The boxes of `variable` on tp rank ``tp[0]`` of ``tp[1]``; none where it holds nothing.
+    """The boxes of `variable` on the rank at `place`; none where it holds nothing.
 
-    rows: start and number of the rows of the tp rank's tensor that dp leaves here, None for all.
+    rows: start and number of the rows of the rank's tensor that FSDP leaves here, None for all.
     """
-    placement, shape = variable.placement, variable.shape
+    shape = variable.shape
     if not shape:
         return [Held(Box((), ()), Box((), ()))]
-    own_limits = whole(placement.local_shape(shape, tp[1]))
+    own_limits = whole(variable.layout.local_shape(shape, place.sizes))
     if rows is not None:
         own_limits = Box((rows[0], *own_limits.start[1:]), (rows[1], *own_limits.sizes[1:]))
     user_limits = whole(variable.user_shape)
     found = []
-    for own, full in _tp_boxes(variable, *tp):
+    for own, full in _cut_boxes(variable, place):
         kept = own.intersect(own_limits)
         if kept is None:
             continue
@@ -101,20 +103,34 @@ def held_boxes(
 
 def boxes_of(shard: Shard, mesh: Mesh) -> list[Held]:
     """The boxes of what this rank holds of one parameter or buffer."""
-    tp = (mesh.tp.rank, mesh.tp.size)
     if not shard.is_dp_sharded:
-        return held_boxes(shard.variable, tp=tp)
-    total = shard.variable.placement.local_shape(shard.variable.shape, mesh.tp.size)[0]
-    # FSDP cuts as Tensor.chunk does: only the last ranks have fewer rows.
-    start = min(-(-total // mesh.dp.size) * mesh.dp.rank, total)
-    return held_boxes(shard.variable, tp=tp, rows=(start, shard.local.shape[0]))
+        return held_boxes(shard.variable, mesh.place)
+    total = shard.variable.layout.local_shape(shard.variable.shape, mesh.place.sizes)[0]
+    rows = (first_row(total, mesh.fsdp), shard.local.shape[0])
+    return held_boxes(shard.variable, mesh.place, rows=rows)
 
 
-def _tp_boxes(variable: Variable, rank: int, size: int) -> list[tuple[Box, Box]]:
-    """For each segment of the sharded dimension, the box on this tp rank and in the full tensor."""
-    placement, shape = variable.placement, variable.shape
-    if not placement.is_shard:
-        return [(whole(shape), whole(shape))]
+def _cut_boxes(variable: Variable, place: Place) -> list[tuple[Box, Box]]:
+    """The boxes on the rank at `place`, and the same in the full tensor, axis after axis."""
+    shape: Sequence[int] = variable.shape
+    found = [(whole(shape), whole(shape))]
+    for axis, placement in variable.layout.shards(place.sizes):
+        rank, size = place.ranks[axis], place.sizes[axis]
+        pieces = _segment_boxes(placement, shape, rank, size)
+        found = [
+            (both.inside(before).after(own), both.inside(held).after(full))
+            for own, before in pieces
+            for held, full in found
+            if (both := before.intersect(held)) is not None
+        ]
+        shape = placement.local_shape(shape, size)
+    return found
+
+
+def _segment_boxes(
+    placement: Placement, shape: Sequence[int], rank: int, size: int
+) -> list[tuple[Box, Box]]:
+    """For each segment of the cut dimension, the box on this rank and in what is cut."""
     dim = placement.dim
     segments = placement.segments or (shape[dim],)
     starts = [0, *accumulate(segments)]

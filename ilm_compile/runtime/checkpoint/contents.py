@@ -214,7 +214,7 @@ def _cut(name: str, shard: Shard, local: Tensor, parallel: Parallel) -> Iterator
 def _number(name: str, value: Tensor, parallel: Parallel, *, is_number: bool) -> Iterator[Piece]:
     """A scalar that all ranks which hold a part of the parameter have alike: by the first."""
     mesh = parallel.mesh
-    if mesh.tp.rank == 0 and mesh.dp.rank == 0:
+    if mesh.is_first_replica:
         copy = local_of(value).detach().to("cpu", copy=True)
         yield Piece(name, (), whole(()), copy, is_number)
 

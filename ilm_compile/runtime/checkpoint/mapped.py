@@ -83,9 +83,9 @@ def gather_mapped(
     full = {}
     for name in group.program:
         shard = parameters.shards[name]
-        value = shard.full(pick(shard), mesh, parallel.communicator)
+        value = shard.full(pick(shard), mesh, parallel.communicators)
         full[name] = shard.variable.unpad(value.detach()).to("cpu", copy=True)
-    if mesh.tp.rank or mesh.dp.rank:
+    if not mesh.is_first_replica:
         return {}
     return {name: value.contiguous() for name, value in group.to_model(full).items()}
 

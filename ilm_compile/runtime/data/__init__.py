@@ -2,6 +2,7 @@
 
 * text in memory: `pack_documents` -> `PackedText`;
 * token files of prepare-data or InternLM, ``x.bin`` and ``x.bin.meta``: `TokenDataset.open`;
+* conversations, of which the answers are learnt: `Conversations`;
 * no data at all: `DummyDataset`.
 
 Each is a `RowDataset`. `BatchIterator` (training) and `ValidationBatches` make batches of one, or
@@ -15,10 +16,12 @@ from ilm_compile.runtime.data.batches import BatchIterator as BatchIterator
 from ilm_compile.runtime.data.batches import ValidationBatches as ValidationBatches
 from ilm_compile.runtime.data.chat import Chat as Chat
 from ilm_compile.runtime.data.chat import chat_of as chat_of
+from ilm_compile.runtime.data.conversations import Conversations as Conversations
 from ilm_compile.runtime.data.dataset import IGNORED_LABEL as IGNORED_LABEL
 from ilm_compile.runtime.data.dataset import TYPE_IDS as TYPE_IDS
 from ilm_compile.runtime.data.dataset import Part as Part
 from ilm_compile.runtime.data.dataset import RowDataset as RowDataset
+from ilm_compile.runtime.data.dataset import labels_in_place as labels_in_place
 from ilm_compile.runtime.data.documents import documents_from_files as documents_from_files
 from ilm_compile.runtime.data.documents import documents_from_pydoc as documents_from_pydoc
 from ilm_compile.runtime.data.dummy import DummyDataset as DummyDataset

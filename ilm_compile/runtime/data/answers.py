@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.data.chat import Chat, Message
 from ilm_compile.runtime.data.dataset import IGNORED_LABEL
-
-Span = tuple[int, int]  # in characters, the end is the first one after it
+from ilm_compile.runtime.data.tokenizer import Span
 
 
 def label_answers(

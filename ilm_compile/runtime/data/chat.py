@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -31,12 +31,14 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Chat:
     """render: messages to the text of a document, raising ValueError. name: what renders.
 
-    ask: the same, and then what comes before the assistant's next answer.
+    ask: the same, and then what comes before the assistant's next answer. end: the piece that ends
+    a text, None where nothing beside the tokenizer names one.
     """
 
     name: str
     render: Callable[[list[Message]], str]
     ask: Callable[[list[Message]], str]
+    end: str | None = None
 
 
 def _plain(messages: list[Message]) -> str:
@@ -60,10 +62,11 @@ def chat_of(tokenizer: str | Path) -> Chat:
         return PLAIN  # SentencePiece would spell a template's special tokens letter by letter
     config = _read_config(path.with_name(CONFIG))
     alone = path.with_name(TEMPLATE)
+    end = None if config.get("eos_token") is None else _content(config["eos_token"])
     source = alone.read_text(encoding="utf-8") if alone.is_file() else config.get("chat_template")
     origin = alone if alone.is_file() else path.with_name(CONFIG)
     if source is None:
-        return PLAIN
+        return replace(PLAIN, end=end)
     if isinstance(source, list):
         named = {each.get("name"): each.get("template") for each in source}
         source = named.get("default")
@@ -77,7 +80,7 @@ def chat_of(tokenizer: str | Path) -> Chat:
         raise IlmCompileError(f"chat template: cannot read that of {origin}: {error}") from error
     render = _renderer(template, config)
     name = f"the chat template of {origin.name}"
-    return Chat(name, partial(render, is_asked=False), partial(render, is_asked=True))
+    return Chat(name, partial(render, is_asked=False), partial(render, is_asked=True), end)
 
 
 def _renderer(template: Template, config: dict[str, Any]) -> Callable[..., str]:

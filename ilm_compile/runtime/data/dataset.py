@@ -52,6 +52,15 @@ class RowDataset(Protocol):
         ...
 
 
+def labels_in_place(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with each label beside its own token, as models want it that shift them.
+
+    Hugging Face's do. The label of the token after the row's last is lost.
+    """
+    nothing = torch.full_like(batch["labels"][:, :1], IGNORED_LABEL)
+    return {**batch, "labels": torch.cat([nothing, batch["labels"][:, :-1]], dim=1)}
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Part `rank` of `size` equal ones of every batch: that of a data-parallel rank."""

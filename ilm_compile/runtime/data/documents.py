@@ -15,10 +15,17 @@ def documents_from_pydoc() -> list[str]:
     return [text for _, text in sorted(pydoc_data.topics.topics.items())]
 
 
-def documents_from_files(paths: Iterable[str | Path], *, chat: Chat = PLAIN) -> list[str]:
+def documents_from_files(
+    paths: Iterable[str | Path],
+    *,
+    field: str | None = None,
+    chat: Chat = PLAIN,
+    option: str = "field=",
+) -> list[str]:
     """The texts of the files in the given order, one of a text file and all of a JSON one.
 
-    Errors and `chat` are those of `read_documents`.
+    Errors and keywords are those of `read_documents`.
     """
     files = [Path(path) for path in paths]
-    return [document.text for document in read_documents(files, chat=chat)]
+    found = read_documents(files, field=field, chat=chat, option=option)
+    return [document.text for document in found]

@@ -24,11 +24,14 @@ _LOST_OF_MESSAGE = ("tool_calls", "function_call", "reasoning_content", "weight"
 
 
 class WrongRecord(ValueError):
-    """What was expected and what there was instead, in words."""
+    """What was expected and what there was instead, in words.
 
-    def __init__(self, expected: str, got: str) -> None:
+    by_field: whether it helps to name the field that holds the document.
+    """
+
+    def __init__(self, expected: str, got: str, *, by_field: bool = False) -> None:
         super().__init__(f"expected {expected}, got {got}")
-        self.expected, self.got = expected, got
+        self.expected, self.got, self.by_field = expected, got, by_field
 
 
 def is_record(value: Any) -> bool:
@@ -60,12 +63,12 @@ def _content_of(record: Any, field: str | None) -> str | list[Message]:
         return _of_field(record, field)
     found = [name for name in (TEXT, "messages", "conversations") if name in record]
     if len(found) > 1:
-        raise WrongRecord("one text in each object", f"{_words(found)}; choose one with --field")
+        raise WrongRecord("one text in each object", _words(found), by_field=True)
     if found:
         return _of_field(record, found[0])
     if "instruction" in record:
         return _of_texts(_alpaca(record), record)
-    raise WrongRecord(FORMS, f"the fields {_fields(record)}; choose one with --field")
+    raise WrongRecord(FORMS, f"the fields {_fields(record)}", by_field=True)
 
 
 def _of_field(record: dict[str, Any], field: str) -> str | list[Message]:
@@ -77,7 +80,8 @@ def _of_field(record: dict[str, Any], field: str) -> str | list[Message]:
         return _of_texts([*_system(record, messages), *messages], record)
     raise WrongRecord(
         _expected(None if field == TEXT else field),
-        f"the fields {_fields(record)}; choose one with --field",
+        f"the fields {_fields(record)}",
+        by_field=True,
     )
 
 

@@ -38,21 +38,22 @@ def read_documents(
     field: str | None = None,
     chat: Chat = PLAIN,
     as_text: bool = False,
+    option: str = "field=",
 ) -> Iterator[Document]:
     """Every document of the files, in order.
 
     A file named as JSON (`JSON`) has a document per line or, if it is one JSON value, per object of
     the list: what `text_of` makes of it, conversations rendered by `chat`. field: where the text
     is. Only JSON Lines are not held in memory whole. Any other file is one document of UTF-8 text,
-    and refused if it holds JSON objects. as_text: every file is text, JSON too. Raises
-    `IlmCompileError` naming file and line.
+    and refused if it holds JSON objects. as_text: every file is text, JSON too. option: what the
+    caller's user writes to give `field`, for errors. Raises `IlmCompileError` naming file and line.
     """
     for path in paths:
         if as_text or path.suffix not in JSON:
             yield _plain(path, as_text=as_text)
         else:
             for value, num_bytes, source in _records(path):
-                yield Document(_text(value, field, chat, source), num_bytes, source)
+                yield Document(_text(value, field, chat, source, option), num_bytes, source)
 
 
 def read_conversations(paths: Sequence[Path]) -> Iterator[tuple[list[Message], str]]:
@@ -146,11 +147,12 @@ def _parse(data: bytes, source: str) -> Any:
         raise _wrong(source, f"JSON, {FORMS}", str(error)) from error
 
 
-def _text(value: Any, field: str | None, chat: Chat, source: str) -> str:
+def _text(value: Any, field: str | None, chat: Chat, source: str, option: str) -> str:
     try:
         text = text_of(value, field, chat)
     except WrongRecord as error:
-        raise _wrong(source, error.expected, error.got) from error
+        way = f"; choose one with {option}" if error.by_field else ""
+        raise _wrong(source, error.expected, error.got + way) from error
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

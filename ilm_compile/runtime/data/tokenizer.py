@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ilm_compile.errors import IlmCompileError
 
 BYTES = "bytes"
+Span = tuple[int, int]  # in characters, the end is the first one after it
 
 
 class Tokenizer(Protocol):
@@ -23,6 +24,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """The tokens and the characters of `text` that each of them is a part of."""
+        ...
+
 
 class ByteTokenizer:
     """Tokens are the bytes of the text in UTF-8; two more mark a document's end and padding."""
@@ -33,6 +38,10 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        sizes = [len(character.encode("utf-8")) for character in text]
+        return self.encode(text), [(i, i + 1) for i, size in enumerate(sizes) for _ in range(size)]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the byte tokens; other tokens are left out, broken UTF-8 becomes U+FFFD."""
@@ -67,6 +76,15 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """As the protocol says. Raises `IlmCompileError` for a SentencePiece file."""
+        if not isinstance(self._model, _HuggingFace):
+            raise IlmCompileError(
+                f"tokenizer: {self.path} does not tell where its tokens lie in a text, which "
+                "conversations need; give a tokenizer.json, or convert it with transformers"
+            )
+        return self._model.encode_spans(text)
 
     def token_id(self, piece: str) -> int:
         """The token of a piece such as "<s>". Raises `IlmCompileError` for an unknown one."""
@@ -119,8 +137,11 @@ class _HuggingFace:
         self.vocab_size: int = self._fast.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_spans(text)[0]
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        found = self._fast.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def token_id(self, piece: str) -> int | None:
         found: int | None = self._fast.token_to_id(piece)

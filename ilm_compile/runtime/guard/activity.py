@@ -6,7 +6,7 @@ load. Telling costs two attribute writes, so it is always on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -15,10 +15,10 @@ class Activity:
     such as "wait 1F0", empty where the phase says it all. changes: grows with everything told, so
     that one who looks twice knows whether anything moved. patient: the phase may well take long, as
     reading a checkpoint does. steps_done: of the training. stopping: why it ends before its last
-    step, "" if it does not.
+    step, "" if it does not. watcher: called with each action as it begins, and with "" for a phase.
     """
 
-    __slots__ = ("action", "changes", "patient", "phase", "steps_done", "stopping")
+    __slots__ = ("action", "changes", "patient", "phase", "steps_done", "stopping", "watcher")
 
     def __init__(self) -> None:
         self.phase = "start"
@@ -27,16 +27,21 @@ class Activity:
         self.changes = 0
         self.steps_done = 0
         self.stopping = ""
+        self.watcher: Callable[[str], None] | None = None
 
     def enter(self, phase: str, *, patient: bool = False) -> None:
         """The next phase begins."""
         self.phase, self.action, self.patient = phase, "", patient
         self.changes += 1
+        if self.watcher is not None:
+            self.watcher("")
 
     def do(self, action: str) -> None:
         """The next action of the phase begins."""
         self.action = action
         self.changes += 1
+        if self.watcher is not None:
+            self.watcher(action)
 
     @contextmanager
     def during(self, phase: str, *, patient: bool = True) -> Iterator[None]:

@@ -30,15 +30,18 @@ class BusyClock:
     def start(self) -> None:
         """Record the next step: on CUDA it then waits for each of its actions."""
         self._parallel.executor.record_timeline = True
-        self._parallel.communicator.waits = []
+        for axis in self._parallel.communicators.values():
+            axis.waits = []
 
     def stop(self) -> float:
         """End the recording; returns the seconds of computing since `start`."""
-        waits = self._parallel.communicator.waits or []
-        self._parallel.communicator.waits = None
+        axes = self._parallel.communicators.values()
+        waits = [wait for axis in axes for wait in axis.waits or ()]
+        for axis in axes:
+            axis.waits = None
         self._parallel.executor.record_timeline = False
         actions = list(compute_actions(self._parallel.executor.timeline))
-        if self._parallel.mesh.dp.size > 1:
+        if self._parallel.mesh.fsdp.size > 1:
             actions = _between_the_syncs(actions)
         spans = [span for _, _, span in actions]
         return sum(end - start for start, end in spans) - _overlap(waits, spans)

@@ -16,6 +16,7 @@ from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.metrics import StepMetrics
 from ilm_compile.runtime.observe.memory_picture import KINDS, Breakdown, draw_memory
+from ilm_compile.runtime.observe.places import rank_words
 from ilm_compile.runtime.observe.profiler import is_first_of_stage
 from ilm_compile.runtime.observe.saved import SavedBytes
 from ilm_compile.runtime.parallel import Parallel
@@ -29,7 +30,8 @@ class MemoryBreakdown(Hook):
     Parameters, gradients and optimizer state are what this rank keeps between steps; activations
     what its forwards keep for their backwards at the fullest moment of the schedule. Not seen are
     the whole parameters and gradients of which data parallelism holds a share, while they are
-    gathered, and what an op needs while it runs. Only one rank of each pipeline stage draws: the
+    gathered, and what an op needs while it runs: on CUDA the peak of torch's allocator in that step
+    stands beside, which has all. Only one rank of each pipeline stage draws: the
     first of its dp and tp ranks.
     """
 
@@ -42,6 +44,8 @@ class MemoryBreakdown(Hook):
         if step == self._step:
             self._saved = SavedBytes(trainer.parallel.stages)
             self._saved.start()
+            if (device := trainer.parallel.mesh.device).type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
         if self._saved is None:
@@ -52,16 +56,21 @@ class MemoryBreakdown(Hook):
         modules = breakdown(parallel, trainer.optimizer, saved.bytes)
         own = [float(sum(sizes[kind] for sizes in modules.values())) for kind in KINDS]
         mesh = parallel.mesh
-        table = exchange(own, mesh)
+        has_peak = mesh.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(mesh.device) if has_peak else 0
+        table = exchange([*own, float(peak)], mesh)
         if is_first_of_stage(mesh):
-            ranks = [mesh.rank_at(pp, 0, 0) for pp in range(mesh.pp.size)]
-            totals = {
-                f"rank {rank}": Counter(
-                    {kind: int(size) for kind, size in zip(KINDS, table[rank], strict=True)}
-                )
-                for rank in ranks
+            rows = {
+                rank_words(mesh, pp): [int(size) for size in table[mesh.rank_at(pp, 0, 0)]]
+                for pp in range(mesh.pp.size)
             }
-            text = draw_memory(f"rank {mesh.rank}", totals, modules, step=metrics.step)
+            text = draw_memory(
+                rank_words(mesh, mesh.pp.rank),
+                {name: Counter(dict(zip(KINDS, row, strict=False))) for name, row in rows.items()},
+                modules,
+                step=metrics.step,
+                peaks={name: row[-1] for name, row in rows.items()} if has_peak else None,
+            )
             write_text(self._folder / f"memory-rank-{mesh.rank}.html", text)
 
     def on_stop(self, trainer: Trainer) -> None:

@@ -19,7 +19,8 @@ COLORS = {
 }
 KINDS = tuple(COLORS)
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
-WIDTH, LEFT, RIGHT, ROW, GAP = 1000.0, 190.0, 90.0, 18.0, 6.0
+WIDTH, LEFT, RIGHT, ROW, GAP = 1000.0, 200.0, 130.0, 18.0, 6.0
+PEAK, PALE = "rest of the allocator's peak", "#e3e0ea"
 
 _STYLE = (
     "body{font-family:Helvetica,Arial,sans-serif;color:#1f2933;margin:24px;max-width:1000px}"
@@ -30,37 +31,67 @@ _STYLE = (
 )
 
 
-def draw_memory(rank: str, ranks: Breakdown, modules: Breakdown, *, step: int) -> str:
-    """An HTML page that needs no other file: `ranks` compared, then the `modules` of `rank`."""
+def draw_memory(
+    rank: str,
+    ranks: Breakdown,
+    modules: Breakdown,
+    *,
+    step: int,
+    peaks: Mapping[str, int] | None = None,
+) -> str:
+    """An HTML page that needs no other file: `ranks` compared, then the `modules` of `rank`.
+
+    peaks: the most bytes that the allocator of each rank had given out in the step, where there is
+    one that tells.
+    """
     title = f"Memory of {rank} in step {step}"
     own = sum((Counter(sizes) for sizes in modules.values()), Counter[str]())
     return (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}"
         f"</title><style>{_STYLE}</style></head><body>\n"
-        f"{_bars(title, rank, ranks, modules)}"
+        f"{_bars(title, rank, ranks, modules, peaks or {})}"
         f"{_table(modules, own)}"
         "<p>Parameters, gradients and optimizer state: kept between steps. Activations: kept by "
         "forwards for their backwards, at the fullest moment of the schedule.</p>\n"
-        "</body></html>\n"
+        f"{_PEAK_WORDS if peaks else ''}</body></html>\n"
     )
 
 
-def _bars(title: str, rank: str, ranks: Breakdown, modules: Breakdown) -> str:
+_PEAK_WORDS = (
+    "<p>The rest of the allocator's peak: whole parameters and gradients while data parallelism "
+    "has them gathered, what an op needs while it runs, and tensors of others in this process.</p>"
+    "\n"
+)
+
+
+def _bars(
+    title: str, rank: str, ranks: Breakdown, modules: Breakdown, peaks: Mapping[str, int]
+) -> str:
     heights = [44 + len(rows) * (ROW + GAP) + 26 for rows in (ranks, modules)]
     picture = Picture(WIDTH, 56 + sum(heights))
     picture.text(0, 22, title, size=17, bold=True)
     x = 0.0
-    for kind, color in COLORS.items():
+    for kind, color in (COLORS | ({PEAK: PALE} if peaks else {})).items():
         picture.rect(x, 36, 12, 12, color)
         picture.text(x + 17, 46, kind, fill=MUTED)
         x += 17 + text_width(kind, 12) + 18
-    _panel(picture, 62, "pipeline ranks", ranks, bold=rank)
-    _panel(picture, 62 + heights[0], f"modules of {rank}", modules, bold="")
+    _panel(picture, 62, "pipeline ranks", ranks, peaks, bold=rank)
+    _panel(picture, 62 + heights[0], f"modules of {rank}", modules, {}, bold="")
     return picture.render()
 
 
-def _panel(picture: Picture, top: float, heading: str, rows: Breakdown, *, bold: str) -> None:
-    limit = max([sum(sizes.values()) for sizes in rows.values()], default=0) or 1
+def _panel(
+    picture: Picture,
+    top: float,
+    heading: str,
+    rows: Breakdown,
+    peaks: Mapping[str, int],
+    *,
+    bold: str,
+) -> None:
+    limit = (
+        max([*(sum(sizes.values()) for sizes in rows.values()), *peaks.values()], default=0) or 1
+    )
     unit, size = _unit(limit)
     scale = (WIDTH - LEFT - RIGHT) / limit
     bottom = top + 28 + len(rows) * (ROW + GAP)
@@ -79,8 +110,16 @@ def _panel(picture: Picture, top: float, heading: str, rows: Breakdown, *, bold:
                 tip = f"{name}, {kind}: {format_bytes(sizes[kind])}"
                 picture.rect(x, y, width, ROW, color, title=tip)
                 x += width
-        whole = format_bytes(sum(sizes.values()))
-        picture.text(x + 6, y + 13, whole, size=11, fill=INK)
+        words, peak = format_bytes(sum(sizes.values())), peaks.get(name)
+        if peak is not None:
+            end = LEFT + peak * scale
+            words = f"{words} of {format_bytes(peak)}"
+            tip = f"{name}, allocator's peak: {format_bytes(peak)}"
+            if end > x:
+                picture.rect(x, y, end - x, ROW, PALE, title=tip)
+            picture.line(end, y - 2, end, y + ROW + 2, stroke=INK)
+            x = max(x, end)
+        picture.text(x + 6, y + 13, words, size=11, fill=INK)
 
 
 def _table(modules: Breakdown, own: Mapping[str, int]) -> str:
@@ -107,4 +146,4 @@ def _unit(num_bytes: float) -> tuple[str, int]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 26 else f"…{name[-25:]}"
+    return name if len(name) <= 28 else f"…{name[-27:]}"

@@ -88,4 +88,4 @@ class Profiler(Hook):
 
 def is_first_of_stage(mesh: Mesh) -> bool:
     """Whether this is the rank that stands for its pipeline rank."""
-    return mesh.dp.rank == 0 and mesh.tp.rank == 0
+    return mesh.is_first_replica

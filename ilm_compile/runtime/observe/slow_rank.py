@@ -21,7 +21,7 @@ class SlowRankWatch:
 
     def __init__(self, ratio: float, mesh: Mesh) -> None:
         self._ratio = ratio
-        per_stage = mesh.dp.size * mesh.tp.size
+        per_stage = mesh.fsdp.size * mesh.tp.size
         self._peers = [
             [p for p in range(mesh.world_size) if p != rank and p // per_stage == rank // per_stage]
             for rank in range(mesh.world_size)

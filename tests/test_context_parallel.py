@@ -1,0 +1,58 @@
+"""Context parallelism in real processes: float64, loss and every gradient, unequal targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.equality import Case, run_cases
+from tests.support.training import train_and_compare
+from tests.support.zoo import LISTED
+
+BOUND = 1e-10
+MODELS = ("internlm", "internlm2", "llama", "gpt2", *LISTED)
+# (tp, pp, dp) beside cp=2 and more, over two, four and eight processes.
+PLANS = {
+    2: [{"cp": 2, "num_microbatches": 3}],
+    4: [
+        {"cp": 4},
+        {"cp": 2, "tp": 2},
+        {"cp": 2, "tp": 2, "sequence_parallel": True},
+        {"cp": 2, "pp": 2, "num_microbatches": 3, "checkpoint": 0.5},
+        {"cp": 2, "zero": 3, "num_microbatches": 2},
+    ],
+}
+
+
+def cases(world: int) -> list[Case]:
+    models = MODELS if world == 2 else MODELS[:4]
+    return [Case(m, plan, world // ranks(plan)) for m in models for plan in PLANS[world]]
+
+
+def ranks(plan):
+    return plan["cp"] * plan.get("tp", 1) * plan.get("pp", 1)
+
+
+@pytest.mark.parametrize("case", cases(2), ids=str)
+def test_two_processes_equal_the_single_device_model(case, world2):
+    check(case, world2)
+
+
+@pytest.mark.parametrize("case", cases(4), ids=str)
+def test_four_processes_equal_the_single_device_model(case, world4):
+    check(case, world4)
+
+
+def check(case, world):
+    results = [rank[0] for rank in world.run(run_cases, [case])]
+    _, errors, loss = results[0]
+    assert errors.loss <= BOUND, errors
+    assert errors.gradient <= BOUND, errors
+    assert {other_loss for _, _, other_loss in results} == {loss}
+
+
+@pytest.mark.parametrize("plan", [{"cp": 2, "tp": 2}, {"cp": 2, "pp": 2}], ids=str)
+def test_ten_adamw_steps_end_in_the_same_weights(plan, world4):
+    error, _ = world4.run(train_and_compare, replace(Case("gpt2"), plan=plan), 10)[0]
+    assert error <= 1e-8
