@@ -191,7 +191,9 @@ def _experiment(
             shutil.copy(before, folder / "metrics-before.jsonl")
         if kind.repair is not None:
             kind.repair(folder)
-        second = yield from run_job(folder, None, settings)
+        second = first  # torchrun has started it again already
+        if not kind.max_restarts:
+            second = yield from run_job(folder, None, settings)
         trial = Trial(kind.name, fault, first, second, newest, max(0, first.last_step - newest))
         if kind.survives:
             goes_on = kind.from_half or kind.max_restarts

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.comparison import Comparison, is_compute
 from benchmarks.plan_run import Timeline
+from ilm_compile.program.plan import Plan
+from ilm_compile.schedule import Action
 
 MIB = 2**20
 COLORS = {"F": "#4878a8", "B": "#e08a3c"}
@@ -53,7 +55,9 @@ def plot_timelines(comparisons: Sequence[Comparison], path: Path) -> None:
         origin = min(start for timeline in timelines for _, start, _ in timeline)
         for rank, timeline in enumerate(timelines):
             _draw_rank(axis, rank, timeline, origin)
-        axis.set_yticks(range(len(timelines)), [f"rank {rank}" for rank in range(len(timelines))])
+        plan = comparison.row.plan
+        names = [rank_words(n, len(timelines), plan, row) for n, row in enumerate(timelines)]
+        axis.set_yticks(range(len(timelines)), names, fontsize=8)
         axis.invert_yaxis()
         title = f"{comparison.row.name}: bubble {comparison.bubble:.0%}"
         axis.set_xlim(left=0)
@@ -61,6 +65,20 @@ def plot_timelines(comparisons: Sequence[Comparison], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("ms (blue: forward, orange: backward; stage and micro-batch as text)")
     _save(figure, path)
+
+
+def rank_words(rank: int, world_size: int, plan: Plan, timeline: Timeline) -> str:
+    """Such as "rank 5 (pp 1, dp 0, tp 1): stages 1, 3"; an axis of one rank is left out."""
+    dp = world_size // (plan.pp * plan.tp)
+    axes = {
+        "pp": (rank // (dp * plan.tp), plan.pp),
+        "dp": (rank // plan.tp % dp, dp),
+        "tp": (rank % plan.tp, plan.tp),
+    }
+    place = ", ".join(f"{name} {index}" for name, (index, size) in axes.items() if size > 1)
+    stages = sorted({Action.parse(text).stage for text, *_ in timeline if is_compute(text)})
+    word = "stages" if len(stages) > 1 else "stage"
+    return f"rank {rank} ({place}): {word} {', '.join(map(str, stages))}"
 
 
 def _draw_rank(axis: Any, rank: int, timeline: Timeline, origin: float) -> None:

@@ -1,10 +1,11 @@
-"""`make demo`: train one model twice, in four processes and in one, and compare.
+"""`make demo` or `ilm-compile demo`: train one model in four processes and in one, and compare.
 
 The four processes run `examples/train_internlm2.py` under torchrun. The one process runs the same
 model in a plain torch loop that knows nothing of the compiler: it is what the four must equal.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -26,7 +26,7 @@ from rich.text import Text
 from safetensors.torch import load_file
 from torch import nn
 
-from examples import train_internlm2 as example
+from ilm_compile.examples import train_internlm2 as example
 from ilm_compile.runtime import ByteTokenizer, MetricsWriter, Progress, StepMetrics, adamw
 
 NUM_PROCESSES = 4
@@ -135,6 +135,8 @@ def table(comparison: Comparison, every: int) -> Table:
 
 def plot(comparison: Comparison, path: Path) -> None:
     """Draw both curves over each other, and below them how far they lie apart."""
+    from matplotlib.figure import Figure
+
     steps = range(1, len(comparison.single) + 1)
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -200,8 +202,11 @@ def run(console: Console, out: Path, num_steps: int) -> bool:
     console.print(table(comparison, every=max(1, num_steps // 10)))
     model.load_state_dict(load_file(parallel / "weights.safetensors"))
     show_texts(console, before, [write_text(model, prompt) for prompt in PROMPTS])
-    plot(comparison, out / "loss.png")
-    console.print(f"plot     {out / 'loss.png'}")
+    if importlib.util.find_spec("matplotlib"):
+        plot(comparison, out / "loss.png")
+        console.print(f"plot     {out / 'loss.png'}")
+    else:
+        console.print("plot     none, for it needs matplotlib: pip install matplotlib")
     console.print(f"metrics  {single / METRICS}\n         {parallel / METRICS}\n")
     return judge(console, comparison)
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ilm_compile
-from examples.finetune_start import write_conversations, write_model
 from ilm_compile import IlmCompileError, Parallel, Trainer
+from ilm_compile.examples.finetune_start import write_conversations, write_model
 from ilm_compile.runtime import BatchIterator, lr_schedule
 from ilm_compile.runtime.data import (
     Conversations,

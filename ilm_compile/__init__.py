@@ -35,4 +35,4 @@ from ilm_compile.training import initialize_optimizer as initialize_optimizer
 from ilm_compile.training import initialize_trainer as initialize_trainer
 from ilm_compile.training import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -11,7 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples import demo, train_internlm2
+from ilm_compile.cli import main
+from ilm_compile.examples import demo, train_internlm2
 from tests.support.world import World
 
 NUM_STEPS = 3
@@ -124,3 +125,23 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     demo.show_texts(console, ["a\x1b[2Jb"], ["line\nline"])
     assert "\x1b" not in text_of(console)
     assert "a?[2Jb" in text_of(console)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_command_runs_the_demo_and_ends_as_it_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    given: list[list[str]] = []
+
+    def record(words: list[str]) -> int:
+        given.append(words)
+        return code
+
+    monkeypatch.setattr(demo, "main", record)
+    command = ["demo", "--steps", "3", "--out", str(tmp_path)]
+    if code:
+        with pytest.raises(SystemExit, match="1"):
+            main(command)
+    else:
+        assert main(command) == 0
+    assert given == [["--steps=3", f"--out={tmp_path}"]]

@@ -48,7 +48,7 @@ def make(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["passes", "kernels"])
+@pytest.mark.parametrize("name", ["passes", "kernels", "examples"])
 def test_top_level_folder_is_linked_into_the_package(name: str) -> None:
     link = ROOT / "ilm_compile" / name
     assert os.readlink(link) == f"../{name}"

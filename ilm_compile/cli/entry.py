@@ -5,10 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ilm_compile.cli import convert, evaluate, explain, prepare_data, train, verify
+from ilm_compile.cli import convert, demo, evaluate, explain, prepare_data, train, verify
 from ilm_compile.errors import IlmCompileError
 
 COMMANDS = {
+    "demo": demo,
     "explain": explain,
     "verify": verify,
     "train": train,

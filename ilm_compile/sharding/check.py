@@ -33,8 +33,9 @@ def check_placements(program: Program) -> None:
     for axis in solved_axes(program):
         for node in program.graph.nodes:
             if problem := _PROBLEMS[node.op](program, node, axis):
-                on = f" on axis {axis.name}" if axis.name != WEIGHT_AXES[0] else ""
-                raise PlacementError(f"placement check{on}: {problem} at {program.where(node)}")
+                if axis.name not in WEIGHT_AXES:
+                    problem = f"on axis {axis.name}, {problem}"
+                raise PlacementError(f"placement check: {problem} at {program.where(node)}")
 
 
 def solved_axes(program: Program) -> list[MeshAxis]:

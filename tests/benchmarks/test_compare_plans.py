@@ -9,7 +9,7 @@ from benchmarks.common import launch
 from benchmarks.compare_plans import PLANS, compare_all, main, show
 from benchmarks.comparison import Comparison, expected_bubble, measured_bubble, summary
 from benchmarks.plan_run import RankRun, Row, Settings, run_plain, run_plan
-from benchmarks.plots import plot_comparison, plot_timelines
+from benchmarks.plots import plot_comparison, plot_timelines, rank_words
 from ilm_compile.program.plan import Plan
 from tests.support.world import World
 
@@ -111,6 +111,13 @@ def test_table_and_pictures(tmp_path: Path) -> None:
     )
     assert (tmp_path / "comparison.png").stat().st_size > 1000
     assert (tmp_path / "timelines.png").stat().st_size > 1000
+
+
+def test_a_row_of_a_picture_tells_rank_place_and_stages() -> None:
+    timeline = [("3F0", 0.0, 1.0), ("wait 1F0", 1.0, 1.5), ("1F0", 1.5, 2.0)]
+    plan = Plan(tp=2, pp=2, num_microbatches=2)
+    assert rank_words(5, 8, plan, timeline) == "rank 5 (pp 1, dp 0, tp 1): stages 1, 3"
+    assert rank_words(3, 4, plan, timeline) == "rank 3 (pp 1, tp 1): stages 1, 3"
 
 
 def test_help_says_what_the_columns_mean(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import ilm_compile
 from ilm_compile import ParallelMode, ProcessGroups
 from ilm_compile.cli import main
-from ilm_compile.config import Config, ConfigError, load_config
+from ilm_compile.config import Config, load_config
 from ilm_compile.models import MODEL_INITIALIZER
 from ilm_compile.runtime.data import write_shard
 from ilm_compile.training import agreement, hooks
@@ -190,30 +190,6 @@ def test_every_kind_of_data_trains(data: dict[str, Any], tmp_path: Path) -> None
     config = tiny(tmp_path, "train.total_steps=1", "lr_scheduler.total_steps=4", data=data)
     train_on(0, config)
     assert math.isfinite(losses(tmp_path)[0])
-
-
-def test_text_files_are_read(tmp_path: Path) -> None:
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("Bytes are tokens. " * 40)
-    data = {"type": "text", "train_folder": str(tmp_path / "text")}
-    valid = {"valid_folder": str(tmp_path / "text"), "valid_every": 4}
-    train_on(0, tiny(tmp_path, data={**data, **valid}))
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.1
-    assert metrics(tmp_path)[-1]["group"] == "valid/text"
-
-
-def test_the_field_of_json_files_is_chosen_by_the_config(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "Bytes are tokens. " * 40}) + "\n")
-    data = {"type": "text", "train_folder": str(tmp_path)}
-    with pytest.raises(
-        ilm_compile.IlmCompileError, match=r"'body' \(str\); choose one with data.js"
-    ):
-        ilm_compile.get_train_data_loader(tiny(tmp_path, data=data))
-    config = tiny(tmp_path, "data.json_field=body", data=data)
-    batch = next(ilm_compile.get_train_data_loader(config))
-    assert bytes(batch["input_ids"][0, :5].tolist()) in b"Bytes are tokens. " * 2
-    with pytest.raises(ConfigError, match=r"data\.json_field: .* reads no JSON"):
-        tiny(tmp_path, "data.json_field=body")
 
 
 # model, loss, numbers
