@@ -19,6 +19,7 @@ BAD_STEPS = f"{TESTS}/test_trainer_bad_steps.py"
 OPTIMIZER = f"{TESTS}/test_optimizer.py"
 SCALING = f"{TESTS}/test_optimizer_scaling.py"
 BATCH = f"{TESTS}/test_batch.py"
+LOCAL = f"{TESTS}/test_local_batches.py"
 SHARDED = f"{TESTS}/test_data_parallel.py"
 UNUSUAL = f"{TESTS}/test_unusual_parameters.py"
 PARALLEL = f"{TESTS}/test_parallel.py"
@@ -165,8 +166,8 @@ INPUT_MUTANTS = [
         (INPUTS, EMULATED),
         (
             "targets of the whole batch, not per micro-batch",
-            "(batch, graph) / layout.num_slices",
-            "(batch, graph)",
+            "counts[name] / layout.num_slices",
+            "counts[name]",
         ),
         ("losses are added up", ".double().sum() / self.layout.num_slices", ".double().sum()"),
         ("gradients are added up", "return scale / self.layout.num_slices", "return scale"),
@@ -204,7 +205,19 @@ INPUT_MUTANTS = [
         ),
         ("shapes are not checked", "if tuple(tensor.shape) != expected or", "if", BATCH),
         ("dtypes are not checked", " or tensor.dtype != spec.dtype:", ":", BATCH),
-        ("a batch without targets is taken", "if total == 0:", "if False:", BATCH),
+    ),
+    *mutants_of(
+        "step_inputs.py",
+        (BATCH,),
+        ("a batch without targets is taken", "if counts[name] == 0:", "if False:"),
+    ),
+    *mutants_of(
+        "intake.py",
+        (LOCAL,),
+        ("targets of each rank alone", "counts, totals, strict", "counts, counts.values(), strict"),
+        ("an error stays on its rank", "if problems:", "if error is not None:"),
+        ("rows of every tp and pp rank count", "if mesh.pp.rank or not mesh.speaks:", "if False:"),
+        ("ranks may be given other rows", "self._same.check(batch, is_local=is_local)", "pass"),
     ),
 ]
 GRADIENT_MUTANTS = [

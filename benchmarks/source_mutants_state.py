@@ -212,23 +212,23 @@ DATA_MUTANTS = [
         (DATA, BATCHES),
         (
             "every epoch in one order",
-            "self._seed, self.epoch)",
+            "self._seed, epoch)",
             "self._seed, 0)",
         ),
         (
             "one order for every seed",
-            "self._seed, self.epoch)",
-            "0, self.epoch)",
+            "self._seed, epoch)",
+            "0, epoch)",
         ),
         (
             "rows are not shuffled",
-            "order[np.arange(start, start + count)]",
-            "np.arange(start, start + count)",
+            "KeyedOrder(self._num_rows, self._seed, epoch)[rows[own]]",
+            "rows[own]",
         ),
         (
             "a batch ends with its epoch",
-            "            left -= count\n",
-            "            left = 0\n",
+            "np.unique(epochs).tolist()",
+            "np.unique(epochs).tolist()[:1]",
         ),
         (
             "a resumed run begins anew",
@@ -279,7 +279,7 @@ DATA_MUTANTS = [
             "-(-len(dataset) // global_batch_size)",
             "len(dataset) // global_batch_size",
         ),
-        ("validation repeats the first batch", "range(batch * size, min(", "range(0 * size, min("),
+        ("validation repeats the first batch", "start = batch * size", "start = 0 * size"),
     ),
     *mutants_of(
         "data/selection.py",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ilm_compile.convert.source import Spec
 from ilm_compile.runtime.checkpoint.boxes import Box
+from ilm_compile.runtime.checkpoint.parts import contents
 from ilm_compile.runtime.checkpoint.slices import SliceReader, check_file, read_manifest
 from ilm_compile.runtime.checkpoint.storage import MANIFEST, open_storage
 
@@ -22,8 +23,9 @@ class CheckpointFiles:
         self.where = str(path)
         storage, name = open_storage(path.absolute().parent), path.absolute().name
         manifest = read_manifest(storage, name)
-        for file_name in manifest.files:
-            check_file(storage, name, manifest, file_name)
+        for part in contents(storage, name, manifest):
+            for file_name, file in part.files.items():
+                check_file(storage, name, file_name, file)
         self._reader = SliceReader(storage, name, manifest)
         self.config = manifest.config  # that it was made with
 

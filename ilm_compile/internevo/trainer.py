@@ -49,7 +49,7 @@ class Trainer:
         return_loss: bool = True,
         return_output_label: bool = True,
     ) -> Output:
-        """(output, label, loss) of a global batch, or of the next one of an iterator.
+        """(output, label, loss) of a batch, or of the next one of an iterator.
 
         output, label: of this data-parallel rank's rows, on the last pipeline stage alone, and
         None unless `return_output_label`. loss: equal on all ranks, None unless `return_loss`.

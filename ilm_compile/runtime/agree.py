@@ -1,4 +1,4 @@
-"""What ranks tell each other of a step: a few numbers each, in one small collective."""
+"""What ranks tell each other: a few numbers each, a text of one of them, whether any failed."""
 
 from __future__ import annotations
 
@@ -24,3 +24,36 @@ def exchange(own: Sequence[float], mesh: Mesh) -> list[list[float]]:
     dist.all_reduce(table, group=mesh.group)
     rows: list[list[float]] = table.tolist()
     return rows
+
+
+def broadcast(data: bytes, mesh: Mesh, *, source: int = 0) -> bytes:
+    """The `data` of rank `source` on every rank. Collective."""
+    if not mesh.is_distributed:
+        return data
+    length = torch.tensor(len(data), device=mesh.device)
+    dist.broadcast(length, src=source, group=mesh.group)
+    if mesh.rank == source:
+        value = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(mesh.device)
+    else:
+        value = torch.empty(max(1, int(length)), dtype=torch.uint8, device=mesh.device)
+    dist.broadcast(value, src=source, group=mesh.group)
+    return value.cpu().numpy().tobytes()[: int(length)]
+
+
+def any_rank(flags: list[bool], mesh: Mesh) -> list[bool]:
+    """Of each flag, whether any rank has set it. Collective."""
+    table = exchange([float(flag) for flag in flags], mesh)
+    return [any(column) for column in zip(*table, strict=True)]
+
+
+def first_problem(problem: str, mesh: Mesh) -> str:
+    """The `problem` of the first rank that has one, prefixed by its number; else empty.
+
+    Collective: every rank gets the same text.
+    """
+    table = exchange([float(bool(problem))], mesh)
+    rank = next((rank for rank, (has_one,) in enumerate(table) if has_one), None)
+    if rank is None:
+        return ""
+    text = broadcast(problem.encode(), mesh, source=rank).decode()
+    return text if mesh.world_size == 1 else f"rank {rank}: {text}"

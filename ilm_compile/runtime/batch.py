@@ -1,7 +1,7 @@
 """The global batch: what it must look like, and which rows of it this rank works on.
 
-Every rank is given the whole batch. Data-parallel rank d of M micro-batches of n rows takes for its
-micro-batch m the rows [(d*M + m)*n, (d*M + m + 1)*n).
+A rank is given the whole batch, or its own rows of it. Data-parallel rank d of M micro-batches of n
+rows takes for its micro-batch m the rows [(d*M + m)*n, (d*M + m + 1)*n).
 """
 
 from __future__ import annotations
@@ -12,11 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ilm_compile.errors import BatchError, NoTargetsError
+from ilm_compile.errors import BatchError
 from ilm_compile.program.program import Input
 from ilm_compile.runtime.mesh import Axis
 
 Batch = Mapping[str, Tensor]
+
+
+class LocalBatch(dict[str, Tensor]):
+    """A batch that holds the rows of one data-parallel rank alone, as the data loader gives it."""
+
+
+def says_local(batch: Batch) -> bool:
+    """Whether it is known to hold one rank's rows alone."""
+    return isinstance(batch, LocalBatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +41,11 @@ class BatchLayout:
         """Micro-batches of the global batch."""
         return self.num_microbatches * self.dp.size
 
-    def check(self, batch: Batch) -> None:
-        """Raise `BatchError` unless `batch` has the names, shapes and dtypes compiled for."""
+    def check(self, batch: Batch, *, is_local: bool = False) -> None:
+        """Raise `BatchError` unless `batch` has the names, shapes and dtypes compiled for.
+
+        is_local: it shall hold this data-parallel rank's rows alone.
+        """
         if set(batch) != set(self.inputs):
             missing = sorted(set(self.inputs) - set(batch))
             unknown = sorted(set(batch) - set(self.inputs))
@@ -43,36 +55,41 @@ class BatchLayout:
             )
         for name, spec in self.inputs.items():
             tensor, rows = batch[name], spec.shape[0]
-            expected = (rows * self.num_slices, *spec.shape[1:])
+            num_slices = self.num_microbatches if is_local else self.num_slices
+            expected = (rows * num_slices, *spec.shape[1:])
             if tuple(tensor.shape) != expected or tensor.dtype != spec.dtype:
+                whole = f"{rows} rows x {self.num_microbatches} micro-batches"
+                if is_local:
+                    has = f"this rank's part of a batch has {whole}"
+                else:
+                    has = f"a global batch has {whole} x {self.dp.size} data-parallel ranks"
                 raise BatchError(
                     f"batch: expected {name} of shape {expected} and dtype {spec.dtype}, got "
-                    f"{tuple(tensor.shape)} and {tensor.dtype}; a global batch has {rows} rows x "
-                    f"{self.num_microbatches} micro-batches x {self.dp.size} data-parallel ranks: "
-                    "give it that many, or name its shape in parallelize(..., shapes=[...])"
+                    f"{tuple(tensor.shape)} and {tensor.dtype}; {has}: "
+                    "give it that many, or name its shape in parallelize(..., shapes=[...]) "
+                    f"(batch_is_local={not is_local} takes "
+                    f"{'all rows' if is_local else 'the rows of this data-parallel rank alone'})"
                 )
 
-    def fits(self, batch: Batch) -> bool:
+    def fits(self, batch: Batch, *, is_local: bool = False) -> bool:
         """Whether `check` raises nothing."""
         try:
-            self.check(batch)
+            self.check(batch, is_local=is_local)
         except BatchError:
             return False
         return True
 
-    def own(self, batch: Batch, name: str) -> Tensor:
-        """This data-parallel rank's rows of one input."""
-        rows = self.inputs[name].shape[0] * self.num_microbatches
-        return batch[name].narrow(0, self.dp.rank * rows, rows)
+    def own(self, batch: Batch) -> Batch:
+        """This data-parallel rank's rows of a global batch."""
+        sizes = {name: self.inputs[name].shape[0] * self.num_microbatches for name in batch}
+        return {n: batch[n].narrow(0, self.dp.rank * rows, rows) for n, rows in sizes.items()}
 
     def split(
-        self, batch: Batch, names: Iterable[str], device: torch.device
+        self, own: Batch, names: Iterable[str], device: torch.device
     ) -> dict[str, list[Tensor]]:
-        """The named inputs of this rank's micro-batches, on `device`."""
+        """The named inputs of this rank's micro-batches, on `device`. own: this rank's rows."""
         return {
-            name: list(
-                self.own(batch, name).to(device, non_blocking=True).chunk(self.num_microbatches)
-            )
+            name: list(own[name].to(device, non_blocking=True).chunk(self.num_microbatches))
             for name in names
         }
 
@@ -86,13 +103,13 @@ class BatchLayout:
         return [torch.tensor(hash((seed, step, place)) % 2**63) for place in places]
 
     def count_targets(self, batch: Batch, graph: fx.GraphModule) -> int:
-        """The number of loss targets in the global batch, which every rank counts for itself."""
-        names = [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
-        columns = [batch[name].cpu().chunk(self.num_slices) for name in names]
-        total = sum(int(graph(*arguments)) for arguments in zip(*columns, strict=True))
-        if total == 0:
-            raise NoTargetsError(
-                f"batch: expected at least one target token, got none in {names}: every label is "
-                "ignored, so the loss is 0/0; leave such batches out"
-            )
-        return total
+        """The number of loss targets in `batch`, which holds any number of micro-batches."""
+        names = names_of(graph)
+        slices = [len(batch[name]) // self.inputs[name].shape[0] for name in names]
+        columns = [batch[n].cpu().chunk(s) for n, s in zip(names, slices, strict=True)]
+        return sum(int(graph(*arguments)) for arguments in zip(*columns, strict=True))
+
+
+def names_of(graph: fx.GraphModule) -> list[str]:
+    """The inputs that a graph reads."""
+    return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]

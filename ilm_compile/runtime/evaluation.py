@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ilm_compile.errors import IlmCompileError
+from ilm_compile.errors import BatchError, IlmCompileError, NoTargetsError
 from ilm_compile.program.layout import Layout
 from ilm_compile.program.token_metrics import TokenMetrics
-from ilm_compile.runtime.batch import Batch
-from ilm_compile.runtime.data import IGNORED_LABEL, TYPE_IDS
+from ilm_compile.runtime.agree import first_problem
+from ilm_compile.runtime.batch import Batch, says_local
+from ilm_compile.runtime.data import TYPE_IDS
+from ilm_compile.runtime.forms import Form
 from ilm_compile.runtime.loss_probe import last_stage, probe
-from ilm_compile.runtime.parallel import LABELS, Parallel
+from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.schedule import Kind, forward_only
 
 
@@ -32,12 +35,14 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     types: Mapping[str, int] | None = None,
+    batch_is_local: bool = False,
 ) -> dict[str, float]:
     """Return the metrics of all tokens of `batches`, the same on every rank. Collective.
 
-    batches: global batches as for training, the same on every rank; one without any target is
-    passed over. types: the number of each type of text; batches then have "type_ids", (rows,
-    seq_len), as `TokenDataset` gives with `with_types` (in other batches it is not looked at).
+    batches: as for training, global ones or with `batch_is_local` this data-parallel rank's rows
+    of them; one without any target is passed over. types: the number of each type of text; batches
+    then have "type_ids", (rows, seq_len), as `TokenDataset` gives with `with_types` (in other
+    batches it is not looked at).
 
     "loss" is the mean cross entropy of all targets of all batches (every token counts the same, a
     label smoothing is left out, and so are other terms of the model's loss), "perplexity" its
@@ -49,20 +54,30 @@ def evaluate(
     totals = _Totals(parallel, types)
     parallel.eval()
     try:
-        counted = (batch for batch in batches if _has_targets(batch))
+        told = ((batch, says_local(batch) or batch_is_local) for batch in batches)
         # The graph of each shape has its own cross entropy.
-        for _, alike in groupby(counted, lambda batch: parallel.prepare(_inputs(batch))):
+        for _, alike in groupby(told, lambda pair: _form(parallel, *pair)):
             with probe(parallel, totals.add):
-                for batch in alike:
-                    totals.start(batch)
-                    parallel.execute_schedule(_inputs(batch), forward_only=True, return_loss=False)
+                for batch, is_local in alike:
+                    totals.start(batch, is_local=is_local)
+                    with suppress(NoTargetsError):  # on every rank alike, before anything is run
+                        parallel.execute_schedule(
+                            _inputs(batch),
+                            forward_only=True,
+                            return_loss=False,
+                            batch_is_local=is_local,
+                        )
     finally:
         parallel.train()
     return totals.metrics()
 
 
-def _has_targets(batch: Batch) -> bool:
-    return LABELS not in batch or not bool((batch[LABELS] == IGNORED_LABEL).all())
+def _form(parallel: Parallel, batch: Batch, is_local: bool) -> Form:
+    """What runs the batch; what is wrong with it is raised on every rank when it is to run."""
+    try:
+        return parallel.prepare(_inputs(batch), is_local=is_local)
+    except BatchError:
+        return parallel.form
 
 
 def _inputs(batch: Batch) -> Batch:
@@ -82,24 +97,26 @@ class _Totals:
         size = 1 if types is None else max(types.values(), default=0) + 1
         self._sums = torch.zeros(size, 3, dtype=torch.float64, device=self._mesh.device)
 
-    def start(self, batch: Batch) -> None:
-        """Begin a global batch."""
+    def start(self, batch: Batch, *, is_local: bool) -> None:
+        """Begin a batch. Collective."""
         self._pending = list(self._order)
         if self._types is None:
             return
+        problem = ""
         if TYPE_IDS not in batch:
-            raise IlmCompileError(
-                f"evaluate: expected {TYPE_IDS} in every batch, got {', '.join(sorted(batch))}; "
-                "open the data set with_types=True, or leave types out"
+            problem = (
+                f"expected {TYPE_IDS} in every batch, got {', '.join(sorted(batch))}; open the "
+                "data set with_types=True, or leave types out"
             )
-        rows, count = batch[TYPE_IDS], self._num_microbatches * self._mesh.dp.size
-        if rows.min() < 0 or rows.max() >= len(self._sums):
-            raise IlmCompileError(
-                f"evaluate: expected {TYPE_IDS} among {dict(self._types)}, got numbers from "
+        elif (rows := batch[TYPE_IDS]).min() < 0 or rows.max() >= len(self._sums):
+            problem = (
+                f"expected {TYPE_IDS} among {dict(self._types)}, got numbers from "
                 f"{int(rows.min())} to {int(rows.max())}"
             )
-        first = self._mesh.dp.rank * self._num_microbatches
-        self._type_rows = list(rows.chunk(count)[first : first + self._num_microbatches])
+        if problem := first_problem(problem, self._mesh):
+            raise IlmCompileError(f"evaluate: {problem}")
+        own = rows if is_local else rows.chunk(self._mesh.dp.size)[self._mesh.dp.rank]
+        self._type_rows = list(own.chunk(self._num_microbatches))
 
     def add(self, metrics: TokenMetrics, layout: Layout, shape: torch.Size) -> None:
         """Add one micro-batch; its targets, of local `shape`, lie as `layout` says."""

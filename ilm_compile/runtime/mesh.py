@@ -123,6 +123,18 @@ class Mesh:
         """The global rank at these coordinates; fsdp counts (dp, cp), cp fastest."""
         return (pp * self.fsdp.size + fsdp) * self.tp.size + tp
 
+    def replicas(self) -> list[list[int]]:
+        """The global ranks of each data-parallel rank, which work on the same rows."""
+        return [
+            [
+                self.rank_at(pp, dp * self.cp.size + cp, tp)
+                for pp in range(self.pp.size)
+                for cp in range(self.cp.size)
+                for tp in range(self.tp.size)
+            ]
+            for dp in range(self.dp.size)
+        ]
+
     @classmethod
     def create(
         cls,

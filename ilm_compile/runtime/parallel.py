@@ -25,12 +25,12 @@ from ilm_compile.program.parameter_map import (
 from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
-from ilm_compile.runtime.batch import Batch, BatchLayout
-from ilm_compile.runtime.batch_checks import SameBatch, check_ids
+from ilm_compile.runtime.batch import Batch, BatchLayout, says_local
 from ilm_compile.runtime.executor import StepResult
 from ilm_compile.runtime.forms import Compiled, Form, Shape, make_form, stages_of
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
+from ilm_compile.runtime.intake import Intake
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
 from ilm_compile.runtime.parameters import Parameters
@@ -79,7 +79,6 @@ class Parallel:
         self.schedule = schedule
         self.plan = lowered.plan
         self.check_ids_on_device = False
-        self._same_batch = SameBatch(mesh)
         self.inputs = lowered.inputs  # of one micro-batch, by name
         self.communicators = mesh.graph_communicators()  # by axis
         mesh.bind(self.communicators)
@@ -101,6 +100,7 @@ class Parallel:
         self._forms = {0: first}
         self.form = first  # that of the last batch
         self._use(first)
+        self._intake = Intake(lowered.target_counts, mesh)
 
     def execute_schedule(
         self,
@@ -110,28 +110,29 @@ class Parallel:
         return_loss: bool = True,
         return_output_label: bool = False,
         loss_scale: float = 1.0,
+        batch_is_local: bool = False,
     ) -> Result:
         """Run forward and backward of the global batch, adding to the gradients.
 
         batch: every input of the model by name, with the rows of all micro-batches of all
-        data-parallel ranks, the same on every rank. Returns the loss of the global batch, a scalar
-        equal on every rank, or None if not `return_loss`. With `return_output_label` returns
-        (outputs, labels, loss): the logits of this data-parallel rank's rows and their labels, both
-        None except on the last pipeline stage. loss_scale: what the gradients are multiplied by,
-        not the loss returned. Raises `BatchError` for another batch than the program was compiled
-        for, for ids outside the vocabulary, and on the first step and every hundredth if the ranks
-        were given different batches.
+        data-parallel ranks, the same on every rank; with `batch_is_local`, and for what the data
+        loader gives, those of this data-parallel rank alone (`BatchLayout.own`). Returns the loss
+        of the global batch, a scalar equal on every rank, or None if not `return_loss`. With
+        `return_output_label` returns (outputs, labels, loss): the logits of this data-parallel
+        rank's rows and their labels, both None except on the last pipeline stage. loss_scale: what
+        the gradients are multiplied by, not the loss returned. Raises `BatchError` on every rank
+        for another batch than the program was compiled for, for ids outside the vocabulary, and on
+        the first step and every hundredth if the ranks were given different batches.
         """
-        form = self.prepare(batch)
-        self._same_batch.check(batch)
-        check_ids(
+        is_local = batch_is_local or says_local(batch)
+        taken = self._intake.take(
             batch,
-            form.lookups,
-            num_slices=form.step_inputs.layout.num_slices,
+            lambda: self.prepare(batch, is_local=is_local),
+            is_local=is_local,
             on_device=self.check_ids_on_device,
         )
         result = self.run(
-            batch,
+            self.step_inputs.of_rows(taken.rows, taken.counts, self.num_steps),
             forward_only=forward_only,
             keep_outputs=return_output_label,
             loss_scale=loss_scale,
@@ -142,22 +143,23 @@ class Parallel:
             return loss
         if not self._has_outputs:
             return None, None, loss
-        labels = self.step_inputs.layout.own(batch, LABELS) if LABELS in batch else None
         names = self.form.output_names
         name = LOGITS if LOGITS in names else names[0] if names else None
-        return None if name is None else self.output(result, name), labels, loss
+        return None if name is None else self.output(result, name), taken.rows.get(LABELS), loss
 
-    def prepare(self, batch: Batch) -> Form:
+    def prepare(self, batch: Batch, *, is_local: bool = False) -> Form:
         """Be ready for batches of this one's shape, compiling its program if it is the first.
 
-        Raises `BatchError` for a shape that none of the programs is for, and as `parallelize` does.
+        is_local: it has this data-parallel rank's rows alone, as a `LocalBatch` does. Raises
+        `BatchError` for a shape that none of the programs is for, and as `parallelize` does.
         """
         if not self._shapes:
-            self.step_inputs.layout.check(batch)
+            self.step_inputs.layout.check(batch, is_local=is_local)
             return self.form
-        number = next((n for n, layout in self._layouts.items() if layout.fits(batch)), None)
+        layouts = self._layouts.items()
+        number = next((n for n, each in layouts if each.fits(batch, is_local=is_local)), None)
         if number is None:
-            self._layouts[0].check(batch)
+            self._layouts[0].check(batch, is_local=is_local)
         assert number is not None
         if number not in self._forms:
             self._forms[number] = self._form(self._shapes[number].compile(), number)
@@ -167,14 +169,14 @@ class Parallel:
 
     def run(
         self,
-        batch: Batch,
+        inputs: Mapping[str, Sequence[Tensor]],
         *,
         forward_only: bool = False,
         keep_outputs: bool = False,
         loss_scale: float = 1.0,
         is_last: bool = True,
     ) -> StepResult:
-        """`execute_schedule` of a batch known to be right; returns what this rank alone has.
+        """`execute_schedule` of what `StepInputs` gives; returns what this rank alone has.
 
         is_last: False if another run takes further rows of the same batch; gradients are complete,
         and seen by hooks, after the last.
@@ -184,7 +186,7 @@ class Parallel:
         if len(self._forms) > 1:
             self.form.wear()
         result = self.executor.run(
-            self.step_inputs.of_step(batch, self.num_steps),
+            inputs,
             loss_gradient=self.step_inputs.loss_gradient(loss_scale),
             forward_only=forward_only,
             keep_outputs=keep_outputs,

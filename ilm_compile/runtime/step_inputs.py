@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.errors import NoTargetsError
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.program import Variable
-from ilm_compile.runtime.batch import Batch, BatchLayout
+from ilm_compile.runtime.batch import Batch, BatchLayout, names_of
 from ilm_compile.runtime.mesh import Axis
 
 
@@ -53,16 +54,30 @@ class StepInputs:
             device,
         )
 
-    def of_step(self, batch: Batch, step: int) -> dict[str, list[Tensor]]:
-        """For each input a tensor per micro-batch. `step`: how many training steps came before.
+    def count(self, rows: Batch) -> dict[str, int]:
+        """How many targets of each loss there are in these rows of a batch."""
+        return {n: self.layout.count_targets(rows, g) for n, g in self.target_counts.items()}
 
-        Raises `BatchError` for a batch without targets.
+    def of_step(self, batch: Batch, step: int) -> dict[str, list[Tensor]]:
+        """`of_rows` of a global batch, whose targets are counted here."""
+        return self.of_rows(self.layout.own(batch), self.count(batch), step)
+
+    def of_rows(self, own: Batch, counts: Mapping[str, int], step: int) -> dict[str, list[Tensor]]:
+        """For each input a tensor per micro-batch, of this rank's own rows.
+
+        counts: of the targets in the global batch. step: how many training steps came before.
+        Raises `NoTargetsError` for a batch without targets.
         """
         layout = self.layout
-        inputs = layout.split(batch, self.names, self.device)
+        inputs = layout.split(own, self.names, self.device)
         for name, graph in self.target_counts.items():
-            count = layout.count_targets(batch, graph) / layout.num_slices
-            tensor = torch.tensor(count, dtype=self.dtype, device=self.device)
+            if counts[name] == 0:
+                raise NoTargetsError(
+                    f"batch: expected at least one target token, got none in {names_of(graph)}: "
+                    "every label is ignored, so the loss is 0/0; leave such batches out"
+                )
+            share = counts[name] / layout.num_slices
+            tensor = torch.tensor(share, dtype=self.dtype, device=self.device)
             inputs[name] = [tensor] * layout.num_microbatches
         # Of a micro-batch's place in the training, not in the plan.
         inputs[SEED] = layout.dropout_seeds(self.seed, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ilm_compile.errors import IlmCompileError, NoTargetsError
 from ilm_compile.runtime.agree import exchange
-from ilm_compile.runtime.batch import Batch
+from ilm_compile.runtime.batch import Batch, LocalBatch
 from ilm_compile.runtime.fit_hooks import fit_hooks
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.hooks import Hook, Hooks
@@ -26,6 +27,7 @@ from ilm_compile.runtime.optimizer import Beta2Scheduler, LossScaler, adamw
 from ilm_compile.runtime.parallel import Parallel, Result
 
 SCALER = "scaler"
+MAX_HISTORY = 10_000  # steps whose metrics `fit` returns
 
 
 class Trainer:
@@ -109,6 +111,7 @@ class Trainer:
         forward_only: bool = False,
         return_loss: bool = True,
         return_output_label: bool = False,
+        batch_is_local: bool = False,
     ) -> Result:
         """Forward and backward of the global batch; see `Parallel.execute_schedule`."""
         return self.parallel.execute_schedule(
@@ -117,6 +120,7 @@ class Trainer:
             return_loss=return_loss,
             return_output_label=return_output_label,
             loss_scale=self.loss_scale,
+            batch_is_local=batch_is_local,
         )
 
     def step(self) -> float:
@@ -160,28 +164,31 @@ class Trainer:
         metrics_path: str | Path | None = None,
         progress: bool = True,
         callback: Callable[[StepMetrics], None] | None = None,
+        batch_is_local: bool = False,
     ) -> list[StepMetrics]:
-        """Train for `num_steps` batches and return the metrics of each step.
+        """Train for `num_steps` batches; return the metrics of each step, of the last `MAX_HISTORY`
+        at most, for a run may be long.
 
         Fewer steps if somebody asks to stop: `stop_reason` then says why. Rank 0 appends the
         metrics as JSON lines to `metrics_path` and shows the progress. callback: called with them
-        on every rank after each step. These three come before `hooks`. Raises `IlmCompileError` if
-        the batches run out.
+        on every rank after each step. These three come before `hooks`. batch_is_local: as for
+        `Parallel.execute_schedule`. Raises `IlmCompileError` if the batches run out.
         """
         self.total_steps = self.num_steps + num_steps
         self.stop_reason = self._stop_wish = None
         extra = fit_hooks(metrics_path=metrics_path, progress=progress, callback=callback)
         hooks = Hooks([*extra, *self.hooks])
-        history: list[StepMetrics] = []
+        history: deque[StepMetrics] = deque(maxlen=MAX_HISTORY)
         error: BaseException | None = None
         try:
             ACTIVITY.enter("hooks before the first step", patient=True)
             ACTIVITY.steps_done, ACTIVITY.stopping = self.num_steps, ""
             hooks.start(self)
-            self._run(islice(batches, num_steps), hooks, history)
-            if len(history) < num_steps and self.stop_reason is None:
+            given = islice(batches, num_steps)
+            done = self._run(given, hooks, history, is_local=batch_is_local)
+            if done < num_steps and self.stop_reason is None:
                 raise IlmCompileError(
-                    f"Trainer.fit: expected {num_steps} batches, got {len(history)}; give an "
+                    f"Trainer.fit: expected {num_steps} batches, got {done}; give an "
                     "endless iterator (BatchIterator is one) or fewer steps"
                 )
         except BaseException as raised:
@@ -192,7 +199,7 @@ class Trainer:
         finally:
             ACTIVITY.enter("hooks after the last step", patient=True)
             hooks.stop(self, error)
-        return history
+        return list(history)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, schedules and loss scale as plain values, the same on every rank.
@@ -266,21 +273,31 @@ class Trainer:
         if self.parallel.mesh.rank == 0:
             warnings.warn(f"Trainer.load_state_dict: {message}", stacklevel=3)
 
-    def _run(self, batches: Iterable[Batch], hooks: Hooks, history: list[StepMetrics]) -> None:
-        for batch in batches:
+    def _run(
+        self,
+        batches: Iterable[Batch],
+        hooks: Hooks,
+        history: deque[StepMetrics],
+        *,
+        is_local: bool,
+    ) -> int:
+        """Returns how many steps were done."""
+        done = 0
+        for done, batch in enumerate(batches, 1):
             step = self.num_steps + 1
             ACTIVITY.enter(f"hooks before step {step}", patient=True)
             hooks.step_start(self, step)
-            metrics = self._step_on(batch, is_first=not history)
+            metrics = self._step_on(batch, is_first=done == 1, is_local=is_local)
             history.append(metrics)
             ACTIVITY.steps_done = self.num_steps
             ACTIVITY.enter(f"hooks after step {step}", patient=True)
             hooks.step_end(self, metrics)
             ACTIVITY.enter(f"reading the batch of step {step + 1}", patient=True)
             if self.stop_reason is not None:
-                return
+                break
+        return done
 
-    def _step_on(self, batch: Batch, *, is_first: bool) -> StepMetrics:
+    def _step_on(self, batch: Batch, *, is_first: bool, is_local: bool) -> StepMetrics:
         # The first step may take long, for kernels are compiled.
         ACTIVITY.enter(f"step {self.num_steps + 1}", patient=is_first)
         start = time.perf_counter()
@@ -289,7 +306,7 @@ class Trainer:
         num_skipped = self.num_skipped_steps
         self.zero_grad()
         try:
-            loss = self.execute_schedule(batch)
+            loss = self.execute_schedule(batch, batch_is_local=is_local)
             assert isinstance(loss, Tensor)
             grad_norm = self.step()
         except NoTargetsError as error:  # on every rank alike, before anything was run
@@ -298,6 +315,8 @@ class Trainer:
         if loss.device.type == "cuda":
             torch.cuda.synchronize(loss.device)
         num_tokens = next(iter(batch.values())).numel()
+        if is_local or isinstance(batch, LocalBatch):
+            num_tokens *= self.parallel.mesh.dp.size
         self.num_tokens += num_tokens
         ACTIVITY.do("agreement on stopping")
         ranks = exchange([float(self._stop_wish is not None)], self.parallel.mesh)

@@ -1,4 +1,4 @@
-"""The data of a config: rows from files or from nowhere, and global batches of them."""
+"""The data of a config: rows from files or from nowhere, and this rank's part of each batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import Tensor
 from ilm_compile.config import Config
 from ilm_compile.convert.hf_files import read_config
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.batch import LocalBatch
 from ilm_compile.runtime.data import (
     BatchIterator,
     BatchRamp,
     Conversations,
     DummyDataset,
+    Part,
     RowDataset,
     TokenDataset,
     TokenShard,
@@ -32,25 +34,26 @@ from ilm_compile.runtime.data import (
     pack_documents,
 )
 from ilm_compile.runtime.data.tokenizer import BYTES
+from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.training.launch import read_place
 from ilm_compile.training.model import input_spec, max_documents
 
 DUMMY_ROWS = 100_000  # of random data
 Batch = dict[str, Tensor]
-Batches = Iterable[Batch]
+Batches = Iterable[LocalBatch]
 
 
 class TrainBatches:
-    """Endless global batches as `fit` makes them for the model; resumable like the iterator."""
+    """Endless batches as `fit` makes them for the model; resumable like the iterator."""
 
-    def __init__(self, batches: BatchIterator, fit: Callable[[Batch], Batch]) -> None:
+    def __init__(self, batches: BatchIterator, fit: Callable[[Batch], LocalBatch]) -> None:
         self._batches = batches
         self._fit = fit
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[LocalBatch]:
         return self
 
-    def __next__(self) -> dict[str, Tensor]:
+    def __next__(self) -> LocalBatch:
         return self._fit(next(self._batches))
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,21 +62,27 @@ class TrainBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._batches.load_state_dict(state)
 
+    def agree(self, mesh: Mesh) -> None:
+        """See `BatchIterator.agree`. Collective."""
+        self._batches.agree(mesh)
+
 
 def get_train_data_loader(config: Config) -> TrainBatches:
-    """The global batches of training, the same on every rank.
+    """The batches of training: of each this data-parallel rank's rows, and no others are read.
 
-    Raises `IlmCompileError` naming the folder or file that is missing or damaged.
+    Each is a `LocalBatch`, which `execute_schedule` and `fit` know as such. Raises
+    `IlmCompileError` naming the folder or file that is missing or damaged.
     """
-    dp = data_parallel_size(config)
+    part = data_parallel_part(config)
     data = config.data
     batches = BatchIterator(
         _train_rows(config),
         global_batch_size=global_batch_size(config),
         seed=_seed(config),
-        ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.rows * dp),
+        ramp=BatchRamp.parse(data.rampup_batch_size, unit=data.rows * part.size),
         skip=data.skip_batches,
         num_workers=data.num_worker,
+        part=part,
     )
     return TrainBatches(batches, _fit(config))
 
@@ -95,32 +104,37 @@ def validation_sets(config: Config) -> dict[str, Batches]:
     }
 
 
-def data_parallel_size(config: Config) -> int:
-    """Ranks that the other axes leave of the world, by the launcher's variables."""
-    return max(1, read_place().world_size // config.plan().ranks_per_replica)
+def data_parallel_part(config: Config) -> Part:
+    """This process among the ranks that the other axes leave, by the launcher's variables.
+
+    As `Mesh` lays them out, which the first batch shows: it is compared between ranks.
+    """
+    plan, place = config.plan(), read_place()
+    size = max(1, place.world_size // plan.ranks_per_replica)
+    return Part(place.rank // (plan.ranks_per_replica // plan.pp) % size, size)
 
 
 def global_batch_size(config: Config) -> int:
     """Rows of a step of all ranks."""
-    return config.data.rows * config.data.micro_num * data_parallel_size(config)
+    return config.data.rows * config.data.micro_num * data_parallel_part(config).size
 
 
 class _ValidBatches:
-    def __init__(self, batches: ValidationBatches, fit: Callable[[Batch], Batch]) -> None:
+    def __init__(self, batches: ValidationBatches, fit: Callable[[Batch], LocalBatch]) -> None:
         self._batches = batches
         self._fit = fit
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LocalBatch]:
         return map(self._fit, self._batches)
 
 
-def _fit(config: Config) -> Callable[[Batch], Batch]:
+def _fit(config: Config) -> Callable[[Batch], LocalBatch]:
     """Leaves of a batch the inputs that the model takes, the labels where it expects them."""
     names, shifts = frozenset(input_spec(config)), config.hf_folder is not None
 
-    def fit(batch: Batch) -> Batch:
+    def fit(batch: Batch) -> LocalBatch:
         taken = {name: value for name, value in batch.items() if name in names}
-        return labels_in_place(taken) if shifts else taken
+        return LocalBatch(labels_in_place(taken) if shifts else taken)
 
     return fit
 
@@ -130,6 +144,7 @@ def _batches(config: Config, rows: RowDataset) -> ValidationBatches:
         rows,
         global_batch_size=global_batch_size(config),
         max_batches=config.data.valid_batches,
+        part=data_parallel_part(config),
     )
 
 

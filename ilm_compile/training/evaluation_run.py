@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from ilm_compile.config import Config
 from ilm_compile.runtime import Parallel
+from ilm_compile.runtime.agree import broadcast
 from ilm_compile.runtime.checkpoint import CheckpointError
-from ilm_compile.runtime.checkpoint.agreement import broadcast, together
+from ilm_compile.runtime.checkpoint.agreement import together
 from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.checkpoint.retention import step_name, step_of
 from ilm_compile.runtime.checkpoint.slices import has_manifest, read_manifest
@@ -86,8 +87,7 @@ def _load(
         try:
             with together(mesh, "evaluate"):
                 manifest = read_manifest(storage, name)
-                own = list(manifest.files)[mesh.rank :: mesh.world_size]
-                check_files(storage, name, manifest, own)
+                check_files(storage, name, manifest, rank=mesh.rank, size=mesh.world_size)
         except CheckpointError as error:
             faults.append(str(error))
             continue

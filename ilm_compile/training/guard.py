@@ -39,7 +39,7 @@ class Guard:
             self._lock = RunLock(self._config.run_folder)
             self._lock.take()
             forget_ending(self._config.run_folder)
-            Board(self._config.run_folder / MONITOR_FOLDER).clear()
+        Board(self._config.run_folder / MONITOR_FOLDER).clear(self._place.rank)
         return self
 
     def watch(self) -> None:

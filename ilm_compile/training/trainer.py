@@ -70,6 +70,7 @@ def train(config: Config) -> Trainer:
 
 def _train(config: Config, batches: TrainBatches, validation: Mapping[str, Batches]) -> Trainer:
     parallel = initialize_model(config)
+    batches.agree(parallel.mesh)
     optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(config, parallel)
     trainer = initialize_trainer(
         config,

@@ -219,7 +219,9 @@ class EmulatedRank:
         for replica, inputs in enumerate(self._replicas, 1):
             self.parallel.step_inputs, self.parallel.num_steps = inputs, number
             result = self.parallel.run(
-                batch, keep_outputs=keep_outputs, is_last=replica == len(self._replicas)
+                inputs.of_step(batch, number),
+                keep_outputs=keep_outputs,
+                is_last=replica == len(self._replicas),
             )
             for sync in self._syncs.values():
                 sync.check()

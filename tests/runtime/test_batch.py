@@ -55,7 +55,7 @@ def test_a_wrong_batch_is_refused(parallel: Parallel, case: str) -> None:
 def test_a_rank_takes_contiguous_rows_per_microbatch() -> None:
     layout = BatchLayout({"x": Input((2, 1), torch.int64)}, num_microbatches=3, dp=Axis(1, 2))
     batch = {"x": torch.arange(12).unsqueeze(1)}
-    pieces = layout.split(batch, ["x"], torch.device("cpu"))["x"]
+    pieces = layout.split(layout.own(batch), ["x"], torch.device("cpu"))["x"]
     assert [piece.flatten().tolist() for piece in pieces] == [[6, 7], [8, 9], [10, 11]]
 
 

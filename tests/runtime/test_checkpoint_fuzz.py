@@ -24,6 +24,7 @@ from torch import Tensor
 from ilm_compile.runtime.checkpoint.boxes import whole
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
+from ilm_compile.runtime.checkpoint.parts import contents
 from ilm_compile.runtime.checkpoint.slices import SliceReader, check_file, read_manifest
 from ilm_compile.runtime.checkpoint.storage import LocalStorage
 from ilm_compile.runtime.checkpoint.tensor_file import read_box, read_header, write_tensor_file
@@ -35,6 +36,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 TENSORS = "rank-00000-000.safetensors"
+PART = "part-00000.json"
 FORBIDDEN = {"exec", "compile", "pickle.find_class", "os.system", "subprocess.Popen"}
 
 _watched: list[tuple[str, Any]] | None = None
@@ -94,8 +96,9 @@ def read_all(folder: Path) -> Tensors:
     """Every tensor of the checkpoint of step 1, as a resume reads it."""
     storage, name = LocalStorage(folder), "step-00000001"
     manifest = read_manifest(storage, name)
-    for file in manifest.files:
-        check_file(storage, name, manifest, file)
+    for part in contents(storage, name, manifest):
+        for file, expected in part.files.items():
+            check_file(storage, name, file, expected)
     with SliceReader(storage, name, manifest) as reader:
         found = Tensors((tensor, reader.read(tensor)) for tensor in manifest.tensors)
     found.manifest = manifest
@@ -133,7 +136,7 @@ def put(folder: Path, good: Path, file: str, data: bytes) -> None:
 
 
 @FUZZ
-@given(data=st.data(), file=st.sampled_from(["manifest.json", TENSORS]))
+@given(data=st.data(), file=st.sampled_from(["manifest.json", PART, TENSORS]))
 def test_changed_bytes(
     tmp_path: Path, good: Path, truth: Tensors, data: st.DataObject, file: str
 ) -> None:
@@ -148,7 +151,7 @@ def test_changed_bytes(
 
 
 @FUZZ
-@given(data=st.data(), file=st.sampled_from(["manifest.json", TENSORS]))
+@given(data=st.data(), file=st.sampled_from(["manifest.json", PART, TENSORS]))
 def test_cut_and_stretched_files(
     tmp_path: Path, good: Path, truth: Tensors, data: st.DataObject, file: str
 ) -> None:
@@ -194,14 +197,13 @@ def paths_of(value: Any, depth: int = 6) -> list[list[Any]]:
 
 
 @FUZZ
-@given(data=st.data())
+@given(data=st.data(), file=st.sampled_from(["manifest.json", PART]))
 def test_a_manifest_with_another_value_somewhere(
-    tmp_path: Path, good: Path, truth: Tensors, data: st.DataObject
+    tmp_path: Path, good: Path, truth: Tensors, data: st.DataObject, file: str
 ) -> None:
     """With the hash made right again: an attacker can do that, and the readers must still hold."""
-    body = json.loads((good / "step-00000001" / "manifest.json").read_text())["body"]
-    groups = st.sampled_from(["tensors", "files", ""])
-    key = data.draw(groups)
+    body = json.loads((good / "step-00000001" / file).read_text())["body"]
+    key = data.draw(st.sampled_from(["tensors", "files" if file == PART else "writers", ""]))
     paths = paths_of({key: body[key]}) if key else [[k] for k in body]
     *way, last = data.draw(st.sampled_from(paths))
     holder = body
@@ -211,7 +213,7 @@ def test_a_manifest_with_another_value_somewhere(
         holder[data.draw(NAMES)] = holder.pop(last)
     else:
         holder[last] = data.draw(NAMES | SIZES | JSON)
-    put(tmp_path, good, "manifest.json", signed(body))
+    put(tmp_path, good, file, signed(body))
     values = read_or_refuse(tmp_path)
     for name, value in (values or {}).items():
         assert tuple(value.shape) == tuple(body["tensors"][name]["shape"])

@@ -146,10 +146,19 @@ def alone(build: str) -> dict[str, float]:
     return result
 
 
-def on_rank(rank: int, build: str, plan: dict[str, Any]) -> dict[str, float]:
+def on_rank(rank: int, build: str, plan: dict[str, Any]) -> list[dict[str, float]]:
+    """The numbers of global batches, and of this rank's rows of them alone."""
     with promoted_float32():
         parallel = parallelize(build, **plan)
-        return evaluate(parallel, batches(build), types=TYPES)
+        dp = parallel.mesh.dp
+        own = [
+            {name: value.chunk(dp.size)[dp.rank] for name, value in batch.items()}
+            for batch in batches(build)
+        ]
+        return [
+            evaluate(parallel, batches(build), types=TYPES),
+            evaluate(parallel, own, types=TYPES, batch_is_local=True),
+        ]
 
 
 PLANS = {
@@ -170,8 +179,9 @@ def test_every_rank_gets_the_numbers_of_one_device(
     with promoted_float32():
         expected = alone(build)
     assert 0 < expected["accuracy"] < 1
-    for got in world4.run(on_rank, build, plan):
-        assert got == pytest.approx(expected, rel=1e-10)
+    for whole, own in world4.run(on_rank, build, plan):
+        assert whole == pytest.approx(expected, rel=1e-10)
+        assert own == whole
 
 
 def test_an_evaluation_leaves_the_training_as_it_was() -> None:

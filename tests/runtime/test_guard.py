@@ -22,7 +22,7 @@ from ilm_compile.runtime.guard.ending import (
     read_ending,
     record_ending,
 )
-from ilm_compile.runtime.guard.report import Board, Member, Report, verdict
+from ilm_compile.runtime.guard.report import Board, Member, Report, Verdict, verdict
 from ilm_compile.runtime.guard.siblings import end_sibling, this_process
 from ilm_compile.runtime.guard.stacks import place_of
 from ilm_compile.runtime.guard.watchdog import Watchdog
@@ -42,7 +42,7 @@ LATER = Report(2, "step 5, loss", "torch/x.py:1 in all_reduce", waits=True, seco
     ids=["busy", "silent", "circle"],
 )
 def test_the_rank_at_fault_is_named_first(reports: list[Report], said: str) -> None:
-    assert verdict({report.rank: report for report in reports}, 3).startswith(said)
+    assert verdict({report.rank: report for report in reports}, 3).text.startswith(said)
 
 
 def test_a_rank_that_waits_is_told_from_one_that_computes() -> None:
@@ -116,7 +116,10 @@ class Watched:
         return self.codes
 
 
-def test_a_hang_ends_the_process_with_its_code_and_dumps_all_stacks(tmp_path: Path) -> None:
+def test_a_hang_ends_the_process_with_its_code_and_dumps_all_stacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ilm_compile.runtime.guard.watchdog._GATHER_S", 0.2)
     watched = Watched(tmp_path)
     watched.board.folder.mkdir()
     watched.board.tell(Report(1, "step 3, 1F0", "x", waits=False, seconds=1))
@@ -157,7 +160,10 @@ def test_patience_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert ending["reason"].startswith("rank 1: does not answer (stopped or gone); rank 0: busy")
 
 
-def test_the_hang_of_one_rank_ends_those_that_are_patient(tmp_path: Path) -> None:
+def test_the_hang_of_one_rank_ends_those_that_are_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ilm_compile.runtime.guard.watchdog._GATHER_S", 0.2)
     watched = Watched(tmp_path, hang_s=60.0)
     watched.activity.patient = True
     watched.watchdog.start()
@@ -205,10 +211,42 @@ def test_a_new_run_forgets_the_hang_before(tmp_path: Path) -> None:
     board.tell(BUSY)
     assert board.is_hung()
     assert board.member(0) == this_process(0)
-    assert board.reports() == {1: BUSY}
-    board.clear()
+    assert board.reports(range(3)) == {1: BUSY}
+    for rank in range(2):
+        board.clear(rank)
     assert not board.is_hung()
-    assert board.member(0) is None
+    assert board.reports(range(3)) == {}
+
+
+def test_a_watchdog_looks_for_one_file_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank does every second, so what it looks at must not grow with the ranks."""
+    seen: list[str] = []
+    watched = Watched(tmp_path, hang_s=1.0)
+    watched.watchdog.start()
+    for rank in range(1, 50):
+        watched.board.join(Member(rank, 1, "elsewhere"))
+    for name in ("glob", "iterdir", "read_text"):
+        monkeypatch.setattr(Path, name, lambda path, *_, name=name: seen.append(f"{name} {path}"))
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: seen.append(path.name) or exists(path))
+    time.sleep(0.5)
+    watched.activity.do("1F0")
+    watched.watchdog.stop()
+    assert set(seen) == {"hang"}
+
+
+def test_one_rank_reads_the_reports_and_the_others_what_it_found(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    watched.board.folder.mkdir()
+    assert watched.board.tell(BUSY)
+    watched.board.judge(Verdict("rank 7 did it", []))
+    watched.watchdog.start()
+    assert watched.wait() == [ExitCode.HUNG]
+    ending = read_ending(tmp_path)
+    assert ending is not None
+    assert ending["reason"] == "rank 7 did it"
 
 
 def test_only_a_sibling_is_ended_even_if_it_is_stopped() -> None:

@@ -161,6 +161,14 @@ def test_fit_writes_a_line_of_metrics_per_step(tmp_path: Path) -> None:
         assert flops == pytest.approx(2 * 1000.0)
 
 
+def test_fit_keeps_the_metrics_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may have millions."""
+    monkeypatch.setattr("ilm_compile.runtime.trainer.MAX_HISTORY", 2)
+    trainer = Trainer(make_parallel(Plan(), make_model()))
+    history = trainer.fit([make_batch(ROWS)] * 5, 5, progress=False)
+    assert [metrics.step for metrics in history] == [4, 5]
+
+
 def test_fit_refuses_too_few_batches() -> None:
     with pytest.raises(IlmCompileError, match="expected 3 batches, got 2"):
         fit(None, 3, 2)

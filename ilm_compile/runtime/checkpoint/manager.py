@@ -7,21 +7,25 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from ilm_compile.runtime.checkpoint.agreement import any_rank, broadcast, first_problem, together
+from ilm_compile.runtime.agree import any_rank, broadcast, first_problem
 from ilm_compile.runtime.checkpoint.agreement import describe as describe_error
+from ilm_compile.runtime.checkpoint.agreement import together
 from ilm_compile.runtime.checkpoint.contents import Stateful
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
+from ilm_compile.runtime.checkpoint.keeper import Keeper
 from ilm_compile.runtime.checkpoint.manifest import Manifest
-from ilm_compile.runtime.checkpoint.retention import step_name, step_of, superseded
-from ilm_compile.runtime.checkpoint.save import merge_parts, write_part
+from ilm_compile.runtime.checkpoint.parts import Part
+from ilm_compile.runtime.checkpoint.retention import step_name, step_of
+from ilm_compile.runtime.checkpoint.save import write_part
 from ilm_compile.runtime.checkpoint.slices import has_manifest, read_manifest
-from ilm_compile.runtime.checkpoint.sound import Soundness, check_files
-from ilm_compile.runtime.checkpoint.space import check_space, estimate
+from ilm_compile.runtime.checkpoint.sound import check_files
+from ilm_compile.runtime.checkpoint.space import check_space, estimate, probe
 from ilm_compile.runtime.checkpoint.stop_file import Order, StopFile
 from ilm_compile.runtime.checkpoint.storage import Storage, open_storage
 from ilm_compile.runtime.checkpoint.training_state import (
@@ -31,6 +35,7 @@ from ilm_compile.runtime.checkpoint.training_state import (
     TrainingState,
     anything,
 )
+from ilm_compile.runtime.checkpoint.written import check_written, cover, fill, tables
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.parallel import Parallel
@@ -86,15 +91,22 @@ class CheckpointManager(Hook):
         self._config = dict(config or {})
         self._every = every
         self._keep_last = keep_last
-        self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._stop_file = None if stop_file is None else StopFile(Path(stop_file))
-        self._soundness = Soundness(self._storage)
         self._base: int | None = None  # the step of the folder's that this run goes on from
         self._may_write = False
         self._nonce = ""  # of this run, the same on every rank, once prepared
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._in_flight: tuple[Future[None], Manifest] | None = None
+        self._keeper = Keeper(
+            self._storage,
+            self._mesh,
+            self._thread,
+            partial(self._steps, complete=True),
+            keep_last=keep_last,
+            keep_every=keep_every,
+        )
+        self._soundness = self._keeper.soundness
+        self._in_flight: tuple[Future[None], Manifest, int] | None = None
         self._order = Order()
         self._failed = False
 
@@ -115,7 +127,7 @@ class CheckpointManager(Hook):
                     estimate(self._state.parallel, self._state.optimizer),
                     num_kept=self._keep_last - len(self._steps(complete=True)),
                 )
-                self._probe()
+                probe(self._storage, self._nonce)
                 if self._stop_file is not None:
                     self._stop_file.create()
 
@@ -138,10 +150,14 @@ class CheckpointManager(Hook):
             pieces, groups = self._state.snapshot()
             manifest = self._state.describe(step, self._config)
         pieces += self._state.mapped()
-        written = self._thread.submit(
-            write_part, self._storage, working, self._mesh.rank, pieces, groups
-        )
-        self._in_flight = (written, manifest)
+        given = tables(pieces, groups, self._mesh)
+        manifest.save = f"{step}-{self._nonce}"
+        with together(self._mesh, f"checkpoint of step {step}"):
+            if self._mesh.rank == 0:
+                fill(manifest, given)
+        part = Part(manifest.save, self._mesh.rank)
+        written = self._thread.submit(write_part, self._storage, working, part, pieces, groups)
+        self._in_flight = (written, manifest, cover(pieces))
         if wait or not self._asynchronous:
             self._advance(wait=True)
 
@@ -281,9 +297,13 @@ class CheckpointManager(Hook):
     @ACTIVITY.during("completing a checkpoint")
     def _advance(self, *, wait: bool) -> None:
         """Complete the save in flight once all ranks have written their part."""
+        self._complete(wait=wait)
+        self._keeper.advance(wait=wait)
+
+    def _complete(self, *, wait: bool) -> None:
         if self._in_flight is None:
             return
-        written, manifest = self._in_flight
+        written, manifest, own_cover = self._in_flight
         if wait:
             written.exception()
         (is_pending,) = any_rank([not written.done()], self._mesh)
@@ -293,7 +313,11 @@ class CheckpointManager(Hook):
         task = f"checkpoint of step {manifest.step} in {self._storage.url}"
         working = self._storage.working_name(step_name(manifest.step), self._nonce)
         error = written.exception()
-        if problem := first_problem("" if error is None else describe_error(error), self._mesh):
+        problem = first_problem("" if error is None else describe_error(error), self._mesh)
+        if not problem:
+            found = check_written(self._storage, working, manifest, own_cover, self._mesh)
+            problem = first_problem("".join(found), self._mesh)
+        if problem:
             if self._mesh.rank == 0:
                 self._storage.remove(working)
             newest = next(iter(self._candidates(complete=True)), None)
@@ -301,17 +325,16 @@ class CheckpointManager(Hook):
             raise CheckpointError(f"{task} was not written: {problem}; {left}") from error
         with together(self._mesh, task):
             if self._mesh.rank == 0:
-                self._commit(working, manifest)
+                self._publish(working, manifest)
+        self._soundness.note(manifest.step, True)
+        self._keeper.begin()
 
-    def _commit(self, working: str, manifest: Manifest) -> None:
+    def _publish(self, working: str, manifest: Manifest) -> None:
         try:
-            merge_parts(self._storage, working, manifest)
             self._storage.publish(working, step_name(manifest.step), manifest.to_bytes())
         except Exception:
             self._storage.remove(working)
             raise
-        self._soundness.note(manifest.step, True)
-        self._thread.submit(self._delete_superseded)
 
     def _verified(self, storage: Storage, name: str) -> Manifest:
         """The manifest of a checkpoint whose files are all there, unchanged and finite.
@@ -320,8 +343,7 @@ class CheckpointManager(Hook):
         """
         with together(self._mesh, "load"):
             manifest = read_manifest(storage, name)
-            own = list(manifest.files)[self._mesh.rank :: self._mesh.world_size]
-            check_files(storage, name, manifest, own)
+            check_files(storage, name, manifest, rank=self._mesh.rank, size=self._mesh.world_size)
         if storage.url == self._storage.url:
             self._soundness.note(manifest.step, True)
         return manifest
@@ -361,25 +383,6 @@ class CheckpointManager(Hook):
             if (step := step_of(name)) is not None
             and (not complete or has_manifest(self._storage, name))
         ]
-
-    def _delete_superseded(self) -> None:
-        for step in superseded(
-            self._steps(complete=True),
-            keep_last=self._keep_last,
-            keep_every=self._keep_every,
-            is_sound=self._soundness.is_sound,
-        ):
-            self._storage.remove(step_name(step))
-
-    def _probe(self) -> None:
-        """Write and delete a file."""
-        working = self._storage.working_name(step_name(0), self._nonce)
-        if working in self._storage.folders():
-            return  # an object store that holds the checkpoint of step 0
-        self._storage.prepare(working)
-        with self._storage.create(f"{working}/probe") as file:
-            file.write(b"probe")
-        self._storage.remove(working)
 
 
 def _check_options(every: int, keep_last: int, keep_every: int) -> None:

@@ -1,10 +1,13 @@
 """The manifest: what a checkpoint holds and where, in JSON that says when it was changed.
 
-The full tensors by name (``model/NAME``, ``optimizer/KEY/NAME``, ``random/RANK/SOURCE``), each with
-the slices that make it up; the size and sha256 of every file; the plan and config of the run; and
-the states that are no tensors. ``manifest.json`` is ``{"sha256": ..., "body": {...}}``, the hash
-being that of the body written with sorted keys and no spaces. Its readers take nothing for granted:
-each error is a `CheckpointError` that names the file.
+The full tensors by name (``model/NAME``, ``optimizer/KEY/NAME``), each with the ranks that wrote
+slices of it; the plan and config of the run; and the states that are no tensors. Slices and files
+are in the part of the rank that wrote them (`parts`), so that the manifest does not grow with the
+number of ranks. That of version 1 held all of it, ``random/RANK/SOURCE`` too, and is still read.
+
+``manifest.json`` is ``{"sha256": ..., "body": {...}}``, the hash being that of the body written
+with sorted keys and no spaces. Its readers take nothing for granted: each error is a
+`CheckpointError` that names the file.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +27,10 @@ from ilm_compile.runtime.checkpoint.storage import MANIFEST
 from ilm_compile.runtime.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, is_shape, load_json
 
 FORMAT = "ilm_compile checkpoint"
-VERSION = 1
-MAX_MANIFEST_BYTES = 1 << 30
+WHOLE, SPLIT = 1, 2  # versions
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")  # of no other folder
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+Ranks = tuple[tuple[int, int, int], ...]  # (first, last, step), several times
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,16 @@ class Slice:
 
 @dataclass(slots=True)
 class Record:
-    """A full tensor in the user's layout. is_number: a Python number, kept as a tensor."""
+    """A full tensor in the user's layout. is_number: a Python number, kept as a tensor.
+
+    writers: the ranks whose parts have slices of it, where `slices` are not here.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     slices: list[Slice] = field(default_factory=list)
     is_number: bool = False
+    writers: Ranks = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +78,21 @@ class Manifest:
     tensors: dict[str, Record] = field(default_factory=dict)
     parts: list[str] = field(default_factory=list)  # what is in it: "model", "optimizer", ...
     num_steps: int = 0  # `Parallel.num_steps`, which dropout depends on
+    save: str = ""  # that its parts name; "" where all of it is here
 
     def to_bytes(self) -> bytes:
         """The content of the file."""
+        sets = list(dict.fromkeys(record.writers for record in self.tensors.values()))
+        rest: dict[str, Any] = {"version": WHOLE, "files": files_json(self.files)}
+        rest["tensors"] = {name: record_json(record) for name, record in self.tensors.items()}
+        if self.save:
+            rest = {"version": SPLIT, "save": self.save, "writers": sets}
+            rest["tensors"] = {
+                name: {**_kind_json(record), "writers": sets.index(record.writers)}
+                for name, record in self.tensors.items()
+            }
         body = {
             "format": FORMAT,
-            "version": VERSION,
             "torch": torch.__version__,
             "step": self.step,
             "num_steps": self.num_steps,
@@ -86,68 +102,101 @@ class Manifest:
             "states": self.states,
             "groups": self.groups,
             "parts": self.parts,
-            "files": {n: {"size": f.size, "sha256": f.sha256} for n, f in self.files.items()},
-            "tensors": {name: _record_json(record) for name, record in self.tensors.items()},
+            **rest,
         }
-        text = _canonical(body)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return f'{{"sha256":"{digest}","body":{text}}}'.encode()
+        return seal(body)
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str) -> Manifest:
         """Read and check the content of the file at `path`."""
-        outer = load_json(data, path)
-        if set(outer) != {"sha256", "body"} or not isinstance(outer["body"], dict):
-            raise CheckpointError(f"{path}: expected the keys sha256 and body, got {_some(outer)}")
-        body = outer["body"]
-        if (body.get("format"), body.get("version")) != (FORMAT, VERSION):
-            raise CheckpointError(
-                f"{path}: expected format {FORMAT!r} version {VERSION}, got "
-                f"{body.get('format')!r:.100} version {body.get('version')!r:.100}"
-            )
-        if hashlib.sha256(_canonical(body).encode()).hexdigest() != outer["sha256"]:
-            raise CheckpointError(f"{path}: its sha256 does not fit its content; it was changed")
+        body = unseal(data, path, FORMAT, (WHOLE, SPLIT))
         kinds = {
             "step": int, "num_steps": int, "world_size": int, "plan": dict, "config": dict,
-            "states": dict, "groups": list, "parts": list, "files": dict, "tensors": dict,
+            "states": dict, "groups": list, "parts": list,
         }  # fmt: skip
-        for key, kind in kinds.items():
-            if type(body.get(key)) is not kind:
-                raise CheckpointError(
-                    f"{path}: expected {key} to be {kind.__name__}, got {body.get(key)!r:.100}"
-                )
+        check_kinds(body, {**kinds, "tensors": dict}, path)
         if body["step"] < 0 or body["world_size"] < 1:
             raise CheckpointError(f"{path}: expected a step and a world size, got a negative one")
-        files = {name: _file(name, value, path) for name, value in body["files"].items()}
-        tensors = {
-            name: _record(value, files, f"{path}: {name!r:.200}")
-            for name, value in body["tensors"].items()
-        }
-        rest = ("step", "num_steps", "world_size", "plan", "config", "states", "groups", "parts")
-        manifest = cls(files=files, tensors=tensors, **{key: body[key] for key in rest})
+        manifest = cls(**{key: body[key] for key in kinds})
+        if body["version"] == WHOLE:
+            manifest.files, manifest.tensors = read_contents(body, path)
+            for name, record in manifest.tensors.items():
+                check_tiling(record, f"{path}: {name!r:.200}")
+        else:
+            check_kinds(body, {"save": str, "writers": list}, path)
+            manifest.save = body["save"] or "?"
+            sets = [_ranks(each, manifest.world_size, path) for each in body["writers"]]
+            manifest.tensors = {
+                name: _split_record(value, sets, f"{path}: {name!r:.200}")
+                for name, value in body["tensors"].items()
+            }
         _check_groups(manifest, path)
-        _check_keys(manifest, path)
         return manifest
 
 
-def check_tiling(record: Record, where: str) -> None:
-    """Raise `CheckpointError` unless the slices cover the tensor exactly once.
+def seal(body: dict[str, Any]) -> bytes:
+    """The content of a file that says by its hash when it was changed."""
+    text = _canonical(body)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"sha256":"{digest}","body":{text}}}'.encode()
 
-    A sweep over dimension 0: slices that begin before another one has ended must not meet it.
-    """
-    if not record.shape:
-        overlaps = len(record.slices) > 1
-    else:
-        overlaps = _overlap([s.box for s in record.slices if s.box.numel])
-    covered = sum(s.box.numel for s in record.slices)
-    if overlaps or covered != whole(record.shape).numel:
+
+def unseal(data: bytes, path: str, kind: str, versions: Collection[int]) -> dict[str, Any]:
+    """The body that `seal` was given, of this format and one of these versions."""
+    outer = load_json(data, path)
+    if set(outer) != {"sha256", "body"} or not isinstance(outer["body"], dict):
+        raise CheckpointError(f"{path}: expected the keys sha256 and body, got {_some(outer)}")
+    body: dict[str, Any] = outer["body"]
+    found = body.get("format"), body.get("version")
+    if found[0] != kind or type(found[1]) is not int or found[1] not in versions:
         raise CheckpointError(
-            f"{where}: expected slices that cover shape {list(record.shape)} exactly once, got "
+            f"{path}: expected format {kind!r} version {' or '.join(map(str, versions))}, got "
+            f"{found[0]!r:.100} version {found[1]!r:.100}"
+        )
+    if hashlib.sha256(_canonical(body).encode()).hexdigest() != outer["sha256"]:
+        raise CheckpointError(f"{path}: its sha256 does not fit its content; it was changed")
+    return body
+
+
+def check_kinds(body: Mapping[str, Any], kinds: Mapping[str, type], path: str) -> None:
+    """Raise `CheckpointError` unless `body` has these keys with values of these types."""
+    for key, kind in kinds.items():
+        if type(body.get(key)) is not kind:
+            raise CheckpointError(
+                f"{path}: expected {key} to be {kind.__name__}, got {body.get(key)!r:.100}"
+            )
+
+
+def read_contents(body: Mapping[str, Any], path: str) -> tuple[dict[str, File], dict[str, Record]]:
+    """The files, and the tensors with the slices that are in them, each of which is used once."""
+    check_kinds(body, {"files": dict, "tensors": dict}, path)
+    files = {name: _file(name, value, path) for name, value in body["files"].items()}
+    tensors = {
+        name: _record(value, files, f"{path}: {name!r:.200}")
+        for name, value in body["tensors"].items()
+    }
+    _check_keys(tensors, path)
+    return files, tensors
+
+
+def check_tiling(record: Record, where: str) -> None:
+    """Raise `CheckpointError` unless the slices cover the tensor exactly once."""
+    check_cover([s.box for s in record.slices], whole(record.shape), where)
+
+
+def check_cover(boxes: list[Box], wanted: Box, where: str) -> None:
+    """Raise `CheckpointError` unless `boxes`, which lie in `wanted`, cover it exactly once."""
+    overlaps = len(boxes) > 1 if not wanted.sizes else _overlap([b for b in boxes if b.numel])
+    covered = sum(box.numel for box in boxes)
+    if overlaps or covered != wanted.numel:
+        raise CheckpointError(
+            f"{where}: expected slices that cover shape {list(wanted.sizes)} exactly once, got "
             f"{covered} elements{' with overlaps' if overlaps else ''}"
         )
 
 
 def _overlap(boxes: list[Box]) -> bool:
+    """A sweep over dimension 0: those that begin before another has ended must not meet it."""
     active: list[Box] = []
     for box in sorted(boxes, key=lambda b: b.start):
         active = [other for other in active if other.stop[0] > box.start[0]]
@@ -161,12 +210,19 @@ def _canonical(body: dict[str, Any]) -> str:
     return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
 
-def _record_json(record: Record) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "dtype": DTYPE_NAMES[record.dtype],
-        "shape": list(record.shape),
-        "slices": [[s.file, s.key, list(s.box.start), list(s.box.sizes)] for s in record.slices],
-    }
+def files_json(files: Mapping[str, File]) -> dict[str, Any]:
+    """What `read_contents` reads."""
+    return {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()}
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """What `read_contents` reads."""
+    slices = [[s.file, s.key, list(s.box.start), list(s.box.sizes)] for s in record.slices]
+    return {**_kind_json(record), "slices": slices}
+
+
+def _kind_json(record: Record) -> dict[str, Any]:
+    result = {"dtype": DTYPE_NAMES[record.dtype], "shape": list(record.shape)}
     return result | ({"is_number": True} if record.is_number else {})
 
 
@@ -185,19 +241,43 @@ def _file(name: str, value: object, path: str) -> File:
 
 
 def _record(value: object, files: dict[str, File], where: str) -> Record:
-    if not isinstance(value, dict) or not {"dtype", "shape", "slices"} <= set(value):
-        raise CheckpointError(f"{where}: expected dtype, shape and slices, got {value!r:.200}")
-    dtype, shape, slices = value["dtype"], value["shape"], value["slices"]
+    record, slices = _kind(value, "slices", where)
+    if not isinstance(slices, list):
+        raise CheckpointError(f"{where}: expected a list of slices, got {slices!r:.100}")
+    record.slices = [_slice(each, files, record, where) for each in slices]
+    return record
+
+
+def _split_record(value: object, sets: Sequence[Ranks], where: str) -> Record:
+    record, index = _kind(value, "writers", where)
+    if type(index) is not int or not 0 <= index < len(sets):
+        raise CheckpointError(f"{where}: expected a number below {len(sets)}, got {index!r:.100}")
+    record.writers = sets[index]
+    return record
+
+
+def _kind(value: object, key: str, where: str) -> tuple[Record, object]:
+    """A record without what is under `key`, and that."""
+    if not isinstance(value, dict) or not {"dtype", "shape", key} <= set(value):
+        raise CheckpointError(f"{where}: expected dtype, shape and {key}, got {value!r:.200}")
+    dtype, shape = value["dtype"], value["shape"]
     if not isinstance(dtype, str) or dtype not in DTYPES or not is_shape(shape):
         raise CheckpointError(
             f"{where}: expected a dtype and a shape, got {dtype!r} {shape!r:.100}"
         )
-    if not isinstance(slices, list):
-        raise CheckpointError(f"{where}: expected a list of slices, got {slices!r:.100}")
-    record = Record(DTYPES[dtype], tuple(shape), [], value.get("is_number") is True)
-    record.slices = [_slice(each, files, record, where) for each in slices]
-    check_tiling(record, where)
-    return record
+    return Record(DTYPES[dtype], tuple(shape), [], value.get("is_number") is True), value[key]
+
+
+def _ranks(value: object, world_size: int, path: str) -> Ranks:
+    """Every so many ranks from one to another, several times."""
+    for run in value if isinstance(value, list) and value else [None]:
+        numbers = run if isinstance(run, list) and set(map(type, run)) == {int} else []
+        if len(numbers) != 3 or not (0 <= numbers[0] <= numbers[1] < world_size and numbers[2] > 0):
+            raise CheckpointError(
+                f"{path}: expected ranks below {world_size} as [first, last, step], got "
+                f"{value!r:.200}"
+            )
+    return tuple((first, last, step) for first, last, step in value)  # type: ignore[attr-defined]
 
 
 def _slice(value: object, files: dict[str, File], record: Record, where: str) -> Slice:
@@ -218,10 +298,10 @@ def _slice(value: object, files: dict[str, File], record: Record, where: str) ->
     return Slice(file, key, box)
 
 
-def _check_keys(manifest: Manifest, path: str) -> None:
+def _check_keys(tensors: Mapping[str, Record], path: str) -> None:
     """Each tensor of a file is used once, so that what is read is bounded by what is there."""
     seen: set[tuple[str, str]] = set()
-    for name, record in manifest.tensors.items():
+    for name, record in tensors.items():
         for piece in record.slices:
             if (piece.file, piece.key) in seen:
                 raise CheckpointError(

@@ -163,7 +163,7 @@ def restore_random(reader: TensorReader, parallel: Parallel) -> None:
     kind, keys, position, has_gauss, cached = _json(reader.read(f"{prefix}numpy"))
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     device = parallel.mesh.device
-    if device.type == "cuda" and f"{prefix}cuda" in reader.manifest.tensors:
+    if device.type == "cuda" and reader.has(f"{prefix}cuda"):
         torch.cuda.set_rng_state(reader.read(f"{prefix}cuda"), device)
 
 

@@ -1,36 +1,18 @@
-"""Writes one checkpoint: every rank its files, in a thread; then rank 0 the manifest.
-
-A rank describes what it wrote in a part file, ``part-RANK.json``, which rank 0 merges into the
-manifest. That rank 0 finds the files of all ranks, in their sizes, is checked there: a folder that
-the nodes do not share is an error and not a checkpoint.
-"""
+"""Writes a rank's part of a checkpoint, in a thread: its tensors in files, and what is in them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
-from ilm_compile.runtime.checkpoint.boxes import Box
 from ilm_compile.runtime.checkpoint.contents import Piece
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
-from ilm_compile.runtime.checkpoint.manifest import (
-    File,
-    Manifest,
-    Record,
-    Slice,
-    check_tiling,
-)
+from ilm_compile.runtime.checkpoint.manifest import File, Record, Slice
+from ilm_compile.runtime.checkpoint.parts import Part, part_name
 from ilm_compile.runtime.checkpoint.sound import check_finite
 from ilm_compile.runtime.checkpoint.storage import Storage
-from ilm_compile.runtime.checkpoint.tensor_file import (
-    DTYPE_NAMES,
-    DTYPES,
-    SUFFIX,
-    load_json,
-    write_tensor_file,
-)
+from ilm_compile.runtime.checkpoint.tensor_file import SUFFIX, write_tensor_file
 
 MAX_FILE_BYTES = 4 << 30
 
@@ -58,20 +40,20 @@ class HashingFile:
 def write_part(
     storage: Storage,
     working: str,
-    rank: int,
+    part: Part,
     pieces: Iterable[Piece],
     groups: list[list[str]],
 ) -> None:
-    """Write this rank's tensors, in files of at most about 4 GiB, and its part file.
+    """Write this rank's tensors, in files of at most about 4 GiB, and `part`, which is empty yet.
 
-    Raises `CheckpointError` if the folder that rank 0 has made is not there, or if a tensor is not
-    finite, before anything is written.
+    groups: the names in its param groups. Raises `CheckpointError` if the folder that rank 0 has
+    made is not there, or if a tensor is not finite, before anything is written.
     """
     trained = {name for names in groups for name in names}
     for piece in (pieces := list(pieces)):
         check_finite(piece.name, piece.value, trained, "this state")
     try:
-        _write_part(storage, working, rank, pieces, groups)
+        _write_part(storage, working, part, pieces)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{storage.url}/{working} is not there although rank 0 has made it; expected a folder "
@@ -79,75 +61,21 @@ def write_part(
         ) from error
 
 
-def _write_part(
-    storage: Storage,
-    working: str,
-    rank: int,
-    pieces: Iterable[Piece],
-    groups: list[list[str]],
-) -> None:
-    files: dict[str, File] = {}
-    records: list[Any] = []
+def _write_part(storage: Storage, working: str, part: Part, pieces: Iterable[Piece]) -> None:
     for index, batch in enumerate(_batches(pieces)):
-        file_name = f"rank-{rank:05d}-{index:03d}{SUFFIX}"
+        file_name = f"rank-{part.rank:05d}-{index:03d}{SUFFIX}"
         keys = {f"{piece.name}@{number}": piece for number, piece in enumerate(batch)}
         specs = {key: (p.value.dtype, tuple(p.value.shape)) for key, p in keys.items()}
         with storage.create(f"{working}/{file_name}") as file:
             hashing = HashingFile(file)
             write_tensor_file(hashing, specs, (p.value for p in batch), {"format": "pt"})  # type: ignore[arg-type]
-        files[file_name] = hashing.result()
-        records += [_piece_json(piece, file_name, key) for key, piece in keys.items()]
-    part = {
-        "files": {name: [file.size, file.sha256] for name, file in files.items()},
-        "pieces": records,
-        "groups": groups,
-    }
-    with storage.create(f"{working}/{_part_name(rank)}") as file:
-        file.write(json.dumps(part).encode())
-
-
-def merge_parts(storage: Storage, working: str, manifest: Manifest) -> None:
-    """Complete `manifest` by the part files of all ranks. Raises `CheckpointError`."""
-    for rank in range(manifest.world_size):
-        path = f"{working}/{_part_name(rank)}"
-        part = _read_part(storage, path)
-        for name, (size, sha256) in part["files"].items():
-            if (found := storage.size(f"{working}/{name}")) != size:
-                raise CheckpointError(
-                    f"{storage.url}/{working}/{name}: wrote {size} bytes, found {found}"
-                )
-            manifest.files[name] = File(size, sha256)
-        for name, shape, dtype, is_number, file, key, start, sizes in part["pieces"]:
-            new = Record(DTYPES[dtype], tuple(shape), is_number=is_number)
-            record = manifest.tensors.setdefault(name, new)
-            record.slices.append(Slice(file, key, Box(tuple(start), tuple(sizes))))
-        for group, names in zip(manifest.groups, part["groups"], strict=True):
-            group["params"] = list(dict.fromkeys([*group["params"], *names]))
-        storage.delete(path)
-    for name, record in manifest.tensors.items():
-        check_tiling(record, f"checkpoint of step {manifest.step}: {name}")
-
-
-def _read_part(storage: Storage, path: str) -> dict[str, Any]:
-    try:
-        with storage.open(path) as file:
-            return load_json(file.read(), path)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{storage.url}/{path} does not exist although its rank has written it; expected a "
-            "folder that all nodes share"
-        ) from None
-
-
-def _part_name(rank: int) -> str:
-    return f"part-{rank:05d}.json"
-
-
-def _piece_json(piece: Piece, file_name: str, key: str) -> list[Any]:
-    dtype, box = DTYPE_NAMES[piece.value.dtype], piece.box
-    return [
-        piece.name, list(piece.shape), dtype, piece.is_number, file_name, key, box.start, box.sizes,
-    ]  # fmt: skip
+        part.files[file_name] = hashing.result()
+        for key, piece in keys.items():
+            new = Record(piece.value.dtype, piece.shape, is_number=piece.is_number)
+            record = part.tensors.setdefault(piece.name, new)
+            record.slices.append(Slice(file_name, key, piece.box))
+    with storage.create(f"{working}/{part_name(part.rank)}") as file:
+        file.write(part.to_bytes())
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterable[list[Piece]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ilm_compile.runtime.checkpoint.boxes import Box, whole
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
-from ilm_compile.runtime.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Record, Slice
-from ilm_compile.runtime.checkpoint.storage import MANIFEST, Storage
+from ilm_compile.runtime.checkpoint.manifest import File, Manifest, Record, Slice, check_cover
+from ilm_compile.runtime.checkpoint.parts import RANDOM, Finder
+from ilm_compile.runtime.checkpoint.storage import MANIFEST, Storage, read_whole
 from ilm_compile.runtime.checkpoint.tensor_file import Entry, read_box, read_header
 
 HASH_BYTES = 4 << 20
@@ -32,25 +34,17 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
     """The manifest of checkpoint `name`. Raises `CheckpointError` if it has none or a bad one."""
     path = f"{storage.url}/{name}/{MANIFEST}"
     try:
-        size = storage.size(f"{name}/{MANIFEST}")
-        if size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(
-                f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {size}"
-            )
-        with storage.open(f"{name}/{MANIFEST}") as file:
-            data = file.read(size)
+        data = read_whole(storage, f"{name}/{MANIFEST}")
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} does not exist: the checkpoint is incomplete, or the path is of none"
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return Manifest.from_bytes(data, path)
 
 
-def check_file(storage: Storage, name: str, manifest: Manifest, file_name: str) -> None:
-    """Raise `CheckpointError` naming the file unless its size and sha256 are the manifest's."""
-    path, expected = f"{storage.url}/{name}/{file_name}", manifest.files[file_name]
+def check_file(storage: Storage, name: str, file_name: str, expected: File) -> None:
+    """Raise `CheckpointError` naming the file unless its size and sha256 are as expected."""
+    path = f"{storage.url}/{name}/{file_name}"
     try:
         size = storage.size(f"{name}/{file_name}")
         if size != expected.size:
@@ -65,7 +59,7 @@ def check_file(storage: Storage, name: str, manifest: Manifest, file_name: str) 
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if digest.hexdigest() != expected.sha256:
         raise CheckpointError(
-            f"{path}: its sha256 is not the one of the manifest; the file is damaged"
+            f"{path}: its sha256 is not the one that was written down; the file is damaged"
         )
 
 
@@ -77,15 +71,38 @@ class TensorReader(ABC):
 
     def read(self, tensor: str, box: Box | None = None) -> Tensor:
         """The elements `box` of a full tensor, all of them if None; reads only what it needs."""
-        record = self.manifest.tensors[tensor]
+        record = self.record(tensor)
         wanted = whole(record.shape) if box is None else box
         out = torch.empty(wanted.sizes, dtype=record.dtype)
-        for piece in record.slices:
+        left, found = wanted.numel, list[Box]()
+        for piece in self.slices(tensor, record) if left else ():
             common = piece.box.intersect(wanted)
             if common is not None:
                 value = self.read_slice(record, piece, common.inside(piece.box))
                 common.inside(wanted).of(out).copy_(value)
+                found.append(common.inside(wanted))
+                left -= common.numel
+                if left <= 0:
+                    break
+        check_cover(found, whole(wanted.sizes), f"{self.where}: {tensor}")
         return out
+
+    @property
+    def where(self) -> str:
+        """What is read, for errors."""
+        return f"checkpoint of step {self.manifest.step}"
+
+    def record(self, tensor: str) -> Record:
+        """The kind of a tensor."""
+        return self.manifest.tensors[tensor]
+
+    def has(self, tensor: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return tensor in self.manifest.tensors
+
+    def slices(self, tensor: str, record: Record) -> Iterable[Slice]:
+        """The slices of a tensor, all or until the one who asks has enough."""
+        return record.slices
 
     @abstractmethod
     def read_slice(self, record: Record, piece: Slice, box: Box) -> Tensor:
@@ -93,10 +110,13 @@ class TensorReader(ABC):
 
 
 class SliceReader(TensorReader):
-    """Opens each file of a checkpoint once; a context manager."""
+    """Opens each file of a checkpoint once; a context manager. place, places: as for `Finder`."""
 
-    def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
+    def __init__(
+        self, storage: Storage, name: str, manifest: Manifest, *, place: int = 0, places: int = 1
+    ) -> None:
         super().__init__(manifest)
+        self._finder = Finder(storage, name, manifest, place=place, places=places)
         self._storage = storage
         self._name = name
         self._stack = ExitStack()
@@ -112,6 +132,25 @@ class SliceReader(TensorReader):
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    @property
+    def where(self) -> str:
+        return f"{self._storage.url}/{self._name}"
+
+    def record(self, tensor: str) -> Record:
+        if self.manifest.save and tensor.startswith(f"{RANDOM}/"):
+            return self._finder.random(int(tensor.split("/")[1]))[tensor]
+        return super().record(tensor)
+
+    def has(self, tensor: str) -> bool:
+        if self.manifest.save and tensor.startswith(f"{RANDOM}/"):
+            return tensor in self._finder.random(int(tensor.split("/")[1]))
+        return super().has(tensor)
+
+    def slices(self, tensor: str, record: Record) -> Iterable[Slice]:
+        if self.manifest.save:
+            return self._finder.slices(tensor, record)
+        return record.slices
 
     def read_slice(self, record: Record, piece: Slice, box: Box) -> Tensor:
         file, entry, path = self._find(piece.file, piece.key)
@@ -133,5 +172,5 @@ class SliceReader(TensorReader):
             self._files[file_name] = (file, read_header(file, size, path))
         file, entries = self._files[file_name]
         if key not in entries:
-            raise CheckpointError(f"{path}: the manifest's tensor {key!r} is not in it")
+            raise CheckpointError(f"{path}: the tensor {key!r} that was written is not in it")
         return file, entries[key], path

@@ -7,7 +7,7 @@ a mask may hold infinities.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ilm_compile.runtime.checkpoint.boxes import Box, whole
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.manifest import Manifest
+from ilm_compile.runtime.checkpoint.parts import Part, contents
 from ilm_compile.runtime.checkpoint.retention import step_name
 from ilm_compile.runtime.checkpoint.slices import check_file, read_manifest
 from ilm_compile.runtime.checkpoint.storage import Storage
@@ -22,10 +23,14 @@ from ilm_compile.runtime.checkpoint.tensor_file import READ_BYTES, Entry, read_b
 
 
 class Soundness:
-    """What is known of the checkpoints in `storage`, by step; the rest is found out when asked."""
+    """What is known of the checkpoints in `storage`, by step; the rest is found out when asked.
 
-    def __init__(self, storage: Storage) -> None:
+    rank, size: of those who ask together and look at equal shares; each knows of its own.
+    """
+
+    def __init__(self, storage: Storage, *, rank: int = 0, size: int = 1) -> None:
         self._storage = storage
+        self._share = {"rank": rank, "size": size}
         self._known: dict[int, bool] = {}
 
     def note(self, step: int, is_sound: bool) -> None:
@@ -36,35 +41,61 @@ class Soundness:
         """Whether it was written, or looked at, here."""
         return step in self._known
 
+    def is_bad(self, step: int) -> bool:
+        """Whether it is known not to be one to go on from."""
+        return self._known.get(step) is False
+
     def is_sound(self, step: int) -> bool:
-        """Whether to go on from it. Reads all of it the first time, then looks at sizes only."""
+        """Whether to go on from it, by the own share of it.
+
+        Reads all of that the first time, then looks at sizes only.
+        """
         name, known = step_name(step), self._known.get(step)
         if known is not False:
             try:
                 manifest = read_manifest(self._storage, name)
                 if known is None:
-                    check_files(self._storage, name, manifest, manifest.files)
-                sizes = {file: self._storage.size(f"{name}/{file}") for file in manifest.files}
-                self._known[step] = sizes == {f: e.size for f, e in manifest.files.items()}
+                    check_files(self._storage, name, manifest, **self._share)
+                else:
+                    for part in contents(self._storage, name, manifest, **self._share):
+                        check_sizes(self._storage, name, part)
+                self._known[step] = True
             except (CheckpointError, OSError):
                 self._known[step] = False
         return self._known[step]
 
 
-def check_files(storage: Storage, name: str, manifest: Manifest, files: Iterable[str]) -> None:
-    """Raise `CheckpointError` naming the file that is not as the manifest says or not finite."""
+def check_files(
+    storage: Storage, name: str, manifest: Manifest, *, rank: int = 0, size: int = 1
+) -> None:
+    """Raise `CheckpointError` naming the file that is not as it was written or not finite.
+
+    rank, size: of `size` equal shares of the files only that number is looked at.
+    """
     trained = {parameter for group in manifest.groups for parameter in group["params"]}
-    names = {(s.file, s.key): n for n, r in manifest.tensors.items() for s in r.slices}
-    for file_name in files:
-        check_file(storage, name, manifest, file_name)
+    for part in contents(storage, name, manifest, rank=rank, size=size):
+        names = {(s.file, s.key): n for n, r in part.tensors.items() for s in r.slices}
+        for file_name, expected in part.files.items():
+            check_file(storage, name, file_name, expected)
+            path = f"{storage.url}/{name}/{file_name}"
+            with storage.open(f"{name}/{file_name}") as file:
+                for key, entry in read_header(file, expected.size, path).items():
+                    tensor = names.get((file_name, key), "")
+                    if entry.dtype.is_floating_point:
+                        for rows in _row_boxes(entry):
+                            check_finite(tensor, read_box(file, entry, rows, path), trained, path)
+
+
+def check_sizes(storage: Storage, name: str, part: Part) -> None:
+    """Raise `CheckpointError` naming a file of `part` that has another size or is gone."""
+    for file_name, expected in part.files.items():
         path = f"{storage.url}/{name}/{file_name}"
-        with storage.open(f"{name}/{file_name}") as file:
-            header = read_header(file, manifest.files[file_name].size, path)
-            for key, entry in header.items():
-                tensor = names.get((file_name, key), "")
-                if entry.dtype.is_floating_point:
-                    for rows in _row_boxes(entry):
-                        check_finite(tensor, read_box(file, entry, rows, path), trained, path)
+        try:
+            found = storage.size(f"{name}/{file_name}")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        if found != expected.size:
+            raise CheckpointError(f"{path}: wrote {expected.size} bytes, found {found}")
 
 
 def check_finite(name: str, value: Tensor, trained: Collection[str], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether there is room for checkpoints, before training begins."""
+"""Whether checkpoints can be written, and whether there is room, before training begins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
+from ilm_compile.runtime.checkpoint.retention import step_name
 from ilm_compile.runtime.checkpoint.storage import Storage
 from ilm_compile.runtime.parallel import Parallel
 
@@ -52,6 +53,17 @@ def check_space(storage: Storage, size: int, *, num_kept: int) -> None:
             f"{free / GIB:.2f} GiB are free; keep fewer or free some space",
             stacklevel=2,
         )
+
+
+def probe(storage: Storage, nonce: str) -> None:
+    """Write and delete a file."""
+    working = storage.working_name(step_name(0), nonce)
+    if working in storage.folders():
+        return  # an object store that holds the checkpoint of step 0
+    storage.prepare(working)
+    with storage.create(f"{working}/probe") as file:
+        file.write(b"probe")
+    storage.remove(working)
 
 
 def _bytes(variables: Iterable[Variable]) -> int:

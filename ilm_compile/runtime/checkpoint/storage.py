@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 1 << 30
 # InternLM's prefix for S3: boto3:s3://BUCKET.ENDPOINT/PATH (its doc/usage.md).
 _BOTO3 = re.compile(r"boto3:s3://(?P<bucket>[^./]+)\.(?P<endpoint>[^/]+)/(?P<path>.*)")
 _URL = re.compile(r"[A-Za-z0-9+.-]+://")
@@ -103,6 +104,26 @@ def open_storage(url: str | Path) -> Storage:
     if not root.strip("/"):
         raise CheckpointError(f"checkpoint folder: expected a folder in the bucket, got {text!r}")
     return ObjectStorage(str(url), filesystem, root.rstrip("/"))
+
+
+def read_whole(storage: Storage, path: str) -> bytes:
+    """The content of a file of at most `MAX_JSON_BYTES`. Raises `CheckpointError`.
+
+    One that is not there is a `FileNotFoundError`.
+    """
+    try:
+        size = storage.size(path)
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{storage.url}/{path}: expected at most {MAX_JSON_BYTES} bytes, got {size}"
+            )
+        with storage.open(path) as file:
+            data: bytes = file.read(size)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{storage.url}/{path}: cannot be read: {error}") from error
+    return data
 
 
 class LocalStorage:

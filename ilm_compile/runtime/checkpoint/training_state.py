@@ -106,7 +106,10 @@ class TrainingState:
             if OPTIMIZER in wanted and self.optimizer is not None:
                 restore.check_groups(manifest, self.parallel, self.optimizer, where)
                 self._tell_options(manifest, how)
-        with together(mesh, "load"), SliceReader(storage, name, manifest) as reader:
+        with (
+            together(mesh, "load"),
+            SliceReader(storage, name, manifest, place=mesh.rank, places=mesh.world_size) as reader,
+        ):
             self.put_back(reader, wanted, options=how.settings == "saved")
 
     def put_back(

@@ -5,7 +5,8 @@
 * conversations, of which the answers are learnt: `Conversations`;
 * no data at all: `DummyDataset`.
 
-Each is a `RowDataset`. `BatchIterator` (training) and `ValidationBatches` make batches of one.
+Each is a `RowDataset`. `BatchIterator` (training) and `ValidationBatches` make batches of one, or
+the `Part` of them that a rank works on.
 """
 
 from ilm_compile.runtime.data.answers import label_answers as label_answers
@@ -18,6 +19,7 @@ from ilm_compile.runtime.data.chat import chat_of as chat_of
 from ilm_compile.runtime.data.conversations import Conversations as Conversations
 from ilm_compile.runtime.data.dataset import IGNORED_LABEL as IGNORED_LABEL
 from ilm_compile.runtime.data.dataset import TYPE_IDS as TYPE_IDS
+from ilm_compile.runtime.data.dataset import Part as Part
 from ilm_compile.runtime.data.dataset import RowDataset as RowDataset
 from ilm_compile.runtime.data.dataset import labels_in_place as labels_in_place
 from ilm_compile.runtime.data.documents import documents_from_files as documents_from_files

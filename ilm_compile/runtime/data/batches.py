@@ -1,24 +1,32 @@
-"""Rows to global batches: in which order, how many, and where a run that stopped goes on."""
+"""Rows to batches: in which order, how many, and where a run that stopped goes on."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.agree import broadcast, exchange
+from ilm_compile.runtime.batch import LocalBatch
 from ilm_compile.runtime.data.batch_plan import BatchNumbers, BatchRamp
-from ilm_compile.runtime.data.dataset import Identity, RowDataset, padded_batch
+from ilm_compile.runtime.data.dataset import Identity, Part, RowDataset, Rows, read_rows
 from ilm_compile.runtime.data.read_ahead import read_ahead
 from ilm_compile.runtime.data.row_order import ORDER, RowOrder
+from ilm_compile.runtime.data.token_dataset import TokenDataset
+from ilm_compile.runtime.mesh import Mesh
 
 _COUNTERS = ("rows_taken", "batches_taken")
+WHOLE = Part()
 
 
 class BatchIterator:
-    """Endless global batches of a dataset's rows, the same on every rank.
+    """Endless batches of a dataset's rows: global ones, or a part of them.
 
     The rows of epoch e come in an order drawn from (seed, e) alone; a batch that reaches the end of
     an epoch goes on into the next, so every row is seen once per epoch. The state is the number of
@@ -28,6 +36,8 @@ class BatchIterator:
     a compiled program takes one shape only: loss and gradients are those of the smaller batch, the
     time is that of the full one. skip: numbers of batches, from 0, whose rows are passed over; a
     text as "2-5,10" or `BatchNumbers`. num_workers: processes that read batches ahead; none when 0.
+    part: which of each batch is read and given, `Part(mesh.dp.rank, mesh.dp.size)` for a rank of a
+    parallel run; all of it by default. The state is the same for every part.
     """
 
     def __init__(
@@ -39,6 +49,7 @@ class BatchIterator:
         ramp: BatchRamp | None = None,
         skip: BatchNumbers | str = "",
         num_workers: int = 0,
+        part: Part = WHOLE,
     ) -> None:
         if global_batch_size < 1 or seed < 0:
             raise IlmCompileError(
@@ -61,28 +72,27 @@ class BatchIterator:
         self._seed = seed
         self._num_workers = num_workers
         numbers = BatchNumbers.parse(skip) if isinstance(skip, str) else skip
-        self._order = RowOrder(len(dataset), global_batch_size, seed, ramp, numbers)
-        self._ahead: Iterator[dict[str, Tensor]] | None = None
+        self._order = RowOrder(len(dataset), global_batch_size, seed, ramp, numbers, part)
+        self._is_whole = part.size == 1
+        self._ahead: Iterator[LocalBatch] | None = None
         self.num_rows = 0  # of the last batch, without those that fill it up
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
+        """A `LocalBatch`, or a global batch where the part is all of it."""
         position = (self._order.rows_taken, self._order.batches_taken)
         if self._num_workers and self._ahead is None:
             self._ahead = read_ahead(
-                self._dataset,
-                self._order.copy(),
-                size=self._global_batch_size,
-                num_workers=self._num_workers,
+                self._dataset, self._order.copy(), num_workers=self._num_workers
             )
         rows = next(self._order)
-        self.num_rows = len(rows)
+        self.num_rows = rows.num_of_batch
         try:
-            if self._ahead is not None:
-                return next(self._ahead)
-            return padded_batch(self._dataset, rows, self._global_batch_size)
+            ahead = self._ahead
+            batch = read_rows(self._dataset, rows) if ahead is None else next(ahead)
+            return dict(batch) if self._is_whole else batch
         except BaseException:
             self._go_to(*position)  # a batch that nobody saw was not taken
             raise
@@ -136,6 +146,25 @@ class BatchIterator:
                 )
         self._go_to(state["rows_taken"], state["batches_taken"])
 
+    def agree(self, mesh: Mesh) -> None:
+        """Have rank 0 alone hash the data set, where the ranks see the same by names and sizes.
+
+        Collective; without it each rank hashes its own for `state_dict`. Raises `IlmCompileError`
+        on every rank if they see different ones.
+        """
+        data = self._dataset
+        outline = data.outline() if isinstance(data, TokenDataset) else data.identity()
+        digest = hashlib.sha256(json.dumps(outline, sort_keys=True).encode()).digest()[:6]
+        found = [number for (number,) in exchange([float(int.from_bytes(digest))], mesh)]
+        if others := [rank for rank, number in enumerate(found) if number != found[0]]:
+            raise IlmCompileError(
+                f"data: expected the same {outline['kind']} on all ranks, ranks {others} have "
+                "others than rank 0 (names, sizes, lengths or options); give every node the same "
+                "folder"
+            )
+        own = json.dumps(self._identity).encode() if mesh.rank == 0 else b""
+        self._identity = json.loads(broadcast(own, mesh))
+
     def _go_to(self, rows_taken: int, batches_taken: int) -> None:
         self._order.go_to(rows_taken, batches_taken)
         self._ahead = None
@@ -149,10 +178,16 @@ class ValidationBatches:
     """Every row of a dataset once, in order, as often as it is iterated over.
 
     The last batch is filled up with rows that have no target. max_batches: stop after that many.
+    part: as for `BatchIterator`.
     """
 
     def __init__(
-        self, dataset: RowDataset, *, global_batch_size: int, max_batches: int | None = None
+        self,
+        dataset: RowDataset,
+        *,
+        global_batch_size: int,
+        max_batches: int | None = None,
+        part: Part = WHOLE,
     ) -> None:
         if global_batch_size < 1 or (max_batches is not None and max_batches < 1):
             raise IlmCompileError(
@@ -163,6 +198,7 @@ class ValidationBatches:
             raise IlmCompileError("ValidationBatches: expected a dataset with rows, got none")
         self.dataset = dataset
         self._global_batch_size = global_batch_size
+        self._places, self._is_whole = part.of(global_batch_size), part.size == 1
         self._num_batches = -(-len(dataset) // global_batch_size)
         if max_batches is not None:
             self._num_batches = min(self._num_batches, max_batches)
@@ -173,5 +209,8 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         size = self._global_batch_size
         for batch in range(self._num_batches):
-            rows = list(range(batch * size, min((batch + 1) * size, len(self.dataset))))
-            yield padded_batch(self.dataset, rows, size)
+            start = batch * size
+            count = min(size, len(self.dataset) - start)
+            rows = Rows.of(self._places, count, partial(np.add, start))
+            read = read_rows(self.dataset, rows)
+            yield dict(read) if self._is_whole else read

@@ -1,15 +1,21 @@
 """What every data set of rows offers, and what its rows look like.
 
-Nothing in this package depends on the rank or the plan: every rank sees the same global batches,
-and the runtime takes its slice.
+The order of rows depends on no rank and no plan; of each batch a rank reads its part alone.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.batch import LocalBatch
+from ilm_compile.runtime.data.keyed_order import Rows as IntArray
 
 IGNORED_LABEL = -100
 TYPE_IDS = "type_ids"
@@ -55,8 +61,46 @@ def labels_in_place(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "labels": torch.cat([nothing, batch["labels"][:, :-1]], dim=1)}
 
 
-def padded_batch(dataset: RowDataset, rows: list[int], size: int) -> dict[str, Tensor]:
-    """The rows, and then copies of the first with no target, `size` rows in all."""
-    batch = dataset.batch(torch.tensor(rows + rows[:1] * (size - len(rows))))
-    batch["labels"][len(rows) :] = IGNORED_LABEL
-    return batch
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part `rank` of `size` equal ones of every batch: that of a data-parallel rank."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, num_rows: int) -> range:
+        """Its places in a batch of `num_rows`. Raises `IlmCompileError` if it cannot be cut so."""
+        if not 0 <= self.rank < self.size or num_rows % self.size:
+            raise IlmCompileError(
+                f"batches: expected a part of {num_rows} rows that can be cut into equal ones, got "
+                f"part {self.rank} of {self.size}"
+            )
+        own = num_rows // self.size
+        return range(own * self.rank, own * (self.rank + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The numbers of a part's rows, of which those after the first `num_real` only fill it up.
+
+    num_of_batch: rows of the whole batch, without such.
+    """
+
+    numbers: list[int]
+    num_real: int
+    num_of_batch: int
+
+    @classmethod
+    def of(cls, places: range, num_of_batch: int, at: Callable[[IntArray], IntArray]) -> Self:
+        """Those at `places` of a batch of which `at` gives the rows; fillers are its first row."""
+        wanted = np.array(places)
+        is_real = wanted < num_of_batch
+        numbers = at(np.where(is_real, wanted, 0))
+        return cls(numbers.tolist(), int(is_real.sum()), num_of_batch)
+
+
+def read_rows(dataset: RowDataset, rows: Rows) -> LocalBatch:
+    """The batch of a part's rows."""
+    batch = dataset.batch(torch.tensor(rows.numbers))
+    batch["labels"][rows.num_real :] = IGNORED_LABEL
+    return LocalBatch(batch)

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.dataset import RowDataset, padded_batch
+from ilm_compile.runtime.batch import LocalBatch
+from ilm_compile.runtime.data.dataset import RowDataset, Rows, read_rows
 
 PREFETCH = 2  # batches that each process is ahead
 
 
 def read_ahead(
-    dataset: RowDataset, rows: Iterable[list[int]], *, size: int, num_workers: int
-) -> Iterator[dict[str, Tensor]]:
-    """Yield `padded_batch` of each list of rows, in order, from `num_workers` forked processes.
+    dataset: RowDataset, rows: Iterable[Rows], *, num_workers: int
+) -> Iterator[LocalBatch]:
+    """Yield `read_rows` of each, in order, from `num_workers` forked processes.
 
     Forked: they share the index of the data set and start in milliseconds, and a script needs no
     ``if __name__`` for them. They end with the iterator. Raises what the reading raised.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Batches(dataset, size),  # type: ignore[arg-type]
+        _Batches(dataset),  # type: ignore[arg-type]
         batch_size=None,
         sampler=rows,
         num_workers=num_workers,
@@ -38,14 +38,14 @@ def read_ahead(
 
 
 class _Batches:
-    """Looked up by lists of rows. An error is a result here: DataLoader would wrap a traceback."""
+    """Looked up by rows. An error is a result here: DataLoader would wrap a traceback."""
 
-    def __init__(self, dataset: RowDataset, size: int) -> None:
-        self._dataset, self._size = dataset, size
+    def __init__(self, dataset: RowDataset) -> None:
+        self._dataset = dataset
 
-    def __getitem__(self, rows: list[int]) -> dict[str, Tensor] | IlmCompileError:
+    def __getitem__(self, rows: Rows) -> LocalBatch | IlmCompileError:
         try:
-            return padded_batch(self._dataset, rows, self._size)
+            return read_rows(self._dataset, rows)
         except IlmCompileError as error:
             return error
 

@@ -138,6 +138,19 @@ class TokenDataset:
             "fingerprint": digest.hexdigest(),
         }
 
+    def outline(self) -> Identity:
+        """`identity` by names, sizes and lengths alone, which are known without reading a file."""
+        digest = hashlib.sha256(json.dumps(self._options, sort_keys=True).encode())
+        for shard in self.shards:
+            digest.update(shard.path.name.encode() + b"\0" + str(shard.num_bytes).encode())
+            digest.update(shard.lengths.tobytes())
+        return {
+            "kind": "token files",
+            "num_rows": len(self),
+            "seq_len": self.seq_len,
+            "fingerprint": digest.hexdigest(),
+        }
+
     def close(self) -> None:
         """Unmap the files; reading maps them again."""
         self._reader.close()

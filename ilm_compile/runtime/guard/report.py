@@ -1,12 +1,14 @@
 """What each rank tells the others of a hang, through files, and whose fault it is.
 
 Files because a process whose main thread is stuck in a collective cannot use another collective.
+Until then a rank looks for one file by its name; in a hang one rank reads the reports of all.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,15 +44,26 @@ class Report:
         return f"rank {self.rank}: {how} in {self.activity}, {self.seconds:.0f} s, at {self.place}"
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Who hangs, in one line, and the ranks that answer no more."""
+
+    text: str
+    silent: list[int]
+
+
 class Board:
     """The files of a job's ranks in one folder that all share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def clear(self) -> None:
-        """Forget the run before. By rank 0, before any rank writes."""
-        for path in [*self.folder.glob("rank-*.json"), *self.folder.glob("hang-*.json")]:
+    def clear(self, rank: int) -> None:
+        """Forget the run before. By every rank for itself, and rank 0 for all, before any watches.
+
+        Who a rank was stays until it joins: another job in the folder may still be at work.
+        """
+        for path in [self._report(rank), *([self._marker, self._verdict] if rank == 0 else [])]:
             path.unlink(missing_ok=True)
 
     def stacks_file(self, rank: int) -> Path:
@@ -68,22 +81,52 @@ class Board:
         except (OSError, ValueError, TypeError):
             return None
 
-    def tell(self, report: Report) -> None:
-        """Report a hang, which makes all ranks report."""
-        write_text(self.folder / f"hang-{report.rank:05d}.json", json.dumps(asdict(report)))
+    def tell(self, report: Report) -> bool:
+        """Report a hang, which makes all ranks report; returns whether this rank was the first."""
+        write_text(self._report(report.rank), json.dumps(asdict(report)))
+        try:
+            self._marker.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def is_hung(self) -> bool:
         """Whether any rank has reported."""
-        return next(self.folder.glob("hang-*.json"), None) is not None
+        return self._marker.exists()
 
-    def reports(self) -> dict[int, Report]:
-        """Those so far, by rank."""
-        found = (Report(**json.loads(p.read_text())) for p in self.folder.glob("hang-*.json"))
-        return {report.rank: report for report in found}
+    def reports(self, ranks: Iterable[int]) -> dict[int, Report]:
+        """Those so far of these ranks."""
+        found = {}
+        for rank in ranks:
+            with suppress(OSError, ValueError, TypeError):
+                found[rank] = Report(**json.loads(self._report(rank).read_text()))
+        return found
+
+    def judge(self, how: Verdict) -> None:
+        """Write what the one who read all reports found."""
+        write_text(self._verdict, json.dumps(asdict(how)))
+
+    def judged(self) -> Verdict | None:
+        """What was found, None if nothing is yet."""
+        try:
+            return Verdict(**json.loads(self._verdict.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _report(self, rank: int) -> Path:
+        return self.folder / f"hang-{rank:05d}.json"
+
+    @property
+    def _marker(self) -> Path:
+        return self.folder / "hang"
+
+    @property
+    def _verdict(self) -> Path:
+        return self.folder / "verdict.json"
 
 
-def verdict(reports: Mapping[int, Report], world_size: int) -> str:
-    """Who hangs, in one line.
+def verdict(reports: Mapping[int, Report], world_size: int) -> Verdict:
+    """Who hangs.
 
     Ranks that answer no more come first; then those that were busy while the others waited. Where
     all wait, each for another, all are named.
@@ -93,10 +136,10 @@ def verdict(reports: Mapping[int, Report], world_size: int) -> str:
     waiting = [report for _, report in sorted(reports.items()) if report.waits]
     if silent:
         names = ", ".join(f"rank {rank}: does not answer (stopped or gone)" for rank in silent)
-        return f"{names}; {_few(waiting or busy)}"
+        return Verdict(f"{names}; {_few(waiting or busy)}", silent)
     if busy:
-        return f"{_few(busy)}; {_few(waiting)}" if waiting else _few(busy)
-    return f"every rank waits; {_few(waiting, most=world_size)}"
+        return Verdict(f"{_few(busy)}; {_few(waiting)}" if waiting else _few(busy), [])
+    return Verdict(f"every rank waits; {_few(waiting, most=world_size)}", [])
 
 
 def _few(reports: Iterable[Report], *, most: int = 2) -> str:

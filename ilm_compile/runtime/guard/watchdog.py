@@ -16,7 +16,7 @@ from pathlib import Path
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.guard.activity import ACTIVITY, Activity
 from ilm_compile.runtime.guard.ending import ExitCode, record_ending
-from ilm_compile.runtime.guard.report import Board, Report, verdict
+from ilm_compile.runtime.guard.report import Board, Report, Verdict, verdict
 from ilm_compile.runtime.guard.siblings import end_sibling, this_process
 from ilm_compile.runtime.guard.stacks import dump_stacks, main_frame, place_of, stack_text
 
@@ -70,7 +70,7 @@ class Watchdog:
         self._orphan_since: float | None = None
 
     def start(self) -> None:
-        """Rank 0 must have cleared the folder before, by `Board.clear`."""
+        """Every rank must have called `Board.clear` before."""
         self._parent = os.getppid()
         self._board.folder.mkdir(parents=True, exist_ok=True)
         self._board.join(this_process(self._rank))
@@ -116,27 +116,38 @@ class Watchdog:
         own = Report(self._rank, self._activity.text(), place, waits, seconds)
         LOGGER.error("hang: %s; main thread:\n%s", own.text(), stack_text(frame))
         dump_stacks(self._board.stacks_file(self._rank))
+        is_first = True
         with suppress(OSError):
-            self._board.tell(own)
-        reports = self._gather() | {self._rank: own}
-        how = verdict(reports, self._world_size)
+            is_first = self._board.tell(own)
+        # The first asks all; if it is stopped meanwhile, each of the others does.
+        how = (None if is_first else self._wait_for_verdict()) or self._judge(own)
         record_ending(
-            self._run_folder, "hung", rank=self._rank, reason=how, step=self._activity.steps_done
+            self._run_folder,
+            "hung",
+            rank=self._rank,
+            reason=how.text,
+            step=self._activity.steps_done,
         )
-        LOGGER.error("hang: %s; the job ends with code %d", how, ExitCode.HUNG)
-        for rank in set(range(self._world_size)) - set(reports):
+        LOGGER.error("hang: %s; the job ends with code %d", how.text, ExitCode.HUNG)
+        for rank in how.silent:
             end_sibling(self._board.member(rank), parent=self._parent)
         sys.stderr.flush()
         self._leave(ExitCode.HUNG)
 
-    def _gather(self) -> dict[int, Report]:
-        """The reports of all ranks, or of those that answer in time."""
-        reports: dict[int, Report] = {}
-        deadline = time.monotonic() + _GATHER_S
-        while time.monotonic() < deadline:
-            with suppress(OSError):
-                reports = self._board.reports()
-            if len(reports) == self._world_size:
-                break
+    def _wait_for_verdict(self) -> Verdict | None:
+        deadline = time.monotonic() + 2 * _GATHER_S
+        while (found := self._board.judged()) is None and time.monotonic() < deadline:
             time.sleep(self._pace / 2)
-        return reports
+        return found
+
+    def _judge(self, own: Report) -> Verdict:
+        """By the reports of all ranks, or of those that answer in time."""
+        reports = {self._rank: own}
+        deadline = time.monotonic() + _GATHER_S
+        while len(reports) < self._world_size and time.monotonic() < deadline:
+            reports |= self._board.reports(set(range(self._world_size)) - set(reports))
+            time.sleep(self._pace / 2)
+        how = verdict(reports, self._world_size)
+        with suppress(OSError):
+            self._board.judge(how)
+        return how
