@@ -8,8 +8,9 @@ import pytest
 
 from ilm_compile.errors import PlacementError
 from ilm_compile.models import internlm2_tiny
-from ilm_compile.passes import TensorParallel, run_passes
+from ilm_compile.passes import ContextParallel, TensorParallel, run_passes
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.layout import Layout
 from ilm_compile.program.placement import I, P, R, S
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.trace import trace
@@ -92,4 +93,41 @@ def test_a_wrong_shard_dimension_of_a_parameter_is_refused():
     node = next(n for n in program.graph.nodes if n.target == "layers.0.attention.wo.weight")
     node.meta["layout"] = program.variables[node.target].layout = tp(S(0))
     with pytest.raises(PlacementError, match="has global shape"):
+        check_placements(program)
+
+
+def over_two_axes():
+    program = trace(internlm2_tiny(num_layers=1), plan=Plan(tp=2, cp=2))
+    run_passes(program, [TensorParallel(size=2), ContextParallel(size=2)])
+    return program
+
+
+def test_each_axis_of_a_program_is_checked():
+    check_placements(over_two_axes())
+
+
+@pytest.mark.parametrize("axis", ["tp", "cp"])
+def test_a_dropped_collective_of_any_axis_is_refused(axis):
+    program = over_two_axes()
+    node = next(n for n in program.calls() if n.kwargs.get("axis") == axis)
+    node.replace_all_uses_with(node.args[0])
+    program.graph.erase_node(node)
+    with pytest.raises(PlacementError):
+        check_placements(program)
+
+
+@pytest.mark.parametrize("placement", [I, S(0), P], ids=str)
+def test_a_parameter_whose_gradient_parts_would_not_be_added_up_is_refused(placement):
+    program = over_two_axes()
+    node = next(n for n in program.graph.nodes if n.target == "norm.weight")
+    node.meta["layout"] = program.variables["norm.weight"].layout = Layout.of({"cp": placement})
+    with pytest.raises(PlacementError, match=r"norm\.weight (to be R|has global shape)"):
+        check_placements(program)
+
+
+def test_an_exchange_of_heads_in_the_wrong_direction_is_refused():
+    program = over_two_axes()
+    node = next(n for n in program.calls() if "all_to_all" in n.name)
+    node.kwargs = {**node.kwargs, "src": node.kwargs["dst"], "dst": node.kwargs["src"]}
+    with pytest.raises(PlacementError, match="on axis cp, the collective is typed"):
         check_placements(program)

@@ -19,6 +19,7 @@ ROWS = 4  # of a global batch, one per micro-batch: what dropout depends on is e
 PLANS: dict[str, dict[str, Any]] = {
     "single": {"num_microbatches": 4},
     "tp2": {"tp": 2, "num_microbatches": 4},
+    "cp2": {"cp": 2, "num_microbatches": 4},
     "pp2": {"pp": 2, "num_microbatches": 4},
     "dp2-zero1": {"num_microbatches": 2, "zero": 1},
     "dp2-zero3": {"num_microbatches": 2, "zero": 3},
