@@ -226,12 +226,12 @@ GRADIENT_MUTANTS = [
         (EMULATED, UNUSUAL),
         (
             "equal parts count once per tp rank",
-            "and (shard.variable.layout.is_shard or self._mesh.tp.rank == 0)",
-            "and True",
+            "self._mesh.axes[axis].rank and not",
+            "False and not",
         ),
         (
             "equal parts count once per dp rank",
-            "and (shard.is_dp_sharded or self._mesh.dp.rank == 0)",
+            "and (shard.is_dp_sharded or self._mesh.fsdp.rank == 0)",
             "and True",
             UNUSUAL,
         ),
@@ -275,14 +275,15 @@ GRADIENT_MUTANTS = [
         ),
         (
             "every tp rank loads the first part",
-            "mesh.tp.size)[mesh.tp.rank]",
-            "mesh.tp.size)[0]",
+            "part = self.variable.layout.cut(full, mesh.place)",
+            "place = mesh.place\n        first = type(place)(place.sizes, dict.fromkeys(place.sizes, 0))\n"
+            "        part = self.variable.layout.cut(full, first)",
             STATE,
         ),
         (
             "every dp rank loads the first rows",
-            "mesh.dp.size) * mesh.dp.rank,",
-            "mesh.dp.size) * 0,",
+            "fsdp.size) * fsdp.rank,",
+            "fsdp.size) * 0,",
             STATE,
         ),
         ("rows of another rank are read", "stacked[:rows]", "stacked[-rows:]", STATE),

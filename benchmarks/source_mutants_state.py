@@ -49,11 +49,15 @@ VALUE_MUTANTS = [
             "                if True:\n",
         ),
         ("what nobody wrote is taken", "if not _is_written(value):", "if False:"),
-        ("every rank has the first part", "size)[rank] if", "size)[0] if"),
+        (
+            "every rank has the first part",
+            "return variable.layout.cut(full, place)",
+            "return variable.layout.cut(full, Place(place.sizes, dict.fromkeys(place.sizes, 0)))",
+        ),
         (
             "every rank draws the first rows",
-            "rows=(rank * rows, (rank + 1) * rows)",
-            "rows=(0, rows)",
+            "start += rows * place.ranks[axis]",
+            "start += 0",
         ),
         ("drawn values keep their dtype", "return part.to(variable.dtype)", "return part"),
     ),
@@ -105,8 +109,8 @@ VALUE_MUTANTS = [
         (MESH,),
         (
             "tp and dp are exchanged",
-            "(pp * self.dp.size + dp) * self.tp.size + tp",
-            "(pp * self.tp.size + tp) * self.dp.size + dp",
+            "(pp * self.fsdp.size + fsdp) * self.tp.size + tp",
+            "(pp * self.tp.size + tp) * self.fsdp.size + fsdp",
         ),
     ),
 ]
@@ -200,8 +204,8 @@ CHECKPOINT_MUTANTS = [
         ),
         (
             "dp rows are all the first",
-            "total // mesh.dp.size) * mesh.dp.rank, total)",
-            "total // mesh.dp.size) * 0, total)",
+            "first_row(total, mesh.fsdp), shard",
+            "0, shard",
             UNUSUAL,
         ),
     ),

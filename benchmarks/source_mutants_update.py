@@ -56,7 +56,7 @@ UPDATE_MUTANTS = [
         ),
         (
             "the loss of every tp rank",
-            "result.losses if self.mesh.tp.rank == 0 else []",
+            "result.losses if self.mesh.speaks else []",
             "result.losses",
         ),
         ("the loss of one rank", "self.mesh.everyone.all_reduce(own)", "own"),
@@ -75,10 +75,10 @@ UPDATE_MUTANTS = [
         ),
         (
             "outputs of the first micro-batch",
-            "for outputs in result.outputs])",
-            "for outputs in result.outputs[:1]])",
+            "[each[index] for each in result.outputs]",
+            "[each[index] for each in result.outputs[:1]]",
         ),
-        ("the wrong output", "index = self.output_names.index(name)\n", "index = 0\n"),
+        ("the wrong output", "index = form.output_names.index(name)\n", "index = 0\n"),
         ("different models are taken", "    if different:\n", "    if False:\n", STATE),
     ),
     *mutants_of(
