@@ -276,7 +276,7 @@ GRADIENT_MUTANTS = [
         (
             "every tp rank loads the first part",
             "part = self.variable.layout.cut(full, mesh.place)",
-            "place = mesh.place\n        first = type(place)(place.sizes, {a: 0 for a in place.sizes})\n"
+            "p = mesh.place\n        first = type(p)(p.sizes, {a: 0 for a in p.sizes})\n"
             "        part = self.variable.layout.cut(full, first)",
             STATE,
         ),
