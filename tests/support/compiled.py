@@ -109,7 +109,7 @@ def _compile_and_run(pipe: Connection, size: int, make: tuple[str, str], promote
     global _shared
     torch.set_num_threads(1)
     models: dict[tuple[Any, ...], nn.Module] = {}
-    with promoted_float32() if promoted else nullcontext(), _traced_once():
+    with promoted_float32() if promoted else nullcontext(), traced_once():
         while True:
             try:
                 function, key, keywords, args, inputs, dp = pipe.recv()
@@ -128,8 +128,8 @@ def _compile_and_run(pipe: Connection, size: int, make: tuple[str, str], promote
 
 
 @contextmanager
-def _traced_once() -> Iterator[None]:
-    """Trace a model once for all plans."""
+def traced_once() -> Iterator[None]:
+    """Let `partition` trace a model once for all plans."""
     traced: dict[int, tuple[Any, Program]] = {}
     trace = front_door.trace
 
