@@ -24,8 +24,9 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
 test: lint
-	@# A file's tests stay on one worker, so that their processes are started once.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@# A file's tests stay on one worker, so that their processes are started once; files start in
+	@# the order of tests/conftest.py, the longest first, not of their numbers of tests.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -1,10 +1,45 @@
 """Fixtures that several areas share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.world import World
+
+# Files that take longest, the longest first: started last, one would keep a worker while the
+# others have nothing left. What is not named keeps its place behind them.
+LONGEST = (
+    "tests/test_zoo.py",
+    "tests/training/test_examples.py",
+    "tests/test_faults.py",
+    "tests/test_equality.py",
+    "tests/training/test_train.py",
+    "tests/test_demo.py",
+    "tests/verify/test_verify.py",
+    "tests/test_traffic.py",
+    "tests/verify/test_sizes.py",
+    "tests/verify/test_translation.py",
+    "tests/test_resume.py",
+    "tests/passes/test_check_pass.py",
+    "tests/passes/test_cast_bf16.py",
+    "tests/benchmarks/test_compare_plans.py",
+    "tests/verify/test_wrong_programs.py",
+    "tests/test_checkpoint_faults.py",
+    "tests/verify/test_right_programs.py",
+    "tests/test_failure.py",
+    "tests/verify/test_emulate.py",
+    "tests/verify/test_mutations.py",
+    "tests/passes/test_fused_plans.py",
+    "tests/config/test_fuzz.py",
+    "tests/passes/test_parameters.py",
+)
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {ROOT / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="module")

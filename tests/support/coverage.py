@@ -16,15 +16,17 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ilm_compile import compile as front_door
 from ilm_compile.compile import make_schedule, partition
 from ilm_compile.cost import forward_flops
 from ilm_compile.errors import IlmCompileError, TraceError
 from ilm_compile.passes import lower
+from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Program
-from ilm_compile.program.trace import trace
 from ilm_compile.verify.compare import compare
 from ilm_compile.verify.emulate import emulate
 from ilm_compile.verify.reference import random_batch, single_device_step
+from tests.support.compiled import traced_once
 from tests.support.promote import promoted_float32
 from tests.support.zoo import SEQ, VOCAB, small_model
 
@@ -84,10 +86,10 @@ def _one_line(reason: str) -> str:
 def _cover(result: Coverage, model: nn.Module, sizes: Sequence[int]) -> None:
     inputs = {name: Input(*spec) for name, spec in EXAMPLE.items()}
     batch = random_batch(inputs, 1, VOCAB)
-    with promoted_float32():
+    with promoted_float32(), traced_once():
         expected = single_device_step(small_model(result.architecture), batch)
         result.outcome = "wrong"  # unless proven otherwise
-        traced = trace(model, example_inputs=EXAMPLE)
+        traced = front_door.trace(model, example_inputs=EXAMPLE, loss_fn=None, plan=Plan())
         result.nodes = len(list(traced.calls()))
         for tp in sizes:
             program = partition(model, example_inputs=EXAMPLE, tp=tp)

@@ -2,7 +2,8 @@
 
 A `World` keeps its processes alive between calls, so a test module pays for the start once. A
 call that fails or runs out of time ends all processes (the survivors may be stuck inside a
-collective); the next call starts new ones.
+collective); the next call starts new ones. Ranks are forked from one server that has imported
+`tests.support.warm` and does nothing else, so no rank pays for the imports of torch again.
 """
 
 import importlib
@@ -34,11 +35,13 @@ class World:
     function: a module-level function of an importable module, called as `function(rank, *args)`.
     Arguments and results travel by pickle. Every call starts from seed 0 and float32 defaults.
     debug: set TORCH_DISTRIBUTED_DEBUG=DETAIL, which checks that all ranks call the same collective.
+    method: "fork" starts ranks from this very process, with what it holds in memory.
     """
 
-    def __init__(self, size: int, *, debug: bool = False) -> None:
+    def __init__(self, size: int, *, debug: bool = False, method: str = "forkserver") -> None:
         self.size = size
         self._debug = debug
+        self._context = multiprocessing.get_context(method)
         self._store: dist.TCPStore | None = None
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -79,11 +82,16 @@ class World:
         # The store lives here, like torchrun's agent store: its port is chosen by the system and
         # bound at once, so no other process can take it in between.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        self._context.set_forkserver_preload(["tests.support.warm"])
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
+            ours, theirs = self._context.Pipe()
             environment = _torchrun_environment(rank, self.size, self._store.port, self._debug)
-            process = context.Process(target=_serve, args=(theirs, environment), daemon=True)
+            # A forked rank holds copies of our ends, which keep it from seeing that we closed them.
+            forked = self._context.get_start_method() == "fork"
+            inherited = [*self._pipes, ours] if forked else []
+            process = self._context.Process(
+                target=_serve, args=(theirs, environment, inherited), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -156,8 +164,10 @@ def _torchrun_environment(rank: int, size: int, port: int, debug: bool) -> dict[
     }
 
 
-def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+def _serve(pipe: Connection, environment: dict[str, str], inherited: list[Connection]) -> None:
     """The life of one rank: join the group, then answer requests until the pipe closes."""
+    for end in inherited:
+        end.close()
     os.environ.update(environment)
     dist.set_debug_level_from_env()
     torch.set_num_threads(1)
