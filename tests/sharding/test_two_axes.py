@@ -124,7 +124,7 @@ def spread(full: Tensor, layout: Layout) -> list[Tensor]:
 
 
 FORMS = [
-    pytest.param(target, make, id=f"{target}-{index}")
+    pytest.param(target, make, id=f"{getattr(target, '__name__', target)}-{index}")
     for target, makes in SAMPLES.items()
     if not isinstance(target, str)
     for index, make in enumerate(makes)
