@@ -261,6 +261,8 @@ class Expressions:
         name = node.func.id if isinstance(node.func, ast.Name) else None
         if name == "dict":
             return self.dict_call(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "join":
+            return self._join(node, node.func.value)
         if name not in FUNCTIONS:
             raise self.fail(
                 node,
@@ -273,6 +275,15 @@ class Expressions:
         if name == "str" and not all(isinstance(value, _SCALARS) for value in values):
             raise self.fail(node, "str() in a config is of a number or a text")
         return FUNCTIONS[name](*values)
+
+    def _join(self, node: ast.Call, separator: ast.expr) -> str:
+        """A text's join() of a list of texts, by which configs put paths together."""
+        first, *lists = (self.value(argument) for argument in (separator, *node.args))
+        parts: Any = lists[0] if len(lists) == 1 and isinstance(lists[0], list | tuple) else [None]
+        if node.keywords or not all(isinstance(part, str) for part in (first, *parts)):
+            raise self.fail(node, "join() in a config is of one list of texts")
+        limits.check_join(first, parts)
+        return str(first.join(parts))
 
     def dict_call(self, node: ast.Call) -> Table:
         """The dict of a call dict(...), whatever the function that is called."""

@@ -23,7 +23,12 @@ _NAMES_OF_DTYPES = {
     "torch.float": ("float32", False),
     "torch.tf32": ("float32", True),
 }
-_SEQUENCE_PARALLEL = {"mtp": False, "msp": True, "fsp": True}
+# By their names of today and of earlier revisions.
+_SEQUENCE_PARALLEL = {
+    **{"mtp": False, "origin_tp": None, "none": None},  # None: as `sequence_parallel` says
+    **{"msp": True, "megatron": True, "fsp": True, "flash-attn": True},
+}
+_BY_SEQUENCE = ("isp", "fstp", "intern")  # the ranks share sequences, and weights are gathered
 _SCHEDULES = {"1f1b": None}
 _FORMATS = {"internevo": "internlm", "internlm": "internlm", "normal": "internlm"}
 _HF_FORMATS = {"hf": "hf", "hf_llama": "hf-llama", "hf_internlm2": "hf-internlm2"}
@@ -83,6 +88,29 @@ def _data_type(value: Any) -> Any:
 
 def _zero1_fsdp(value: Any, config: Table) -> dict[str, Any]:
     return {"parallel.zero": 3} if value else {}
+
+
+def _is_by_sequence(config: Table) -> bool:
+    found = config.find("parallel.tensor.mode") or config.find("parallel.tensor.sp")
+    return found is not None and found[0] in _BY_SEQUENCE
+
+
+def _tensor_size(value: Any, config: Table) -> dict[str, Any]:
+    return {"parallel.context" if _is_by_sequence(config) else "parallel.tensor": value}
+
+
+def _tensor_mode(value: Any, config: Table) -> dict[str, Any]:
+    if value in _BY_SEQUENCE:
+        return {}
+    known = _choice(_SEQUENCE_PARALLEL, "write mtp, msp, fsp or isp")
+    found = known(value)
+    return {} if found is None else {"parallel.sequence_parallel": found}
+
+
+def _weight(value: Any, config: Table) -> dict[str, Any]:
+    if not isinstance(value, int) or value < 1:
+        raise Refusal(f"{shown(value)}: expected a number of ranks; or write parallel.zero = 3")
+    return {"parallel.zero": 3} if value > 1 else {}
 
 
 def _folder(value: Any) -> Any:
@@ -207,6 +235,8 @@ _MODEL: dict[str, Fate] = {
     "moe_use_residual": Only((False,), "for mixtures of experts register a model of your own"),
     "moe_type": Ignored("there are no experts in this model"),
     "qk_interleaved": _of_internlm2("adapt_hf", True, False, opposite=True),
+    "sequence_parallel": To("parallel.sequence_parallel"),
+    "use_amp": Ignored("the dtype says what is computed in", (True,)),
     "mlp_layer_fusion": Ignored("it changes no number", (True, False)),
     "enable_qkv_fusion": Ignored("files with either are read and give the same", (True, False)),
     "apply_post_layer_norm": _of_internlm2("apply_post_layer_norm", False),
@@ -224,18 +254,34 @@ _PARALLEL: dict[str, Fate] = {
     "fsdp.enable": Spread(_zero1_fsdp, "True sets `parallel.zero` = 3", ("parallel.zero",)),
     "fsdp.mode": Ignored("FSDP2 is used", ("v2",)),
     "fsdp.init_method": Ignored("parameters are made where they stay"),
-    "tensor.size": To("parallel.tensor"),
-    "tensor.mode": To(
-        "parallel.sequence_parallel",
-        _choice(_SEQUENCE_PARALLEL, "write mtp, msp or fsp; for isp, parallel.zero = 3"),
-        ("parallel.zero",),
+    "tensor.size": Spread(
+        _tensor_size,
+        'sets `parallel.tensor`, with `mode="isp"` `parallel.context`',
+        ("parallel.tensor", "parallel.context"),
     ),
+    **dict.fromkeys(
+        ("tensor.mode", "tensor.sp"),
+        Spread(
+            _tensor_mode,
+            "msp and fsp set `parallel.sequence_parallel`; isp makes `size` that of "
+            "`parallel.context`",
+            ("parallel.sequence_parallel", "parallel.context"),
+        ),
+    ),
+    **dict.fromkeys(
+        ("tensor.overlap", "tensor.intern_overlap", "tensor.memory_pool"),
+        Ignored("weights are not gathered by hand", (False, True)),
+    ),
+    "tensor.reduce_scatter_overlap": Ignored("weights are not gathered by hand", (False, True)),
+    "block_0_full_weight": Ignored("weights are not gathered by hand", (False, True)),
     "pipeline.size": To("parallel.pipeline"),
     "pipeline.interleaved_overlap": Ignored("sends always overlap with computing", (True,)),
     "pipeline.mode": To("parallel.schedule", _schedule),
     "pipeline.zero_bubble": Only((False,), "write parallel.schedule", ("parallel.schedule",)),
-    "weight": Only((1,), _SHARDED, ("parallel.zero",)),
-    "weight.size": Only((1,), _SHARDED, ("parallel.zero",)),
+    **dict.fromkeys(
+        ("weight", "weight.size"),
+        Spread(_weight, "more than 1 sets `parallel.zero` = 3", ("parallel.zero",)),
+    ),
     "weight.overlap": Ignored("weights are not gathered by hand", (False, True)),
     "weight.memory_pool": Ignored("weights are not gathered by hand", (False, True)),
     "weight.launch_allgather_before": Ignored("weights are not gathered by hand"),

@@ -8,6 +8,7 @@ times, as anything that walks the value would.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,13 @@ def check_repeat(left: Any, right: Any) -> None:
                 raise LimitError(
                     f"{len(repeated)} {kind} repeated {_short(times)} times: the limit is {limit}"
                 )
+
+
+def check_join(separator: str, parts: Sequence[str]) -> None:
+    """Refuse `separator.join(parts)` before it is computed if the text would be too large."""
+    size = len(separator) * len(parts) + sum(map(len, parts))
+    if size > MAX_TEXT:
+        raise LimitError(f"{size} characters joined: the limit is {MAX_TEXT}")
 
 
 def check_digits(digits: Any) -> None:

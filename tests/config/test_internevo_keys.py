@@ -153,8 +153,8 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
         ({"model": {"drop_rate": 0.1}}, "have no dropout"),
         ({"model": {"dtype": "torch.float64"}}, "write one of torch.bfloat16"),
         ({"model": {"is_reward": True}}, "for a reward head"),
-        ({"parallel": {"tensor": {"mode": "isp"}}}, "for isp, parallel.zero = 3"),
-        ({"parallel": {"weight": {"size": 2}}}, "write parallel.zero = 3"),
+        ({"parallel": {"tensor": {"mode": "2D"}}}, "write mtp, msp, fsp or isp"),
+        ({"parallel": {"weight": {"size": "all"}}}, "write parallel.zero = 3"),
         ({"parallel": {"pipeline": {"mode": "ZBH1"}}}, "write parallel.schedule"),
         ({"data": {"use_packed_dataset": False}}, "rows are always packed"),
         ({"data": {"max_length_per_sample": 8}}, "a sample is cut at data.seq_len"),
@@ -223,12 +223,12 @@ def test_what_has_no_effect_beside_another_key_is_told() -> None:
 @pytest.mark.parametrize(
     ("file", "override", "section", "ours", "expected"),
     [
-        ({"parallel": {"tensor": {"mode": "isp"}}}, "parallel.tensor.mode=fsp",
+        ({"parallel": {"tensor": {"mode": "2D"}}}, "parallel.tensor.mode=fsp",
          "parallel", "sequence_parallel", True),
-        ({"parallel": {"tensor": {"mode": "isp"}}}, "parallel.sequence_parallel=true",
+        ({"parallel": {"tensor": {"mode": "2D"}}}, "parallel.sequence_parallel=true",
          "parallel", "sequence_parallel", True),
-        ({"parallel": {"tensor": {"mode": "isp"}, "weight": {"size": 2}}}, "parallel.zero=3",
-         "parallel", "zero", 3),
+        ({"parallel": {"weight": {"size": 2}}}, "parallel.zero=1",
+         "parallel", "zero", 1),
         ({"parallel": {"pipeline": {"mode": "ZBV"}}}, "parallel.schedule=gpipe",
          "parallel", "schedule", "gpipe"),
         ({"parallel": {"tensor": {"size": 4, "mode": "msp"}}}, "parallel.tensor=2",
@@ -256,12 +256,23 @@ def test_what_the_command_line_settles_is_no_fault_of_the_file(
 
 
 def test_a_set_settles_no_more_than_it_says() -> None:
-    order = {"tensor": {"mode": "isp"}, "pipeline": {"mode": "ZBV"}}
-    text = fault("parallel.zero=3", parallel=order)
+    order = {"tensor": {"mode": "2D"}, "pipeline": {"mode": "ZBV"}}
+    text = fault("parallel.sequence_parallel=true", parallel=order)
     assert "pipeline.mode" in text
     assert "tensor.mode" not in text
 
 
 def test_a_wrong_set_is_refused_over_a_right_file() -> None:
-    text = fault("parallel.tensor.mode=isp", parallel={"tensor": {"mode": "msp"}})
-    assert "--set parallel.tensor.mode=isp: parallel.tensor.mode: 'isp' is not supported" in text
+    text = fault("parallel.tensor.mode=2D", parallel={"tensor": {"mode": "msp"}})
+    assert "--set parallel.tensor.mode=2D: parallel.tensor.mode: '2D' is not supported" in text
+
+
+@pytest.mark.parametrize("mode", [{"mode": "isp"}, {"mode": "fstp"}, {"sp": "intern"}], ids=str)
+def test_ranks_that_share_sequences_are_context_parallel(mode: dict[str, str]) -> None:
+    parallel = config(parallel={"tensor": {"size": 2, **mode}, "weight": {"size": 4}}).parallel
+    assert (parallel.tensor, parallel.context, parallel.zero) == (1, 2, 3)
+
+
+def test_sequence_parallel_of_an_earlier_revision_stands_beside_the_mode() -> None:
+    old = {"model": {"sequence_parallel": True}, "parallel": {"tensor": {"mode": "origin_tp"}}}
+    assert config(**old).parallel.sequence_parallel is True

@@ -63,6 +63,7 @@ def test_an_expression_has_the_value_that_python_gives_it(
         ("d = {}\nd.update({'x': 1}, x=3)\nx = d['x']\n", 3),
         ("if 1 > 2:\n    x = 1\nelif True:\n    x = 3\nelse:\n    x = 2\n", 3),
         ("from internlm.core.context.parallel_context import read_base\nx = 3\n", 3),
+        ("d = 'a'\nx = '/'.join([d, 'b'])\n", "a/b"),
     ],
 )
 def test_a_statement_does_what_it_does_in_python(
@@ -80,6 +81,8 @@ def test_a_statement_does_what_it_does_in_python(
         ("x = torch.bfloat16\n", 1, "'torch.bfloat16'"),
         ("x = open('f')\n", 1, "open() is not called"),
         ("x = {}.get('a')\n", 1, ".get() is not called"),
+        ("x = ''.join(['a', 1])\n", 1, "one list of texts"),
+        ("x = ('a' * 1000).join(['b'] * 1000)\n", 1, "limit is 100000"),
         ("x = '%d' % 1\n", 1, "f-string"),
         ("x = [i for i in (1, 2)]\n", 1, "write the list out"),
         ("x = lambda: 1\n", 1, "write the value itself"),
