@@ -109,6 +109,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert public - {"models", "passes"} <= listed
 
 
+def test_files_that_the_architecture_names_exist() -> None:
+    named = re.findall(r"`((?:ilm_compile|passes|docs|tests)/[\w/.]+)`", page("architecture"))
+    assert len(named) > 40
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     linked = {*re.findall(r"- (\w+)\.md", (ROOT / "mkdocs.yml").read_text())}
     assert linked == {file.stem for file in DOCS.glob("*.md")}
