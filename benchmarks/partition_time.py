@@ -29,14 +29,14 @@ from torch import nn
 
 import ilm_compile.compile
 from benchmarks.common import RESULTS, make_console, make_model, save_json
-from ilm_compile.passes import tensor_parallel
+from ilm_compile.passes import shard
 
 SEQ = 4096
 # What is timed on its own: part -> where `partition` finds the function.
 PARTS: dict[str, tuple[Any, str]] = {
     "trace": (ilm_compile.compile, "trace"),
-    "solve": (tensor_parallel, "solve"),
-    "apply": (tensor_parallel.TensorParallel, "apply"),
+    "solve": (shard, "solve"),
+    "apply": (shard.Shard, "apply"),
 }
 
 

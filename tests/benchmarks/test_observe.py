@@ -81,8 +81,9 @@ def observed_and_counted(rank: int) -> list[dict[str, int]]:
     assert isinstance(loss, Tensor)
     seen = {kind: traffic.num_bytes for kind, traffic in observer.sent.items()}
     counted = {kind: t.num_bytes for kind, t in parallel.traffic().items() if t.num_bytes}
-    # The loss, a float64, and in the first step a checksum of each input and its opposite.
-    seen["all_reduce"] -= 8 + 32
+    # The loss, a float64; in the first step a checksum of each input and its opposite; what the
+    # ranks tell each other of their rows.
+    seen["all_reduce"] -= 8 + 32 + 32
     return [seen, counted]
 
 

@@ -157,7 +157,7 @@ def test_a_slow_rank_is_told_in_every_nth_step_by_rank_0(world2: World) -> None:
     assert others == []
 
 
-MESH = SimpleNamespace(world_size=6, dp=SimpleNamespace(size=2), tp=SimpleNamespace(size=1))
+MESH = SimpleNamespace(world_size=6, fsdp=SimpleNamespace(size=2), tp=SimpleNamespace(size=1))
 
 
 def test_a_rank_is_compared_with_those_of_its_stage() -> None:
@@ -166,7 +166,7 @@ def test_a_rank_is_compared_with_those_of_its_stage() -> None:
 
 
 def test_a_stage_of_one_rank_is_compared_with_its_own_past() -> None:
-    mesh = SimpleNamespace(world_size=2, dp=SimpleNamespace(size=1), tp=SimpleNamespace(size=1))
+    mesh = SimpleNamespace(world_size=2, fsdp=SimpleNamespace(size=1), tp=SimpleNamespace(size=1))
     watch = SlowRankWatch(1.5, mesh)
     seen = [watch.update([1.0, time]) for time in (3.0, 5.0, 4.0, 6.5)]
     assert seen == [[], [], [], [(1, pytest.approx(6.5 / 4))]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ilm_compile.passes import stage_module, tensor_parallel
+from ilm_compile.passes import shard, stage_module
 from ilm_compile.program import collectives, trace, vocab
 from ilm_compile.program.program import Program
 from tests.verify.small import verify
@@ -26,13 +26,13 @@ def failures(name: str, **plan: Any) -> str:
 
 def test_norm_gradient_not_reduced_under_sequence_parallelism(monkeypatch):
     """InternLM#443, #534, #528, InternEvo#53, #420: the same reduction wrong five times."""
-    insert = tensor_parallel._insert
+    insert = shard._insert
 
     def forgetful(program: Program, value: Any, *arguments: Any) -> Any:
         is_norm = value.op == "get_attr" and "norm" in value.target
         return value if is_norm else insert(program, value, *arguments)
 
-    monkeypatch.setattr(tensor_parallel, "_insert", forgetful)
+    monkeypatch.setattr(shard, "_insert", forgetful)
     text = failures("internlm2", tp=2, sequence_parallel=True)
     assert "pass tensor-parallel" in text
     assert "aten.rms_norm of (S(1), I) does not give S(1); that needs (S(1), R)" in text

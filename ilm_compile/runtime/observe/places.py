@@ -10,8 +10,8 @@ def rank_words(mesh: Mesh, pp_rank: int) -> str:
 
     Such as "rank 4 (pp 1, dp 0, tp 0)": only axes that several ranks share are named.
     """
-    sizes = {"pp": mesh.pp.size, "dp": mesh.dp.size, "tp": mesh.tp.size}
-    place = {"pp": pp_rank, "dp": 0, "tp": 0}
-    words = ", ".join(f"{axis} {place[axis]}" for axis, size in sizes.items() if size > 1)
-    is_one_of_several = mesh.dp.size * mesh.tp.size > 1
+    axes = {"pp": mesh.pp, "dp": mesh.dp, **dict(reversed(mesh.axes.items()))}
+    place = {name: pp_rank if name == "pp" else 0 for name, axis in axes.items() if axis.size > 1}
+    words = ", ".join(f"{name} {number}" for name, number in place.items())
+    is_one_of_several = mesh.fsdp.size * mesh.tp.size > 1
     return f"rank {mesh.rank_at(pp_rank, 0, 0)}" + (f" ({words})" if is_one_of_several else "")
