@@ -40,7 +40,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own(start: Path, tmp_path: Path) -> Path:
     """A copy of it, to be spoilt."""
-    shutil.copytree(start, tmp_path / "own")
+    shutil.copytree(start, tmp_path / "own", ignore=shutil.ignore_patterns("runs"))
     return tmp_path / "own"
 
 
