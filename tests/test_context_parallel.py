@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from tests.support.compiled import CompiledWorld
-from tests.support.equality import EXAMPLE, Case, assert_equal, make_model
+from tests.support.equality import Case, run_cases
 from tests.support.training import train_and_compare
 from tests.support.zoo import LISTED
 
@@ -35,30 +34,25 @@ def ranks(plan):
     return plan["cp"] * plan.get("tp", 1) * plan.get("pp", 1)
 
 
-@pytest.fixture(scope="module")
-def compiled2() -> Iterator[CompiledWorld]:
-    with CompiledWorld(2, make_model, promoted=True) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def compiled4() -> Iterator[CompiledWorld]:
-    with CompiledWorld(4, make_model, promoted=True) as world:
-        yield world
-
-
 @pytest.mark.parametrize("case", cases(2), ids=str)
-def test_two_processes_equal_the_single_device_model(case, compiled2):
-    assert_equal(compiled2, case, BOUND)
+def test_two_processes_equal_the_single_device_model(case, world2):
+    check(case, world2)
 
 
 @pytest.mark.parametrize("case", cases(4), ids=str)
-def test_four_processes_equal_the_single_device_model(case, compiled4):
-    assert_equal(compiled4, case, BOUND)
+def test_four_processes_equal_the_single_device_model(case, world4):
+    check(case, world4)
+
+
+def check(case, world):
+    results = [rank[0] for rank in world.run(run_cases, [case])]
+    _, errors, loss = results[0]
+    assert errors.loss <= BOUND, errors
+    assert errors.gradient <= BOUND, errors
+    assert {other_loss for _, _, other_loss in results} == {loss}
 
 
 @pytest.mark.parametrize("plan", [{"cp": 2, "tp": 2}, {"cp": 2, "pp": 2}], ids=str)
-def test_ten_adamw_steps_end_in_the_same_weights(plan, compiled4):
-    case = Case("gpt2", plan)
-    results = compiled4.run(train_and_compare, ("gpt2",), plan, case, 10, example_inputs=EXAMPLE)
-    assert results[0][0] <= 1e-8
+def test_ten_adamw_steps_end_in_the_same_weights(plan, world4):
+    error, _ = world4.run(train_and_compare, replace(Case("gpt2"), plan=plan), 10)[0]
+    assert error <= 1e-8

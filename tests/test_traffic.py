@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import nn
 import ilm_compile
 from ilm_compile.program.program import Program
 from ilm_compile.program.step_traffic import collectives, predicted_traffic
-from tests.support.compiled import CompiledWorld
-from tests.support.equality import EXAMPLE, MODELS, SEQ, make_batch
+from tests.support.equality import MODELS, SEQ, make_batch
+from tests.support.world import World
 
+EXAMPLE = {name: ((2, SEQ), torch.int64) for name in ("input_ids", "labels")}
 PLANS = {
     2: [
         {"tp": 2},
@@ -58,10 +58,10 @@ def predict(model: nn.Module, plan: dict[str, Any]) -> tuple[Program, list[dict[
 
 
 def count(
-    rank: int, model: nn.Module, plan: dict[str, Any], num_steps: int = 1
+    rank: int, name: str, plan: dict[str, Any], frozen: tuple[str, ...] = (), num_steps: int = 1
 ) -> tuple[int, dict[str, Any]]:
     """This rank's place in the pipeline, and what it sent in `num_steps` steps."""
-    parallel = ilm_compile.parallelize(model, example_inputs=EXAMPLE, **plan)
+    parallel = ilm_compile.parallelize(make_model(name, frozen), example_inputs=EXAMPLE, **plan)
     batch = make_batch(2 * parallel.plan.num_microbatches)
     for _ in range(num_steps):
         parallel.execute_schedule(batch)
@@ -73,37 +73,22 @@ def label(plan: object) -> str:
     return "-".join(f"{k}{v}" for k, v in plan.items()) if isinstance(plan, dict) else str(plan)
 
 
-@pytest.fixture(scope="module")
-def compiled2() -> Iterator[CompiledWorld]:
-    with CompiledWorld(2, make_model) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def compiled4() -> Iterator[CompiledWorld]:
-    with CompiledWorld(4, make_model) as world:
-        yield world
-
-
-def check(
-    name: str, plan: dict[str, Any], world: CompiledWorld, frozen: tuple[str, ...] = ()
-) -> None:
+def check(name: str, plan: dict[str, Any], world: World, frozen: tuple[str, ...] = ()) -> None:
     _, predicted = predict(make_model(name, frozen), plan)
-    counted = world.run(count, (name, frozen), plan, plan, example_inputs=EXAMPLE)
-    for pp_rank, sent in counted:
+    for pp_rank, sent in world.run(count, name, plan, frozen):
         assert sent == predicted[pp_rank]
 
 
 @pytest.mark.parametrize("plan", PLANS[2], ids=label)
 @pytest.mark.parametrize("name", ["internlm2", "llama"])
-def test_two_processes_send_what_was_predicted(name, plan, compiled2):
-    check(name, plan, compiled2)
+def test_two_processes_send_what_was_predicted(name, plan, world2):
+    check(name, plan, world2)
 
 
 @pytest.mark.parametrize("plan", PLANS[4], ids=label)
 @pytest.mark.parametrize("name", ["internlm2", "llama"])
-def test_four_processes_send_what_was_predicted(name, plan, compiled4):
-    check(name, plan, compiled4)
+def test_four_processes_send_what_was_predicted(name, plan, world4):
+    check(name, plan, world4)
 
 
 @pytest.mark.parametrize(
@@ -111,30 +96,27 @@ def test_four_processes_send_what_was_predicted(name, plan, compiled4):
     [("norm",), ("embed",), ("embed", "layers.0.", "layers.1.")],
     ids=["norms", "embedding", "lower-half"],
 )
-def test_no_gradient_is_predicted_for_frozen_parts(frozen, compiled2):
+def test_no_gradient_is_predicted_for_frozen_parts(frozen, world2):
     plan = {"tp": 2, "sequence_parallel": True, "checkpoint": True}
     _, whole = predict(make_model("llama"), plan)
     _, rest = predict(make_model("llama", frozen), plan)
     assert sum(k["calls"] for k in rest[0].values()) < sum(k["calls"] for k in whole[0].values())
-    check("llama", plan, compiled2, frozen)
+    check("llama", plan, world2, frozen)
 
 
-def test_a_dropout_at_the_end_of_a_block_makes_its_last_reduction_run_again(compiled2):
+def test_a_dropout_at_the_end_of_a_block_makes_its_last_reduction_run_again(world2):
     """The mask is kept for backward, so the recomputed block must get as far as the dropout."""
     plan = {"tp": 2, "checkpoint": True}
     _, (step,) = predict(make_model("gpt2-dropout"), plan)
     _, (without,) = predict(make_model("gpt2"), plan)
     per_block = [without["all_reduce"]["calls"] / 4, step["all_reduce"]["calls"] / 2]
     assert per_block[1] > per_block[0]
-    check("gpt2-dropout", plan, compiled2)
+    check("gpt2-dropout", plan, world2)
 
 
-def test_every_step_adds_the_same(compiled2):
+def test_every_step_adds_the_same(world2):
     plan = {"tp": 2, "num_microbatches": 2}
-    once, thrice = (
-        compiled2.run(count, ("llama",), plan, plan, steps, example_inputs=EXAMPLE)[0][1]
-        for steps in (1, 3)
-    )
+    once, thrice = (world2.run(count, "llama", plan, (), steps)[0][1] for steps in (1, 3))
     tripled = {k: {field: 3 * value for field, value in v.items()} for k, v in once.items()}
     assert thrice == tripled
 

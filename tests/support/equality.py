@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import ilm_compile
 from ilm_compile import models
-from tests.support.compiled import CompiledWorld
 from tests.support.promote import promoted_float32
 from tests.support.zoo import LISTED, listed_model
 
@@ -126,18 +125,19 @@ def compare(
     return Errors(float((loss - expected).abs() / expected.abs()), errors[worst], worst)
 
 
-EXAMPLE = {name: ((2, SEQ), torch.int64) for name in ("input_ids", "labels")}  # a micro-batch
-
-
-def measure(rank: int, model: nn.Module, case: Case) -> tuple[Errors | None, float]:
-    """Run one case of a float64 model on this rank; returns the errors on rank 0, and the loss."""
-    parallel = ilm_compile.parallelize(model, example_inputs=EXAMPLE, **case.plan)
-    batch = make_batch(2 * parallel.plan.num_microbatches * case.dp)
-    loss = parallel.execute_schedule(batch)
-    gradients = parallel.full_gradients()
-    if not gradients:
-        return None, float(loss)
-    return compare(loss, *_swap(reference(model, batch), gradients)), float(loss)
+def run_case(case: Case) -> tuple[Errors | None, float]:
+    """Run one case on this rank; returns the errors on rank 0, and the loss."""
+    micro_batch = 2
+    with promoted_float32():
+        model = make_model(case.model)
+        example = {name: ((micro_batch, SEQ), torch.int64) for name in ("input_ids", "labels")}
+        parallel = ilm_compile.parallelize(model, example_inputs=example, **case.plan)
+        batch = make_batch(micro_batch * parallel.plan.num_microbatches * case.dp)
+        loss = parallel.execute_schedule(batch)
+        gradients = parallel.full_gradients()
+        if not gradients:
+            return None, float(loss)
+        return compare(loss, *_swap(reference(model, batch), gradients)), float(loss)
 
 
 def _swap(
@@ -148,14 +148,4 @@ def _swap(
 
 def run_cases(rank: int, cases: list[Case]) -> list[tuple[str, Errors | None, float | str]]:
     """Run all cases in turn in one world."""
-    with promoted_float32():
-        return [(str(case), *measure(rank, make_model(case.model), case)) for case in cases]
-
-
-def assert_equal(world: CompiledWorld, case: Case, bound: float) -> None:
-    """Assert that the loss and every gradient of `case` are those of the single-device model."""
-    results = world.run(measure, (case.model,), case.plan, case, example_inputs=EXAMPLE, dp=case.dp)
-    errors, loss = results[0]
-    assert errors.loss <= bound, errors
-    assert errors.gradient <= bound, errors
-    assert {other_loss for _, other_loss in results} == {loss}
+    return [(str(case), *run_case(case)) for case in cases]

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import ilm_compile
 from ilm_compile.runtime.optimizer import adamw
-from tests.support.equality import EXAMPLE, Case, make_batch, reference
+from tests.support.equality import SEQ, Case, make_batch, make_model, reference
+from tests.support.promote import promoted_float32
 
 
-def train_and_compare(
-    rank: int, model: nn.Module, case: Case, num_steps: int
-) -> tuple[float, float]:
+def train_and_compare(rank: int, case: Case, num_steps: int) -> tuple[float, float]:
     """Return the largest relative difference of a weight after the steps, and of tied copies.
 
     The first is 0 on ranks other than 0, which do not see the full weights.
     """
-    parallel = ilm_compile.parallelize(model, example_inputs=EXAMPLE, **case.plan)
-    trainer = ilm_compile.Trainer(
-        parallel, optimizer=adamw(parallel.named_parameters(), lr=1e-3), max_grad_norm=1.0
-    )
-    optimizer = adamw(model.named_parameters(), lr=1e-3)
-    batch = make_batch(2 * parallel.plan.num_microbatches * case.dp)
-    for step in range(num_steps):
-        shifted = {**batch, "input_ids": (batch["input_ids"] + step) % 512}
-        trainer.zero_grad()
-        trainer.execute_schedule(shifted)
-        trainer.step()
-        _reference_step(model, optimizer, shifted)
-    trained = parallel.full_state_dict()
+    with promoted_float32():
+        model = make_model(case.model)
+        example = {name: ((2, SEQ), torch.int64) for name in ("input_ids", "labels")}
+        parallel = ilm_compile.parallelize(model, example_inputs=example, **case.plan)
+        trainer = ilm_compile.Trainer(
+            parallel, optimizer=adamw(parallel.named_parameters(), lr=1e-3), max_grad_norm=1.0
+        )
+        optimizer = adamw(model.named_parameters(), lr=1e-3)
+        batch = make_batch(2 * parallel.plan.num_microbatches * case.dp)
+        for step in range(num_steps):
+            shifted = {**batch, "input_ids": (batch["input_ids"] + step) % 512}
+            trainer.zero_grad()
+            trainer.execute_schedule(shifted)
+            trainer.step()
+            _reference_step(model, optimizer, shifted)
+        trained = parallel.full_state_dict()
     copies = _tied_difference(dict(parallel.named_parameters()))
     expected = model.state_dict()
     differences = [
@@ -41,12 +43,12 @@ def train_and_compare(
 
 
 def _reference_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> None:
     _, gradients = reference(model, batch)
     for name, parameter in model.named_parameters():
         parameter.grad = gradients.get(name)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
 
