@@ -1,9 +1,9 @@
 """Context parallelism: the ranks of the "cp" axis share every sequence.
 
 Activations are sharded over tokens, parameters are R: each rank holds a part of their gradients.
-Attention needs every key: either it is computed by heads, and an all-to-all exchanges tokens for
-heads before and after it (DeepSpeed-Ulysses, arXiv:2309.14509), or by queries, and keys and values
-are gathered. The search chooses by cost.
+Attention needs every key, so it is computed by heads: an all-to-all exchanges tokens for heads
+before and after it (DeepSpeed-Ulysses, arXiv:2309.14509). Where the ranks do not divide the heads,
+it is computed whole on every rank.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import fx
 from ilm_compile.errors import ProgramError
 from ilm_compile.passes.stage_module import Segment, build_stage
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
-from ilm_compile.program.layout import layout_of
+from ilm_compile.program.layout import TOKEN_AXES, layout_of, sharded_over
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.program import Program
 
@@ -21,9 +21,10 @@ from ilm_compile.program.program import Program
 def lower(program: Program) -> LoweredProgram:
     """Return the stages of `program`; one that was never split is one stage.
 
-    Raises `ProgramError` if a node lies in no stage or before what it uses, or if a parameter
-    that is used lands in no stage.
+    Raises `ProgramError` if a node lies in no stage or before what it uses, if a parameter that
+    is used lands in no stage, or if the program was not sharded over a token axis of its plan.
     """
+    _check_token_axes(program)
     placed = stage_of(program)
     received = stage_boundaries(program)
     outputs: list[fx.Node] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -79,6 +80,16 @@ def _segments(
         region = program.regions[index]
         segments.append(Segment(region.name, list(nodes), recompute=region.recompute))
     return segments
+
+
+def _check_token_axes(program: Program) -> None:
+    """Gradients are added up over a token axis: whole ones would be counted several times."""
+    for axis in TOKEN_AXES:
+        if program.plan.axes[axis] > 1 and sharded_over(axis) not in program.facts:
+            raise ProgramError(
+                f"lower: the plan has {axis}={program.plan.axes[axis]}, but no pass has sharded "
+                f"the program over {axis}; run the pass that does, or take {axis}=1"
+            )
 
 
 def _check_variables(program: Program, lowered: LoweredProgram) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.equality import Case, run_cases
+from tests.support.equality import Case, assert_equal
 from tests.support.training import train_and_compare
 from tests.support.zoo import LISTED
 
@@ -36,20 +36,12 @@ def ranks(plan):
 
 @pytest.mark.parametrize("case", cases(2), ids=str)
 def test_two_processes_equal_the_single_device_model(case, world2):
-    check(case, world2)
+    assert_equal(world2, case, BOUND)
 
 
 @pytest.mark.parametrize("case", cases(4), ids=str)
 def test_four_processes_equal_the_single_device_model(case, world4):
-    check(case, world4)
-
-
-def check(case, world):
-    results = [rank[0] for rank in world.run(run_cases, [case])]
-    _, errors, loss = results[0]
-    assert errors.loss <= BOUND, errors
-    assert errors.gradient <= BOUND, errors
-    assert {other_loss for _, _, other_loss in results} == {loss}
+    assert_equal(world4, case, BOUND)
 
 
 @pytest.mark.parametrize("plan", [{"cp": 2, "tp": 2}, {"cp": 2, "pp": 2}], ids=str)

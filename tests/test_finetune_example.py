@@ -1,17 +1,16 @@
 """The example that fine-tunes a Hugging Face folder, as a user would start it, made tiny."""
 
 import builtins
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from examples import finetune_hf, finetune_start
 from examples.finetune_hf import main
+from tests.support.held_out import held_out_loss
 
 transformers = pytest.importorskip("transformers")
 SMALL = ["--rows", "2", "--micro", "2", "--seq-len", "48", "--steps", "12", "--lr", "0.02"]
@@ -38,25 +37,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def held_out_loss(folder: Path, data: Path) -> float:
-    """Of the answers of every tenth conversation, by transformers alone."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    losses = []
-    for line in data.read_text().splitlines()[::10]:
-        messages = json.loads(line)["messages"]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        asked = tokenizer.apply_chat_template(
-            messages[:1], tokenize=False, add_generation_prompt=True
-        )
-        ids = torch.tensor([tokenizer(whole)["input_ids"]])
-        first = len(tokenizer(asked)["input_ids"])
-        with torch.no_grad():
-            logits = model(ids).logits
-        losses.append(F.cross_entropy(logits[0, first - 1 : -1], ids[0, first:], reduction="none"))
-    return torch.cat(losses).mean().item()
-
-
 def test_a_folder_comes_out_that_transformers_loads_and_that_has_learnt(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,9 +46,11 @@ def test_a_folder_comes_out_that_transformers_loads_and_that_has_learnt(
     assert lines[0].startswith("100 conversations by the chat template of chat_template.jinja; 0")
     assert lines[1] == "tp=1, dp=1, 4 conversations a step"
     assert lines[-1].startswith(f"saved {tmp_path / 'model'}; its logits differ by ")
-    assert before == pytest.approx(held_out_loss(inputs / "model", inputs / "sums.jsonl"), rel=1e-4)
+    assert before == pytest.approx(
+        held_out_loss(inputs / "model", inputs / "sums.jsonl", every=10), rel=1e-4
+    )
     assert after == pytest.approx(
-        held_out_loss(tmp_path / "model", inputs / "sums.jsonl"), rel=1e-4
+        held_out_loss(tmp_path / "model", inputs / "sums.jsonl", every=10), rel=1e-4
     )
     assert after < before - 1
 

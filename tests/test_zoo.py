@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.support.coverage import BOUND, cover
-from tests.support.equality import Case, run_cases
+from tests.support.equality import Case, assert_equal
 from tests.support.zoo import LISTED
 
 pytest.importorskip("transformers")
@@ -27,21 +27,13 @@ OTHERS = (
 
 @pytest.mark.parametrize("model", LISTED)
 def test_two_processes_equal_the_single_device_model(model, world2):
-    check(Case(model, {"tp": 2}), world2)
+    assert_equal(world2, Case(model, {"tp": 2}), BOUND)
 
 
 @pytest.mark.parametrize("plan", [{"tp": 4}, {"tp": 2, "pp": 2}], ids=["tp4", "tp2-pp2"])
 @pytest.mark.parametrize("model", LISTED)
 def test_four_processes_equal_the_single_device_model(model, plan, world4):
-    check(Case(model, plan), world4)
-
-
-def check(case, world):
-    results = [rank[0] for rank in world.run(run_cases, [case])]
-    _, errors, loss = results[0]
-    assert errors.loss <= BOUND, errors
-    assert errors.gradient <= BOUND, errors
-    assert {other_loss for _, _, other_loss in results} == {loss}
+    assert_equal(world4, Case(model, plan), BOUND)
 
 
 @pytest.mark.parametrize("architecture", OTHERS)

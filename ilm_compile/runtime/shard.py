@@ -76,7 +76,7 @@ class Shard:
     def full(self, local: Tensor, mesh: Mesh, axes: Axes) -> Tensor:
         """The full tensor of which ranks hold `local`: collective over those that hold a part."""
         if self.is_dp_sharded and mesh.fsdp.size > 1:
-            local = _gather_rows(local, _rows(self.variable, mesh), mesh.fsdp)
+            local = _gather_rows(local, rows_before_fsdp(self.variable, mesh), mesh.fsdp)
         return gather(local, self.variable.layout, axes)
 
     def load(self, full: Tensor, mesh: Mesh) -> None:
@@ -109,7 +109,7 @@ class Shard:
         """A full tensor with this rank's part and zeros for the others."""
         part = local
         if self.is_dp_sharded:
-            rows = _rows(self.variable, mesh)
+            rows = rows_before_fsdp(self.variable, mesh)
             part = local.new_zeros((rows, *local.shape[1:]))
             part.narrow(0, first_row(rows, mesh.fsdp), local.shape[0]).copy_(local)
         return self.variable.layout.alone(part, mesh.place).clone()
@@ -135,7 +135,8 @@ def first_row(rows: int, fsdp: Axis) -> int:
     return min(-(-rows // fsdp.size) * fsdp.rank, rows)
 
 
-def _rows(variable: Variable, mesh: Mesh) -> int:
+def rows_before_fsdp(variable: Variable, mesh: Mesh) -> int:
+    """The rows that the ranks of FSDP share: what the other axes leave of `variable`."""
     return variable.layout.local_shape(variable.shape, mesh.place.sizes)[0]
 
 

@@ -172,6 +172,8 @@ def _local_tensors(side: Side, tensors: Mapping[str, Tensor]) -> dict[str, Parts
         if set(each.targets) & set(wanted) and set(each.names()) <= set(tensors)
     ]
     full = to_program(maps, tensors)
+    mesh = AxisGroups(side.sizes)
+    places = [mesh.place(rank) for rank in range(side.size)]
     held = {}
     for name in wanted:
         variable = program.variables[name]
@@ -179,8 +181,7 @@ def _local_tensors(side: Side, tensors: Mapping[str, Tensor]) -> dict[str, Parts
         if value is None:  # a constant of the graph brings its value along
             value = dict(side.graph.named_buffers())[name]
         value = variable.pad(value.detach()) if variable.padding else value.detach()
-        mesh = AxisGroups(side.sizes)
-        parts = [variable.layout.cut(value, mesh.place(rank)) for rank in range(side.size)]
+        parts = [variable.layout.cut(value, place) for place in places]
         needs = variable.is_parameter and variable.requires_grad
         held[name] = [part.clone().requires_grad_(needs) for part in parts]
     return held

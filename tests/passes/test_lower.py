@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ilm_compile import partition
 from ilm_compile.errors import ProgramError
 from ilm_compile.models import internlm2_tiny, internlm_tiny
 from ilm_compile.passes import (
@@ -263,4 +264,11 @@ def test_sending_an_integer_is_refused() -> None:
     for node in program.calls():
         node.meta["stage"] = int(node.name.startswith(("mul", "sum")))
     with pytest.raises(ProgramError, match=r"argmax .* has dtype torch.int64 and would be sent"):
+        lower(program)
+
+
+def test_a_plan_with_context_parallelism_that_no_pass_carried_out_is_refused() -> None:
+    """Else every rank would have whole gradients, and the storage would add them up."""
+    program = partition(internlm2_tiny(num_layers=1), cp=2, disable=["context-parallel"])
+    with pytest.raises(ProgramError, match="the plan has cp=2, but no pass has sharded"):
         lower(program)

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 import ilm_compile
 from ilm_compile import models
 from tests.support.promote import promoted_float32
+from tests.support.world import World
 from tests.support.zoo import LISTED, listed_model
 
 SEQ, VOCAB = 16, 512
 TINY = {"num_layers": 4, "max_seq_len": SEQ}
+ROWS = 2  # of a micro-batch
+EXAMPLE = {name: ((ROWS, SEQ), torch.int64) for name in ("input_ids", "labels")}
 
 
 def hf_llama() -> nn.Module:
@@ -127,12 +130,10 @@ def compare(
 
 def run_case(case: Case) -> tuple[Errors | None, float]:
     """Run one case on this rank; returns the errors on rank 0, and the loss."""
-    micro_batch = 2
     with promoted_float32():
         model = make_model(case.model)
-        example = {name: ((micro_batch, SEQ), torch.int64) for name in ("input_ids", "labels")}
-        parallel = ilm_compile.parallelize(model, example_inputs=example, **case.plan)
-        batch = make_batch(micro_batch * parallel.plan.num_microbatches * case.dp)
+        parallel = ilm_compile.parallelize(model, example_inputs=EXAMPLE, **case.plan)
+        batch = make_batch(ROWS * parallel.plan.num_microbatches * case.dp)
         loss = parallel.execute_schedule(batch)
         gradients = parallel.full_gradients()
         if not gradients:
@@ -149,3 +150,12 @@ def _swap(
 def run_cases(rank: int, cases: list[Case]) -> list[tuple[str, Errors | None, float | str]]:
     """Run all cases in turn in one world."""
     return [(str(case), *run_case(case)) for case in cases]
+
+
+def assert_equal(world: World, case: Case, bound: float) -> None:
+    """Assert that the loss and every gradient of `case` are those of the single-device model."""
+    results = [rank[0] for rank in world.run(run_cases, [case])]
+    _, errors, loss = results[0]
+    assert errors.loss <= bound, errors
+    assert errors.gradient <= bound, errors
+    assert {other_loss for _, _, other_loss in results} == {loss}

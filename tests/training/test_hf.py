@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from examples import finetune_start
 from ilm_compile.cli import main
@@ -20,6 +19,7 @@ from ilm_compile.runtime.checkpoint import CheckpointError
 from ilm_compile.training import initialize_model
 from ilm_compile.training.data import get_train_data_loader
 from ilm_compile.training.preflight import StartError, check_start
+from tests.support.held_out import held_out_loss
 from tests.support.world import World
 from tests.training.jobs import losses, metrics, train_on
 
@@ -58,25 +58,6 @@ def job(folder: Path, *overrides: str, **sections: dict[str, Any]) -> Config:
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return make_config(values, overrides)
-
-
-def held_out_loss(folder: Path, data: Path) -> float:
-    """Of the answers, by transformers alone."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    found = []
-    for line in data.read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        asked = tokenizer.apply_chat_template(
-            messages[:1], tokenize=False, add_generation_prompt=True
-        )
-        ids = torch.tensor([tokenizer(whole)["input_ids"]])
-        first = len(tokenizer(asked)["input_ids"])
-        with torch.no_grad():
-            logits = model(ids).logits
-        found.append(F.cross_entropy(logits[0, first - 1 : -1], ids[0, first:], reduction="none"))
-    return torch.cat(found).mean().item()
 
 
 def test_the_example_learns_and_transformers_reads_what_comes_out(

@@ -18,7 +18,7 @@ from ilm_compile.program.layout import Place
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.shard import Shard, first_row
+from ilm_compile.runtime.shard import Shard, first_row, rows_before_fsdp
 
 Coordinates = tuple[int, ...]
 
@@ -105,7 +105,7 @@ def boxes_of(shard: Shard, mesh: Mesh) -> list[Held]:
     """The boxes of what this rank holds of one parameter or buffer."""
     if not shard.is_dp_sharded:
         return held_boxes(shard.variable, mesh.place)
-    total = shard.variable.layout.local_shape(shard.variable.shape, mesh.place.sizes)[0]
+    total = rows_before_fsdp(shard.variable, mesh)
     rows = (first_row(total, mesh.fsdp), shard.local.shape[0])
     return held_boxes(shard.variable, mesh.place, rows=rows)
 
