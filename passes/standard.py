@@ -11,6 +11,7 @@ from ilm_compile.passes.activation_checkpoint import ActivationCheckpoint
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.cast_bf16 import CastBF16, CastFP16
 from ilm_compile.passes.context_parallel import ContextParallel
+from ilm_compile.passes.expert_parallel import ExpertParallel
 from ilm_compile.passes.fuse_kernels import FuseKernels
 from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
@@ -62,6 +63,8 @@ def standard_passes(plan: Plan) -> list[Pass]:
             constraints=plan.constraints,
         )
     ]
+    if plan.ep > 1:
+        passes.append(ExpertParallel(size=plan.ep))
     if plan.cp > 1:
         passes.append(ContextParallel(size=plan.cp))
     if fuses(plan):

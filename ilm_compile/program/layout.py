@@ -18,9 +18,10 @@ from ilm_compile.program.values import shapes_of
 
 # In the order in which they cut. A weight axis shards parameters: they are I or S on it. A token
 # axis shards activations: parameters are R on it, each rank holds a part of their gradients, and
-# the storage adds the parts up once a step.
+# the storage adds the parts up once a step. Expert weights can be S on EXPERT_AXIS, a token axis.
 WEIGHT_AXES = ("tp",)
-TOKEN_AXES = ("cp",)
+EXPERT_AXIS = "ep"
+TOKEN_AXES = (EXPERT_AXIS, "cp")
 AXES = (*WEIGHT_AXES, *TOKEN_AXES)
 Sizes = Mapping[str, int]  # ranks by axis
 

@@ -27,6 +27,7 @@ class Plan:
 
     tp: int = 1  # ranks that share every layer (tensor parallel)
     cp: int = 1  # ranks that share every sequence (context parallel)
+    ep: int = 1  # ranks that share the tokens of a micro-batch and its experts (expert parallel)
     pp: int = 1  # ranks that hold consecutive layers (pipeline parallel)
     num_chunks: int = 1  # model chunks, that is stages, per pipeline rank
     num_microbatches: int = 1  # per data-parallel rank and optimizer step
@@ -42,7 +43,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constraints", _read_constraints(self.constraints))
-        for name in ("tp", "cp", "pp", "num_chunks", "num_microbatches"):
+        for name in ("tp", "cp", "ep", "pp", "num_chunks", "num_microbatches"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"plan: {name} must be a positive integer, got {value!r}")
@@ -79,7 +80,7 @@ class Plan:
 
     @property
     def ranks_per_replica(self) -> int:
-        """The ranks that hold one copy of the model and work on the same rows: pp * cp * tp."""
+        """The ranks that hold one copy of the model and work on the same rows: pp * ep * cp * tp."""
         return self.pp * prod(self.axes.values())
 
     @property

@@ -14,6 +14,7 @@ from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.layout import (
     AXES,
+    EXPERT_AXIS,
     TOKEN_AXES,
     WEIGHT_AXES,
     MeshAxis,
@@ -25,7 +26,7 @@ from ilm_compile.program.program import Program
 from ilm_compile.sharding.strategy import Strategy, axis_of, global_call, strategies, tensor_inputs
 
 # What a parameter can be at rest.
-AT_REST = {**dict.fromkeys(WEIGHT_AXES, "IS"), **dict.fromkeys(TOKEN_AXES, "R")}
+AT_REST = {**dict.fromkeys(WEIGHT_AXES, "IS"), **dict.fromkeys(TOKEN_AXES, "R"), EXPERT_AXIS: "RS"}
 
 
 def check_placements(program: Program) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import fx
+
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
@@ -64,6 +66,19 @@ def gather(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 # Grouped products: rows (m, k) times one of (e, k, n) each, chosen by the offsets (e,).
 GROUPED = ("transformers::grouped_mm_fallback", "aten::_grouped_mm")
+_BATCHED = ("aten::bmm", "aten::matmul", "aten::einsum", "aten::baddbmm")
+_VIEWS = ("aten::transpose", "aten::permute", "aten::to")
+
+
+def is_expert_weight(node: fx.Node) -> bool:
+    """Whether a weight has a matrix for each expert: only products of groups or batches use it."""
+    if len(node.meta["val"].shape) != 3:
+        return False
+    names = [(u, u.target._schema.name if hasattr(u.target, "_schema") else "") for u in node.users]
+    return bool(names) and all(
+        name in GROUPED + _BATCHED or (name in _VIEWS and is_expert_weight(user))
+        for user, name in names
+    )
 
 
 @rule(*GROUPED)

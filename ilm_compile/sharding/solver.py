@@ -28,12 +28,13 @@ from torch import fx
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
 from ilm_compile.errors import PlanError
 from ilm_compile.program.gradients import gradient_nodes
-from ilm_compile.program.layout import TOKEN_AXES, MeshAxis
-from ilm_compile.program.placement import I, Placement, R
+from ilm_compile.program.layout import EXPERT_AXIS, TOKEN_AXES, MeshAxis
+from ilm_compile.program.placement import I, Placement, R, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
+from ilm_compile.sharding.rules_select import is_expert_weight
 from ilm_compile.sharding.sharded_forms import exchanged
 from ilm_compile.sharding.strategy import (
     Strategy,
@@ -143,7 +144,7 @@ class Search:
             if not variable.is_parameter:
                 return [Strategy((), I)]
             if self.axis.name in TOKEN_AXES:
-                return [Strategy((), R)]
+                return [Strategy((), p) for p in (R, *self._expert_shards(node, wanted))]
             shards = {w for w in wanted if w.is_shard and w.divides(shape, self.size)}
             at_rest = [I, *sorted(shards, key=str)]
             return [Strategy((), p) for p in self.restrictions.parameter(variable.name, at_rest)]
@@ -155,6 +156,12 @@ class Search:
         if self.restrictions.sequence_parallel and tokens and not forward_flops(node):
             options = [option for option in options if option.output.kind in "SP"] or options
         return options
+
+    def _expert_shards(self, node: fx.Node, wanted: set[Placement]) -> set[Placement]:
+        """Return how a parameter lies whose dimension 0 counts experts, each with a matrix."""
+        if self.axis.name != EXPERT_AXIS or not is_expert_weight(node):
+            return set()
+        return {S(0)} & wanted if S(0).divides(shapes_of(node)[0], self.size) else set()
 
     def _wants(self, node: fx.Node, user: fx.Node) -> list[Placement]:
         if user.op == "output":

@@ -24,12 +24,14 @@ class Restrictions:
 
     `sequence_parallel`: True, activations are sharded over tokens wherever that is legal and are
     gathered for a matrix product only; False, none is ever scattered. None leaves it to the cost.
+    `rows`: whether the axis may split the rows of the micro-batch, which is data parallelism's else.
     `parameters` fixes placements at rest, by parameter name or glob pattern. `name`: of the pass,
     in errors.
     """
 
     name: str = "tensor-parallel"
     sequence_parallel: bool | None = None
+    rows: bool = False
     parameters: tuple[tuple[str, Placement], ...] = ()
 
     def fixed(self, name: str) -> Placement | None:
@@ -77,8 +79,8 @@ def allowed(
     is_float = node.meta["val"].is_floating_point()
     if node.op == "get_attr" and program.variables[str(node.target)].is_parameter:
         return not source.is_shard and not target.is_shard  # at rest as the first user needs it
-    if target == S(0) and len(shape) > (2 if is_float else 1):
-        return False  # dimension 0 is the micro-batch: splitting that is data parallelism's
+    if target == S(0) and len(shape) > (2 if is_float else 1) and not restrictions.rows:
+        return False  # dimension 0 is the micro-batch
     if len(shape) < 2 or not is_activation:
         return True
     if restrictions.sequence_parallel is False:
