@@ -40,6 +40,14 @@ class Communicator(Protocol):
         """Return entry `rank` of every rank's `x`, stacked: (size, *shape) -> (size, *shape)."""
         ...
 
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Return the rows that every rank has for this one, in rank order.
+
+        sent: how many rows of `x`, in order, go to each rank. received: how many come from each;
+        the ranks have told each other before.
+        """
+        ...
+
 
 class ShapeCommunicator:
     """Stands for `size` ranks of which none exists: results have the right shape and no values."""
@@ -58,6 +66,9 @@ class ShapeCommunicator:
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return torch.empty_like(x)
+
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        return torch.empty_like(x)  # counts have no values here either: as many rows as were sent
 
 
 _process: dict[str, Communicator] = {}

@@ -75,6 +75,13 @@ class ProcessGroupCommunicator:
         self._count("all_to_all", x.nbytes * self.size)
         return result
 
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        result = x.new_empty((sum(received), *x.shape[1:]))
+        self._call(dist.all_to_all_single, result, x.contiguous(), received, sent)
+        away = sum(sent) - sent[self.rank]
+        self.stats.setdefault("all_to_all", Traffic()).add(away * x[:1].nbytes)
+        return result
+
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         start = time.perf_counter()
         collective(*args, group=self.group)
@@ -105,6 +112,9 @@ class SingleCommunicator:
         return x[0].clone()
 
     def all_to_all(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return x.clone()
 
 

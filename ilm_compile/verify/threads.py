@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,13 +33,13 @@ class ThreadGroup:
 
     def __init__(self, size: int, turn: Turn | None = None) -> None:
         self.size = size
-        self._brought: dict[int, Tensor] = {}
-        self._values: list[Tensor] = []  # of the last meeting
+        self._brought: dict[int, Any] = {}
+        self._values: list[Any] = []  # of the last meeting
         self._meetings = 0
         self._is_closed = False
         self._changed = threading.Condition(turn)
 
-    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
+    def exchange(self, rank: int, x: T) -> list[T]:
         """Return every rank's `x`, in rank order. Raises `Released` if the group was closed."""
         with self._changed:
             self._brought[rank] = x
@@ -86,6 +86,14 @@ class ThreadCommunicator:
     def all_to_all(self, x: Tensor) -> Tensor:
         """Return every rank's ``x[rank]``, stacked."""
         return torch.stack([value[self.rank] for value in self.group.exchange(self.rank, x)])
+
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Return the rows that every rank has for this one, in rank order."""
+        everyones = self.group.exchange(self.rank, torch.split(x, sent))
+        mine = [pieces[self.rank] for pieces in everyones]
+        came = [len(piece) for piece in mine]
+        assert came == received, f"rank {self.rank} expected {received} rows, {came} came"
+        return torch.cat(mine)
 
 
 class AxisGroups:

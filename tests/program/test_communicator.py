@@ -98,10 +98,12 @@ def test_setting_again_replaces_all_axes() -> None:
         ("all_gather", (4, 3), (2, 4, 3)),
         ("reduce_scatter", (2, 4, 3), (4, 3)),
         ("all_to_all", (2, 4, 3), (2, 4, 3)),
+        ("exchange", (5, 3), (5, 3)),
     ],
 )
 def test_shapes_of_ranks_that_do_not_exist(
     method: str, shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    result = getattr(two, method)(torch.empty(shape, device="meta"))
+    counts = ([2, 3], [4, 1]) if method == "exchange" else ()
+    result = getattr(two, method)(torch.empty(shape, device="meta"), *counts)
     assert tuple(result.shape) == expected

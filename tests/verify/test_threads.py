@@ -10,6 +10,8 @@ from ilm_compile.verify.threads import run_groups, run_ranks
 
 SIZE = 3
 X = torch.arange(SIZE * 2.0).reshape(SIZE, 2)  # rank r holds X + 10 r
+# In an exchange of rows, rank s sends s of its rows to the first rank and the rest to the last.
+RECEIVED = [[0, 1, 2], [0, 0, 0], [3, 2, 1]]
 
 COLLECTIVES = {
     "all_reduce": (lambda c, x: c.all_reduce(x), lambda r, all_: sum(all_)),
@@ -19,6 +21,12 @@ COLLECTIVES = {
     "all_to_all": (
         lambda c, x: c.all_to_all(x),
         lambda r, all_: torch.stack([x[r] for x in all_]),
+    ),
+    "exchange": (
+        lambda c, x: c.exchange(x, [c.rank, 0, SIZE - c.rank], RECEIVED[c.rank]),
+        lambda r, all_: torch.cat(
+            [torch.split(x, [s, 0, SIZE - s])[r] for s, x in enumerate(all_)]
+        ),
     ),
 }
 
