@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ilm_compile.cost import forward_flops
+from ilm_compile.passes.expert_rows import name_expert_rows
 from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.dump import target_name
@@ -33,12 +34,13 @@ class ContextParallel(Shard):
     def prepare(self, program: Program) -> Restrictions:
         """Repeat key heads where the query heads divide; what does not divide is gathered."""
         fit_heads(program, self, must_divide=False)
+        name_expert_rows(program)
         return Restrictions(name=self.name)
 
     def report(self, program: Program, solution: Solution, num_collectives: int) -> None:
         """What share of the work is divided."""
         flops = {node: forward_flops(node) for node in solution.strategies}
-        whole = [n for n, s in solution.strategies.items() if not any(p.is_shard for p in s.inputs)]
+        whole = [n for n, s in solution.strategies.items() if not any(p.cuts for p in s.inputs)]
         repeated = {node: flops[node] for node in whole if flops[node]}
         share = 1 - sum(repeated.values()) / max(1, sum(flops.values()))
         program.decisions.append(

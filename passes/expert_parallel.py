@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
+from ilm_compile.passes.expert_rows import name_expert_rows
 from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.layout import EXPERT_AXIS, sharded_over
@@ -30,6 +31,7 @@ class ExpertParallel(Shard):
     def prepare(self, program: Program) -> Restrictions:
         """Repeat key heads where the query heads divide; what does not divide is gathered."""
         fit_heads(program, self, must_divide=False)
+        name_expert_rows(program)
         return Restrictions(name=self.name, rows=True)
 
     def report(self, program: Program, solution: Solution, num_collectives: int) -> None:

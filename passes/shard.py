@@ -18,12 +18,14 @@ from torch import Tensor, fx
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
+from ilm_compile.program.expert_rows import OPERAND, ROUTES, route
 from ilm_compile.program.layout import MeshAxis, layout_of
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import map_tensors
 from ilm_compile.sharding import Restrictions, Solution, Strategy, solve
 from ilm_compile.sharding.localize import localize
+from ilm_compile.sharding.rules_experts import offsets_of
 from ilm_compile.sharding.strategy import global_call
 
 Collectives = dict[tuple[fx.Node, Placement], fx.Node]
@@ -60,6 +62,7 @@ class Shard(Pass):
             program.decisions.append(f"{self.name}: {short}")
             return
         axis = program.plan.axis(self.axis)
+        offsets = offsets_of(program.graph)
         solution = solve(program, axis, restrictions=restrictions, hardware=self.hardware)
         warnings = self.foresee(program, solution)
         calls = {node: global_call(node, axis) for node in solution.strategies}
@@ -71,7 +74,7 @@ class Shard(Pass):
         collectives: Collectives = {}
         for node, strategy in solution.strategies.items():
             node.target, node.args, node.kwargs = localize(calls[node], strategy, axis.name)
-            _redistribute_inputs(program, node, strategy, collectives, axis)
+            _redistribute_inputs(program, node, strategy, collectives, axis, offsets)
         _reduce_loss(program, collectives, axis)
         self.report(program, solution, len(collectives))
         program.warnings += warnings
@@ -91,23 +94,35 @@ def _redistribute_inputs(
     strategy: Strategy,
     collectives: Collectives,
     axis: MeshAxis,
+    offsets: dict[fx.Node, fx.Node],
 ) -> None:
     """Give `node` every input in the placement its strategy needs."""
     needed = iter(strategy.inputs)
 
     def place(value: fx.Node) -> fx.Node:
         target = next(needed)
-        if axis.placement(value) == target:
+        return moved(value, target)
+
+    def moved(value: fx.Node, target: Placement) -> fx.Node:
+        source = axis.placement(value)
+        if source == target:
             return value
         if (value, target) not in collectives:
-            collectives[value, target] = _insert(program, value, target, node, axis)
+            pair = source.kind, target.kind
+            by = moved(offsets[value], Placement(OPERAND[pair])) if pair in ROUTES else None
+            collectives[value, target] = _insert(program, value, target, node, axis, by)
         return collectives[value, target]
 
     node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), place)
 
 
 def _insert(
-    program: Program, value: fx.Node, target: Placement, user: fx.Node, axis: MeshAxis
+    program: Program,
+    value: fx.Node,
+    target: Placement,
+    user: fx.Node,
+    axis: MeshAxis,
+    offsets: fx.Node | None = None,
 ) -> fx.Node:
     """Insert the collective that takes `value` to `target`.
 
@@ -115,12 +130,13 @@ def _insert(
     crosses a stage boundary or is kept for a recomputed block is then the smaller of the two.
     """
     source = axis.placement(value)
-    name, _, _ = TRANSITIONS[source.kind, target.kind]
-    early = source.kind == "P"
+    name, _, _ = (TRANSITIONS if offsets is None else ROUTES)[source.kind, target.kind]
+    early = source.kind == "P" and offsets is None
+    function, inputs = (redistribute, (value,)) if offsets is None else (route, (value, offsets))
     point = program.graph.inserting_after(value) if early else program.graph.inserting_before(user)
     with point:
         arguments: dict[str, Any] = {"src": str(source), "dst": str(target), "axis": axis.name}
-        node = program.graph.create_node("call_function", redistribute, (value,), arguments, name)
+        node = program.graph.create_node("call_function", function, inputs, arguments, name)
     whole = source.global_shape(value.meta["val"].shape, axis.size)
     node.meta.update(
         val=value.meta["val"].new_empty(target.local_shape(whole, axis.size)),

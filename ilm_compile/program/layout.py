@@ -79,15 +79,18 @@ class Layout:
         """Return the axes that cut the value, outermost first."""
         return [(a, p) for a, p in self.placed if p.is_shard and sizes.get(a, 1) > 1]
 
+    def _cuts(self, sizes: Sizes) -> list[tuple[str, Placement]]:
+        return [(a, p) for a, p in self.placed if p.cuts and sizes.get(a, 1) > 1]
+
     def local_shape(self, shape: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
         """Return the shape that one rank holds of a value of global `shape`."""
-        for axis, placement in self.shards(sizes):
+        for axis, placement in self._cuts(sizes):
             shape = placement.local_shape(shape, sizes[axis])
         return tuple(shape)
 
     def global_shape(self, shape: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
         """Return the global shape of a value whose rank-local shape is `shape`."""
-        for axis, placement in self.shards(sizes):
+        for axis, placement in self._cuts(sizes):
             shape = placement.global_shape(shape, sizes[axis])
         return tuple(shape)
 

@@ -11,6 +11,16 @@ A value is one of
                    every part, concatenated;
 * ``P``            partial: the true value is the sum over the ranks.
 
+Rows that a mixture of experts has sorted are one of
+
+* ``T``            each rank holds the rows of its own tokens, which lie as S(0) (or S(0, segments))
+                   says, in the order of their experts;
+* ``D``            dispatched: each rank holds the rows of all tokens for its own experts, brought
+                   from the T of all ranks;
+* ``E``            each rank holds the rows of its own experts, taken from R.
+
+How many rows D and E are depends on the batch; shapes speak of the even share.
+
 The difference between I and R is what makes the backward pass right. The lattice follows Meta's
 spmd_types (R, I, V, P); segments are what fused projections need on top of it.
 """
@@ -25,7 +35,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_TEXT = re.compile(r"(?P<kind>[IRP])|S\((?P<dim>\d+)(, segments=\((?P<segments>[\d, ]+)\))?\)")
+_TEXT = re.compile(
+    r"(?P<kind>[IRPE])|S\((?P<dim>\d+)(, segments=\((?P<segments>[\d, ]+)\))?\)"
+    r"|(?P<rows>[TD])(\(segments=\((?P<parts>[\d, ]+)\)\))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +54,15 @@ class Placement:
         """Whether the value is split over the ranks."""
         return self.kind == "S"
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a rank holds a part of the value only: as a shard, or as rows of experts."""
+        return self.kind in "STDE"
+
     def __str__(self) -> str:
-        if not self.is_shard:
-            return self.kind
         segments = ", ".join(map(str, self.segments))
+        if not self.is_shard:
+            return f"{self.kind}(segments=({segments}))" if segments else self.kind
         return f"S({self.dim}, segments=({segments}))" if segments else f"S({self.dim})"
 
     __repr__ = __str__
@@ -58,25 +76,26 @@ class Placement:
             expected = "I, R, P, S(dim) or S(dim, segments=(...))"
             raise ValueError(f"placement: expected {expected}, got {text!r}")
         if match["kind"]:
-            return Placement(match["kind"])
-        sizes = tuple(int(size) for size in (match["segments"] or "").split(",") if size.strip())
-        return S(int(match["dim"]), sizes)
+            return Placement(match["kind"]) if match["kind"] != "E" else E
+        listed = match["segments"] or match["parts"] or ""
+        sizes = tuple(int(size) for size in listed.split(",") if size.strip())
+        return rows_of(match["rows"], sizes) if match["rows"] else S(int(match["dim"]), sizes)
 
     def local_shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
         """Return the shape one of `size` ranks holds of a value of global `shape`."""
-        if not self.is_shard:
+        if not self.cuts:
             return tuple(shape)
         return tuple(n // size if dim == self.dim else n for dim, n in enumerate(shape))
 
     def global_shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
         """Return the global shape of a value whose rank-local shape is `shape`."""
-        if not self.is_shard:
+        if not self.cuts:
             return tuple(shape)
         return tuple(n * size if dim == self.dim else n for dim, n in enumerate(shape))
 
     def divides(self, shape: Sequence[int], size: int) -> bool:
         """Whether a value of global `shape` splits evenly over `size` ranks."""
-        if not self.is_shard:
+        if not self.cuts:
             return True
         if self.dim >= len(shape):
             return False
@@ -93,6 +112,14 @@ P = Placement("P")
 def S(dim: int, segments: Sequence[int] = ()) -> Placement:
     """Return the placement sharded on dimension `dim`; one segment is no segment."""
     return Placement("S", dim, tuple(segments) if len(segments) > 1 else ())
+
+
+def rows_of(kind: str, segments: Sequence[int] = ()) -> Placement:
+    """Return the placement T or D of sorted rows whose tokens lie as S(0, segments)."""
+    return Placement(kind, 0, tuple(segments) if len(segments) > 1 else ())
+
+
+E = Placement("E", 0)
 
 
 def split_shards(full: Tensor, placement: Placement, size: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from ilm_compile.sharding import other_axes as _other_axes  # noqa: F401 - fill the table
 from ilm_compile.sharding import rules_convolution as _rules_convolution  # noqa: F401
+from ilm_compile.sharding import rules_experts as _rules_experts  # noqa: F401
 from ilm_compile.sharding import rules_fused as _rules_fused  # noqa: F401
 from ilm_compile.sharding import rules_math as _rules_math  # noqa: F401
 from ilm_compile.sharding import rules_model as _rules_model  # noqa: F401

@@ -12,6 +12,7 @@ from torch import fx
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.dump import target_name
+from ilm_compile.program.expert_rows import OPERAND, ROUTES, route
 from ilm_compile.program.layout import (
     AXES,
     EXPERT_AXIS,
@@ -64,8 +65,8 @@ def _attribute(program: Program, node: fx.Node, axis: MeshAxis) -> str | None:
 
 
 def _call(program: Program, node: fx.Node, axis: MeshAxis) -> str | None:
-    if node.target is redistribute and axis_of(node) == axis.name:
-        return _redistribute(node, axis)
+    if node.target in (redistribute, route) and axis_of(node) == axis.name:
+        return _move(node, axis)
     placements = tuple(map(axis.placement, tensor_inputs(node)))
     found = Strategy(placements, axis.placement(node))
     legal = strategies(global_call(node, axis), {found.output})
@@ -80,14 +81,19 @@ def _call(program: Program, node: fx.Node, axis: MeshAxis) -> str | None:
     )
 
 
-def _redistribute(node: fx.Node, axis: MeshAxis) -> str | None:
-    (source,) = tensor_inputs(node)
+def _move(node: fx.Node, axis: MeshAxis) -> str | None:
+    source, *operands = tensor_inputs(node)
     src, dst = (Placement.parse(str(node.kwargs[key])) for key in ("src", "dst"))
     if src != axis.placement(source) or dst != axis.placement(node):
         given = f"{axis.placement(source)} -> {axis.placement(node)}"
         return f"the collective is typed {src} -> {dst}, but the graph says {given}"
-    if (src.kind, dst.kind) not in TRANSITIONS:
+    pair = src.kind, dst.kind
+    if pair not in (ROUTES if node.target is route else TRANSITIONS):
         return f"there is no transition {src} -> {dst}"
+    for operand in operands:
+        if axis.placement(operand).kind != OPERAND[pair]:
+            needed = f"{src} -> {dst} needs offsets that are {OPERAND[pair]}"
+            return f"{needed}, {operand.name} is {axis.placement(operand)}"
     shape = axis.shape(source)
     if not dst.divides(shape, axis.size) or axis.shape(node) != shape:
         return f"{src} -> {dst} of a value of shape {shape} cannot give {axis.shape(node)}"

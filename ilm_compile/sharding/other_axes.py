@@ -65,6 +65,8 @@ def moved(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     is_later = AXES.index(name) > AXES.index(call.axis.name)
     (shape,) = call.shapes
     for out in wanted:
+        if out.cuts and not out.is_shard and not {p.dim for p in (source, target) if p.cuts} & {0}:
+            yield Strategy((out,), out)
         if not out.is_shard:
             continue
         touched = [p for p in (source, target) if p.is_shard and p.dim == out.dim and not is_later]

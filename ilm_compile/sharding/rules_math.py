@@ -86,6 +86,7 @@ _MIXING: dict[Any, Callable[[Call], Iterable[int]]] = {
     aten.softmax.int: lambda call: [call.args[1]],
     aten.log_softmax.int: lambda call: [call.args[1]],
     aten.cumsum.default: lambda call: [call.args[1]],
+    aten.argsort.default: lambda call: [call.argument(1, "dim", -1)],
     aten.cumprod.default: lambda call: [call.args[1]],
     aten.rms_norm.default: lambda call: range(-len(call.args[1]), 0),
     aten.layer_norm.default: lambda call: range(-len(call.args[1]), 0),
@@ -102,6 +103,8 @@ _MIXING: dict[Any, Callable[[Call], Iterable[int]]] = {
 def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along any dimension that the op does not mix; a softmax along any."""
     mixed = {dim % len(call.shape) for dim in _MIXING[call.target](call)}
+    if call.target is aten.cumsum.default:
+        yield Strategy((P,), P)
     for out in wanted:
         if out.is_shard and (out.dim not in mixed or call.target in SOFTMAXES):
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)

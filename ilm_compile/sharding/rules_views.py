@@ -73,7 +73,22 @@ def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             out = _sharded(factor.out_dim, call.shape[factor.out_dim], factor.out_outer)
             if out in wanted:
                 yield Strategy((source,), out)
+        if not whole and factor.in_outer == factor.out_outer == 1:
+            yield from _outermost(call, factor, wanted)
     yield Strategy((P,), P)
+
+
+def _outermost(call: Call, factor: Factor, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Yield the segments that the outermost factor of two dimensions keeps: rows of (rows, k)."""
+    inner, out_inner = (
+        sizes[dim] // factor.size
+        for sizes, dim in ((call.shapes[0], factor.in_dim), (call.shape, factor.out_dim))
+    )
+    for out in wanted:
+        if out.segments and out.dim == factor.out_dim and out.is_shard:
+            if all(n % (out_inner * call.size) == 0 for n in out.segments):
+                parts = [n // out_inner * inner for n in out.segments]
+                yield Strategy((S(factor.in_dim, parts),), out)
 
 
 def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:

@@ -27,13 +27,15 @@ from torch import fx
 
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
 from ilm_compile.errors import PlanError
+from ilm_compile.program.expert_rows import ROUTES
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.layout import EXPERT_AXIS, TOKEN_AXES, MeshAxis
-from ilm_compile.program.placement import I, Placement, R, S
+from ilm_compile.program.placement import E, I, Placement, R, S, rows_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
+from ilm_compile.sharding.rules_experts import offsets_of, routing
 from ilm_compile.sharding.rules_select import is_expert_weight
 from ilm_compile.sharding.sharded_forms import exchanged
 from ilm_compile.sharding.strategy import (
@@ -90,6 +92,7 @@ class Search:
         self.program, self.axis, self.size = program, axis, axis.size
         self.restrictions, self.hardware = restrictions, hardware
         self.gradients = gradient_nodes(program.graph)
+        self.offsets = offsets_of(program.graph) if axis.name == EXPERT_AXIS else {}
         self.weighted = _weighted_nodes(program)
         self.clusters = cluster_nodes(program, restrictions.fixed)
         self.members: dict[Cluster, list[fx.Node]] = defaultdict(list)
@@ -139,6 +142,8 @@ class Search:
             return [Strategy((), I)]
         wanted = {want for user in node.users for want in self._wants(node, user)}
         shape = shapes_of(node)[0]
+        if node in self.offsets:
+            wanted |= {E, *(rows_of("D", p.segments) for p in wanted if p.kind == "T")}
         if node.op == "get_attr":
             variable = self.program.variables[str(node.target)]
             if not variable.is_parameter:
@@ -179,7 +184,7 @@ class Search:
             return 0.0, len(nodes) * weights / self.weight_total
         if node.op != "call_function":
             return 0.0, 0.0
-        shards = self.size if any(p.is_shard for p in (*option.inputs, option.output)) else 1
+        shards = self.size if any(p.cuts for p in (*option.inputs, option.output)) else 1
         directions = (False, True) if node in self.gradients else (False,)
         times = (
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
@@ -245,8 +250,19 @@ class Search:
         by_target: dict[Placement, list[int]] = defaultdict(list)
         for source in made:
             for target in needed:
-                if not allowed(
-                    self.program, node, source, target, self.size, self.restrictions, is_activation
+                pair = source.kind, target.kind
+                if not (
+                    node in self.offsets and source.segments == target.segments
+                    if pair in ROUTES
+                    else allowed(
+                        self.program,
+                        node,
+                        source,
+                        target,
+                        self.size,
+                        self.restrictions,
+                        is_activation,
+                    )
                 ):
                     continue
                 seconds = len(producers) * transition_time(
@@ -283,15 +299,17 @@ def _input(position: int, strategy: Strategy) -> Placement:
 def _weighted_nodes(program: Program) -> set[fx.Node]:
     """Return the parameters, trained or frozen, and the real numbers that are computed from them.
 
-    So is the place of a largest one, which can be found without gathering them.
+    So is the place of a largest one, which can be found without gathering them, and what says which
+    row goes to which expert.
     """
+    routes = routing(program.graph)
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "get_attr":
             is_found = program.variables[str(node.target)].is_parameter
         else:
             is_real = any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
-            is_real |= node.target is aten.argmax.default
+            is_real |= node.target is aten.argmax.default or node in routes
             is_found = is_real and not found.isdisjoint(node.all_input_nodes)
         if is_found:
             found.add(node)

@@ -70,6 +70,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Rule = Callable[[Call, frozenset[Placement]], Iterator[Strategy]]
 RULES: dict[Any, Rule] = {}
 TAG_RULES: dict[torch.Tag, Rule] = {}  # of ops that others bring and tag
+ROW_RULES: list[Rule] = []  # of any op that computes each row alone
 OTHER_AXIS: dict[Any, Rule] = {}  # of functions that talk over an axis: their rule on the others
 
 
@@ -153,7 +154,9 @@ def strategies(call: Call, wanted: Iterable[Placement]) -> list[Strategy]:
         found.append(Strategy((R,) * count, R))
     is_elsewhere = call.target in OTHER_AXIS and axis_of(call) != call.axis.name
     rule = OTHER_AXIS[call.target] if is_elsewhere else rule_of(call.target)
-    found += sorted(rule(call, frozenset(wanted)), key=repr)
+    wanted = frozenset(wanted)
+    for each in (rule, *ROW_RULES):
+        found += sorted(each(call, wanted), key=repr)
     legal = (s for s in found if _divides(call, s))
     return list(dict.fromkeys(legal))
 

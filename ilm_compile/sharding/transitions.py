@@ -10,6 +10,7 @@ from torch import fx
 from ilm_compile.cost import Hardware, collective_time
 from ilm_compile.errors import PlanError
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move
+from ilm_compile.program.expert_rows import ROUTES
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
@@ -113,10 +114,29 @@ def transition_time(
         return 0.0
     val = node.meta["val"]
     num_bytes = val.numel() * (ELEMENT_BYTES if val.is_floating_point() else val.element_size())
+    if (source.kind, target.kind) in ROUTES:
+        return _route_time(num_bytes, source, target, size, hardware, has_gradient)
     _, forward, backward = TRANSITIONS[source.kind, target.kind]
     moves = (forward, backward) if has_gradient else (forward,)
     dims = [p.dim for p in (source, target) if p.is_shard]
     return TIE + sum(_move_time(move, num_bytes, dims, size, hardware) for move in moves)
+
+
+def _route_time(
+    num_bytes: float,
+    source: Placement,
+    target: Placement,
+    size: int,
+    hardware: Hardware,
+    has_gradient: bool,
+) -> float:
+    """Return the seconds of moving rows of experts, even shares assumed: see `ROUTES`."""
+    copied = num_bytes / size / hardware.usable_bandwidth + hardware.kernel_overhead_s
+    if {source.kind, target.kind} == {"P", "D"}:  # counts, a few numbers
+        return collective_time("all_to_all", num_bytes, size, hardware)
+    if {source.kind, target.kind} == {"T", "D"}:
+        copied += collective_time("all_to_all", num_bytes, size, hardware)
+    return TIE + copied * (1 + has_gradient)
 
 
 def _move_time(

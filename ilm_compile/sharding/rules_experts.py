@@ -1,0 +1,189 @@
+"""Rules of rows in the order of their experts (T, D and E, see `ilm_compile.program.placement`).
+
+Between the sort and its inverse each row is computed alone. So what holds for rows that are cut
+evenly holds for any rows: the rules of such ops are those for S(0), read with another kind. Only
+the grouped product knows of experts; sort and inverse say which tokens the rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from torch import fx
+
+from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
+from ilm_compile.program.placement import E, I, P, Placement, R, S, rows_of
+from ilm_compile.sharding.rules_math import mixing, pointwise
+from ilm_compile.sharding.rules_select import GROUPED
+from ilm_compile.sharding.strategy import (
+    OTHER_AXIS,
+    ROW_RULES,
+    Call,
+    Strategy,
+    aten,
+    rule,
+    rule_of,
+)
+
+KINDS = "TDE"
+COUNTS = (aten.histc.default, aten.bincount.default)
+_ROWWISE = (aten.slice.Tensor, aten.unsqueeze.default, aten.linear.default)
+MOST_SEGMENTS = 64  # in how many parts rows that are counted may lie: the rows of a micro-batch
+
+
+def offsets_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Return the values between a sort of rows by experts and its inverse, each with the offsets.
+
+    The offsets, which end the rows of each expert, are a grouped product's; they map to themselves.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and _name(node) in GROUPED:
+            offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+            if isinstance(offsets, fx.Node) and all(u.target is unsort_rows for u in _ends(node)):
+                found |= dict.fromkeys([*_between(node), offsets], offsets)
+    return found
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema else ""
+
+
+def _ends(node: fx.Node) -> list[fx.Node]:
+    """Return where the rows that a product makes leave their order."""
+    after = _walk([node], lambda n: [] if n.target is unsort_rows else list(n.users))
+    ends = [n for n in after if n.target is unsort_rows]
+    return ends or [node]
+
+
+def _between(node: fx.Node) -> set[fx.Node]:
+    """Return the rows that lead to a grouped product or follow from it."""
+    rows = node.meta["val"].shape[0]
+    after = _walk([node], lambda n: [u for u in n.users if u.target is not unsort_rows])
+    before = _walk(
+        list(after),
+        lambda n: [] if n.target is sort_rows else [x for x in n.all_input_nodes if _rows(x, rows)],
+    )
+    return after | before
+
+
+def _rows(node: fx.Node, rows: int) -> bool:
+    shape = node.meta["val"].shape
+    return node.op == "call_function" and len(shape) > 0 and shape[0] == rows
+
+
+def _walk(start: list[fx.Node], step: Any) -> set[fx.Node]:
+    seen, pending = set(start), list(start)
+    while pending:
+        new = [n for n in step(pending.pop()) if n not in seen]
+        seen |= set(new)
+        pending += new
+    return seen
+
+
+def routing(graph: fx.Graph) -> set[fx.Node]:
+    """Return the values that say which row goes to which expert, integers among them."""
+    orders = graph.find_nodes(op="call_function", target=expert_order)
+    chosen = _walk(
+        list(orders), lambda n: [x for x in n.all_input_nodes if not _is_real(x)]
+    )
+    ids = [n for n in graph.find_nodes(op="call_function", target=sort_rows) if not _is_real(n)]
+    counted = _walk(ids, lambda n: [u for u in n.users if len(u.meta["val"].shape) == 1])
+    return chosen | counted if orders else set()
+
+
+def _is_real(node: fx.Node) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
+@rule(expert_order)
+def order(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Of its own rows each rank finds the order alone."""
+    yield from (Strategy((S(0, out.segments),), out) for out in wanted if out.kind == "T")
+
+
+@rule(sort_rows)
+def sort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Each rank sorts its own rows; or all, of which it has some columns."""
+    repeats = call.args[2]
+    yield Strategy((P, R), P)
+    for out in wanted:
+        if out.kind == "T" and all(n % repeats == 0 for n in out.segments):
+            tokens = S(0, [n // repeats for n in out.segments])
+            yield Strategy((tokens, rows_of("T", out.segments)), out)
+        if out.is_shard and out.dim > 0:
+            yield Strategy((out, R), out)
+
+
+@rule(unsort_rows)
+def unsort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Each rank puts its own rows back; or all, of which it has some columns."""
+    yield Strategy((P, R), P)
+    for out in wanted:
+        if out.is_shard:
+            rows = rows_of("T", out.segments)
+            yield Strategy((out, R) if out.dim else (rows, rows), out)
+
+
+@rule(*COUNTS)
+def count(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """What each rank counts of its own rows adds up."""
+    (shape,) = call.shapes
+    rows = shape[0]
+    for parts in range(1, min(rows, MOST_SEGMENTS) + 1):
+        if rows % parts == 0:
+            segments = (rows // parts,) * parts
+            yield Strategy((rows_of("T", segments),), P)
+            yield Strategy((S(0, segments),), P)
+
+
+def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """What each row of T, D or E gives on its own."""
+    for out in wanted:
+        if out.kind not in KINDS:
+            continue
+        if _name(call.node) in GROUPED:
+            yield from _grouped(call, out)
+        elif call.target is aten.index.Tensor:
+            if len(call.args[1]) == 1 and [len(s) for s in call.shapes[1:]] == [1]:
+                yield Strategy((R, out), out)
+        elif call.target in _ROWWISE or rule_of(call.target) in (pointwise, mixing):
+            yield from _as_rows(call, out)
+
+
+def _grouped(call: Call, out: Placement) -> Iterator[Strategy]:
+    if len(call.shapes) == 3:
+        weights, offsets = {"T": (R, P), "D": (S(0), rows_of("D")), "E": (S(0), E)}[out.kind]
+        yield Strategy((out, weights, offsets), out)
+
+
+def _as_rows(call: Call, out: Placement) -> Iterator[Strategy]:
+    even = S(0, out.segments)
+    for inputs, output in rule_of(call.target)(call, frozenset({even})):
+        if output == even and set(inputs) <= {even, R} and even in inputs:
+            yield Strategy(tuple(out if p == even else p for p in inputs), out)
+
+
+ROW_RULES.append(rows)
+
+
+def routed(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Rows moved over another axis: those of this axis's own tokens, or some columns, move alike.
+
+    The offsets are integers: without a gradient, I and R are the same.
+    """
+    if call.args[0] is call.args[1]:
+        yield Strategy((P, P), P)
+        return
+    for out in {P, *wanted}:
+        if out.kind == "T":
+            yield Strategy((out, P), out)
+        if out == P or (out.is_shard and out.dim > 0):
+            yield from (Strategy((out, same), out) for same in (I, R))
+    yield from (Strategy(pair, pair[0]) for pair in product((I, R), (I, R)))
+
+
+OTHER_AXIS[route] = routed
