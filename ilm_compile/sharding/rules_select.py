@@ -70,14 +70,24 @@ _BATCHED = ("aten::bmm", "aten::matmul", "aten::einsum", "aten::baddbmm")
 _VIEWS = ("aten::transpose", "aten::permute", "aten::to")
 
 
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a value is a variable or a view of one."""
+    return node.op == "get_attr" or (
+        _name(node) in _VIEWS and all(map(_is_weight, node.all_input_nodes))
+    )
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema else ""
+
+
 def is_expert_weight(node: fx.Node) -> bool:
     """Whether a weight has a matrix for each expert: only products of groups or batches use it."""
-    if len(node.meta["val"].shape) != 3:
+    if len(node.meta["val"].shape) != 3 or not _is_weight(node):
         return False
-    names = [(u, u.target._schema.name if hasattr(u.target, "_schema") else "") for u in node.users]
-    return bool(names) and all(
-        name in GROUPED + _BATCHED or (name in _VIEWS and is_expert_weight(user))
-        for user, name in names
+    return bool(node.users) and all(
+        _name(user) in GROUPED + _BATCHED or is_expert_weight(user) for user in node.users
     )
 
 

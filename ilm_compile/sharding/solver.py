@@ -250,20 +250,7 @@ class Search:
         by_target: dict[Placement, list[int]] = defaultdict(list)
         for source in made:
             for target in needed:
-                pair = source.kind, target.kind
-                if not (
-                    node in self.offsets and source.segments == target.segments
-                    if pair in ROUTES
-                    else allowed(
-                        self.program,
-                        node,
-                        source,
-                        target,
-                        self.size,
-                        self.restrictions,
-                        is_activation,
-                    )
-                ):
+                if not self._is_allowed(node, source, target, is_activation):
                     continue
                 seconds = len(producers) * transition_time(
                     node, source, target, self.size, self.hardware, node in self.gradients
@@ -284,6 +271,18 @@ class Search:
             total = 1.0 if not columns else 0.0
             terms = [(f, 1.0) for f in by_target[target]] + [(x, -1.0) for x in columns]
             self.problem.row(terms, total, total)
+
+    def _is_allowed(
+        self, node: fx.Node, source: Placement, target: Placement, is_activation: bool
+    ) -> bool:
+        shape = shapes_of(node)[0]
+        if (source.kind, target.kind) in ROUTES:
+            is_same = source.segments == target.segments
+            return node in self.offsets and is_same and target.divides(shape, self.size)
+        if self.axis.name == EXPERT_AXIS and source != target and is_expert_weight(node):
+            return not source.is_shard  # tokens go to the experts, not experts to the tokens
+        args = self.program, node, source, target, self.size, self.restrictions, is_activation
+        return allowed(*args)
 
     def _move(self, node: fx.Node, source: Placement, target: Placement, seconds: float) -> int:
         column = self.problem.variable(seconds)
