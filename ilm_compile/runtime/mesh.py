@@ -1,6 +1,6 @@
 """Which ranks do what together: the process mesh of a plan, and this process's place in it.
 
-Ranks are laid out with tp fastest, then cp, dp, and pp outermost: the ranks of a tp group are
+Ranks are laid out with tp fastest, then cp, ep, dp, and pp outermost: the ranks of a tp group are
 neighbours on one node, and pipeline stages, which exchange least, lie furthest apart.
 """
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.communicator import Communicator, set_communicators
-from ilm_compile.program.layout import AXES, Place
+from ilm_compile.program.layout import AXES, EXPERT_AXIS, Layout, Place
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
 from ilm_compile.runtime.groups import group_of
@@ -29,6 +29,7 @@ from ilm_compile.runtime.meeting import meet
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = "300"
+RANK_ORDER = ("pp", "dp", "ep", "cp", "tp")  # of the coordinates of a rank, the last the fastest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,30 +42,53 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """The ranks that share the storage of a parameter, and whose gradients of it are added up.
+
+    mesh: of its DTensor, over the ranks of this pipeline rank: a dim for each axis of graphs that
+    can cut it, and the last, "dp", for `axis`, which cuts what they leave. None without
+    torch.distributed.
+    """
+
+    axis: Axis
+    mesh: DeviceMesh | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Mesh:
     """The axes of a run, seen from this process.
 
-    dp: the ranks that work on other rows. fsdp: those whose gradients are added up, and that share
-    the storage of parameters: dp and cp together. device_mesh has the dims ("pp", "dp", "cp",
-    "tp"). parameter_mesh has the dims ("tp", "dp"), the latter for fsdp, and covers the ranks of
-    this pipeline rank: parameters are cut for tp first and then for fsdp.
+    dp: the ranks that work on other rows. dense: who shares a parameter that every token passes:
+    dp, ep and cp together. experts: who shares one that ep cuts, dp and cp. device_mesh has the
+    dims of RANK_ORDER.
     timeout: after which a collective that a rank does not join becomes an error. group: all ranks.
     """
 
     pp: Axis
     dp: Axis
+    ep: Axis
     cp: Axis
     tp: Axis
-    fsdp: Axis
+    dense: Storage
+    experts: Storage
     device: torch.device
     timeout: timedelta = timedelta(seconds=float(DEFAULT_TIMEOUT_S))
     group: dist.ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None
-    parameter_mesh: DeviceMesh | None = None
+
+    @property
+    def fsdp(self) -> Axis:
+        """The ranks whose gradients are added up, but those of experts."""
+        return self.dense.axis
+
+    def storage(self, layout: Layout) -> Storage:
+        """Who shares a parameter of this layout."""
+        is_cut = self.ep.size > 1 and layout.on(EXPERT_AXIS).is_shard
+        return self.experts if is_cut else self.dense
 
     @property
     def world_size(self) -> int:
-        return self.pp.size * self.dp.size * self.cp.size * self.tp.size
+        return self.pp.size * self.fsdp.size * self.tp.size
 
     @property
     def rank(self) -> int:
@@ -106,9 +130,9 @@ class Mesh:
         """What graphs reach the other ranks of each axis by."""
         return {name: communicator_over(axis.group) for name, axis in self.axes.items()}
 
-    def data_parallel(self) -> Communicator:
-        """The ranks whose gradients are added up."""
-        return communicator_over(self.fsdp.group)
+    def data_parallel(self, layout: Layout) -> Communicator:
+        """The ranks whose gradients of a parameter of this layout are added up."""
+        return communicator_over(self.storage(layout).axis.group)
 
     def pipeline(self, pp_ranks: tuple[int, ...]) -> Communicator | None:
         """The given pipeline ranks at this rank's (fsdp, tp): see `pipeline_group`."""
@@ -120,16 +144,17 @@ class Mesh:
         set_communicators(axes)
 
     def rank_at(self, pp: int, fsdp: int, tp: int) -> int:
-        """The global rank at these coordinates; fsdp counts (dp, cp), cp fastest."""
+        """The global rank at these coordinates; fsdp counts (dp, ep, cp), cp fastest."""
         return (pp * self.fsdp.size + fsdp) * self.tp.size + tp
 
     def replicas(self) -> list[list[int]]:
         """The global ranks of each data-parallel rank, which work on the same rows."""
+        each = self.ep.size * self.cp.size
         return [
             [
-                self.rank_at(pp, dp * self.cp.size + cp, tp)
+                self.rank_at(pp, dp * each + number, tp)
                 for pp in range(self.pp.size)
-                for cp in range(self.cp.size)
+                for number in range(each)
                 for tp in range(self.tp.size)
             ]
             for dp in range(self.dp.size)
@@ -159,40 +184,36 @@ class Mesh:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         if not started:
-            alone = Axis()
-            return cls(
-                pp=alone, dp=alone, cp=alone, tp=alone, fsdp=alone, device=place, timeout=timeout
-            )
+            axes: dict[str, Any] = dict.fromkeys(RANK_ORDER, Axis())
+            alone = Storage(Axis())
+            return cls(**axes, dense=alone, experts=alone, device=place, timeout=timeout)
         everyone: dist.ProcessGroup | None
         if dist.is_initialized():
             everyone = group_of(None, timeout)  # the default group keeps its own timeout
         else:
             join_job(place, timeout=timeout)
             everyone = dist.group.WORLD
-        layout = torch.arange(world_size).view(plan.pp, -1, plan.cp, plan.tp)
-        axes = [_axis(layout, dim, timeout) for dim in range(4)]
-        pp, dp, cp, tp = axes
-        together = layout.flatten(1, 2)
-        fsdp = dp if cp.size == 1 else cp if dp.size == 1 else _axis(together, 1, timeout)
-        groups = [axis.group for axis in (*axes, fsdp) if axis.group is not None]
+        layout = torch.arange(world_size).view(plan.pp, -1, plan.ep, plan.cp, plan.tp)
+        axes = {name: _axis(layout, dim, timeout) for dim, name in enumerate(RANK_ORDER)}
+        dense = layout.flatten(1, 3)
+        experts = layout.transpose(1, 2).flatten(2, 3)  # pp, ep, dp and cp, tp
+        own = axes["pp"].rank
         return cls(
-            pp=pp,
-            dp=dp,
-            cp=cp,
-            tp=tp,
-            fsdp=fsdp,
+            **axes,
+            dense=_storage(
+                {"tp": axes["tp"], "dp": _axis(dense, 1, timeout)},
+                dense[own].permute(1, 0),
+                place,
+            ),
+            experts=_storage(
+                {"tp": axes["tp"], "ep": axes["ep"], "dp": _axis(experts, 2, timeout)},
+                experts[own].permute(2, 0, 1),
+                place,
+            ),
             device=place,
             timeout=timeout,
             group=everyone,
-            device_mesh=DeviceMesh.from_group(
-                groups[:4], place.type, mesh=layout, mesh_dim_names=("pp", "dp", "cp", "tp")
-            ),
-            parameter_mesh=DeviceMesh.from_group(
-                [groups[3], groups[4]],
-                place.type,
-                mesh=together[pp.rank].t().contiguous(),
-                mesh_dim_names=("tp", "dp"),
-            ),
+            device_mesh=_device_mesh(axes, layout, place),
         )
 
     def pipeline_group(self, pp_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
@@ -261,6 +282,20 @@ def _axis(layout: torch.Tensor, dim: int, timeout: timedelta) -> Axis:
         if dist.get_rank() in line:
             found = Axis(line.index(dist.get_rank()), len(line), group)
     return found
+
+
+def _storage(axes: Mapping[str, Axis], layout: torch.Tensor, device: torch.device) -> Storage:
+    """The ranks of the last of `axes`; `layout` has the global ranks of all, a dim for each."""
+    return Storage(axes["dp"], _device_mesh(axes, layout, device))
+
+
+def _device_mesh(
+    axes: Mapping[str, Axis], layout: torch.Tensor, device: torch.device
+) -> DeviceMesh:
+    groups = [axis.group for axis in axes.values() if axis.group is not None]
+    return DeviceMesh.from_group(
+        groups, device.type, mesh=layout.contiguous(), mesh_dim_names=tuple(axes)
+    )
 
 
 def _world_size() -> int:

@@ -30,8 +30,11 @@ class Parameters:
         self, lowered: LoweredProgram, schedule: Schedule, mesh: Mesh, values: InitialValues
     ) -> None:
         self._mesh = mesh
-        self._dp = mesh.data_parallel()
-        whole = replicated(lowered.variables)
+        whole = replicated(lowered.variables) | {
+            name
+            for name, variable in lowered.variables.items()
+            if mesh.storage(variable.layout) is mesh.experts
+        }
         self.syncs: dict[int, GradientSync] = {}
         self.shards: dict[str, Shard] = {}
         self._followers: dict[str, list[Shard]] = {}
@@ -40,15 +43,15 @@ class Parameters:
                 continue
             for unit in units(stage):
                 fill(stage, unit.names, lowered.variables, values, mesh)
-                if mesh.fsdp.size > 1 and mesh.parameter_mesh is not None:
+                if mesh.fsdp.size > 1 and mesh.dense.mesh is not None:
                     shard(
                         unit.module,
-                        mesh.parameter_mesh["dp"],
+                        mesh.dense.mesh["dp"],
                         zero=lowered.plan.zero,
                         whole=[resolve(stage, name) for name in unit.names if name in whole],
                     )
             finish(stage, mesh.device)
-            if mesh.fsdp.size > 1 and mesh.parameter_mesh is not None:
+            if mesh.fsdp.size > 1 and mesh.dense.mesh is not None:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:
                 leaf = resolve(stage, name)
@@ -73,12 +76,13 @@ class Parameters:
     def counts(self, shard: Shard) -> bool:
         """Whether this rank's part of `shard` counts in a sum over all ranks.
 
-        Of equal parts only one counts: that of tp rank 0 and fsdp rank 0 where the axis does not
-        cut the parameter, and that of the first pipeline rank that holds it.
+        Of equal parts only one counts: that of tp rank 0 where tp does not cut the parameter, of
+        the first that share its storage where that is not cut, and of the first pipeline rank that
+        holds it.
         """
         return (
             self.ranks[shard.variable.name][0] == self._mesh.pp.rank
-            and (shard.is_dp_sharded or self._mesh.fsdp.rank == 0)
+            and (shard.is_dp_sharded or self._mesh.storage(shard.variable.layout).axis.rank == 0)
             and not any(
                 self._mesh.axes[axis].rank and not shard.variable.layout.on(axis).is_shard
                 for axis in WEIGHT_AXES
@@ -103,8 +107,9 @@ class Parameters:
             grad = own.take_gradient()
             for follower in self._followers.get(own.variable.name, []):
                 grad = _sum(grad, follower.take_gradient())
-            if grad is not None and not own.is_dp_sharded and self._dp.size > 1:
-                grad = self._dp.all_reduce(grad)
+            dp = self._mesh.data_parallel(own.variable.layout)
+            if grad is not None and not own.is_dp_sharded and dp.size > 1:
+                grad = dp.all_reduce(grad)
             if (group := self._tied_groups.get(own.variable.name)) is not None:
                 grad = group.all_reduce(torch.zeros_like(own.local) if grad is None else grad)
             if grad is not None:

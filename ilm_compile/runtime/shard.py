@@ -1,7 +1,8 @@
 """One rank's part of one parameter or buffer, and the way back to the full tensor.
 
-A parameter is cut for tp along its placement, and what is left of it along dimension 0 for dp.
-Its public face is a DTensor over ("tp", "dp") that shares memory with what the stage computes with.
+A parameter is cut along its placements on the axes of graphs, and what is left of it along
+dimension 0 by those that share its storage, "dp". Its public face is a DTensor over ("tp", "dp"),
+or ("tp", "ep", "dp") where ep cuts it, that shares memory with what the stage computes with.
 A dimension of several segments (a fused qkv) is cut segment by segment: the DTensor then shows the
 layout in which each rank's part is contiguous, and `full` undoes the permutation.
 """
@@ -75,8 +76,9 @@ class Shard:
 
     def full(self, local: Tensor, mesh: Mesh, axes: Axes) -> Tensor:
         """The full tensor of which ranks hold `local`: collective over those that hold a part."""
-        if self.is_dp_sharded and mesh.fsdp.size > 1:
-            local = _gather_rows(local, rows_before_fsdp(self.variable, mesh), mesh.fsdp)
+        axis = mesh.storage(self.variable.layout).axis
+        if self.is_dp_sharded and axis.size > 1:
+            local = _gather_rows(local, rows_before_fsdp(self.variable, mesh), axis)
         return gather(local, self.variable.layout, axes)
 
     def load(self, full: Tensor, mesh: Mesh) -> None:
@@ -102,7 +104,7 @@ class Shard:
         """This rank's slice of a full tensor."""
         part = self.variable.layout.cut(full, mesh.place)
         if self.is_dp_sharded:
-            part = part.narrow(0, first_row(part.shape[0], mesh.fsdp), self.local.shape[0])
+            part = part.narrow(0, first_row(self.variable, mesh), self.local.shape[0])
         return part
 
     def _alone(self, local: Tensor, mesh: Mesh) -> Tensor:
@@ -111,7 +113,7 @@ class Shard:
         if self.is_dp_sharded:
             rows = rows_before_fsdp(self.variable, mesh)
             part = local.new_zeros((rows, *local.shape[1:]))
-            part.narrow(0, first_row(rows, mesh.fsdp), local.shape[0]).copy_(local)
+            part.narrow(0, first_row(self.variable, mesh), local.shape[0]).copy_(local)
         return self.variable.layout.alone(part, mesh.place).clone()
 
 
@@ -130,9 +132,10 @@ def gather(local: Tensor, layout: Layout, axes: Axes) -> Tensor:
     return local
 
 
-def first_row(rows: int, fsdp: Axis) -> int:
+def first_row(variable: Variable, mesh: Mesh) -> int:
     """The first of the rows that FSDP leaves this rank: as `Tensor.chunk` cuts."""
-    return min(-(-rows // fsdp.size) * fsdp.rank, rows)
+    rows, axis = rows_before_fsdp(variable, mesh), mesh.storage(variable.layout).axis
+    return min(-(-rows // axis.size) * axis.rank, rows)
 
 
 def rows_before_fsdp(variable: Variable, mesh: Mesh) -> int:
@@ -150,14 +153,16 @@ def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
 
 
 def _public(local: Tensor, variable: Variable, mesh: Mesh, *, is_dp_sharded: bool) -> Tensor:
-    if mesh.parameter_mesh is None:
+    device_mesh = mesh.storage(variable.layout).mesh
+    if device_mesh is None:
         return local
-    placement = variable.layout.on("tp")
+    *axes, _ = device_mesh.mesh_dim_names or ()
+    placements = [variable.layout.on(axis) for axis in axes]
     return DTensor.from_local(
         local,
-        mesh.parameter_mesh,
+        device_mesh,
         (
-            DTensorShard(placement.dim) if placement.is_shard else Replicate(),
+            *(DTensorShard(p.dim) if p.is_shard else Replicate() for p in placements),
             DTensorShard(0) if is_dp_sharded else Replicate(),
         ),
         run_check=False,

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from enum import Enum
 
+import torch
 import torch.distributed as dist
 
+from ilm_compile.program.layout import TOKEN_AXES
 from ilm_compile.runtime import Mesh
-from ilm_compile.runtime.mesh import Axis
+from ilm_compile.runtime.mesh import RANK_ORDER, Axis
 
 
 class ParallelMode(Enum):
-    """Kinds of groups. ZERO1 is DATA: optimizer state is sharded over all data-parallel ranks."""
+    """Kinds of groups.
+
+    DATA: the ranks that work on other rows. ZERO1: those over which optimizer state is sharded.
+    EXPERT: those that divide the experts. EXPERT_DATA: those that have the same experts, over
+    which their optimizer state is sharded.
+    """
 
     GLOBAL = "global"
     DATA = "dp"
     TENSOR = "tp"
     PIPELINE = "pp"
     ZERO1 = "zero1"
+    EXPERT = "expert"
+    EXPERT_DATA = "expert_data"
+
+
+_VARYING: dict[ParallelMode, tuple[str, ...]] = {
+    ParallelMode.GLOBAL: RANK_ORDER,
+    ParallelMode.DATA: ("dp",),
+    ParallelMode.TENSOR: ("tp",),
+    ParallelMode.PIPELINE: ("pp",),
+    ParallelMode.ZERO1: ("dp", *TOKEN_AXES),
+    ParallelMode.EXPERT: ("ep",),
+    ParallelMode.EXPERT_DATA: ("dp", "cp"),
+}
 
 
 class ProcessGroups:
@@ -31,6 +51,8 @@ class ProcessGroups:
             ParallelMode.TENSOR: mesh.tp,
             ParallelMode.PIPELINE: mesh.pp,
             ParallelMode.ZERO1: mesh.fsdp,
+            ParallelMode.EXPERT: mesh.ep,
+            ParallelMode.EXPERT_DATA: mesh.experts.axis,
         }
 
     def get_group(self, mode: ParallelMode) -> dist.ProcessGroup | None:
@@ -49,16 +71,11 @@ class ProcessGroups:
 
     def get_ranks_in_group(self, mode: ParallelMode) -> list[int]:
         """The global ranks of the group, in its order."""
-        mesh = self._mesh
-        pp, fsdp, tp = mesh.pp.rank, mesh.fsdp.rank, mesh.tp.rank
-        if mode is ParallelMode.GLOBAL:
-            return list(range(mesh.world_size))
-        if mode is ParallelMode.TENSOR:
-            return [mesh.rank_at(pp, fsdp, other) for other in range(mesh.tp.size)]
-        if mode is ParallelMode.PIPELINE:
-            return [mesh.rank_at(other, fsdp, tp) for other in range(mesh.pp.size)]
-        step = mesh.cp.size if mode is ParallelMode.DATA else 1
-        return [mesh.rank_at(pp, each, tp) for each in range(fsdp % step, mesh.fsdp.size, step)]
+        place = {name: getattr(self._mesh, name) for name in RANK_ORDER}
+        grid = torch.arange(self._mesh.world_size).view([axis.size for axis in place.values()])
+        own = [slice(None) if n in _VARYING[mode] else axis.rank for n, axis in place.items()]
+        ranks: list[int] = grid[tuple(own)].flatten().tolist()
+        return ranks
 
     def is_first_rank(self, mode: ParallelMode) -> bool:
         return self._axes[mode].rank == 0

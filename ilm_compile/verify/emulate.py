@@ -207,7 +207,7 @@ def _joined(parts: list[Tensor], variable: Variable, sizes: Sizes, kind: str) ->
 def _agreed(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the outputs that every rank has made whole, which must be the same."""
     for name in outputs[0]:
-        _require_equal([each[name] for each in outputs], f"output {name}", "value", "tp or cp")
+        _require_equal([each[name] for each in outputs], f"output {name}", "value", "mesh")
     return outputs[0]
 
 

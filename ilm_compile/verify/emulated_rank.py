@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,13 @@ from torch.optim import Optimizer
 
 from ilm_compile.errors import ScheduleError
 from ilm_compile.program.communicator import Communicator
-from ilm_compile.program.layout import Sizes
+from ilm_compile.program.layout import EXPERT_AXIS, TOKEN_AXES, Layout, Sizes
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.checkpoint.manifest import Manifest
 from ilm_compile.runtime.communicator import MeasuredCommunicator
 from ilm_compile.runtime.executor import Executor, StepResult
-from ilm_compile.runtime.mesh import Axis, Mesh
+from ilm_compile.runtime.mesh import Axis, Mesh, Storage
 from ilm_compile.runtime.optimizer import adamw
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.step_inputs import StepInputs
@@ -92,8 +93,9 @@ class ThreadMesh(Mesh):
     def graph_communicators(self) -> dict[str, MeasuredCommunicator]:
         return {**self.meetings.meshes[self.pp.rank].communicators(self.number)}
 
-    def data_parallel(self) -> Communicator:
-        return self.graph_communicators()["cp"]
+    def data_parallel(self, layout: Layout) -> Communicator:
+        axes = [a for a in TOKEN_AXES if not layout.on(a).is_shard]
+        return self.meetings.meshes[self.pp.rank].communicator(self.number, axes)
 
     def pipeline(self, pp_ranks: tuple[int, ...]) -> Communicator | None:
         if self.pp.rank not in pp_ranks:
@@ -165,13 +167,15 @@ class EmulatedRank:
     ) -> None:
         pp_rank, number = place
         own_place = meetings.meshes[pp_rank].place(number)
-        axes = {axis: Axis(own_place.ranks[axis], size) for axis, size in own_place.sizes.items()}
+        axes: dict[str, Any] = {
+            axis: Axis(own_place.ranks[axis], size) for axis, size in own_place.sizes.items()
+        }
         mesh = ThreadMesh(
             pp=Axis(pp_rank, meetings.pp),
             dp=Axis(),
-            cp=axes["cp"],
-            tp=axes["tp"],
-            fsdp=axes["cp"],
+            **axes,
+            dense=Storage(_together(axes[axis] for axis in TOKEN_AXES)),
+            experts=Storage(_together(axes[a] for a in TOKEN_AXES if a != EXPERT_AXIS)),
             device=CPU,
             meetings=meetings,
             number=number,
@@ -250,3 +254,11 @@ class EmulatedRank:
         if not result.outputs:
             return {}
         return {name: self.parallel.output(result, name) for name in self.parallel.output_names}
+
+
+def _together(axes: Iterable[Axis]) -> Axis:
+    """The ranks of several axes as those of one, the last the fastest."""
+    found = Axis()
+    for axis in axes:
+        found = Axis(found.rank * axis.size + axis.rank, found.size * axis.size)
+    return found

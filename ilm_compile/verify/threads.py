@@ -8,7 +8,7 @@ so results do not depend on timing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, TypeAlias, TypeVar
@@ -97,7 +97,7 @@ class ThreadCommunicator:
 
 
 class AxisGroups:
-    """Where the threads of one mesh meet: a group for every line of ranks along every axis.
+    """Where the threads of one mesh meet: a group for the ranks that differ on given axes alone.
 
     Ranks are numbered with the last axis fastest, so that a value cut axis after axis is the list
     of its parts.
@@ -106,12 +106,9 @@ class AxisGroups:
     def __init__(self, sizes: Sizes, turn: Turn | None = None) -> None:
         self.sizes = dict(sizes)
         self.size = prod(self.sizes.values())
-        self._groups: dict[tuple[str, tuple[int, ...]], ThreadGroup] = {}
-        for rank in range(self.size):
-            ranks = self.place(rank).ranks
-            for axis, size in self.sizes.items():
-                line = axis, tuple(n for other, n in ranks.items() if other != axis)
-                self._groups.setdefault(line, ThreadGroup(size, turn))
+        self._turn = turn
+        self._is_closed = False
+        self._groups: dict[tuple[int, ...], ThreadGroup] = {}
 
     def place(self, rank: int) -> Place:
         """The coordinates of rank number `rank`."""
@@ -122,18 +119,24 @@ class AxisGroups:
 
     def communicators(self, rank: int) -> dict[str, ThreadCommunicator]:
         """What rank number `rank` reaches the others by, on each axis."""
-        ranks = self.place(rank).ranks
-        return {
-            axis: ThreadCommunicator(
-                self._groups[axis, tuple(n for other, n in ranks.items() if other != axis)],
-                ranks[axis],
-            )
-            for axis in self.sizes
-        }
+        return {axis: self.communicator(rank, [axis]) for axis in self.sizes}
+
+    def communicator(self, rank: int, axes: Iterable[str]) -> ThreadCommunicator:
+        """What rank number `rank` reaches those by that are elsewhere on `axes` alone."""
+        shared = {axis: n for axis, n in self.place(rank).ranks.items() if axis not in axes}
+        members = [
+            other for other in range(self.size) if shared.items() <= self.place(other).ranks.items()
+        ]
+        new = ThreadGroup(len(members), self._turn)
+        group = self._groups.setdefault(tuple(members), new)
+        if self._is_closed:
+            group.close()
+        return ThreadCommunicator(group, members.index(rank))
 
     def close(self) -> None:
-        """Release everyone who waits."""
-        for group in self._groups.values():
+        """Release everyone who waits, and who would."""
+        self._is_closed = True
+        for group in [*self._groups.values()]:
             group.close()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ilm_compile
 from ilm_compile import models
+from tests.support.experts import MixtureOfExperts
 from tests.support.promote import promoted_float32
 from tests.support.world import World
 from tests.support.zoo import LISTED, listed_model
@@ -57,6 +58,7 @@ MODELS = {
     "internlm2": lambda: models.internlm2_tiny(**TINY),
     "llama": hf_llama,
     "gpt2": hf_gpt2,
+    "experts": lambda: MixtureOfExperts(VOCAB),
     **{name: partial(listed_model, name) for name in LISTED},
 }
 

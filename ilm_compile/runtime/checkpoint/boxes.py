@@ -1,8 +1,9 @@
 """Which part of the user's full tensor a rank's own tensor is: a list of equal boxes.
 
-Everything that a plan does to a tensor at rest is cutting (tp along the placement, segment by
-segment; then dp along the rows that are left) and padding (rows at the end that the user's tensor
-does not have). Boxes say it in the coordinates of the user's tensor, which all plans share.
+Everything that a plan does to a tensor at rest is cutting (by the axes of graphs along their
+placements, segment by segment; then dp along the rows that are left) and padding (rows at the end
+that the user's tensor does not have). Boxes say it in the coordinates of the user's tensor, which
+all plans share.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ilm_compile.program.layout import Place
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.shard import Shard, first_row, rows_before_fsdp
+from ilm_compile.runtime.shard import Shard, first_row
 
 Coordinates = tuple[int, ...]
 
@@ -105,8 +106,7 @@ def boxes_of(shard: Shard, mesh: Mesh) -> list[Held]:
     """The boxes of what this rank holds of one parameter or buffer."""
     if not shard.is_dp_sharded:
         return held_boxes(shard.variable, mesh.place)
-    total = rows_before_fsdp(shard.variable, mesh)
-    rows = (first_row(total, mesh.fsdp), shard.local.shape[0])
+    rows = (first_row(shard.variable, mesh), shard.local.shape[0])
     return held_boxes(shard.variable, mesh.place, rows=rows)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ilm_compile.runtime.mesh import Mesh
+from ilm_compile.runtime.mesh import RANK_ORDER, Mesh
 
 
 def rank_words(mesh: Mesh, pp_rank: int) -> str:
@@ -10,7 +10,7 @@ def rank_words(mesh: Mesh, pp_rank: int) -> str:
 
     Such as "rank 4 (pp 1, dp 0, tp 0)": only axes that several ranks share are named.
     """
-    axes = {"pp": mesh.pp, "dp": mesh.dp, **dict(reversed(mesh.axes.items()))}
+    axes = {name: getattr(mesh, name) for name in RANK_ORDER}
     place = {name: pp_rank if name == "pp" else 0 for name, axis in axes.items() if axis.size > 1}
     words = ", ".join(f"{name} {number}" for name, number in place.items())
     is_one_of_several = mesh.fsdp.size * mesh.tp.size > 1
