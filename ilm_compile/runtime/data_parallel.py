@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.program import Variable
+from ilm_compile.runtime.expert_storage import placements
 from ilm_compile.runtime.materialize import resolve
 
 
@@ -69,15 +70,31 @@ def replicated(variables: Mapping[str, Variable]) -> frozenset[str]:
     )
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, zero: int, whole: Iterable[Tensor] = ()) -> None:
+def shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    zero: int,
+    whole: Iterable[Tensor] = (),
+    experts: Mapping[Tensor, int] | None = None,
+    expert_mesh: DeviceMesh | None = None,
+) -> None:
     """Shard the parameters of `module` that no module inside has sharded yet, but not `whole`.
 
     zero: 3 gives full parameters back after each forward, 1 keeps them until the step ends.
+    experts: those that are sharded over `expert_mesh`, each along a dimension of its own.
     """
     # The graphs write to no tensor in place, which is what FSDP warns of when it meets a view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     ignored = {parameter for parameter in whole if isinstance(parameter, nn.Parameter)}
-    fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, ignored_params=ignored)
+    place = placements(experts, expert_mesh) if experts and expert_mesh is not None else None
+    fully_shard(
+        module,
+        mesh=mesh,
+        reshard_after_forward=zero == 3,
+        shard_placement_fn=place,
+        ignored_params=ignored,
+    )
 
 
 class GradientSync(Protocol):

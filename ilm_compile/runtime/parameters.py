@@ -16,10 +16,11 @@ from ilm_compile.program.communicator import Communicator
 from ilm_compile.program.layout import WEIGHT_AXES
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
+from ilm_compile.runtime.expert_storage import HAS_MESHES
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.materialize import fill, finish, local_value, resolve
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.shard import Shard
+from ilm_compile.runtime.shard import Shard, stored_part
 from ilm_compile.schedule import Schedule
 
 
@@ -30,11 +31,12 @@ class Parameters:
         self, lowered: LoweredProgram, schedule: Schedule, mesh: Mesh, values: InitialValues
     ) -> None:
         self._mesh = mesh
-        whole = replicated(lowered.variables) | {
-            name
-            for name, variable in lowered.variables.items()
-            if mesh.storage(variable.layout) is mesh.experts
+        whole = replicated(lowered.variables)
+        experts = {
+            n for n, v in lowered.variables.items() if mesh.storage(v.layout) is mesh.experts
         }
+        if mesh.experts.axis.size == 1 or not HAS_MESHES:
+            whole, experts = whole | experts, set()
         self.syncs: dict[int, GradientSync] = {}
         self.shards: dict[str, Shard] = {}
         self._followers: dict[str, list[Shard]] = {}
@@ -49,6 +51,12 @@ class Parameters:
                         mesh.dense.mesh["dp"],
                         zero=lowered.plan.zero,
                         whole=[resolve(stage, name) for name in unit.names if name in whole],
+                        experts={
+                            resolve(stage, name): stored_part(lowered.variables[name], mesh).dim
+                            for name in unit.names
+                            if name in experts and name not in whole
+                        },
+                        expert_mesh=mesh.experts.mesh and mesh.experts.mesh["dp"],
                     )
             finish(stage, mesh.device)
             if mesh.fsdp.size > 1 and mesh.dense.mesh is not None:

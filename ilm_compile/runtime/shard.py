@@ -1,8 +1,9 @@
 """One rank's part of one parameter or buffer, and the way back to the full tensor.
 
-A parameter is cut along its placements on the axes of graphs, and what is left of it along
-dimension 0 by those that share its storage, "dp". Its public face is a DTensor over ("tp", "dp"),
-or ("tp", "ep", "dp") where ep cuts it, that shares memory with what the stage computes with.
+A parameter is cut along its placements on the axes of graphs, and what is left of it by those that
+share its storage, "dp": along dimension 0, an expert's along the first that they divide. Its public
+face is a DTensor over ("tp", "dp"), or ("tp", "ep", "dp") where ep cuts it, that shares memory with
+what the stage computes with.
 A dimension of several segments (a fused qkv) is cut segment by segment: the DTensor then shows the
 layout in which each rank's part is contiguous, and `full` undoes the permutation.
 """
@@ -78,7 +79,7 @@ class Shard:
         """The full tensor of which ranks hold `local`: collective over those that hold a part."""
         axis = mesh.storage(self.variable.layout).axis
         if self.is_dp_sharded and axis.size > 1:
-            local = _gather_rows(local, rows_before_fsdp(self.variable, mesh), axis)
+            local = _gather_stored(local, stored_part(self.variable, mesh), axis)
         return gather(local, self.variable.layout, axes)
 
     def load(self, full: Tensor, mesh: Mesh) -> None:
@@ -104,16 +105,16 @@ class Shard:
         """This rank's slice of a full tensor."""
         part = self.variable.layout.cut(full, mesh.place)
         if self.is_dp_sharded:
-            part = part.narrow(0, first_row(self.variable, mesh), self.local.shape[0])
+            part = stored_part(self.variable, mesh).of(part)
         return part
 
     def _alone(self, local: Tensor, mesh: Mesh) -> Tensor:
         """A full tensor with this rank's part and zeros for the others."""
         part = local
         if self.is_dp_sharded:
-            rows = rows_before_fsdp(self.variable, mesh)
-            part = local.new_zeros((rows, *local.shape[1:]))
-            part.narrow(0, first_row(self.variable, mesh), local.shape[0]).copy_(local)
+            stored = stored_part(self.variable, mesh)
+            part = local.new_zeros(stored.shape)
+            stored.of(part).copy_(local)
         return self.variable.layout.alone(part, mesh.place).clone()
 
 
@@ -132,24 +133,48 @@ def gather(local: Tensor, layout: Layout, axes: Axes) -> Tensor:
     return local
 
 
-def first_row(variable: Variable, mesh: Mesh) -> int:
-    """The first of the rows that FSDP leaves this rank: as `Tensor.chunk` cuts."""
-    rows, axis = rows_before_fsdp(variable, mesh), mesh.storage(variable.layout).axis
-    return min(-(-rows // axis.size) * axis.rank, rows)
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """Where FSDP cuts what the other axes leave of a parameter, of this shape.
+
+    This rank has `size` of dimension `dim`, from `start`: as `Tensor.chunk` cuts, only the last
+    ranks have less, if anything.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    size: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view of a tensor of `shape` that this rank has."""
+        return tensor.narrow(self.dim, self.start, self.size)
 
 
-def rows_before_fsdp(variable: Variable, mesh: Mesh) -> int:
-    """The rows that the ranks of FSDP share: what the other axes leave of `variable`."""
-    return variable.layout.local_shape(variable.shape, mesh.place.sizes)[0]
+def stored_part(variable: Variable, mesh: Mesh) -> StoredPart:
+    """What FSDP leaves this rank of `variable`.
+
+    Of experts, a rank has few: where those that share them do not divide them, each is cut.
+    """
+    storage = mesh.storage(variable.layout)
+    shape = variable.layout.local_shape(variable.shape, mesh.place.sizes)
+    rank, size, dim = storage.axis.rank, storage.axis.size, 0
+    if storage is mesh.experts:
+        dim = next((d for d, length in enumerate(shape) if length % size == 0), 0)
+    chunk = -(-shape[dim] // size)
+    start = min(chunk * rank, shape[dim])
+    return StoredPart(shape, dim, start, min(chunk, shape[dim] - start))
 
 
-def _gather_rows(local: Tensor, rows: int, axis: Axis) -> Tensor:
-    """Undo FSDP's cut of dimension 0: as `Tensor.chunk`, only the last ranks have fewer rows."""
-    padded = local.new_zeros((-(-rows // axis.size), *local.shape[1:]))
-    padded[: local.shape[0]] = local
+def _gather_stored(local: Tensor, part: StoredPart, axis: Axis) -> Tensor:
+    """Undo FSDP's cut."""
+    length = part.shape[part.dim]
+    front = local.movedim(part.dim, 0)
+    padded = front.new_zeros((-(-length // axis.size), *front.shape[1:]))
+    padded[: part.size] = front
     stacked = padded.new_empty((axis.size * padded.shape[0], *padded.shape[1:]))
     all_gather_single(stacked, padded, group=axis.group)
-    return stacked[:rows]
+    return stacked[:length].movedim(0, part.dim)
 
 
 def _public(local: Tensor, variable: Variable, mesh: Mesh, *, is_dp_sharded: bool) -> Tensor:
@@ -163,7 +188,7 @@ def _public(local: Tensor, variable: Variable, mesh: Mesh, *, is_dp_sharded: boo
         device_mesh,
         (
             *(DTensorShard(p.dim) if p.is_shard else Replicate() for p in placements),
-            DTensorShard(0) if is_dp_sharded else Replicate(),
+            DTensorShard(stored_part(variable, mesh).dim) if is_dp_sharded else Replicate(),
         ),
         run_check=False,
         shape=torch.Size(variable.shape),

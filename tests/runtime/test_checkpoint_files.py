@@ -69,12 +69,13 @@ def test_the_boxes_of_all_ranks_give_the_full_tensor_back(
     for rank in range(size):
         own = what.pad(full) if parts is None else parts[rank]
         for d in range(dp or 1):
-            local, rows = own, None
+            local, stored = own, None
             if dp is not None:
                 chunks = own.chunk(dp)
                 local = chunks[d] if d < len(chunks) else own[:0]
-                rows = (min(-(-own.shape[0] // dp) * d, own.shape[0]), local.shape[0])
-            for held in held_boxes(what, tp_place(rank, size), rows=rows):
+                start = min(-(-own.shape[0] // dp) * d, own.shape[0])
+                stored = Box((start, *[0] * (own.ndim - 1)), tuple(local.shape))
+            for held in held_boxes(what, tp_place(rank, size), stored=stored):
                 assert torch.equal(held.own.of(local), held.full.of(full))
                 held.full.of(seen).add_(1)
     assert bool((seen == (size if parts is None else 1)).all())

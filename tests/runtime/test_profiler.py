@@ -16,7 +16,7 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import Hook, Mesh, Trainer
 from ilm_compile.runtime.guard.activity import ACTIVITY
-from ilm_compile.runtime.mesh import Axis
+from ilm_compile.runtime.mesh import Axis, Storage
 from ilm_compile.runtime.observe import MemoryBreakdown, PipelineTimeline, Profiler
 from ilm_compile.runtime.observe.memory import live_microbatches, module_of, region_labels
 from ilm_compile.runtime.observe.memory_picture import draw_memory, format_bytes

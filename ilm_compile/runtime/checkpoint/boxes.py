@@ -19,7 +19,7 @@ from ilm_compile.program.layout import Place
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.shard import Shard, first_row
+from ilm_compile.runtime.shard import Shard, stored_part
 
 Coordinates = tuple[int, ...]
 
@@ -77,19 +77,15 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
-def held_boxes(
-    variable: Variable, place: Place, *, rows: tuple[int, int] | None = None
-) -> list[Held]:
+def held_boxes(variable: Variable, place: Place, *, stored: Box | None = None) -> list[Held]:
     """The boxes of `variable` on the rank at `place`; none where it holds nothing.
 
-    rows: start and number of the rows of the rank's tensor that FSDP leaves here, None for all.
+    stored: what FSDP leaves here of the rank's tensor, None for all.
     """
     shape = variable.shape
     if not shape:
         return [Held(Box((), ()), Box((), ()))]
-    own_limits = whole(variable.layout.local_shape(shape, place.sizes))
-    if rows is not None:
-        own_limits = Box((rows[0], *own_limits.start[1:]), (rows[1], *own_limits.sizes[1:]))
+    own_limits = stored or whole(variable.layout.local_shape(shape, place.sizes))
     user_limits = whole(variable.user_shape)
     found = []
     for own, full in _cut_boxes(variable, place):
@@ -106,8 +102,10 @@ def boxes_of(shard: Shard, mesh: Mesh) -> list[Held]:
     """The boxes of what this rank holds of one parameter or buffer."""
     if not shard.is_dp_sharded:
         return held_boxes(shard.variable, mesh.place)
-    rows = (first_row(shard.variable, mesh), shard.local.shape[0])
-    return held_boxes(shard.variable, mesh.place, rows=rows)
+    part = stored_part(shard.variable, mesh)
+    start = _at(part.dim, part.start, len(part.shape))
+    sizes = (*part.shape[: part.dim], part.size, *part.shape[part.dim + 1 :])
+    return held_boxes(shard.variable, mesh.place, stored=Box(start, sizes))
 
 
 def _cut_boxes(variable: Variable, place: Place) -> list[tuple[Box, Box]]:
