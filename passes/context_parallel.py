@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ilm_compile.cost import forward_flops
-from ilm_compile.passes.expert_rows import name_expert_rows
 from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.dump import target_name
@@ -34,7 +33,6 @@ class ContextParallel(Shard):
     def prepare(self, program: Program) -> Restrictions:
         """Repeat key heads where the query heads divide; what does not divide is gathered."""
         fit_heads(program, self, must_divide=False)
-        name_expert_rows(program)
         return Restrictions(name=self.name)
 
     def report(self, program: Program, solution: Solution, num_collectives: int) -> None:

@@ -10,6 +10,8 @@ from torch import fx
 from ilm_compile.cost import Hardware, collective_time, node_time
 from ilm_compile.cost.nodes import value_bytes
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
+from ilm_compile.program.expert_rows import FUNCTIONS as EXPERT_ROWS
+from ilm_compile.program.expert_rows import SENT, route, route_of
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
@@ -18,6 +20,7 @@ from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 
 # Bytes that a python function of the graph reads and writes; ops are known to `ilm_compile.cost`.
 _MOVED: dict[Any, Callable[[fx.Node], int]] = {
+    **dict.fromkeys(EXPERT_ROWS, lambda node: 2 * value_bytes(node)),
     **dict.fromkeys(FUNCTIONS, lambda node: 2 * value_bytes(node.all_input_nodes[0])),
     vocab_embedding: lambda node: 2 * value_bytes(node),
     vocab_cross_entropy: lambda node: 2 * value_bytes(node.all_input_nodes[0]),
@@ -43,7 +46,7 @@ def step_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, float]:
 
 
 def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: bool) -> float:
-    if node.target is redistribute:
+    if node.target in (redistribute, route):
         return _collective_seconds(program, node, hardware, backward=backward)
     if node.target in _MOVED:
         moved = _MOVED[node.target](node)
@@ -54,11 +57,19 @@ def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: b
 def _collective_seconds(
     program: Program, node: fx.Node, hardware: Hardware, *, backward: bool
 ) -> float:
-    arguments = {**dict(zip(("x", "src", "dst"), node.args, strict=False)), **node.kwargs}
-    source, target = (Placement.parse(str(arguments[name])) for name in ("src", "dst"))
-    _, on_value, on_gradient = TRANSITIONS[source.kind, target.kind]
-    kind = WIRE.get(on_gradient if backward else on_value)
+    kind = _wire(node, backward=backward)
     if kind is None:
         return 0.0
+    size = program.plan.axes[str(node.kwargs["axis"])]
     full = max(value_bytes(node), value_bytes(node.all_input_nodes[0]))
-    return collective_time(kind, full, program.plan.axes[str(arguments["axis"])], hardware)
+    return collective_time(kind, full, size, hardware)
+
+
+def _wire(node: fx.Node, *, backward: bool) -> str | None:
+    """Return which collective a call runs, if any."""
+    if node.target is route:
+        has_it = node.meta["val"].is_floating_point() or not backward
+        return "all_to_all" if has_it and route_of(node) in SENT else None
+    source, target = (Placement.parse(str(node.kwargs[name])) for name in ("src", "dst"))
+    _, on_value, on_gradient = TRANSITIONS[source.kind, target.kind]
+    return WIRE.get(on_gradient if backward else on_value)

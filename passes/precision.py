@@ -91,6 +91,7 @@ PRECISIONS: dict[str, Precision] = {
     "aten::embedding": LOOKUP,
     "vocab_embedding": LOOKUP,
     "redistribute": MOVE,
+    "route": MOVE,
     "aten::to": CAST,
 }
 
@@ -99,6 +100,7 @@ PRECISIONS: dict[str, Precision] = {
 CARRIERS = {
     *("aten::reshape", "aten::transpose", "aten::permute", "aten::expand", "aten::unsqueeze"),
     *("aten::contiguous", "aten::slice", "aten::select", "getitem", "redistribute"),
+    *("sort_rows", "unsort_rows", "route"),
 }
 
 

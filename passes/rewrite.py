@@ -20,6 +20,7 @@ from ilm_compile.errors import ProgramError
 from ilm_compile.passes.pattern import Function, Match, matches, parameters_of, trace_function
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import shape_communicators
+from ilm_compile.program.expert_rows import route
 from ilm_compile.program.layout import INVARIANT, Layout, MeshAxis, Sizes, layout_of
 from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
@@ -255,12 +256,12 @@ def _place(program: Program, node: fx.Node, wanted: Layout | None) -> None:
 def _placement(
     program: Program, node: fx.Node, axis: MeshAxis, layout: Layout, wanted: Placement | None
 ) -> Placement:
-    if node.target is redistribute and node.kwargs["axis"] == axis.name:
+    if node.target in (redistribute, route) and node.kwargs["axis"] == axis.name:
         return Placement.parse(str(node.kwargs["dst"]))
     inputs = tuple(map(axis.placement, tensor_inputs(node)))
     if set(inputs) <= {I} or set(inputs) == {R}:  # every rank computes the same
         return R if inputs and inputs[0] == R else I
-    shards = {placement for placement in inputs if placement.is_shard}
+    shards = {placement for placement in inputs if placement.cuts}
     dims = {Placement("S", dim) for dim in range(len(shapes_of(node)[0]))}
     legal = []
     for output in plain_placements((), axis.size) | shards | dims:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
+from ilm_compile.passes.expert_rows import name_expert_rows
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.expert_rows import OPERAND, ROUTES, route
 from ilm_compile.program.layout import MeshAxis, layout_of
@@ -55,6 +56,7 @@ class Shard(Pass):
 
     def apply(self, program: Program) -> None:
         """Solve for the placements and rewrite the graph."""
+        name_expert_rows(program)
         restrictions = self.prepare(program)
         program.plan = program.plan.replace(**{self.axis: self.size})
         if self.size == 1:

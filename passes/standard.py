@@ -64,7 +64,7 @@ def standard_passes(plan: Plan) -> list[Pass]:
         )
     ]
     if plan.ep > 1:
-        passes.append(ExpertParallel(size=plan.ep))
+        passes.append(ExpertParallel(size=plan.ep, dispatch=plan.dispatch))
     if plan.cp > 1:
         passes.append(ContextParallel(size=plan.cp))
     if fuses(plan):

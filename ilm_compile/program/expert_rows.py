@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.communicator import Communicator, ShapeCommunicator, communicator
@@ -39,7 +39,7 @@ class _SortRows(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         back = _placed_back(grad, order)
         if ctx.repeats > 1:
-            back = back.unflatten(0, (-1, ctx.repeats)).sum(1)
+            back = back.view(-1, ctx.repeats, *back.shape[1:]).sum(1)
         return back, None, None
 
 
@@ -154,6 +154,8 @@ OPERAND = {  # how the offsets lie by which a value is moved
     **dict.fromkeys([("R", "E"), ("E", "P")], "R"),
 }
 
+SENT = {pair for pair, kind in OPERAND.items() if kind == "P"}  # what is more than a local move
+
 
 class _Routed(torch.autograd.Function):
     @staticmethod
@@ -191,6 +193,12 @@ def route(x: Tensor, offsets: Tensor, src: str, dst: str, axis: str) -> Tensor:
         return forward(x, offsets, comm)
     result: Tensor = _Routed.apply(x, offsets, comm, forward, backward)  # type: ignore[no-untyped-call]
     return result
+
+
+def route_of(node: fx.Node) -> tuple[str, str]:
+    """Return the kinds of placement between which a `route` of the graph moves."""
+    src, dst = (Placement.parse(str(node.kwargs[key])).kind for key in ("src", "dst"))
+    return src, dst
 
 
 FUNCTIONS = (expert_order, sort_rows, unsort_rows, route)

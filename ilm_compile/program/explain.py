@@ -7,6 +7,7 @@ from collections import defaultdict
 from torch import fx
 
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.expert_rows import route
 from ilm_compile.program.program import Program
 from ilm_compile.program.step_traffic import collectives, predicted_traffic
 from ilm_compile.program.traffic import Message, Traffic
@@ -104,7 +105,7 @@ def _parameter_rows(program: Program, region: int, nodes: list[fx.Node]) -> list
 
 
 def _collective_row(program: Program, node: fx.Node, messages: list[Message]) -> Row:
-    typed = node.target is redistribute
+    typed = node.target in (redistribute, route)
     kind = f"{node.kwargs['src']} -> {node.kwargs['dst']}" if typed else "inside the loss"
     columns = (_sent([m for m in messages if m.backward == back]) for back in (False, True))
     where = program.source(node).module_path or "top level"

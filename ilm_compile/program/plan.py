@@ -34,6 +34,9 @@ class Plan:
     schedule: str = "1f1b"
     sequence_parallel: bool | None = None  # None: decided by cost
     embed_split_hidden: bool | None = None  # embedding sharded by hidden size; None: by cost
+    dispatch: bool | None = (
+        None  # rows are sent to their experts, or tokens gathered; None: by cost
+    )
     constraints: tuple[tuple[str, str], ...] = ()  # parameter (or glob) to placement, "S(0)"
     checkpoint: bool | float = False  # fraction of the blocks that recompute their activations
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
@@ -80,7 +83,7 @@ class Plan:
 
     @property
     def ranks_per_replica(self) -> int:
-        """The ranks that hold one copy of the model and work on the same rows: pp * ep * cp * tp."""
+        """The ranks that hold one copy of the model and work on the same rows: pp ep cp tp."""
         return self.pp * prod(self.axes.values())
 
     @property

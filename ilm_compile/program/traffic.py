@@ -16,6 +16,8 @@ from torch import Tensor, fx
 
 from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move, redistribute
+from ilm_compile.program.expert_rows import SENT as SENT_ROUTES
+from ilm_compile.program.expert_rows import route, route_of
 from ilm_compile.program.layout import Sizes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.sharded_reductions import (
@@ -83,6 +85,8 @@ def traffic(node: fx.Node, sizes: Sizes, *, has_gradient: bool = True) -> list[M
         moves = [(forward, False), (backward, True)][: 1 + has_gradient]
         shards = sorted({source, target}, key=str)
         return [m for move, back in moves for m in _messages(move, full, size, back, shards)]
+    if node.target is route:
+        return _routed(node, sizes[str(node.kwargs["axis"])], has_gradient)
     if node.target not in INSIDE:
         return []
     size = sizes[str(node.args[-1])]
@@ -92,6 +96,15 @@ def traffic(node: fx.Node, sizes: Sizes, *, has_gradient: bool = True) -> list[M
         for backward, sizes in enumerate(reduced)
         for num_bytes in sizes
     ]
+
+
+def _routed(node: fx.Node, size: int, has_gradient: bool) -> list[Message]:
+    """Rows of experts, as many for each rank: how many they are depends on the batch."""
+    if route_of(node) not in SENT_ROUTES:
+        return []
+    sent = sent_bytes("all_to_all", _bytes(node.meta["val"]) * size, size)
+    is_real = has_gradient and node.meta["val"].is_floating_point()
+    return [Message("all_to_all", sent, back) for back in (False, True)[: 1 + is_real]]
 
 
 def _cross_entropy(node: fx.Node) -> tuple[list[int], ...]:

@@ -86,13 +86,10 @@ def _walk(start: list[fx.Node], step: Any) -> set[fx.Node]:
 
 def routing(graph: fx.Graph) -> set[fx.Node]:
     """Return the values that say which row goes to which expert, integers among them."""
-    orders = graph.find_nodes(op="call_function", target=expert_order)
-    chosen = _walk(
-        list(orders), lambda n: [x for x in n.all_input_nodes if not _is_real(x)]
-    )
-    ids = [n for n in graph.find_nodes(op="call_function", target=sort_rows) if not _is_real(n)]
-    counted = _walk(ids, lambda n: [u for u in n.users if len(u.meta["val"].shape) == 1])
-    return chosen | counted if orders else set()
+    orders = list(graph.find_nodes(op="call_function", target=expert_order))
+    chosen = _walk(orders, lambda n: [x for x in n.all_input_nodes if not _is_real(x)])
+    counted = _walk(orders, lambda n: [u for u in n.users if len(u.meta["val"].shape) == 1])
+    return chosen | counted
 
 
 def _is_real(node: fx.Node) -> bool:

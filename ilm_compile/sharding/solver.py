@@ -27,7 +27,7 @@ from torch import fx
 
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
 from ilm_compile.errors import PlanError
-from ilm_compile.program.expert_rows import ROUTES
+from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.layout import EXPERT_AXIS, TOKEN_AXES, MeshAxis
 from ilm_compile.program.placement import E, I, Placement, R, S, rows_of
@@ -278,6 +278,7 @@ class Search:
         shape = shapes_of(node)[0]
         if (source.kind, target.kind) in ROUTES:
             is_same = source.segments == target.segments
+            is_same &= self.restrictions.dispatch in (None, (source.kind, target.kind) in SENT)
             return node in self.offsets and is_same and target.divides(shape, self.size)
         if self.axis.name == EXPERT_AXIS and source != target and is_expert_weight(node):
             return not source.is_shard  # tokens go to the experts, not experts to the tokens

@@ -10,7 +10,7 @@ from torch import fx
 from ilm_compile.cost import Hardware, collective_time
 from ilm_compile.errors import PlanError
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move
-from ilm_compile.program.expert_rows import ROUTES
+from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
@@ -25,7 +25,8 @@ class Restrictions:
 
     `sequence_parallel`: True, activations are sharded over tokens wherever that is legal and are
     gathered for a matrix product only; False, none is ever scattered. None leaves it to the cost.
-    `rows`: whether the axis may split the rows of the micro-batch, which is data parallelism's else.
+    `dispatch`: True, rows are sent to the ranks that have their experts; False, tokens are gathered
+    instead. `rows`: whether the axis may split the rows of a micro-batch, as data parallelism does.
     `parameters` fixes placements at rest, by parameter name or glob pattern. `name`: of the pass,
     in errors.
     """
@@ -33,6 +34,7 @@ class Restrictions:
     name: str = "tensor-parallel"
     sequence_parallel: bool | None = None
     rows: bool = False
+    dispatch: bool | None = None
     parameters: tuple[tuple[str, Placement], ...] = ()
 
     def fixed(self, name: str) -> Placement | None:
@@ -132,9 +134,7 @@ def _route_time(
 ) -> float:
     """Return the seconds of moving rows of experts, even shares assumed: see `ROUTES`."""
     copied = num_bytes / size / hardware.usable_bandwidth + hardware.kernel_overhead_s
-    if {source.kind, target.kind} == {"P", "D"}:  # counts, a few numbers
-        return collective_time("all_to_all", num_bytes, size, hardware)
-    if {source.kind, target.kind} == {"T", "D"}:
+    if (source.kind, target.kind) in SENT:
         copied += collective_time("all_to_all", num_bytes, size, hardware)
     return TIE + copied * (1 + has_gradient)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.expert_rows import route
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.values import name_of
 from ilm_compile.verify.numbers import (
@@ -86,7 +87,8 @@ def first_difference(
 
 
 def _describe(node: fx.Node) -> str:
-    kind = f" {node.kwargs['src']} -> {node.kwargs['dst']}" if node.target is redistribute else ""
+    is_typed = node.target in (redistribute, route)
+    kind = f" {node.kwargs['src']} -> {node.kwargs['dst']}" if is_typed else ""
     return f"{node.name}{kind}"
 
 

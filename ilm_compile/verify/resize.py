@@ -12,7 +12,7 @@ from torch import fx
 
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.layout import Layout, layout_of
-from ilm_compile.program.placement import Placement, S
+from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
 from ilm_compile.verify.dims import END, Dims, op_name
@@ -116,7 +116,7 @@ class _Resizer:
             return place
         change = self.dim(dims[place.dim])
         new = [change.of(end * parts) // parts for end in accumulate(place.segments, initial=0)]
-        return S(place.dim, [b - a for a, b in pairwise(new)])
+        return replace(place, segments=tuple(b - a for a, b in pairwise(new)))
 
     def variable(self, program: Program, node: fx.Node, dims: Dims) -> None:
         classes, variable = self.sizes.classes, program.variables[str(node.target)]
@@ -233,6 +233,6 @@ ARGUMENTS: dict[str, Rewrite] = {
     **dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), _bound),
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
     **dict.fromkeys(("embedding", "vocab_embedding"), _padding_index),
-    "redistribute": _moved,
+    **dict.fromkeys(("redistribute", "route"), _moved),
     "seeded_dropout": _dropout,
 }

@@ -223,3 +223,27 @@ def grouped(view: View) -> None:
     view.classes.tie(weights[-1], view.out[-1])
     for dims in offsets:
         view.classes.tie_all(dims, weights[:1])
+
+
+def sorted_rows(view: View) -> None:
+    """Each row of the first input, several times."""
+    x, order = view.inputs
+    repeats = view.argument(2, "repeats")
+    view.classes.tie(order[0], view.out[0])
+    view.classes.tie_all(x[1:], view.out[1:])
+    if repeats == 1:
+        view.classes.tie(x[0], view.out[0])
+    else:
+        several = view.classes.add([repeats], [repeats])
+        view.classes.pin(several)
+        view.classes.products.append(([view.out[0]], [x[0], *several]))
+
+
+def unsorted_rows(view: View) -> None:
+    rows, order = view.inputs
+    view.classes.tie_all(rows, view.out)
+    view.classes.tie(order[0], view.out[0])
+
+
+def routed(view: View) -> None:
+    view.classes.tie_all(view.inputs[0], view.out)

@@ -61,7 +61,17 @@ def _item(view: View, found: dict[fx.Node, list[Dims]]) -> None:
 
 
 ALONG_LAST = (
-    *("redistribute", "seeded_dropout", "to", "clone", "contiguous", "detach", "alias", "where"),
+    *(
+        "redistribute",
+        "expert_order",
+        "seeded_dropout",
+        "to",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "where",
+    ),
     *("masked_fill", "softmax", "log_softmax", "cumsum", "cumprod", "layer_norm", "rms_norm"),
     *("ilm::rms_norm", "ilm::add_rms_norm", "ilm::swiglu", "tril", "triu", "type_as", "flip"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "fill", "expand", "copy", "dropout"),
@@ -99,6 +109,9 @@ RELATIONS: dict[str, Relation] = {
     **dict.fromkeys(("topk", "sort", "argsort"), place.ordered),
     **dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), place.compared),
     **dict.fromkeys(("_grouped_mm", "transformers::grouped_mm_fallback"), size.grouped),
+    "sort_rows": size.sorted_rows,
+    "unsort_rows": size.unsorted_rows,
+    "route": size.routed,
     "index": place.indexed,
     "index_put": place.index_put,
     **dict.fromkeys(("histc", "bincount"), place.histogram),
