@@ -147,14 +147,14 @@ ROUTES: dict[tuple[str, str], tuple[str, Route, Route]] = {
     ("D", "T"): ("combine", _combine, _dispatch),
     ("R", "E"): ("take", _take, _put),
     ("E", "P"): ("put", _put, _take),
-    ("P", "D"): ("exchange_counts", _exchanged_offsets, _exchanged_offsets),
+    ("C", "D"): ("exchange_counts", _exchanged_offsets, _exchanged_offsets),
 }
 OPERAND = {  # how the offsets lie by which a value is moved
-    **dict.fromkeys([("T", "D"), ("D", "T"), ("P", "D")], "P"),
+    **dict.fromkeys([("T", "D"), ("D", "T"), ("C", "D")], "C"),
     **dict.fromkeys([("R", "E"), ("E", "P")], "R"),
 }
 
-SENT = {pair for pair, kind in OPERAND.items() if kind == "P"}  # what is more than a local move
+SENT = {pair for pair, kind in OPERAND.items() if kind == "C"}  # what is more than a local move
 
 
 class _Routed(torch.autograd.Function):

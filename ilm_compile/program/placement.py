@@ -15,6 +15,7 @@ Rows that a mixture of experts has sorted are one of
 
 * ``T``            each rank holds the rows of its own tokens, which lie as S(0) (or S(0, segments))
                    says, in the order of their experts;
+* ``C``            counts of such rows, one for each expert: each rank has those of its own T;
 * ``D``            dispatched: each rank holds the rows of all tokens for its own experts, brought
                    from the T of all ranks;
 * ``E``            each rank holds the rows of its own experts, taken from R.
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 _TEXT = re.compile(
-    r"(?P<kind>[IRPE])|S\((?P<dim>\d+)(, segments=\((?P<segments>[\d, ]+)\))?\)"
+    r"(?P<kind>[IRPCE])|S\((?P<dim>\d+)(, segments=\((?P<segments>[\d, ]+)\))?\)"
     r"|(?P<rows>[TD])(\(segments=\((?P<parts>[\d, ]+)\)\))?"
 )
 
@@ -119,6 +120,7 @@ def rows_of(kind: str, segments: Sequence[int] = ()) -> Placement:
     return Placement(kind, 0, tuple(segments) if len(segments) > 1 else ())
 
 
+C = Placement("C")
 E = Placement("E", 0)
 
 

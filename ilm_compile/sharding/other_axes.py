@@ -65,7 +65,8 @@ def moved(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     is_later = AXES.index(name) > AXES.index(call.axis.name)
     (shape,) = call.shapes
     for out in wanted:
-        if out.cuts and not out.is_shard and not {p.dim for p in (source, target) if p.cuts} & {0}:
+        is_apart = not any(p.cuts and p.dim == 0 for p in (source, target))
+        if out.kind in "TDEC" and is_apart:
             yield Strategy((out,), out)
         if not out.is_shard:
             continue

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
-from ilm_compile.program.placement import E, I, P, Placement, R, S, rows_of
+from ilm_compile.program.placement import C, E, I, P, Placement, R, S, rows_of
 from ilm_compile.sharding.rules_math import mixing, pointwise
 from ilm_compile.sharding.rules_select import GROUPED
 from ilm_compile.sharding.strategy import (
@@ -30,6 +30,7 @@ from ilm_compile.sharding.strategy import (
 KINDS = "TDE"
 COUNTS = (aten.histc.default, aten.bincount.default)
 _ROWWISE = (aten.slice.Tensor, aten.unsqueeze.default, aten.linear.default)
+_SUMMED = (aten.cumsum.default, aten.to.dtype)  # over experts, after which counts end rows
 MOST_SEGMENTS = 64  # in how many parts rows that are counted may lie: the rows of a micro-batch
 
 
@@ -134,12 +135,16 @@ def count(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         if rows % parts == 0:
             segments = (rows // parts,) * parts
             yield Strategy((rows_of("T", segments),), P)
+            if C in wanted:
+                yield Strategy((rows_of("T", segments),), C)
             yield Strategy((S(0, segments),), P)
 
 
 def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """What each row of T, D or E gives on its own."""
     for out in wanted:
+        if out == C and call.target in _SUMMED:
+            yield Strategy((C,), C)
         if out.kind not in KINDS:
             continue
         if _name(call.node) in GROUPED:
@@ -153,7 +158,7 @@ def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 def _grouped(call: Call, out: Placement) -> Iterator[Strategy]:
     if len(call.shapes) == 3:
-        weights, offsets = {"T": (R, P), "D": (S(0), rows_of("D")), "E": (S(0), E)}[out.kind]
+        weights, offsets = {"T": (R, C), "D": (S(0), rows_of("D")), "E": (S(0), E)}[out.kind]
         yield Strategy((out, weights, offsets), out)
 
 
@@ -173,11 +178,11 @@ def routed(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     The offsets are integers: without a gradient, I and R are the same.
     """
     if call.args[0] is call.args[1]:
-        yield Strategy((P, P), P)
+        yield from (Strategy((same, same), same) for same in (I, R, C))
         return
     for out in {P, *wanted}:
         if out.kind == "T":
-            yield Strategy((out, P), out)
+            yield Strategy((out, C), out)
         if out == P or (out.is_shard and out.dim > 0):
             yield from (Strategy((out, same), out) for same in (I, R))
     yield from (Strategy(pair, pair[0]) for pair in product((I, R), (I, R)))

@@ -103,8 +103,6 @@ _MIXING: dict[Any, Callable[[Call], Iterable[int]]] = {
 def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along any dimension that the op does not mix; a softmax along any."""
     mixed = {dim % len(call.shape) for dim in _MIXING[call.target](call)}
-    if call.target is aten.cumsum.default:
-        yield Strategy((P,), P)
     for out in wanted:
         if out.is_shard and (out.dim not in mixed or call.target in SOFTMAXES):
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
