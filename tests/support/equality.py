@@ -14,7 +14,7 @@ from ilm_compile import models
 from tests.support.experts import MixtureOfExperts
 from tests.support.promote import promoted_float32
 from tests.support.world import World
-from tests.support.zoo import LISTED, listed_model
+from tests.support.zoo import EXPERTS_LISTED, LISTED, listed_model
 
 SEQ, VOCAB = 16, 512
 TINY = {"num_layers": 4, "max_seq_len": SEQ}
@@ -59,7 +59,7 @@ MODELS = {
     "llama": hf_llama,
     "gpt2": hf_gpt2,
     "experts": lambda: MixtureOfExperts(VOCAB),
-    **{name: partial(listed_model, name) for name in LISTED},
+    **{name: partial(listed_model, name) for name in LISTED | EXPERTS_LISTED},
 }
 
 

@@ -139,6 +139,22 @@ LISTED = {
     "OLMo-2": Listed("Olmo2ForCausalLM"),
     "Mixtral": Listed("MixtralForCausalLM"),
 }
+# Mixtures of experts: top-k by softmax and by sigmoid, groups of experts and their bias, shared
+# experts, biases of experts, experts multiplied as a batch.
+EXPERTS_LISTED = {
+    "Qwen3-MoE": Listed("Qwen3MoeForCausalLM"),
+    "OLMoE": Listed("OlmoeForCausalLM"),
+    "DeepSeek-V3": Listed("DeepseekV3ForCausalLM"),
+    "GLM-4-MoE": Listed("Glm4MoeForCausalLM"),
+    "GPT-OSS": Listed("GptOssForCausalLM"),
+    "dots.llm1": Listed("Dots1ForCausalLM"),
+    "ERNIE-4.5-MoE": Listed("Ernie4_5_MoeForCausalLM"),
+    "Granite-MoE": Listed("GraniteMoeForCausalLM"),
+    "MiniMax": Listed("MiniMaxForCausalLM"),
+    "Llama-4": Listed("Llama4ForCausalLM"),
+    "Qwen2-MoE": Listed("Qwen2MoeForCausalLM"),
+    "Jamba": Listed("JambaForCausalLM"),
+}
 
 
 def architectures() -> list[str]:
@@ -168,7 +184,7 @@ def small_model(architecture: str, config_name: str = "", **changes: Any) -> nn.
 
 def listed_model(name: str, *, layers: int = LAYERS) -> nn.Module:
     """Return a small float64 model of those in `LISTED`."""
-    listed = LISTED[name]
+    listed = (LISTED | EXPERTS_LISTED)[name]
     return small_model(listed.architecture, listed.config, layers=layers, **listed.small)
 
 
