@@ -14,7 +14,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of `Plan` that changes the program."""
     plan = parser.add_argument_group("plan", "An option left out is as in --plan, or as in Plan.")
     plan.add_argument("--plan", type=Path, metavar="FILE", help="JSON to start from")
-    for name in ("tp", "cp", "pp", "num-chunks", "num-microbatches"):
+    for name in ("tp", "cp", "ep", "pp", "num-chunks", "num-microbatches"):
         plan.add_argument(f"--{name}", type=int, metavar="N")
     plan.add_argument("--schedule", help="1f1b, gpipe or interleaved_1f1b")
     plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)

@@ -82,6 +82,7 @@ class Config:
         return Plan(
             tp=parallel.tensor,
             cp=parallel.context,
+            ep=parallel.expert,
             pp=parallel.pipeline,
             num_chunks=parallel.num_chunks,
             num_microbatches=self.data.micro_num,
