@@ -57,6 +57,12 @@ def test_ten_adamw_steps_end_in_the_same_weights(plan, world4):
     assert error <= 1e-8
 
 
+@pytest.mark.parametrize("plan", [{"ep": 2, "num_microbatches": 2}, {"ep": 2, "cp": 2, "tp": 2}])
+def test_the_proof_has_an_axis_of_experts(plan):
+    report = ilm_compile.verify(make_model("experts"), example_inputs=EXAMPLE, dp=2, **plan)
+    assert report.ok, str(report)
+
+
 # One training, each leg of it under another plan, from what the leg before has saved.
 LEGS: list[tuple[int, dict[str, Any]]] = [
     (4, {"ep": 2, "zero": 3}),

@@ -89,6 +89,7 @@ class Config:
             schedule=parallel.schedule or by_chunks,
             sequence_parallel=parallel.sequence_parallel,
             embed_split_hidden=parallel.embed_split_hidden,
+            dispatch=parallel.dispatch,
             constraints=tuple(parallel.constraints.items()),
             checkpoint=parallel.checkpoint,
             dtype=None if train.dtype == "float32" else train.dtype,

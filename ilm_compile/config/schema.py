@@ -52,6 +52,7 @@ class ParallelOptions:
     sequence_parallel: bool | None = option(None, "decided by cost if left out")
     embed_split_hidden: bool | None = option(None, "embedding cut by hidden size; by cost")
     checkpoint: bool | float = option(False, "fraction of blocks that recompute", low=0, high=1)
+    dispatch: bool | None = option(None, "rows go to their experts, or tokens to all; by cost")
     constraints: Mapping[str, str] = option({}, "parameter name or glob to placement, 'S(0)'")
 
 

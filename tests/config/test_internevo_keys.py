@@ -150,7 +150,10 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
     [
         ({"model": {"norm_type": "batchnorm"}}, "expected one of 'rmsnorm', 'layernorm'"),
         ({"model": {"num_experts": 8}}, "for mixtures of experts write model.hf, or register"),
-        ({"parallel": {"expert": {"size": 2}}}, "here they share one; write the number as parallel"),
+        (
+            {"parallel": {"expert": {"size": 2}}},
+            "here they share one; write the number as",
+        ),
         ({"model": {"drop_rate": 0.1}}, "have no dropout"),
         ({"model": {"dtype": "torch.float64"}}, "write one of torch.bfloat16"),
         ({"model": {"is_reward": True}}, "for a reward head"),
