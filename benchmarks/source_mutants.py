@@ -231,8 +231,8 @@ GRADIENT_MUTANTS = [
         ),
         (
             "equal parts count once per dp rank",
-            "and (shard.is_dp_sharded or self._mesh.fsdp.rank == 0)",
-            "and True",
+            "and (shard.is_dp_sharded or self._mesh.storage(",
+            "and (True or self._mesh.storage(",
             UNUSUAL,
         ),
         (
@@ -254,7 +254,7 @@ GRADIENT_MUTANTS = [
         ),
         (
             "whole gradients are not summed over dp",
-            "grad = self._dp.all_reduce(grad)",
+            "grad = dp.all_reduce(grad)",
             "pass",
             UNUSUAL,
         ),
@@ -282,11 +282,11 @@ GRADIENT_MUTANTS = [
         ),
         (
             "every dp rank loads the first rows",
-            "fsdp.size) * fsdp.rank,",
-            "fsdp.size) * 0,",
+            "start = min(chunk * rank,",
+            "start = min(chunk * 0,",
             STATE,
         ),
-        ("rows of another rank are read", "stacked[:rows]", "stacked[-rows:]", STATE),
+        ("rows of another rank are read", "stacked[:length]", "stacked[-length:]", STATE),
         (
             "frozen copies become trainable",
             "requires_grad=leaf.requires_grad)",

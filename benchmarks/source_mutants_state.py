@@ -20,6 +20,7 @@ LOAD = f"{TESTS}/test_checkpoint_load.py"
 BATCHES = f"{TESTS}/test_data_batches.py"
 TOKENS = f"{TESTS}/test_data_tokens.py"
 MESH = f"{TESTS}/test_mesh.py"
+EXPERTS = f"{TESTS}/test_expert_storage.py"
 DATA = f"{TESTS}/test_data.py"
 
 VALUE_MUTANTS = [
@@ -111,6 +112,12 @@ VALUE_MUTANTS = [
             "tp and dp are exchanged",
             "(pp * self.fsdp.size + fsdp) * self.tp.size + tp",
             "(pp * self.tp.size + tp) * self.fsdp.size + fsdp",
+        ),
+        (
+            "experts are shared by those that have others",
+            "return self.experts if is_cut",
+            "return self.dense if is_cut",
+            EXPERTS,
         ),
     ),
 ]
@@ -204,8 +211,8 @@ CHECKPOINT_MUTANTS = [
         ),
         (
             "dp rows are all the first",
-            "first_row(total, mesh.fsdp), shard",
-            "0, shard",
+            "_at(part.dim, part.start,",
+            "_at(part.dim, 0,",
             UNUSUAL,
         ),
     ),

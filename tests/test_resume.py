@@ -79,7 +79,8 @@ def saved(
 def resumed(worlds: dict[int, World], saved: tuple[str, dict[str, list[float]]]) -> Curves:
     curves: Curves = {}
     for size in SIZES:
-        curves |= worlds[size].run(resume_and_train, _of_size(size), saved[0])[0]
+        plans = _of_size(size)
+        curves |= worlds[size].run(resume_and_train, plans, saved[0], timeout=300)[0]
     return curves
 
 

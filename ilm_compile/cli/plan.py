@@ -14,11 +14,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of `Plan` that changes the program."""
     plan = parser.add_argument_group("plan", "An option left out is as in --plan, or as in Plan.")
     plan.add_argument("--plan", type=Path, metavar="FILE", help="JSON to start from")
-    for name in ("tp", "cp", "pp", "num-chunks", "num-microbatches"):
+    for name in ("tp", "cp", "ep", "pp", "num-chunks", "num-microbatches"):
         plan.add_argument(f"--{name}", type=int, metavar="N")
     plan.add_argument("--schedule", help="1f1b, gpipe or interleaved_1f1b")
     plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
     plan.add_argument("--embed-split-hidden", action=argparse.BooleanOptionalAction)
+    plan.add_argument("--dispatch", action=argparse.BooleanOptionalAction)
     plan.add_argument("--checkpoint", type=float, metavar="FRACTION", help="of the blocks")
     plan.add_argument("--kernels", help="auto, triton or torch: fused ops, or none")
     plan.add_argument("--dtype", help="of matmuls and attention: bfloat16, float16")

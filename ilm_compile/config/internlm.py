@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Table
 from ilm_compile.config.translate import Fate, Ignored, NoEffect, Only, Refusal, Spread, To
@@ -72,6 +73,28 @@ def _of_internlm2(key: str, *harmless: Any, opposite: bool = False) -> Spread:
 
     told = f"not `model.{key}`" if opposite else f"`model.{key}`"
     return Spread(spread, f"{told} of INTERNLM2", (f"model.{key}",))
+
+
+def _of_own_models(key: str, *harmless: Any) -> Spread:
+    """A key that the builder of a registered model may have; ours have no experts.
+
+    Of ours it has no effect, or must be one of `harmless`.
+    """
+
+    def spread(value: Any, config: Table) -> dict[str, Any]:
+        named = config.find("model_type") or config.find("model.type")
+        if named is not None and named[0] not in FAMILIES:
+            return {f"model.{key}": value}
+        if not harmless:
+            raise NoEffect("there are no experts in this model")
+        if value not in harmless:
+            raise Refusal(
+                f"{shown(value)}: for mixtures of experts write model.hf, or register a model of "
+                "your own"
+            )
+        return {}
+
+    return Spread(spread, f"`model.{key}` of a registered model", (f"model.{key}",))
 
 
 def _packing(value: Any, config: Table) -> dict[str, Any]:
@@ -201,7 +224,7 @@ _TOP: dict[str, Fate] = {
     "tensorboard.queue_max_length": Ignored("files are written after every step"),
     "batch_count": Only((0,), "a checkpoint knows its step: write ckpt.load_path"),
     "alert_address": Spread(_feishu, "`monitor.webhook` of kind feishu", _WEBHOOK),
-    "moe": Ignored("there are no experts in this model"),
+    "moe": Ignored("a registered model takes what it needs from `model`"),
     "fp8": Only((False,), "train.dtype is float32 or a 16-bit type"),
     "int8_training": Only((False,), "train.dtype is float32 or a 16-bit type"),
     "int8_mode": Ignored("see int8_training"),
@@ -231,9 +254,9 @@ _MODEL: dict[str, Fate] = {
     "max_position_embeddings": Ignored("rotary positions have no table, any length is fine"),
     "use_dynamic_ntk_rope": Only((False,), "write a larger model.rope_base"),
     "is_reward": Only((False,), "for a reward head register a model of your own"),
-    "num_experts": Only((0, 1), "for mixtures of experts register a model of your own"),
-    "moe_use_residual": Only((False,), "for mixtures of experts register a model of your own"),
-    "moe_type": Ignored("there are no experts in this model"),
+    "num_experts": _of_own_models("num_experts", 0, 1),
+    "moe_use_residual": _of_own_models("moe_use_residual", False),
+    "moe_type": _of_own_models("moe_type"),
     "qk_interleaved": _of_internlm2("adapt_hf", True, False, opposite=True),
     "sequence_parallel": To("parallel.sequence_parallel"),
     "use_amp": Ignored("the dtype says what is computed in", (True,)),
@@ -286,13 +309,17 @@ _PARALLEL: dict[str, Fate] = {
     "weight.memory_pool": Ignored("weights are not gathered by hand", (False, True)),
     "weight.launch_allgather_before": Ignored("weights are not gathered by hand"),
     "weight.forward_overlap_per": Ignored("weights are not gathered by hand"),
-    "expert": Only((-1, 1), "for mixtures of experts register a model of your own"),
-    "expert.size": Only((-1, 1), "for mixtures of experts register a model of your own"),
-    "expert.no_tp": Ignored("there are no experts in this model", (False,)),
+    "expert": To("parallel.expert", lambda value: None if value == -1 else value),
+    "expert.size": Only(
+        (-1, 1),
+        "there its ranks have micro-batches of their own, here they share one; write the number as "
+        "parallel.expert, and a data.micro_bsz that many times as large",
+    ),
+    "expert.no_tp": Ignored("how experts are cut for tp is decided by cost", (False,)),
     "expert_weight": Only((1,), _SHARDED, ("parallel.zero",)),
     "expert_weight.size": Only((1,), _SHARDED, ("parallel.zero",)),
-    "expert_weight.overlap": Ignored("there are no experts in this model", (False, True)),
-    "expert_weight.memory_pool": Ignored("there are no experts in this model", (False, True)),
+    "expert_weight.overlap": Ignored("weights are not gathered by hand", (False, True)),
+    "expert_weight.memory_pool": Ignored("weights are not gathered by hand", (False, True)),
     "sequence_2D.enable": Only((False,), "write parallel.sequence_parallel"),
     "sequence_2D.head_size": Ignored("sequences are cut along one dim", (1,)),
     "sequence_2D.context_size": Ignored("sequences are cut along one dim", (1,)),
@@ -335,7 +362,7 @@ _OPTIMIZER: dict[str, Fate] = {
     "grad_scaler.fp16.initial_scale": To("grad_scaler.initial_scale"),
     "grad_scaler.fp16.min_scale": To("grad_scaler.min_scale"),
     "grad_scaler.fp16.growth_interval": To("grad_scaler.growth_interval"),
-    "loss.moe_loss_coeff": Ignored("there are no experts in this model"),
+    "loss.moe_loss_coeff": Ignored("what a model adds to its loss, it takes from `model`"),
     "loss.op_type": Ignored("the cross entropy is sharded by the plan"),
     "hybrid_zero_optimizer.clip_grad_norm": To("train.max_grad_norm"),
     "hybrid_zero_optimizer.overlap_sync_grad": Ignored("gradients always overlap", (True,)),

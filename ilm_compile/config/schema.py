@@ -44,6 +44,7 @@ class ParallelOptions:
 
     tensor: int = option(1, "ranks that share every layer", low=1)
     context: int = option(1, "ranks that share every sequence", low=1)
+    expert: int = option(1, "ranks that share a micro-batch, and divide the experts", low=1)
     pipeline: int = option(1, "ranks that hold consecutive layers", low=1)
     num_chunks: int = option(1, "pipeline stages on each rank", low=1)
     schedule: str | None = option(None, "1f1b, gpipe, interleaved_1f1b; by num_chunks if left out")
@@ -51,6 +52,7 @@ class ParallelOptions:
     sequence_parallel: bool | None = option(None, "decided by cost if left out")
     embed_split_hidden: bool | None = option(None, "embedding cut by hidden size; by cost")
     checkpoint: bool | float = option(False, "fraction of blocks that recompute", low=0, high=1)
+    dispatch: bool | None = option(None, "rows go to their experts, or tokens to all; by cost")
     constraints: Mapping[str, str] = option({}, "parameter name or glob to placement, 'S(0)'")
 
 

@@ -103,7 +103,9 @@ def translate(
 def _put_over(table: Table, key: str, value: Any, place: Place, keys: Mapping[str, Fate]) -> None:
     """Put one key of the command line over the file's of the same spelling; None takes it out."""
     earlier = table.find(key)
-    if earlier is not None and isinstance(earlier[0], Table) and f"{key}.size" in keys:
+    size = keys.get(f"{key}.size")
+    is_table = earlier is not None and isinstance(earlier[0], Table)
+    if is_table and size is not None and not isinstance(size, Only):
         key = f"{key}.size"  # their other way to write the same
     if value is None:
         table.remove(key)

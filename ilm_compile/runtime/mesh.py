@@ -185,8 +185,8 @@ class Mesh:
             torch.cuda.set_device(place)
         if not started:
             axes: dict[str, Any] = dict.fromkeys(RANK_ORDER, Axis())
-            alone = Storage(Axis())
-            return cls(**axes, dense=alone, experts=alone, device=place, timeout=timeout)
+            stored: dict[str, Any] = {"dense": Storage(Axis()), "experts": Storage(Axis())}
+            return cls(**axes, **stored, device=place, timeout=timeout)
         everyone: dist.ProcessGroup | None
         if dist.is_initialized():
             everyone = group_of(None, timeout)  # the default group keeps its own timeout

@@ -32,11 +32,10 @@ class Parameters:
     ) -> None:
         self._mesh = mesh
         whole = replicated(lowered.variables)
-        experts = {
-            n for n, v in lowered.variables.items() if mesh.storage(v.layout) is mesh.experts
-        }
+        variables = lowered.variables.items()
+        experts = {name for name, v in variables if mesh.storage(v.layout) is mesh.experts}
         if mesh.experts.axis.size == 1 or not HAS_MESHES:
-            whole, experts = whole | experts, set()
+            whole |= experts
         self.syncs: dict[int, GradientSync] = {}
         self.shards: dict[str, Shard] = {}
         self._followers: dict[str, list[Shard]] = {}
@@ -54,7 +53,7 @@ class Parameters:
                         experts={
                             resolve(stage, name): stored_part(lowered.variables[name], mesh).dim
                             for name in unit.names
-                            if name in experts and name not in whole
+                            if name in experts - whole
                         },
                         expert_mesh=mesh.experts.mesh and mesh.experts.mesh["dp"],
                     )

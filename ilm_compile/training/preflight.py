@@ -90,9 +90,10 @@ def _run(check: Check, start: Start) -> Iterator[str]:
 
 def _world(start: Start) -> Iterator[str]:
     needed, found = start.plan.ranks_per_replica, start.place.world_size
-    parallel = {"tensor": start.plan.tp, "context": start.plan.cp, "pipeline": start.plan.pp}
-    shown = {n: size for n, size in parallel.items() if size > 1 or n != "context"}
-    sizes = {f"parallel.{name}": size for name, size in shown.items()}
+    plan = start.plan
+    always = {"parallel.tensor": plan.tp, "parallel.pipeline": plan.pp}
+    others = {"parallel.context": plan.cp, "parallel.expert": plan.ep}
+    sizes = always | {name: size for name, size in others.items() if size > 1}
     if not start.place.is_started and needed > 1:
         yield (
             f"{' and '.join(f'{name}={size}' for name, size in sizes.items())} need {needed} "
@@ -153,11 +154,8 @@ def _device(start: Start) -> Iterator[str]:
 
 def _memory(start: Start) -> Iterator[str]:
     """Weights, gradients and optimizer state alone must fit; activations come on top."""
-    dp, plan = start.data_parallel, start.plan
-    total = sum(
-        prod(p.shape) * static_bytes_per_parameter(p.dtype, dp=dp * plan.cp, zero=plan.zero)
-        for p in start.model.parameters()
-    )
+    plan = start.plan
+    total = sum(_held_bytes(p, plan, start.data_parallel) for p in start.model.parameters())
     needed, available = total / (plan.tp * plan.pp), available_bytes(start.place)
     if needed > available:
         yield (
@@ -165,6 +163,18 @@ def _memory(start: Start) -> Iterator[str]:
             f"each rank, {available / GIB:.1f} GiB are there; raise parallel.tensor or "
             "parallel.pipeline, take parallel.zero=3, or start more processes"
         )
+
+
+def _held_bytes(parameter: nn.Parameter, plan: Plan, dp: int) -> float:
+    """What one of the ranks that divide the tokens holds of a parameter.
+
+    One of three dimensions may be the matrices of experts, of which it then has a part.
+    """
+    is_expert = parameter.ndim == 3 and parameter.shape[0] % plan.ep == 0
+    parts = plan.ep if is_expert else 1
+    sharing = dp * plan.cp * plan.ep // parts
+    each = static_bytes_per_parameter(parameter.dtype, dp=sharing, zero=plan.zero)
+    return prod(parameter.shape) // parts * each
 
 
 def available_bytes(place: Place) -> float:

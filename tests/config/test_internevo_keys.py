@@ -149,7 +149,11 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
     ("sections", "message"),
     [
         ({"model": {"norm_type": "batchnorm"}}, "expected one of 'rmsnorm', 'layernorm'"),
-        ({"model": {"num_experts": 8}}, "for mixtures of experts register"),
+        ({"model": {"num_experts": 8}}, "for mixtures of experts write model.hf, or register"),
+        (
+            {"parallel": {"expert": {"size": 2}}},
+            "here they share one; write the number as",
+        ),
         ({"model": {"drop_rate": 0.1}}, "have no dropout"),
         ({"model": {"dtype": "torch.float64"}}, "write one of torch.bfloat16"),
         ({"model": {"is_reward": True}}, "for a reward head"),
@@ -188,6 +192,9 @@ def test_what_ours_cannot_do_says_what_to_write(sections: dict[str, Any], messag
         ("parallel", {"zero1": {"size": -1, "fsdp": True}}, "parallel", "zero", 3),
         ("parallel", {"fsdp": {"enable": True, "mode": "v1"}}, "parallel", "zero", 3),
         ("parallel", {"pipeline": 1}, "parallel", "pipeline", 1),
+        ("parallel", {"expert": -1}, "parallel", "expert", 1),
+        ("parallel", {"expert": {"size": -1, "no_tp": False}}, "parallel", "expert", 1),
+        ("parallel", {"expert": 4}, "parallel", "expert", 4),
         ("ckpt", {"checkpoint_every": float("inf")}, "ckpt", "every", 0),
         ("ckpt", folder("local:a/49"), "ckpt", "load_path", "local:a/49"),
         ("ckpt", folder("local:a") | start({"path": "b"}), "ckpt", "load_path", "b"),
@@ -247,6 +254,7 @@ def test_what_has_no_effect_beside_another_key_is_told() -> None:
         ({"ckpt": {"load_ckpt_info": {"path": "b"}}}, "ckpt.auto_resume=false",
          "ckpt", "load_path", "b"),
         ({"batch_count": 4}, "batch_count=0", "train", "total_steps", 100),
+        ({"parallel": {"expert": {"size": 4}}}, "parallel.expert=2", "parallel", "expert", 2),
     ],
 )  # fmt: skip
 def test_what_the_command_line_settles_is_no_fault_of_the_file(

@@ -239,12 +239,13 @@ def test_a_wrong_set_is_named(override: str, message: str) -> None:
 
 def test_a_registered_model_takes_the_keys_of_its_builder() -> None:
     @MODEL_INITIALIZER.register_module(module_name="TEST_CONFIG_TINY")
-    def build(width: int, names: list[str]) -> nn.Module:
-        return nn.Linear(width, len(names))
+    def build(width: int, names: list[str], num_experts: int = 1) -> nn.Module:
+        return nn.Linear(width, len(names) * num_experts)
 
-    values = {**SMALL, "model": {"type": "TEST_CONFIG_TINY", "width": 3, "names": ("a",)}}
+    fields = {"width": 3, "names": ("a",), "num_experts": 8}  # the last InternEvo's families have
+    values = {**SMALL, "model": {"type": "TEST_CONFIG_TINY", **fields}}
     loaded = make_config(values)
-    assert loaded.model_fields() == {"width": 3, "names": ["a"]}
+    assert loaded.model_fields() == {"width": 3, "names": ["a"], "num_experts": 8}
     assert make_config(loaded.to_dict()) == loaded
     with pytest.raises(ConfigError, match=r"model.widht is not a key; did you mean model.width\?"):
         make_config({**SMALL, "model": {"type": "TEST_CONFIG_TINY", "widht": 3}})

@@ -49,7 +49,7 @@ def test_json_may_leave_fields_out() -> None:
 
 def test_unknown_key_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        PlanError, match=r"unknown option \['tensor'\], known are \['tp', 'cp', 'pp', "
+        PlanError, match=r"unknown option \['tensor'\], known are \['tp', 'cp', 'ep', 'pp', "
     ):
         Plan.from_json('{"tensor": 2}')
 

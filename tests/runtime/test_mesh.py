@@ -7,10 +7,12 @@ import logging
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import Mesh, meeting
+from ilm_compile.training import ParallelMode, ProcessGroups
 from tests.support.world import World
 
 LONG, SHORT = timedelta(seconds=60), timedelta(seconds=2)
@@ -40,6 +42,33 @@ def test_tp_is_the_fastest_axis_and_pp_the_slowest(world4: World) -> None:
     ]
 
 
+def groups_by_kind(rank: int) -> dict[str, list[int]]:
+    """The ranks of each group of one with ep=2 and cp=2, or dp=2, as the groups have them."""
+    found = {}
+    for second in ("cp", "dp"):
+        mesh = Mesh.create(Plan(ep=2, cp=2 if second == "cp" else 1))
+        groups = ProcessGroups(mesh)
+        for mode in ParallelMode:
+            ranks = groups.get_ranks_in_group(mode)
+            assert dist.get_process_group_ranks(groups.get_group(mode)) == ranks
+            assert ranks.index(rank) == groups.get_local_rank(mode)
+            found[f"{second} {mode.name}"] = ranks
+    return found
+
+
+def test_experts_are_shared_by_the_ranks_that_are_elsewhere_on_ep(world4: World) -> None:
+    found = world4.run(groups_by_kind)
+    everyone = [0, 1, 2, 3]
+    for rank in everyone:
+        neighbours, others = [[0, 1], [2, 3]][rank // 2], [[0, 2], [1, 3]][rank % 2]
+        assert found[rank] == {
+            "cp GLOBAL": everyone, "cp DATA": [rank], "cp TENSOR": [rank], "cp PIPELINE": [rank],
+            "cp ZERO1": everyone, "cp EXPERT": others, "cp EXPERT_DATA": neighbours,
+            "dp GLOBAL": everyone, "dp DATA": others, "dp TENSOR": [rank], "dp PIPELINE": [rank],
+            "dp ZERO1": everyone, "dp EXPERT": neighbours, "dp EXPERT_DATA": others,
+        }  # fmt: skip
+
+
 def test_one_process_without_torchrun_has_no_group() -> None:
     mesh = Mesh.create(Plan())
     assert (mesh.world_size, mesh.rank, mesh.is_distributed) == (1, 0, False)
@@ -51,15 +80,22 @@ def test_several_processes_must_be_started_by_torchrun() -> None:
         Mesh.create(Plan(tp=2, pp=2))
 
 
-def wrong_world(rank: int) -> str:
+def wrong_world(rank: int, plan: Plan) -> str:
     with pytest.raises(PlanError) as info:
-        Mesh.create(Plan(tp=3, pp=2))
+        Mesh.create(plan)
     return str(info.value)
 
 
-def test_a_world_of_the_wrong_size_is_refused_with_one_that_works(world4: World) -> None:
-    for text in world4.run(wrong_world):
-        assert "a multiple of tp*pp = 3*2 = 6, got 4 processes" in text
+@pytest.mark.parametrize(
+    ("plan", "sizes"),
+    [(Plan(tp=3, pp=2), "tp*pp = 3*2"), (Plan(ep=3, pp=2), "tp*pp*ep = 1*2*3")],
+    ids=["tp", "ep"],
+)
+def test_a_world_of_the_wrong_size_is_refused_with_one_that_works(
+    world4: World, plan: Plan, sizes: str
+) -> None:
+    for text in world4.run(wrong_world, plan):
+        assert f"a multiple of {sizes} = 6, got 4 processes" in text
         assert "torchrun --nproc-per-node=6 script.py" in text
 
 

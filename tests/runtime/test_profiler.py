@@ -169,7 +169,7 @@ def test_rows_tell_ranks_stages_and_what_came_after_the_schedule() -> None:
 )
 def test_a_rank_is_called_by_its_place(sizes: tuple[int, ...], words: str) -> None:
     pp, dp, tp = (Axis(0, size) for size in sizes)
-    mesh = Mesh(pp=pp, dp=dp, cp=Axis(), tp=tp, fsdp=dp, device=torch.device("cpu"))
+    mesh = Mesh(pp, dp, Axis(), Axis(), tp, Storage(dp), Storage(dp), torch.device("cpu"))
     assert rank_words(mesh, 1) == words
 
 

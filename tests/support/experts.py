@@ -6,23 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NUM_EXPERTS = 4
-
 
 class Experts(nn.Module):
     """A residual block: the sum of every expert's output, weighted by a router."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, num_experts: int = 4) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
-        self.router = nn.Linear(hidden, NUM_EXPERTS)
-        self.up = nn.Parameter(torch.randn(NUM_EXPERTS, hidden, 2 * hidden) * 0.1)
-        self.down = nn.Parameter(torch.randn(NUM_EXPERTS, 2 * hidden, hidden) * 0.1)
+        self.router = nn.Linear(hidden, num_experts)
+        self.up = nn.Parameter(torch.randn(num_experts, hidden, 2 * hidden) * 0.1)
+        self.down = nn.Parameter(torch.randn(num_experts, 2 * hidden, hidden) * 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(0, 1)
         weights = self.router(tokens).softmax(-1)
-        each = torch.bmm(tokens.unsqueeze(0).expand(NUM_EXPERTS, -1, -1), self.up)
+        each = torch.bmm(tokens.unsqueeze(0).expand(len(self.up), -1, -1), self.up)
         each = torch.bmm(F.silu(each), self.down)
         return x + (each * weights.t().unsqueeze(-1)).sum(0).view_as(x)
 
@@ -30,10 +28,12 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """A language model without attention: embedding, blocks of experts, a head."""
 
-    def __init__(self, vocab: int, hidden: int = 16, num_layers: int = 2) -> None:
+    def __init__(
+        self, vocab: int, hidden: int = 16, num_layers: int = 2, num_experts: int = 4
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, hidden)
-        self.layers = nn.ModuleList(Experts(hidden) for _ in range(num_layers))
+        self.layers = nn.ModuleList(Experts(hidden, num_experts) for _ in range(num_layers))
         self.head = nn.Linear(hidden, vocab, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "single": {"num_microbatches": 4},
     "tp2": {"tp": 2, "num_microbatches": 4},
     "cp2": {"cp": 2, "num_microbatches": 4},
+    "ep2": {"ep": 2, "num_microbatches": 4},
     "pp2": {"pp": 2, "num_microbatches": 4},
     "dp2-zero1": {"num_microbatches": 2, "zero": 1},
     "dp2-zero3": {"num_microbatches": 2, "zero": 3},
@@ -59,7 +60,7 @@ class Run:
 
     def __init__(self, plan: str, *, seed: int) -> None:
         torch.manual_seed(seed)
-        model = TinyTransformer(vocab=VOCAB, tied=True, dropout=0.1).double()
+        model = TinyTransformer(vocab=VOCAB, tied=True, dropout=0.1, experts=True).double()
         example = {name: ((1, SEQ), torch.int64) for name in ("input_ids", "labels")}
         with promoted_float32():
             parallel = ilm_compile.parallelize(model, example_inputs=example, **PLANS[plan])

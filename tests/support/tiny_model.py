@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.experts import Experts
+
 VOCAB, HIDDEN, HEADS, SEQ = 32, 16, 2, 8
 
 
@@ -29,7 +31,8 @@ class TinyTransformer(nn.Module):
     """Rotary table and mask used in every block, a scale buffer, a constant, dropout on request.
 
     skip: the embedding is added again before the head. tied: the head is the embedding. early: the
-    output of the first block is an output of the model, beside the loss.
+    output of the first block is an output of the model, beside the loss. experts: a mixture of
+    them before the head.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class TinyTransformer(nn.Module):
         tied: bool = False,
         early: bool = False,
         dropout: float = 0.0,
+        experts: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, HIDDEN)
         self.blocks = nn.ModuleList(Block(dropout) for _ in range(num_blocks))
+        self.experts = Experts(HIDDEN) if experts else nn.Identity()
         self.head = nn.Linear(HIDDEN, vocab, bias=False)
         if tied:
             self.head.weight = self.embed.weight
@@ -63,7 +68,7 @@ class TinyTransformer(nn.Module):
                 outputs["early"] = x
         if self.skip:
             x = x + embedded
-        logits = self.head(x)
+        logits = self.head(self.experts(x))
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return {"loss": loss, "logits": logits, **outputs}
 

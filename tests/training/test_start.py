@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ilm_compile import StartError, check_start, train
 from ilm_compile.training import preflight
@@ -79,6 +80,7 @@ class _Usage:
             {"parallel": {"tensor": 2}},
             "expected a multiple of parallel.tensor*parallel.pipeline",
         ),
+        (3, {"parallel": {"expert": 2}}, "parallel.pipeline*parallel.expert = 2 processes, got 3"),
         (3, {"parallel": {"tensor": 3}}, "tp=3 does not divide the 4 attention heads"),
         (4, {"parallel": {"pipeline": 4}}, "4 stages need as many blocks, model.num_layers=2"),
     ],
@@ -98,6 +100,29 @@ def test_sizes_that_do_not_fit_are_named(
     assert len(str(error.value).splitlines()) == 1
     assert time.perf_counter() - start < 10
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("experts", "fits"), [(1, False), (4, True)])
+def test_a_rank_needs_memory_for_its_own_experts(
+    experts: int,
+    fits: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    torchrun: Callable[..., None],
+) -> None:
+    torchrun(4)
+    with torch.device("meta"):
+        model = nn.ParameterList([nn.Parameter(torch.empty(8, 1024, 1024))])
+    monkeypatch.setattr(preflight, "build_model", lambda config: model)
+    monkeypatch.setattr(preflight, "partition", lambda model, **keywords: None)
+    # 2**23 elements: weight and gradient of 8 bytes whole, moments of 8 over four ranks
+    monkeypatch.setattr(preflight, "available_bytes", lambda place: 2**23 * 9.0)
+    config = tiny(tmp_path, parallel={"expert": experts})
+    if fits:
+        check_start(config)
+    else:
+        with pytest.raises(StartError, match=r"memory: weights, .* 0\.1 GiB are there"):
+            check_start(config)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_groups_are_known_by_kind(world2: World, tmp_path: Path) -> None:
     both, alone = ([0, 1], 1, 2, [0, 1]), ([1], 0, 1, [1])
     assert world2.run(kinds_on, tiny(tmp_path, "parallel.pipeline=2"))[1] == {
         "GLOBAL": both, "PIPELINE": both, "TENSOR": alone, "DATA": alone, "ZERO1": alone,
+        "EXPERT": alone, "EXPERT_DATA": alone,
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ilm_compile.schedule import build
 from ilm_compile.verify.emulate import emulate
 from ilm_compile.verify.emulated_rank import WatchedSync
 from ilm_compile.verify.round_trip import PieceReader
+from ilm_compile.verify.threads import AxisGroups, run_groups
 from tests.runtime.handmade import ROWS, lower_by_hand, make_batch, make_model
 
 PROTOCOLS = {
@@ -46,6 +47,21 @@ def test_gradients_are_to_be_reduced_in_the_last_backward(calls, message):
         return
     with pytest.raises(ScheduleError, match=f"gradient sync of stage 3.*{message}.*expected once"):
         sync.check()
+
+
+def test_ranks_meet_those_that_are_elsewhere_on_the_given_axes_alone():
+    groups = AxisGroups({"tp": 2, "ep": 2, "cp": 2})
+
+    def sums(rank):
+        place = torch.tensor(float(rank))
+        axes = (["ep", "cp"], ["cp"], ["tp"], [])
+        return [groups.communicator(rank, each).all_reduce(place).item() for each in axes]
+
+    found = run_groups(1, groups.sizes, lambda _, rank: sums(rank), meshes=[groups])[0]
+    assert found == [  # tp is the slowest: ranks 0 to 3 are all of tp rank 0
+        [6, 1, 4, 0], [6, 1, 6, 1], [6, 5, 8, 2], [6, 5, 10, 3],
+        [22, 9, 4, 4], [22, 9, 6, 5], [22, 13, 8, 6], [22, 13, 10, 7],
+    ]  # fmt: skip
 
 
 def run(plan, batches, **keywords):

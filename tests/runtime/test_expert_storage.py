@@ -1,0 +1,70 @@
+"""Who holds what of the experts: they are stored by the ranks that have them, and by no other."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+import ilm_compile
+from ilm_compile.runtime import parameters
+from ilm_compile.runtime.expert_storage import HAS_MESHES
+from tests.support.equality import EXAMPLE, VOCAB, Errors, compare, make_batch, reference
+from tests.support.experts import MixtureOfExperts
+from tests.support.promote import promoted_float32
+from tests.support.world import World
+
+EXPERTS = ("layers.0.up", "layers.0.down")
+NUM_RANKS = 4  # ep=2, dp=2
+Stored = dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]]
+
+
+def test_torch_can_give_experts_a_mesh_of_their_own() -> None:
+    """These names of torch are not public: a version that lost them must be seen here."""
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    assert ((major, minor) >= (2, 13)) == HAS_MESHES
+
+
+def train(rank: int, num_experts: int, has_meshes: bool) -> tuple[Stored, Errors | None]:
+    """How this rank stores the parameters, and the errors of a step's loss and gradients."""
+    model = MixtureOfExperts(VOCAB, num_layers=1, num_experts=num_experts).double()
+    with mock.patch.object(parameters, "HAS_MESHES", has_meshes), promoted_float32():
+        parallel = ilm_compile.parallelize(
+            model, example_inputs=EXAMPLE, ep=2, zero=3, num_microbatches=2
+        )
+        batch = make_batch(8)
+        loss = parallel.execute_schedule(batch)
+        gradients = parallel.full_gradients()
+        expected, want = reference(model, batch)
+    stored = {}
+    for name, parameter in parallel.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert torch.equal(parameter.full_tensor(), model.get_parameter(name))
+        names = parameter.device_mesh.mesh_dim_names
+        assert names is not None
+        placements = tuple(str(placement) for placement in parameter.placements)
+        stored[name] = (names, placements, tuple(parameter.to_local().shape))
+    return stored, compare(loss, expected, gradients, want) if gradients else None
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "has_meshes", "shapes"),
+    [
+        (4, True, [(1, 16, 32), (1, 32, 16)]),  # two on each rank of ep, one on each rank
+        (2, True, [(1, 8, 32), (1, 16, 16)]),  # one on each rank of ep, half of it on each rank
+        (4, False, [(2, 16, 32), (2, 32, 16)]),  # as with torch 2.11
+    ],
+)
+def test_each_rank_has_its_part_of_its_experts(
+    world4: World, num_experts: int, has_meshes: bool, shapes: list[tuple[int, ...]]
+) -> None:
+    results = world4.run(train, num_experts, has_meshes)
+    errors = results[0][1]
+    assert errors.loss <= 1e-10, errors
+    assert errors.gradient <= 1e-10, errors
+    for stored, _ in results:
+        assert [stored[name][2] for name in EXPERTS] == shapes
+        assert [stored[name][0] for name in EXPERTS] == [("tp", "ep", "dp")] * 2
+        assert stored["head.weight"] == (("tp", "dp"), ("R", "S(0)"), (VOCAB // NUM_RANKS, 16))
