@@ -23,14 +23,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.common import RESULTS, make_console, make_model, save_json
 from ilm_compile import partition
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import LoweredProgram
+from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.batch import BatchLayout
 from ilm_compile.runtime.checkpoint.boxes import Box
 from ilm_compile.runtime.checkpoint.manifest import File, Manifest, Record, Slice
@@ -41,7 +44,7 @@ from ilm_compile.runtime.checkpoint.written import fill
 from ilm_compile.runtime.data import BatchIterator, DummyDataset
 from ilm_compile.runtime.data import Part as RowPart
 from ilm_compile.runtime.guard.report import Board, Member
-from ilm_compile.runtime.mesh import Axis
+from ilm_compile.runtime.mesh import Axis, Mesh
 from ilm_compile.runtime.step_inputs import StepInputs
 
 WORLDS = (8, 128, 1024)
@@ -88,6 +91,7 @@ def measure(world: int, folder: Path) -> dict[str, Any]:
     read_checkpoint(folder, world, counts)
     cpu["checkpoint_cpu_s"] = round(time.process_time() - start, 3)
     watch(folder / "monitor", world, counts)
+    make_groups(world, counts)
     rows = ROWS * MICRO_BATCHES * dp * STEPS
     return {"world": world, **counts.values, "whole_rows": rows, **whole, **cpu}
 
@@ -214,6 +218,23 @@ def watch(folder: Path, world: int, counts: Counts) -> None:
 
     with mock.patch.object(Path, "glob", listing), mock.patch.object(Path, "exists", looking):
         board.is_hung()
+
+
+def make_groups(world: int, counts: Counts) -> None:
+    """The process groups of the mesh, and one of the stages that share a parameter."""
+    make = dist.new_group
+
+    def making(*arguments: Any, **options: Any) -> Any:
+        counts.add("process_groups")
+        return make(*arguments, **options)
+
+    dist.init_process_group("fake", rank=world - 1, world_size=world, store=FakeStore())
+    try:
+        with mock.patch.object(dist, "new_group", making):
+            mesh = Mesh.create(Plan(tp=TP, pp=PP), device="cpu")
+            mesh.pipeline_group((0, PP - 1))
+    finally:
+        dist.destroy_process_group()
 
 
 GROWING = ("whole_", "_cpu_s", "world")

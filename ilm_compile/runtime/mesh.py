@@ -23,7 +23,7 @@ from ilm_compile.program.communicator import Communicator, set_communicators
 from ilm_compile.program.layout import AXES, Place
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
-from ilm_compile.runtime.groups import group_of
+from ilm_compile.runtime.groups import group_of_all, own_group
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.meeting import meet
 
@@ -165,15 +165,15 @@ class Mesh:
             )
         everyone: dist.ProcessGroup | None
         if dist.is_initialized():
-            everyone = group_of(None, timeout)  # the default group keeps its own timeout
+            everyone = group_of_all(timeout)  # the default group keeps its own timeout
         else:
             join_job(place, timeout=timeout)
             everyone = dist.group.WORLD
         layout = torch.arange(world_size).view(plan.pp, -1, plan.cp, plan.tp)
-        axes = [_axis(layout, dim, timeout) for dim in range(4)]
+        axes = [_axis(layout, dim, timeout, place) for dim in range(4)]
         pp, dp, cp, tp = axes
         together = layout.flatten(1, 2)
-        fsdp = dp if cp.size == 1 else cp if dp.size == 1 else _axis(together, 1, timeout)
+        fsdp = _axis(together, 1, timeout, place)
         groups = [axis.group for axis in (*axes, fsdp) if axis.group is not None]
         return cls(
             pp=pp,
@@ -200,14 +200,16 @@ class Mesh:
 
         Every rank of the job must call this in the same order with the same argument.
         """
-        mine = None
-        for fsdp in range(self.fsdp.size):
-            for tp in range(self.tp.size):
-                ranks = [self.rank_at(pp, fsdp, tp) for pp in pp_ranks]
-                group = group_of(ranks, self.timeout)
-                if self.rank in ranks:
-                    mine = group
-        return mine
+        others = [rank for rank in range(self.pp.size) if rank not in pp_ranks]
+        lines = [
+            [self.rank_at(pp, fsdp, tp) for pp in part]
+            for part in (pp_ranks, others)
+            for fsdp in range(self.fsdp.size)
+            for tp in range(self.tp.size)
+            if part
+        ]
+        group = own_group(lines, self.timeout, self.device)
+        return group if self.pp.rank in pp_ranks else None
 
 
 def join_job(
@@ -249,18 +251,15 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _axis(layout: torch.Tensor, dim: int, timeout: timedelta) -> Axis:
+def _axis(layout: torch.Tensor, dim: int, timeout: timedelta, device: torch.device) -> Axis:
     """This rank's place on dimension `dim` of `layout`.
 
     The groups are made here and not by `init_device_mesh`, which leaves them torch's own timeout
-    of 10 or 30 minutes. Every rank takes part in making every group, in one order.
+    of 10 or 30 minutes and makes a group for each dimension of size 1; here these share one.
     """
-    found = Axis()
-    for line in layout.movedim(dim, -1).reshape(-1, layout.shape[dim]).tolist():
-        group = group_of(line, timeout)
-        if dist.get_rank() in line:
-            found = Axis(line.index(dist.get_rank()), len(line), group)
-    return found
+    lines = layout.movedim(dim, -1).reshape(-1, layout.shape[dim]).tolist()
+    group = own_group(lines, timeout, device)
+    return Axis(group.rank(), group.size(), group)
 
 
 def _world_size() -> int:
