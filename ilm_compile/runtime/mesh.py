@@ -25,7 +25,7 @@ from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
 from ilm_compile.runtime.groups import group_of_all, own_group
 from ilm_compile.runtime.guard.activity import ACTIVITY
-from ilm_compile.runtime.meeting import meet
+from ilm_compile.runtime.meeting import meet, warn_of_restarts
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = "300"
@@ -165,6 +165,7 @@ class Mesh:
             )
         everyone: dist.ProcessGroup | None
         if dist.is_initialized():
+            warn_of_restarts()
             everyone = group_of_all(timeout)  # the default group keeps its own timeout
         else:
             join_job(place, timeout=timeout)
