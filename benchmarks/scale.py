@@ -23,14 +23,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.common import RESULTS, make_console, make_model, save_json
 from ilm_compile import partition
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import LoweredProgram
+from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.batch import BatchLayout
 from ilm_compile.runtime.checkpoint.boxes import Box
 from ilm_compile.runtime.checkpoint.manifest import File, Manifest, Record, Slice
@@ -38,10 +41,11 @@ from ilm_compile.runtime.checkpoint.parts import Part, contents, part_name
 from ilm_compile.runtime.checkpoint.slices import SliceReader, read_manifest
 from ilm_compile.runtime.checkpoint.storage import MANIFEST, LocalStorage
 from ilm_compile.runtime.checkpoint.written import fill
-from ilm_compile.runtime.data import BatchIterator, DummyDataset
+from ilm_compile.runtime.data import BatchIterator, DummyDataset, TokenDataset, shard, write_shard
 from ilm_compile.runtime.data import Part as RowPart
+from ilm_compile.runtime.data.shard_folder import open_shards, summarize
 from ilm_compile.runtime.guard.report import Board, Member
-from ilm_compile.runtime.mesh import Axis
+from ilm_compile.runtime.mesh import Axis, Mesh
 from ilm_compile.runtime.step_inputs import StepInputs
 
 WORLDS = (8, 128, 1024)
@@ -83,11 +87,13 @@ def measure(world: int, folder: Path) -> dict[str, Any]:
     start = time.process_time()
     take_batches(dp, counts)
     cpu = {"batches_cpu_s": round(time.process_time() - start, 3)}
+    read_token_files(folder / "tokens", world, counts)
     whole = write_checkpoint(folder, world)
     start = time.process_time()
     read_checkpoint(folder, world, counts)
     cpu["checkpoint_cpu_s"] = round(time.process_time() - start, 3)
     watch(folder / "monitor", world, counts)
+    make_groups(world, counts)
     rows = ROWS * MICRO_BATCHES * dp * STEPS
     return {"world": world, **counts.values, "whole_rows": rows, **whole, **cpu}
 
@@ -138,6 +144,26 @@ def take_batches(dp: int, counts: Counts) -> None:
             layout: BatchLayout = inputs.layout
             layout.check(own, is_local=True)
             inputs.of_rows(own, inputs.count(own), step)
+
+
+def read_token_files(folder: Path, world: int, counts: Counts) -> None:
+    """The files of a document and row each that are opened besides those of the rows."""
+    for number in range(ROWS * MICRO_BATCHES + world // 4):
+        write_shard(folder / f"{number:05d}.bin", [[1] * SEQ])
+    summarize(folder, open_shards(folder), is_final=True)
+    read, opened = shard.read_index, set()
+
+    def opening(path: Path, num_bytes: int) -> Any:
+        opened.add(path)
+        return read(path, num_bytes)
+
+    with mock.patch.object(shard, "read_index", opening):
+        data = TokenDataset.open(folder, seq_len=SEQ, vocab_size=2, max_documents=1)
+        size = ROWS * MICRO_BATCHES
+        batches = BatchIterator(data, global_batch_size=size, part=RowPart(0, 1))
+        next(batches)
+        batches.state_dict()
+    counts.add("other_token_files", 1 + len(opened) - ROWS * MICRO_BATCHES)  # the summary
 
 
 def write_checkpoint(folder: Path, world: int) -> dict[str, int]:
@@ -214,6 +240,23 @@ def watch(folder: Path, world: int, counts: Counts) -> None:
 
     with mock.patch.object(Path, "glob", listing), mock.patch.object(Path, "exists", looking):
         board.is_hung()
+
+
+def make_groups(world: int, counts: Counts) -> None:
+    """The process groups of the mesh, and one of the stages that share a parameter."""
+    make = dist.new_group
+
+    def making(*arguments: Any, **options: Any) -> Any:
+        counts.add("process_groups")
+        return make(*arguments, **options)
+
+    dist.init_process_group("fake", rank=world - 1, world_size=world, store=FakeStore())
+    try:
+        with mock.patch.object(dist, "new_group", making):
+            mesh = Mesh.create(Plan(tp=TP, pp=PP), device="cpu")
+            mesh.pipeline_group((0, PP - 1))
+    finally:
+        dist.destroy_process_group()
 
 
 GROWING = ("whole_", "_cpu_s", "world")

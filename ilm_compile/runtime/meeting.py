@@ -26,6 +26,7 @@ NOTICE_S = 30.0
 _ROOT = "ilm_compile"
 _PACE_S = 0.02
 _SHOWN = 8  # ranks in a message
+_met: set[str] = set()  # names of attempts that this process has taken part in
 
 
 def meet(timeout: timedelta) -> Store:
@@ -38,7 +39,21 @@ def meet(timeout: timedelta) -> Store:
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     meeting = _Meeting(_open_store(rank, timeout), rank, size, timeout.total_seconds())
     name = meeting.lead() if rank == 0 else meeting.follow()
+    _met.add(name)
     return PrefixStore(f"{_ROOT}/{name}", meeting.store)
+
+
+def warn_of_restarts() -> None:
+    """Say on rank 0 if the process group that somebody has made will not survive a restart."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and _has_agent_store() and not _met and dist.get_rank() == 0:
+        LOGGER.warning(
+            "start: torchrun may restart this job (--max-restarts=%d), but the process group was "
+            "made by init_process_group over the store that torchrun keeps, where new ranks find "
+            "the addresses of dead ones and wait for them; leave the call to parallelize, or give "
+            "it store=ilm_compile.runtime.meeting.meet(timeout), rank and world_size",
+            restarts,
+        )
 
 
 @dataclass
@@ -131,7 +146,7 @@ def _open_store(rank: int, timeout: timedelta) -> Store:
     """torchrun's own store, or one that rank 0 serves where nothing else does."""
     host, port = _text("MASTER_ADDR"), _number("MASTER_PORT")
     _check_host(host)
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    serves = rank == 0 and not _has_agent_store()
     try:
         return TCPStore(
             host, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
@@ -143,6 +158,10 @@ def _open_store(rank: int, timeout: timedelta) -> Store:
             f"node, the same to every process, and see whether rank 0 runs "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _check_host(host: str) -> None:

@@ -23,9 +23,9 @@ from ilm_compile.program.communicator import Communicator, set_communicators
 from ilm_compile.program.layout import AXES, EXPERT_AXIS, Layout, Place
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
-from ilm_compile.runtime.groups import group_of
+from ilm_compile.runtime.groups import group_of_all, own_group
 from ilm_compile.runtime.guard.activity import ACTIVITY
-from ilm_compile.runtime.meeting import meet
+from ilm_compile.runtime.meeting import meet, warn_of_restarts
 
 TIMEOUT_VARIABLE = "ILM_COMPILE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = "300"
@@ -189,24 +189,25 @@ class Mesh:
             return cls(**axes, **stored, device=place, timeout=timeout)
         everyone: dist.ProcessGroup | None
         if dist.is_initialized():
-            everyone = group_of(None, timeout)  # the default group keeps its own timeout
+            warn_of_restarts()
+            everyone = group_of_all(timeout)  # the default group keeps its own timeout
         else:
             join_job(place, timeout=timeout)
             everyone = dist.group.WORLD
         layout = torch.arange(world_size).view(plan.pp, -1, plan.ep, plan.cp, plan.tp)
-        axes = {name: _axis(layout, dim, timeout) for dim, name in enumerate(RANK_ORDER)}
+        axes = {name: _axis(layout, dim, timeout, place) for dim, name in enumerate(RANK_ORDER)}
         dense = layout.flatten(1, 3)
         experts = layout.transpose(1, 2).flatten(2, 3)  # pp, ep, dp and cp, tp
         own = axes["pp"].rank
         return cls(
             **axes,
             dense=_storage(
-                {"tp": axes["tp"], "dp": _axis(dense, 1, timeout)},
+                {"tp": axes["tp"], "dp": _axis(dense, 1, timeout, place)},
                 dense[own].permute(1, 0),
                 place,
             ),
             experts=_storage(
-                {"tp": axes["tp"], "ep": axes["ep"], "dp": _axis(experts, 2, timeout)},
+                {"tp": axes["tp"], "ep": axes["ep"], "dp": _axis(experts, 2, timeout, place)},
                 experts[own].permute(2, 0, 1),
                 place,
             ),
@@ -221,14 +222,16 @@ class Mesh:
 
         Every rank of the job must call this in the same order with the same argument.
         """
-        mine = None
-        for fsdp in range(self.fsdp.size):
-            for tp in range(self.tp.size):
-                ranks = [self.rank_at(pp, fsdp, tp) for pp in pp_ranks]
-                group = group_of(ranks, self.timeout)
-                if self.rank in ranks:
-                    mine = group
-        return mine
+        others = [rank for rank in range(self.pp.size) if rank not in pp_ranks]
+        lines = [
+            [self.rank_at(pp, fsdp, tp) for pp in part]
+            for part in (pp_ranks, others)
+            for fsdp in range(self.fsdp.size)
+            for tp in range(self.tp.size)
+            if part
+        ]
+        group = own_group(lines, self.timeout, self.device)
+        return group if self.pp.rank in pp_ranks else None
 
 
 def join_job(
@@ -270,18 +273,15 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _axis(layout: torch.Tensor, dim: int, timeout: timedelta) -> Axis:
+def _axis(layout: torch.Tensor, dim: int, timeout: timedelta, device: torch.device) -> Axis:
     """This rank's place on dimension `dim` of `layout`.
 
     The groups are made here and not by `init_device_mesh`, which leaves them torch's own timeout
-    of 10 or 30 minutes. Every rank takes part in making every group, in one order.
+    of 10 or 30 minutes and makes a group for each dimension of size 1; here these share one.
     """
-    found = Axis()
-    for line in layout.movedim(dim, -1).reshape(-1, layout.shape[dim]).tolist():
-        group = group_of(line, timeout)
-        if dist.get_rank() in line:
-            found = Axis(line.index(dist.get_rank()), len(line), group)
-    return found
+    lines = layout.movedim(dim, -1).reshape(-1, layout.shape[dim]).tolist()
+    group = own_group(lines, timeout, device)
+    return Axis(group.rank(), group.size(), group)
 
 
 def _storage(axes: Mapping[str, Axis], layout: torch.Tensor, device: torch.device) -> Storage:

@@ -32,6 +32,8 @@ def test_the_counts_of_a_rank_stay(tmp_path: Path) -> None:
         assert row["rows_read"] == own
         assert row["microbatch_iterations"] == scale.MICRO_BATCHES * scale.STEPS
         assert row["watched_files"] == 1
+        assert row["other_token_files"] == 1  # the summary
+        assert row["process_groups"] == 5  # all, pp, dp, tp, and one for axes of one rank
         assert row["checkpoint_files"] == 4  # the manifest, its share, its own part, that of tp 0
 
 
@@ -65,9 +67,23 @@ def all_files(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Board, "is_hung", lambda self: any(self.folder.glob("hang-*.json")))
 
 
+def all_groups(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("ilm_compile.runtime.groups._equally_many", lambda device: False)
+
+
+def all_indexes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("ilm_compile.runtime.data.shard_folder.read_summary", lambda folder: {})
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
-    [(all_rows, "rows_read"), (all_parts, "manifest_bytes"), (all_files, "watched_files")],
+    [
+        (all_rows, "rows_read"),
+        (all_parts, "manifest_bytes"),
+        (all_files, "watched_files"),
+        (all_groups, "process_groups"),
+        (all_indexes, "other_token_files"),
+    ],
 )
 def test_a_rank_that_takes_more_than_its_share_is_seen(
     tmp_path: Path,

@@ -91,7 +91,8 @@ def test_another_field_may_hold_the_text(tmp_path: Path) -> None:
 def test_documents_are_spread_over_files(tmp_path: Path, lines: Path) -> None:
     assert run(lines, "--shard-tokens", "13", "--out", tmp_path / "out") == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [f"{i:05d}.bin{s}" for i in range(2) for s in ("", ".meta")]
+    files = [f"{i:05d}.bin{s}" for i in range(2) for s in ("", ".meta")]
+    assert names == [".ilm_compile-summary", *files]
     assert len(TokenShard(tmp_path / "out" / "00000.bin")) == 2
     assert read(tmp_path / "out") == [[*text.encode(), END] for text in TEXTS]
 

@@ -4,6 +4,8 @@ The world's own group stays as it is in meetings; its store, like torchrun's, ke
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -107,22 +109,54 @@ def greet_twice(rank: int) -> tuple[bytes, bool]:
     return store.get(neighbour), meeting.meet(LONG).check([neighbour])
 
 
-def meet_without(rank: int, absent: int) -> tuple[str, list[str]]:
-    """The error and the warnings where one rank does not come."""
-    if rank == absent:
-        return "", []
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What is told meanwhile."""
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     meeting.LOGGER.addHandler(handler)
-    before, meeting.NOTICE_S = meeting.NOTICE_S, 1.0
     try:
-        with pytest.raises(PlanError) as info:
-            meeting.meet(SHORT)
+        yield told
     finally:
         meeting.LOGGER.removeHandler(handler)
-        meeting.NOTICE_S = before
+
+
+def meet_without(rank: int, absent: int) -> tuple[str, list[str]]:
+    """The error and the warnings where one rank does not come."""
+    if rank == absent:
+        return "", []
+    with warnings() as told, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting, "NOTICE_S", 1.0)
+        with pytest.raises(PlanError) as info:
+            meeting.meet(SHORT)
     return str(info.value), told
+
+
+def restartable(rank: int, restarts: int, meets: bool) -> list[str]:
+    """What is told of a group made outside, under torchrun with this many restarts."""
+    with warnings() as told, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting, "_met", set())
+        patch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+        if meets:
+            meeting.meet(LONG)
+        Mesh.create(Plan())
+    return told
+
+
+def test_a_group_that_no_restart_survives_is_told_by_rank_0(world4: World) -> None:
+    first, *others = world4.run(restartable, 3, False)
+    assert len(first) == 1
+    assert "restart this job (--max-restarts=3), but the process group was made by" in first[0]
+    assert "leave the call to parallelize, or give it store=ilm_compile.runtime.meet" in first[0]
+    assert others == [[], [], []]
+
+
+@pytest.mark.parametrize(("restarts", "meets"), [(0, False), (3, True)])
+def test_a_group_that_is_not_restarted_or_survives_is_not_told_of(
+    world4: World, restarts: int, meets: bool
+) -> None:
+    assert world4.run(restartable, restarts, meets) == [[], [], [], []]
 
 
 @pytest.mark.parametrize("absent", [3, 0])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.shard_folder import SUFFIX
+from ilm_compile.runtime.data.shard_folder import SUFFIX, open_shards, summarize
 from ilm_compile.runtime.data.shard_writer import ShardWriter
 from ilm_compile.runtime.data.text_files import Document
 from ilm_compile.runtime.data.tokenizer import Tokenizer
@@ -61,6 +61,7 @@ def prepare(
         summary = _write(documents, hidden, tokenizer, prefix, shard_tokens, report)
         if not summary.documents:
             raise IlmCompileError("prepare-data: expected at least one document, got none")
+        summarize(hidden, open_shards(hidden), is_final=True)
         hidden.chmod(0o777 & ~_umask())
         os.rename(hidden, target)
     except BaseException:

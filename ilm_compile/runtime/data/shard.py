@@ -11,44 +11,39 @@ import json
 import mmap
 import os
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.shard_index import Int64, index_path, read_index
+from ilm_compile.runtime.data.shard_index import Int64, ShardIndex, index_path, read_index
+from ilm_compile.runtime.data.shard_summary import NAME, Known
 
 
 class TokenShard:
     """The documents of the token file at `path`.
 
-    type_name: what kind of text it holds ("en", "code", ...). Memory: 8 to 24 bytes a document.
+    type_name: what kind of text it holds ("en", "code", ...). known: what a summary says of it; the
+    file is then left alone until a document is read. Memory: 8 to 24 bytes a document.
     Raises `IlmCompileError` if file and index cannot belong together; what only reading can tell
     is raised by `tokens`.
     """
 
-    def __init__(self, path: str | Path, *, type_name: str = "") -> None:
+    def __init__(
+        self, path: str | Path, *, type_name: str = "", known: Known | None = None
+    ) -> None:
         self.path = Path(path)
         self.type_name = type_name
-        try:
-            self.num_bytes = os.stat(self.path).st_size
-        except OSError as error:
-            raise IlmCompileError(
-                f"token file: expected a readable file at {self.path}: {error.strerror}"
-            ) from error
-        if self.num_bytes:
-            self._check_end()
-        self._index = read_index(self.path, self.num_bytes)
+        self._known = known
         self._map: mmap.mmap | None = None
+        self.num_bytes = self._size() if known is None else known.num_bytes
+        #: (documents,) the number of tokens of each document, as the index has it.
+        self.lengths: Int64 = self._index.lengths if known is None else known.lengths
 
     def __len__(self) -> int:
-        return len(self._index.lengths)
-
-    @property
-    def lengths(self) -> Int64:
-        """The number of tokens of each document, as the index has it."""
-        return self._index.lengths
+        return len(self.lengths)
 
     def tokens(self, document: int, *, vocab_size: int) -> Int64:
         """The tokens of one document, those that are no target with a minus sign.
@@ -93,9 +88,39 @@ class TokenShard:
 
     def digest(self) -> bytes:
         """A hash of the index and of the file's size."""
+        if self._known is not None:
+            return self._known.digest
         with index_path(self.path).open("rb") as file:
             index = hashlib.file_digest(file, "sha256").digest()
         return hashlib.sha256(index + str(self.num_bytes).encode()).digest()
+
+    @cached_property
+    def _index(self) -> ShardIndex:
+        if (size := self._size()) != self.num_bytes:
+            raise self._changed(f"{self.num_bytes} bytes", str(size))
+        if size:
+            self._check_end()
+        index = read_index(self.path, size)
+        if self._known is not None and not np.array_equal(index.lengths, self.lengths):
+            raise self._changed(
+                f"{len(self)} documents of {self.lengths.sum()} tokens",
+                f"{len(index.lengths)} of {index.lengths.sum()}, or others",
+            )
+        return index
+
+    def _size(self) -> int:
+        try:
+            return os.stat(self.path).st_size
+        except OSError as error:
+            raise IlmCompileError(
+                f"token file: expected a readable file at {self.path}: {error.strerror}"
+            ) from error
+
+    def _changed(self, expected: str, got: str) -> IlmCompileError:
+        return IlmCompileError(
+            f"token file: expected {expected} in {self.path}, as the summary of its folder says, "
+            f"got {got}; it was changed after that: remove {NAME} there, and start again"
+        )
 
     def _bytes(self, start: int, stop: int) -> bytes:
         if self._map is None:
