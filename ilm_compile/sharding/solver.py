@@ -29,11 +29,14 @@ from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops,
 from ilm_compile.errors import PlanError
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.layout import TOKEN_AXES, MeshAxis
-from ilm_compile.program.placement import I, Placement, R
+from ilm_compile.program.placement import I, Placement, R, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
+from ilm_compile.sharding.folding import cut_once, one_fold
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
+from ilm_compile.sharding.rules_attention import TOKEN_DIM, is_by_queries, is_causal, slowest
+from ilm_compile.sharding.rules_views import VIEWS
 from ilm_compile.sharding.sharded_forms import exchanged
 from ilm_compile.sharding.strategy import (
     Strategy,
@@ -120,6 +123,8 @@ class Search:
                 f"{self.restrictions}; drop a restriction"
             )
         chosen = {cluster: self._chosen(cluster, answer.values) for cluster in self.choices}
+        if not self._is_by_queries(chosen):  # then nothing is gained by head and tail pieces
+            chosen = {cluster: cut_once(strategy) for cluster, strategy in chosen.items()}
         by_node = {node: chosen[c] for node, c in self.clusters.items() if node.op != "output"}
         return Solution(
             strategies={n: s for n, s in by_node.items() if n.op == "call_function"},
@@ -131,6 +136,14 @@ class Search:
     def _chosen(self, cluster: Cluster, values: Vector) -> Strategy:
         start = self.first[cluster]
         return next(o for i, o in enumerate(self.choices[cluster]) if values[start + i] > 0.5)
+
+    def _is_by_queries(self, chosen: dict[Cluster, Strategy]) -> bool:
+        """Whether some causal attention is sharded by queries."""
+        calls = (global_call(node, self.axis) for node in self.clusters if node.target in TOKEN_DIM)
+        return any(
+            is_causal(call) and is_by_queries(call, chosen[self.clusters[call.node]])
+            for call in calls
+        )
 
     def _choices(self, node: fx.Node) -> list[Strategy]:
         """Return what `node`'s cluster may choose from; those of its users are known already."""
@@ -150,7 +163,14 @@ class Search:
         call = global_call(node, self.axis)
         if node not in self.weighted:  # integers, masks, tables: cheap, the same everywhere
             return strategies(call, ())[:1]
-        options = strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
+        folded = {
+            S(dim, folded=True) for dim, n in enumerate(shape) if n in self.restrictions.folded
+        }
+        wanted |= plain_placements(shape, self.size) | folded
+        options = strategies(call, sorted(wanted, key=str))
+        options = one_fold(options, is_folded=bool(self.restrictions.folded))
+        if node.target in TOKEN_DIM:
+            options = self.restrictions.attention_by(call, options, self.program.where(node))
         tokens = token_dims(shape, self.size)
         if self.restrictions.sequence_parallel and tokens and not forward_flops(node):
             options = [option for option in options if option.output.kind in "SP"] or options
@@ -172,14 +192,15 @@ class Search:
             return 0.0, len(nodes) * weights / self.weight_total
         if node.op != "call_function":
             return 0.0, 0.0
+        call = global_call(node, self.axis)
         shards = self.size if any(p.is_shard for p in (*option.inputs, option.output)) else 1
         directions = (False, True) if node in self.gradients else (False,)
         times = (
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
             for backward in directions
         )
-        call = global_call(node, self.axis)
-        seconds = sum(times) + sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
+        seconds = sum(times) * slowest(call, option)
+        seconds += sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
         flops = forward_flops(node)
         # Sums are made whole where they arise: in low precision, partial ones drift apart.
         kept_partial = PARTIAL * (option.output.kind == "P" and not flops)
@@ -298,8 +319,11 @@ def _weight(program: Program, node: fx.Node) -> int:
 
 
 def _elements(node: fx.Node) -> int:
-    """Return how many numbers a call reads and writes: on a token axis all of them are divided."""
-    if node.op != "call_function":
+    """Return how many numbers a call reads and writes: on a token axis all of them are divided.
+
+    Views make none: keys may be gathered before they are repeated for the query heads.
+    """
+    if node.op != "call_function" or node.target in VIEWS:
         return 0
     return sum(prod(shape) for n in (node, *tensor_inputs(node)) for shape in shapes_of(n))
 

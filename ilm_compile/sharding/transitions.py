@@ -13,6 +13,8 @@ from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
+from ilm_compile.sharding.rules_attention import is_by_queries
+from ilm_compile.sharding.strategy import Call, Strategy
 
 ELEMENT_BYTES = 2  # of a floating-point value, as plans are made for bf16
 TIE = 1e-9  # seconds: of two equally cheap plans take the one with fewer transitions
@@ -24,13 +26,29 @@ class Restrictions:
 
     `sequence_parallel`: True, activations are sharded over tokens wherever that is legal and are
     gathered for a matrix product only; False, none is ever scattered. None leaves it to the cost.
-    `parameters` fixes placements at rest, by parameter name or glob pattern. `name`: of the pass,
-    in errors.
+    `parameters` fixes placements at rest, by parameter name or glob pattern. `attention`: attention
+    is sharded by "heads", by "queries", or as is cheaper (None). `folded`: the sizes of dimensions
+    that count tokens, to be cut in head and tail pieces if causal attention is sharded by queries.
+    `name`: of the pass, in errors.
     """
 
     name: str = "tensor-parallel"
     sequence_parallel: bool | None = None
     parameters: tuple[tuple[str, Placement], ...] = ()
+    attention: str | None = "heads"
+    folded: frozenset[int] = frozenset()
+
+    def attention_by(self, call: Call, options: list[Strategy], where: str) -> list[Strategy]:
+        """Return the options left for an attention. Raises `PlanError` if none is."""
+        if self.attention is None:
+            return options
+        left = [o for o in options if is_by_queries(call, o) == (self.attention == "queries")]
+        if not left:
+            raise PlanError(
+                f"{self.name}: the attention at {where}, queries {call.shapes[0]} and keys "
+                f"{call.shapes[1]}, cannot be sharded by {self.attention}; leave the choice open"
+            )
+        return left
 
     def fixed(self, name: str) -> Placement | None:
         """Return the placement that parameter `name` must have, None if it is free."""
@@ -77,7 +95,7 @@ def allowed(
     is_float = node.meta["val"].is_floating_point()
     if node.op == "get_attr" and program.variables[str(node.target)].is_parameter:
         return not source.is_shard and not target.is_shard  # at rest as the first user needs it
-    if target == S(0) and len(shape) > (2 if is_float else 1):
+    if target.dim == 0 and not target.segments and len(shape) > (2 if is_float else 1):
         return False  # dimension 0 is the micro-batch: splitting that is data parallelism's
     if len(shape) < 2 or not is_activation:
         return True
