@@ -82,14 +82,14 @@ def partition(
     """Return `model` as a partitioned program; one process, no torch.distributed, meta is enough.
 
     Keywords are the fields of `Plan`: tp, cp, pp, num_chunks, num_microbatches, schedule,
-    sequence_parallel, embed_split_hidden, constraints (parameter name or glob to Shard(dim)),
-    checkpoint, dtype (torch.bfloat16 or torch.float16), zero, seed, kernels ("triton": fused ops,
-    which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this machine can
-    run them). `passes` are run beside the standard ones, in the order their requirements give,
-    without those named in `disable`, each checked as `validate` says ("types", "numerics" or None:
-    see `run_passes`); `example_inputs` and `loss_fn` as in `trace`; `dp`: data-parallel ranks it is
-    for, which matters to the loss alone (see `check_loss`). Parameters in bfloat16 or float16 are
-    trained as float32 (see `MasterWeights`). Raises `TraceError` if the
+    sequence_parallel, cp_attention, embed_split_hidden, constraints (parameter name or glob to
+    Shard(dim)), checkpoint, dtype (torch.bfloat16 or torch.float16), zero, seed, kernels ("triton":
+    fused ops, which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this
+    machine can run them). `passes` are run beside the standard ones, in the order their
+    requirements give, without those named in `disable`, each checked as `validate` says ("types",
+    "numerics" or None: see `run_passes`); `example_inputs` and `loss_fn` as in `trace`; `dp`:
+    data-parallel ranks it is for, which matters to the loss alone (see `check_loss`). Parameters in
+    bfloat16 or float16 are trained as float32 (see `MasterWeights`). Raises `TraceError` if the
     model cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
     return _partition(

@@ -16,16 +16,18 @@ from torch import Tensor
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention_backends, attention_reference
 from ilm_compile.kernels.documents import document_starts as document_starts
+from ilm_compile.kernels.documents import runs_of
 from ilm_compile.kernels.library import as_written
 
 torch.library.define(
     "ilm::attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens=None, float? scale=None) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens=None, float? scale=None,"
+    " int[]? tokens=None) -> Tensor",
 )
 torch.library.define(
     "ilm::attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float? scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float? scale,"
+    " int[]? tokens) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -35,6 +37,7 @@ def attention(
     v: Tensor,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    tokens: list[int] | None = None,
 ) -> Tensor:
     """Causal attention of every query over the keys before it in the same document.
 
@@ -42,13 +45,16 @@ def attention(
     j // (H // G). cu_seqlens: None (each row is one document), or integers, either (B, n): where
     the documents of each row start, beginning at 0 and padded with S, or (n,): the same over the
     flattened B*S tokens, padded with B*S. scale: multiplies the scores, 1/sqrt(D) when None.
-    Returns (B, S, H, D) in the dtype of q.
+    tokens: where q holds some of the S queries only, start and stop of each run of them, in the
+    order in which they lie in q. Returns the shape and the dtype of q.
     """
-    result: Tensor = torch.ops.ilm.attention(q, k, v, cu_seqlens, scale)
+    result: Tensor = torch.ops.ilm.attention(q, k, v, cu_seqlens, scale, tokens)
     return result
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, tokens: list[int] | None
+) -> None:
     def refuse(expected: str) -> IlmCompileError:
         shapes = f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}"
         shapes += f", v {tuple(v.shape)} {v.dtype}"
@@ -58,8 +64,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
 
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise refuse("q (batch, seq, heads, head_dim) and k, v (batch, seq, kv_heads, head_dim)")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise refuse("q, k and v to agree in batch, seq and head_dim")
+    dims = 2 if tokens is None else 1
+    if q.shape[:dims] != k.shape[:dims] or q.shape[3] != k.shape[3]:
+        raise refuse(f"q, k and v to agree in batch, {'seq ' if dims > 1 else ''}and head_dim")
+    runs = runs_of(tokens, k.shape[1])
+    if q.shape[1] != sum(stop - start for start, stop in runs):
+        raise refuse(f"the queries of the tokens {runs} of {k.shape[1]}")
     if q.shape[2] % k.shape[2] != 0:
         raise refuse("the heads of q to be a multiple of the heads of k")
     if not q.dtype == k.dtype == v.dtype:
@@ -73,23 +83,38 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    tokens: list[int] | None = None,
 ) -> Tensor:
-    _check(q, k, v, cu_seqlens)
-    return attention_reference.forward(q, k, v, cu_seqlens, scale)
+    _check(q, k, v, cu_seqlens, tokens)
+    return attention_reference.forward(q, k, v, cu_seqlens, scale, tokens)
 
 
 def _cuda(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    tokens: list[int] | None = None,
 ) -> Tensor:
-    _check(q, k, v, cu_seqlens)
-    return attention_backends.attention(q, k, v, cu_seqlens, scale)
+    _check(q, k, v, cu_seqlens, tokens)
+    return attention_backends.attention(q, k, v, cu_seqlens, scale, tokens)
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    tokens: list[int] | None = None,
 ) -> Tensor:
-    _check(q, k, v, cu_seqlens)
+    _check(q, k, v, cu_seqlens, tokens)
     return q.new_empty(q.shape)
 
 
@@ -100,21 +125,21 @@ def _backward_fake(
     v: Tensor,
     cu_seqlens: Tensor | None,
     scale: float | None,
+    tokens: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, cu_seqlens, scale = inputs
+    q, k, v, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens)
-    ctx.scale = scale
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
     q, k, v, cu_seqlens = ctx.saved_tensors
-    grads = torch.ops.ilm.attention_backward(grad, q, k, v, cu_seqlens, ctx.scale)
+    grads = torch.ops.ilm.attention_backward(grad, q, k, v, cu_seqlens, *ctx.options)
     grad_q, grad_k, grad_v = grads
-    return grad_q, grad_k, grad_v, None, None
+    return grad_q, grad_k, grad_v, None, None, None
 
 
 torch.library.impl("ilm::attention", "cpu", as_written(_forward))

@@ -4,12 +4,13 @@ Each is a differentiable function of public API, and autograd goes through it: s
 op keeps the logsumexp that its own backward op needs. The first in BACKENDS that can compute the
 input is taken; which, and why not those before it, is said once in the log of this module.
 
-Shapes in this file: q (B, S, H, D), k and v (B, S, G, D), cu_seqlens as documents.py has it.
+Shapes in this file: q (B, S, H, D), k and v (B, S, G, D), cu_seqlens as documents.py has it. A
+backend takes the queries from token `first` on only: q (B, S - first, H, D).
 """
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.documents import document_starts, flat_boundaries, fold
+from ilm_compile.kernels.documents import document_starts, flat_boundaries, fold, runs_of
+from ilm_compile.kernels.last_queries import attend_last
 
 logger = logging.getLogger(__name__)
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, int], Tensor]
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_DIM = 256
@@ -33,13 +35,16 @@ def load_flash_attn() -> Backend:
     from flash_attn import flash_attn_varlen_func
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        scale: float | None,
+        first: int = 0,
     ) -> Tensor:
-        bounds = flat_boundaries(cu_seqlens, q.shape[0], q.shape[1], q.device)
-        longest = _longest(q, cu_seqlens)
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         options = {"softmax_scale": scale, "causal": True}
-        out = flash_attn_varlen_func(*tokens, bounds, bounds, longest, longest, **options)
+        out = flash_attn_varlen_func(*tokens, *_lengths(q, k, cu_seqlens, first), **options)
         return _like(out, q)
 
     return run
@@ -55,17 +60,21 @@ def load_varlen() -> Backend:
         raise ImportError("this torch's varlen_attn takes no window_size and scale")
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        scale: float | None,
+        first: int = 0,
     ) -> Tensor:
-        bounds = flat_boundaries(cu_seqlens, q.shape[0], q.shape[1], q.device)
-        longest = _longest(q, cu_seqlens)
+        lengths = _lengths(q, k, cu_seqlens, first)
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # all before, none after
         if "enable_gqa" in known:
             options["enable_gqa"] = q.shape[2] != k.shape[2]
         else:
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         tokens = (x.flatten(0, 1) for x in (q, k, v))
-        return _like(varlen_attn(*tokens, bounds, bounds, longest, longest, **options), q)
+        return _like(varlen_attn(*tokens, *lengths, **options), q)
 
     return run
 
@@ -76,29 +85,40 @@ def load_sdpa() -> Backend:
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    first: int = 0,
 ) -> Tensor:
-    q_fold, k_fold, v_fold = (fold(x, cu_seqlens).transpose(1, 2) for x in (q, k, v))
-    mask = None
-    if cu_seqlens is not None:
-        num_tokens = q_fold.shape[2]
-        starts = document_starts(cu_seqlens.reshape(-1, cu_seqlens.shape[-1]), num_tokens)
-        same = starts[:, None, :, None] == starts[:, None, None, :]
-        mask = same.logical_and_(same.new_ones(num_tokens, num_tokens).tril_())
-    out = F.scaled_dot_product_attention(
-        *(q_fold, k_fold, v_fold),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    query, key, value = (fold(x, cu_seqlens).transpose(1, 2) for x in (q, k, v))
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
+    if cu_seqlens is None:
+        return _like(attend_last(query, key, value, **options).transpose(1, 2), q)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    starts = document_starts(cu_seqlens.reshape(-1, cu_seqlens.shape[-1]), num_keys)
+    mask = starts[:, None, first:, None] == starts[:, None, None, :]
+    mask.logical_and_(mask.new_ones(num_queries, num_keys).tril_(first))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     return _like(out.transpose(1, 2), q)
 
 
-def _longest(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """No document is longer. To know the longest would be to wait for the device."""
-    flattened = cu_seqlens is not None and cu_seqlens.dim() == 1
-    return q.shape[0] * q.shape[1] if flattened else q.shape[1]
+def _lengths(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, first: int
+) -> tuple[Tensor, Tensor, int, int]:
+    """Boundaries of the documents among the queries and among the keys, and bounds of their length.
+
+    No document is longer. To know the longest would be to wait for the device.
+    """
+    batch, num_tokens = k.shape[:2]
+    keys = flat_boundaries(cu_seqlens, batch, num_tokens, q.device)
+    if q.shape[1] == num_tokens:
+        flattened = cu_seqlens is not None and cu_seqlens.dim() == 1
+        longest = batch * num_tokens if flattened else num_tokens
+        return keys, keys, longest, longest
+    queries = flat_boundaries(cu_seqlens, batch, num_tokens, q.device, first)
+    return queries, keys, q.shape[1], num_tokens
 
 
 def _like(out: Tensor, q: Tensor) -> Tensor:
@@ -193,8 +213,22 @@ def attention(
     v: Tensor,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> Tensor:
-    """`ilm::attention` by the chosen backend, differentiable; (B, S, H, D), contiguous."""
+    """`ilm::attention` by the chosen backend, differentiable; of the shape of q, contiguous."""
     if q.numel() == 0:
         return q.clone(memory_format=torch.contiguous_format)
-    return choose(q.dtype, q.shape[3], q.device)(q, k, v, cu_seqlens, scale)
+    backend = choose(q.dtype, q.shape[3], q.device)
+    if tokens is None:
+        return backend(q, k, v, cu_seqlens, scale, 0)
+    runs, (batch, num_tokens) = runs_of(tokens, k.shape[1]), k.shape[:2]
+    query, key, value = (fold(x, cu_seqlens) for x in (q, k, v))
+    if cu_seqlens is not None and cu_seqlens.dim() == 1:  # rows are one behind the other
+        offsets = range(0, batch * num_tokens, num_tokens)
+        runs = [(row + start, row + stop) for row in offsets for start, stop in runs]
+        cu_seqlens = cu_seqlens[None]
+    found, here = [], 0
+    for start, stop in runs:
+        asked, here = query[:, here : here + stop - start], here + stop - start
+        found.append(backend(asked, key[:, :stop], value[:, :stop], cu_seqlens, scale, start))
+    return _like(torch.cat(found, 1), q)

@@ -4,14 +4,17 @@ Memory is linear in the tokens: the backward holds CHUNK scores at a time, for a
 once as fit, and of a long document for so many queries at a time.
 
 Shapes in this file: B batch, S tokens per row, H query heads, G key and value heads, D head size;
-of one document L tokens, P pairs of a row and a key head, R = H / G query heads of each key head.
+of one document L tokens whose keys are read by the last N queries of them, P pairs of a row and a
+key head, R = H / G query heads of each key head.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ilm_compile.kernels.documents import documents, fold
+from ilm_compile.kernels.documents import fold, queries
+from ilm_compile.kernels.last_queries import attend_last
 from ilm_compile.kernels.library import exact_dtype
 
 # Scores held at a time: 16 MiB in float32, of which the backward has about four.
@@ -19,18 +22,22 @@ CHUNK = 2**22
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    tokens: Sequence[int] | None = None,
 ) -> Tensor:
-    """Causal attention inside each document, (B, S, H, D), contiguous."""
+    """Causal attention inside each document, of the shape of q, contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q_fold, k_fold, v_fold, result = (fold(x, cu_seqlens) for x in (q, k, v, out))
-    for rows, tokens in documents(q, cu_seqlens):
-        query, key, value = (x[rows, tokens].transpose(1, 2) for x in (q_fold, k_fold, v_fold))
+    for rows, asked, seen in queries(q, k, cu_seqlens, tokens):
+        query = q_fold[rows, asked].transpose(1, 2)
+        key, value = (x[rows, seen].transpose(1, 2) for x in (k_fold, v_fold))
         grouped = q.shape[2] != k.shape[2]
-        found = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-        result[rows, tokens] = found.transpose(1, 2)
+        found = attend_last(query, key, value, scale=scale, enable_gqa=grouped)
+        result[rows, asked] = found.transpose(1, 2)
     return out
 
 
@@ -41,6 +48,7 @@ def backward(
     v: Tensor,
     cu_seqlens: Tensor | None,
     scale: float | None,
+    tokens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous, from probabilities that are computed again.
 
@@ -49,12 +57,15 @@ def backward(
     because torch.autograd is switched off inside an op that runs under a dispatch mode.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    outs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     given, results = ([fold(x, cu_seqlens) for x in xs] for xs in ((grad, q, k, v), outs))
-    for rows, tokens in documents(q, cu_seqlens):
-        found = _document_backward(*(x[rows, tokens] for x in given), scale=scale)
-        for result, x in zip(results, found, strict=True):
-            result[rows, tokens] = x
+    for rows, asked, seen in queries(q, k, cu_seqlens, tokens):
+        places = (asked, asked, seen, seen)
+        parts = (x[rows, place] for x, place in zip(given, places, strict=True))
+        for result, place, x in zip(
+            results, places[1:], _document_backward(*parts, scale=scale), strict=True
+        ):
+            result[rows, place] += x
     grad_q, grad_k, grad_v = outs
     return grad_q, grad_k, grad_v
 
@@ -62,12 +73,12 @@ def backward(
 def _document_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of one document: q (rows, L, H, D), k and v (rows, L, G, D)."""
+    """The gradients of one document: q (rows, N, H, D), k and v (rows, L, G, D)."""
     exact = exact_dtype(q)
     rows, length, kv_heads, dim = k.shape
-    shared = q.shape[2] // kv_heads
-    grouped = (rows, length, kv_heads, shared, dim)
-    # (P, R, L, D) and (P, L, D): each pair is a problem of its own.
+    asked, shared = q.shape[1], q.shape[2] // kv_heads
+    grouped = (rows, asked, kv_heads, shared, dim)
+    # (P, R, N, D) and (P, L, D): each pair is a problem of its own.
     grad_out, query = (
         x.to(exact).reshape(grouped).permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (grad, q)
     )
@@ -80,15 +91,15 @@ def _document_backward(
     num_queries = max(CHUNK // row_of_scores, 1)
     for first in range(0, len(key), num_pairs):
         pairs = slice(first, first + num_pairs)
-        for start in range(0, length, num_queries):
-            stop = min(start + num_queries, length)
+        for start in range(0, asked, num_queries):
+            stop = min(start + num_queries, asked)
             part = (pairs, slice(None), slice(start, stop))
-            seen = (pairs, slice(0, stop))
+            seen = (pairs, slice(0, length - asked + stop))
             grads = _block_backward(grad_out[part], query[part] * scale, key[seen], value[seen])
             grad_query[part] = grads[0] * scale
             grad_key[seen] += grads[1]
             grad_value[seen] += grads[2]
-    grad_query = grad_query.view(rows, kv_heads, shared, length, dim).permute(0, 3, 1, 2, 4)
+    grad_query = grad_query.view(rows, kv_heads, shared, asked, dim).permute(0, 3, 1, 2, 4)
     grad_key, grad_value = (
         x.view(rows, kv_heads, length, dim).transpose(1, 2) for x in (grad_key, grad_value)
     )

@@ -4,7 +4,7 @@ cu_seqlens is integers, either (B, n): where the documents of each row of S toke
 at 0 and padded with S, or (n,): the same over the flattened B*S tokens, padded with B*S.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,21 +31,53 @@ def fold(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def flat_boundaries(
-    cu_seqlens: Tensor | None, batch: int, seq: int, device: torch.device
+    cu_seqlens: Tensor | None, batch: int, seq: int, device: torch.device, first: int = 0
 ) -> Tensor:
     """Boundaries over the flattened batch * seq tokens, int32, ending there; on the device.
+
+    first: of the tokens from there on in each row only, with documents in rows of their own.
 
     Padding makes documents of no tokens, which the kernels take: to drop them would be to wait for
     the device.
     """
-    starts = torch.arange(batch, device=device, dtype=torch.int32) * seq
+    width = seq - first
+    starts = torch.arange(batch, device=device, dtype=torch.int32) * width
     if cu_seqlens is None:
         bounds = starts
     elif cu_seqlens.dim() == 1:
         bounds = cu_seqlens.to(torch.int32)
     else:
-        bounds = (cu_seqlens.to(torch.int32) + starts.unsqueeze(1)).flatten()
-    return torch.cat((bounds, bounds.new_full((1,), batch * seq)))
+        inside = cu_seqlens.to(torch.int32).clamp(first, seq) - first
+        bounds = (inside + starts.unsqueeze(1)).flatten()
+    return torch.cat((bounds, bounds.new_full((1,), batch * width)))
+
+
+def runs_of(tokens: Sequence[int] | None, num_tokens: int) -> list[tuple[int, int]]:
+    """Start and stop of each run of queries; None: all of a row's."""
+    bounds = [0, num_tokens] if tokens is None else tokens
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def queries(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, tokens: Sequence[int] | None
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Of each document, and each run of queries that reaches into it: rows, queries, keys.
+
+    The slices are of ``fold(q)`` and ``fold(k)``; the queries are the last of the keys' tokens.
+    """
+    batch, num_tokens = k.shape[:2]
+    flattened = cu_seqlens is not None and cu_seqlens.dim() == 1
+    runs, here = [], 0
+    for row in range(batch if flattened else 1):
+        for start, stop in runs_of(tokens, num_tokens):
+            runs.append((row * num_tokens + start, row * num_tokens + stop, here))
+            here += stop - start
+    for rows, document in documents(k, cu_seqlens):
+        for start, stop, first in runs:
+            begin, end = max(start, document.start), min(stop, document.stop)
+            if begin < end:
+                asked = slice(first + begin - start, first + end - start)
+                yield rows, asked, slice(document.start, end)
 
 
 def documents(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice]]:
@@ -54,7 +86,7 @@ def documents(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, sli
     Raises IlmCompileError for boundaries that do not begin at 0, fall, or pass the last token.
     """
     if cu_seqlens is None:
-        yield slice(None), slice(None)
+        yield slice(None), slice(0, x.shape[1])
         return
     rows = 1 if cu_seqlens.dim() == 1 else x.shape[0]
     num_tokens = x.shape[0] * x.shape[1] // rows

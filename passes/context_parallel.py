@@ -1,42 +1,85 @@
 """Context parallelism: the ranks of the "cp" axis share every sequence.
 
 Activations are sharded over tokens, parameters are R: each rank holds a part of their gradients.
-Attention needs every key, so it is computed by heads: an all-to-all exchanges tokens for heads
-before and after it (DeepSpeed-Ulysses, arXiv:2309.14509). Where the ranks do not divide the heads,
-it is computed whole on every rank.
+Attention needs every key. It is computed by heads, an all-to-all exchanging tokens for heads before
+and after it (DeepSpeed-Ulysses, arXiv:2309.14509), or by queries, with keys and values gathered
+(Llama 3, arXiv:2407.21783, section 3.3.2), whichever is cheaper. Causal attention by queries has
+head and tail pieces on each rank, where they divide, for all ranks to have the same work.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from ilm_compile.cost import forward_flops
+from torch import fx
+
+from ilm_compile.cost import HARDWARE, forward_flops
+from ilm_compile.errors import PlanError
 from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.layout import sharded_over
+from ilm_compile.program.placement import Placement, R, S
+from ilm_compile.program.plan import ATTENTION_WAYS
 from ilm_compile.program.program import Program
 from ilm_compile.sharding import Restrictions, Solution
+from ilm_compile.sharding.rules_attention import HEAD_DIM, LOCAL_FORMS, TOKEN_DIM
+from ilm_compile.sharding.strategy import Strategy, tensor_inputs
+from ilm_compile.sharding.transitions import transition_time
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextParallel(Shard):
-    """Shard activations over tokens on `size` ranks."""
+    """Shard activations over tokens on `size` ranks; attention: "heads", "queries", None: cost."""
 
     name: ClassVar[str] = "context-parallel"
     axis: ClassVar[str] = "cp"
+    instead_of_heads: ClassVar[str] = ", or cp_attention='queries'"
     requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     after: ClassVar[frozenset[str]] = frozenset({sharded_over("tp"), sharded_over("ep")})
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded", sharded_over("cp")})
 
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention not in ATTENTION_WAYS:
+            raise PlanError(
+                f"{self.name}: attention must be one of {ATTENTION_WAYS}, got {self.attention!r}"
+            )
+
     def prepare(self, program: Program) -> Restrictions:
-        """Repeat key heads where the query heads divide; what does not divide is gathered."""
-        fit_heads(program, self, must_divide=False)
-        return Restrictions(name=self.name)
+        """Repeat key heads where that pays, and say which tokens may lie in head and tail."""
+        attentions = [node for node in program.calls() if node.target in TOKEN_DIM]
+        if self.attention and self.size > 1 and not attentions:
+            raise PlanError(
+                f"{self.name}: cp_attention={self.attention!r}, but this model has no attention "
+                "op: it writes its attention out, as products and a softmax (for attention "
+                "dropout, or by its own choice), which are placed by cost; leave cp_attention out"
+            )
+        lengths = {_length(node) for node in attentions}
+        uneven = sorted(n for n in lengths if n % self.size)
+        if self.attention == "queries" and uneven:
+            raise PlanError(
+                f"{self.name}: cp_attention='queries', but cp={self.size} does not divide the "
+                f"{uneven[0]} tokens of an attention; make them a multiple of {self.size}"
+            )
+        if self.attention != "queries":
+            must = self.attention == "heads"
+            pays = partial(_heads_pay, step=self)
+            fit_heads(program, self, must_divide=must, **({} if must else {"pays": pays}))
+        folded = frozenset(n for n in lengths if n % (2 * self.size) == 0)
+        return Restrictions(
+            name=self.name,
+            attention=self.attention,
+            folded=folded if self.attention != "heads" else frozenset(),
+        )
 
     def report(self, program: Program, solution: Solution, num_collectives: int) -> None:
-        """What share of the work is divided."""
+        """What share of the work is divided, and how attention is."""
         flops = {node: forward_flops(node) for node in solution.strategies}
         whole = [n for n, s in solution.strategies.items() if not any(p.cuts for p in s.inputs)]
         repeated = {node: flops[node] for node in whole if flops[node]}
@@ -46,6 +89,11 @@ class ContextParallel(Shard):
             f"FLOPs with them; {num_collectives} collectives and local moves per micro-batch, "
             f"predicted {solution.answer.seconds * 1e3:.3f} ms forward and backward"
         )
+        ways = Counter(_way(node, s) for node, s in solution.strategies.items() if _is_one(node))
+        if ways:
+            counted = ", ".join(f"{way} ({count})" for way, count in sorted(ways.items()))
+            why = "as asked for" if self.attention else "the cheapest way; cp_attention forces one"
+            program.decisions.append(f"context-parallel: attention is computed {counted}, {why}")
         if repeated:
             worst = max(repeated, key=repeated.__getitem__)
             program.warnings.append(
@@ -53,3 +101,41 @@ class ContextParallel(Shard):
                 f"the FLOPs, are computed whole on all {self.size} ranks, the largest of them "
                 f"{target_name(worst)} at {program.where(worst)}"
             )
+
+
+def _length(node: fx.Node) -> int:
+    query = tensor_inputs(node)[0].meta["val"]
+    return int(query.shape[TOKEN_DIM[node.target]])
+
+
+def _heads_pay(node: fx.Node, repeats: int, *, step: ContextParallel) -> bool:
+    """Whether exchanging tokens for heads, the key heads repeated, beats gathering keys and values.
+
+    The work is the same where head and tail pieces are.
+    """
+    size, (query, key, value) = step.size, tensor_inputs(node)[:3]
+    if _length(node) % size:
+        return True
+    rank = query.meta["val"].dim()
+    tokens, heads = (S(dims[node.target] % rank) for dims in (TOKEN_DIM, HEAD_DIM))
+
+    def seconds(moved: fx.Node, source: Placement, target: Placement) -> float:
+        return transition_time(moved, source, target, size, HARDWARE[step.hardware], True)
+
+    by_heads = seconds(query, tokens, heads) + seconds(node, heads, tokens)
+    by_heads += repeats * sum(seconds(each, tokens, heads) for each in (key, value))
+    return by_heads < sum(seconds(each, tokens, R) for each in (key, value))
+
+
+def _is_one(node: fx.Node) -> bool:
+    return node.target in TOKEN_DIM or node.target in LOCAL_FORMS
+
+
+def _way(node: fx.Node, strategy: Strategy) -> str:
+    query = strategy.inputs[0]
+    if node.target in LOCAL_FORMS:
+        return "by queries, head and tail on each rank" if query.folded else "by queries"
+    rank = node.meta["val"].dim()
+    if not query.is_shard:
+        return "whole on every rank"
+    return "by queries" if query.dim == TOKEN_DIM[node.target] % rank else "by heads"

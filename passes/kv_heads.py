@@ -8,6 +8,7 @@ the sum over its copies.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import lcm
 
 from torch import fx
@@ -16,15 +17,21 @@ from ilm_compile.errors import PlanError
 from ilm_compile.passes.rewrite import insert_before
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.rules_model import HEAD_DIM
+from ilm_compile.sharding.rules_attention import HEAD_DIM
 from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 
-def fit_heads(program: Program, step: Shard, *, must_divide: bool) -> None:
+def fit_heads(
+    program: Program,
+    step: Shard,
+    *,
+    must_divide: bool,
+    pays: Callable[[fx.Node, int], bool] = lambda node, repeats: True,
+) -> None:
     """Make every attention in `program` divisible by heads over the ranks of `step`.
 
     An attention whose query heads `step.size` does not divide is left alone, or refused with a
-    `PlanError` if it `must_divide`.
+    `PlanError` if it `must_divide`. `pays`: whether its heads are worth so many repeats.
     """
     size, name, axis = step.size, step.name, step.axis
     for node in list(program.calls()):
@@ -38,11 +45,11 @@ def fit_heads(program: Program, step: Shard, *, must_divide: bool) -> None:
                 usable = [n for n in range(1, heads + 1) if heads % n == 0]
                 raise PlanError(
                     f"{name}: {axis}={size} does not divide the {heads} attention heads of "
-                    f"{program.where(node)}; use one of {axis}={usable}"
+                    f"{program.where(node)}; use one of {axis}={usable}{step.instead_of_heads}"
                 )
             continue
         repeats = lcm(kv_heads, size) // kv_heads
-        if repeats > 1:
+        if repeats > 1 and pays(node, repeats):
             copies = {v: _repeat(program, v, node, dim, repeats) for v in {key: 0, value: 0}}
             node.args = (query, copies[key], copies[value], *node.args[3:])
             program.decisions.append(

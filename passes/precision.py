@@ -55,6 +55,8 @@ PRECISIONS: dict[str, Precision] = {
     "aten::einsum": PRODUCT,
     "aten::scaled_dot_product_attention": PRODUCT,
     "ilm::attention": PRODUCT,
+    "ilm::query_attention": PRODUCT,
+    "ilm::query_dot_product_attention": PRODUCT,
     "ilm::rms_norm": FUSED_1,
     "ilm::qkv_rotary": FUSED_1,
     "ilm::add_rms_norm": FUSED_2,

@@ -66,7 +66,7 @@ def standard_passes(plan: Plan) -> list[Pass]:
     if plan.ep > 1:
         passes.append(ExpertParallel(size=plan.ep, dispatch=plan.dispatch))
     if plan.cp > 1:
-        passes.append(ContextParallel(size=plan.cp))
+        passes.append(ContextParallel(size=plan.cp, attention=plan.cp_attention))
     if fuses(plan):
         passes += [FuseKernels(), FuseResidual()]
     if plan.dtype:

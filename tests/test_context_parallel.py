@@ -23,6 +23,26 @@ PLANS = {
         {"cp": 2, "zero": 3, "num_microbatches": 2},
     ],
 }
+HEADS, QUERIES = ({"cp_attention": way} for way in ("heads", "queries"))
+# Attention divided in the way that is not the cheaper one here, or where only one is possible:
+# groups of heads, a sliding window (Mistral), fewer key heads than ranks, heads that nothing
+# divides, documents that end anywhere.
+ATTENTION = {
+    2: [
+        *(Case(name, {"cp": 2, **HEADS}) for name in ("internlm2", "llama", "Mistral")),
+        *(Case(name, {"cp": 2, **way}, packed=True) for name in ("internlm", "internlm2")
+          for way in (HEADS, QUERIES)),
+    ],
+    4: [
+        *(Case(name, {"cp": 4, **QUERIES}) for name in ("llama", "Mistral", "one key head")),
+        Case("InternLM3", {"cp": 4, **HEADS}),  # key heads repeated
+        Case("three heads", {"cp": 4}),
+        Case("internlm2", {"cp": 4, **QUERIES}, packed=True),
+        Case("internlm", {"cp": 2, "tp": 2, "sequence_parallel": True, **QUERIES}, packed=True),
+        Case("llama", {"cp": 2, "pp": 2, "checkpoint": 1.0, **QUERIES}),
+        Case("llama", {"cp": 2, "num_microbatches": 2, **HEADS}, dp=2),
+    ],
+}  # fmt: skip
 
 
 def cases(world: int) -> list[Case]:
@@ -34,12 +54,12 @@ def ranks(plan):
     return plan["cp"] * plan.get("tp", 1) * plan.get("pp", 1)
 
 
-@pytest.mark.parametrize("case", cases(2), ids=str)
+@pytest.mark.parametrize("case", [*cases(2), *ATTENTION[2]], ids=str)
 def test_two_processes_equal_the_single_device_model(case, world2):
     assert_equal(world2, case, BOUND)
 
 
-@pytest.mark.parametrize("case", cases(4), ids=str)
+@pytest.mark.parametrize("case", [*cases(4), *ATTENTION[4]], ids=str)
 def test_four_processes_equal_the_single_device_model(case, world4):
     assert_equal(world4, case, BOUND)
 

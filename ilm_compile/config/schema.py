@@ -45,6 +45,9 @@ class ParallelOptions:
     tensor: int = option(1, "ranks that share every layer", low=1)
     context: int = option(1, "ranks that share every sequence", low=1)
     expert: int = option(1, "ranks that share a micro-batch, and divide the experts", low=1)
+    context_attention: str | None = option(
+        None, "attention over context ranks; by cost if left out", choices=("heads", "queries")
+    )
     pipeline: int = option(1, "ranks that hold consecutive layers", low=1)
     num_chunks: int = option(1, "pipeline stages on each rank", low=1)
     schedule: str | None = option(None, "1f1b, gpipe, interleaved_1f1b; by num_chunks if left out")

@@ -21,6 +21,8 @@ from torch import fx
 
 from ilm_compile.cost.nodes import op_name
 from ilm_compile.program.gradients import gradient_nodes
+from ilm_compile.program.placement import Placement
+from ilm_compile.program.query_attention import slowest_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,23 @@ def _sdpa(node: fx.Node) -> int:
     return _attention(prod(batch), queries, k[-2], dim + v[-1], causal=bool(causal))
 
 
+def _queries(node: fx.Node) -> int:
+    """Causal, for a share of the queries: the mean over the ranks (see `slowest_rank`)."""
+    (*batch, queries, dim), k, v = (_shape(argument) for argument in node.args[:3])
+    return _attention(prod(batch), queries, k[-2], dim + v[-1], causal=True)
+
+
+def slowest_rank(node: fx.Node) -> float:
+    """Return the FLOPs of the rank that has most of a node, against the mean."""
+    if op_name(node) not in QUERY_DIM:
+        return 1.0
+    dim = QUERY_DIM[op_name(node)]
+    queries, keys = (_shape(argument)[dim] for argument in node.args[:2])
+    return slowest_share(Placement.parse(str(node.args[5])), keys, keys // queries)
+
+
+QUERY_DIM = {"ilm::query_attention": 1, "ilm::query_dot_product_attention": -2}
+
 RULES: dict[str, Rule] = {
     "aten::linear": _product_from(0),
     "aten::matmul": _product_from(0),
@@ -95,6 +114,8 @@ RULES: dict[str, Rule] = {
     "aten::einsum": Rule(_einsum, lambda node: node.args[1]),  # type: ignore[arg-type, return-value]
     "aten::scaled_dot_product_attention": Rule(_sdpa, lambda node: node.args[:3]),
     "ilm::attention": Rule(_ilm_attention, lambda node: node.args[:3]),
+    "ilm::query_attention": Rule(_ilm_attention, lambda node: node.args[:3]),
+    "ilm::query_dot_product_attention": Rule(_queries, lambda node: node.args[:3]),
 }
 # Values that carry no gradient whatever they are computed from.
 _CUTS = {"aten::detach"}

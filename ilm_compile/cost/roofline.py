@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ilm_compile.cost.flops import backward_flops, forward_flops
+from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
 from ilm_compile.cost.nodes import is_view, op_name, tensors, value_bytes
 
@@ -44,6 +44,8 @@ def node_time(
 ) -> float:
     """Return the seconds of `node` on one device that does 1/`shards` of it; 0 for views.
 
+    Where ranks have unequal shares already it is the device that has most.
+
     `dtype`: as if floating-point values were held in it; None: their own. `backward`: the seconds
     of the backward instead, which moves twice the bytes (it reads the gradient and what was saved,
     and writes a gradient per input). Raises `PlanError` for a dtype the hardware has no peak of.
@@ -51,7 +53,7 @@ def node_time(
     num_bytes = node_bytes(node, dtype=dtype)
     if num_bytes == 0:
         return 0.0
-    flops = backward_flops(node) if backward else forward_flops(node)
+    flops = (backward_flops(node) if backward else forward_flops(node)) * slowest_rank(node)
     traffic_s = (2 if backward else 1) * num_bytes / shards / hardware.usable_bandwidth
     compute_s = 0.0
     if flops:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.communicator import Communicator, communicator
-from ilm_compile.program.placement import Placement, join_shards, split_shards
+from ilm_compile.program.placement import Placement, S, join_shards, split_shards
 
 Move = Callable[[Tensor, Communicator, Placement, Placement], Tensor]
 
@@ -31,13 +31,13 @@ def _all_reduce(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -
 
 def _all_gather(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
     stacked = comm.all_gather(x.contiguous())
-    if src.dim == 0 and not src.segments:
+    if src == S(0):
         return stacked.flatten(0, 1)
     return join_shards(stacked.unbind(0), src)
 
 
 def _reduce_scatter(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
-    if dst.dim == 0 and not dst.segments:
+    if dst == S(0):
         return comm.reduce_scatter(x.reshape(comm.size, -1, *x.shape[1:]))
     return comm.reduce_scatter(torch.stack(split_shards(x, dst, comm.size)))
 

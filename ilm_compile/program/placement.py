@@ -9,6 +9,8 @@ A value is one of
 * ``S(dim, segments)``  the dimension is a concatenation of parts (a fused q|k|v projection) of the
                    given sizes, and each part is sharded on its own: rank r holds the r-th slice of
                    every part, concatenated;
+* ``S(dim, folded)``  rank r of n holds pieces r and 2n - 1 - r of 2n, from the head and the tail:
+                   under a causal mask every rank then has the same work. With segments, of each;
 * ``P``            partial: the true value is the sum over the ranks.
 
 Rows that a mixture of experts has sorted are one of
@@ -30,15 +32,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 _TEXT = re.compile(
-    r"(?P<kind>[IRPCE])|S\((?P<dim>\d+)(, segments=\((?P<segments>[\d, ]+)\))?\)"
-    r"|(?P<rows>[TD])(\(segments=\((?P<parts>[\d, ]+)\)\))?"
+    r"(?P<kind>[IRPCE])|S\((?P<dim>\d+)(, segments=\((?P<segments>[\d, ]+)\))?"
+    r"(?P<folded>, folded)?\)"
+    r"|(?P<rows>[TD])(\((segments=\((?P<parts>[\d, ]+)\))?(, )?(?P<folded_rows>folded)?\))?"
 )
 
 
@@ -49,6 +52,7 @@ class Placement:
     kind: str
     dim: int = -1
     segments: tuple[int, ...] = ()
+    folded: bool = False
 
     @property
     def is_shard(self) -> bool:
@@ -62,9 +66,10 @@ class Placement:
 
     def __str__(self) -> str:
         segments = ", ".join(map(str, self.segments))
-        if not self.is_shard:
-            return f"{self.kind}(segments=({segments}))" if segments else self.kind
-        return f"S({self.dim}, segments=({segments}))" if segments else f"S({self.dim})"
+        words = [str(self.dim)] if self.is_shard else []
+        words += [f"segments=({segments})"] if segments else []
+        words += ["folded"] if self.folded else []
+        return f"{self.kind}({', '.join(words)})" if words else self.kind
 
     __repr__ = __str__
 
@@ -74,13 +79,20 @@ class Placement:
         """Return the placement written as `text`, for example ``"P"`` or ``"S(1)"``."""
         match = _TEXT.fullmatch(text)
         if match is None:
-            expected = "I, R, P, S(dim) or S(dim, segments=(...))"
+            expected = "I, R, P, S(dim) or S(dim, segments=(...)), either with ', folded'"
             raise ValueError(f"placement: expected {expected}, got {text!r}")
         if match["kind"]:
             return Placement(match["kind"]) if match["kind"] != "E" else E
         listed = match["segments"] or match["parts"] or ""
         sizes = tuple(int(size) for size in listed.split(",") if size.strip())
-        return rows_of(match["rows"], sizes) if match["rows"] else S(int(match["dim"]), sizes)
+        tokens = S(
+            int(match["dim"] or 0), sizes, folded=bool(match["folded"] or match["folded_rows"])
+        )
+        return rows_of(match["rows"], tokens) if match["rows"] else tokens
+
+    def along(self, dim: int) -> Placement:
+        """Return the placement that cuts dimension `dim` as this one cuts its own."""
+        return replace(self, dim=dim)
 
     def local_shape(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
         """Return the shape one of `size` ranks holds of a value of global `shape`."""
@@ -102,7 +114,26 @@ class Placement:
             return False
         parts = self.segments or (shape[self.dim],)
         whole = sum(parts) == shape[self.dim]
-        return whole and all(part % size == 0 and part > 0 for part in parts)
+        return whole and all(part % (size * self.halves) == 0 and part > 0 for part in parts)
+
+    @property
+    def halves(self) -> int:
+        """The pieces of each segment that a rank holds: two of a folded one."""
+        return 1 + self.folded
+
+    def held(self, length: int, size: int, rank: int) -> list[tuple[int, int]]:
+        """Return (start, stop) of the pieces of the cut dimension that `rank` holds, in its order.
+
+        length: of the whole dimension.
+        """
+        pieces: list[tuple[int, int]] = []
+        first = 0
+        for segment in self.segments or (length,):
+            width = segment // (size * self.halves)
+            starts = (first + n * width for n in (rank, 2 * size - 1 - rank)[: self.halves])
+            pieces += [(start, start + width) for start in starts]
+            first += segment
+        return pieces
 
 
 I = Placement("I")  # noqa: E741 - the field's name for it
@@ -110,17 +141,18 @@ R = Placement("R")
 P = Placement("P")
 
 
-def S(dim: int, segments: Sequence[int] = ()) -> Placement:
+def S(dim: int, segments: Sequence[int] = (), *, folded: bool = False) -> Placement:
     """Return the placement sharded on dimension `dim`; one segment is no segment."""
-    return Placement("S", dim, tuple(segments) if len(segments) > 1 else ())
+    return Placement("S", dim, tuple(segments) if len(segments) > 1 else (), folded)
 
 
-def rows_of(kind: str, segments: Sequence[int] = ()) -> Placement:
-    """Return the placement T or D of sorted rows whose tokens lie as S(0, segments)."""
-    return Placement(kind, 0, tuple(segments) if len(segments) > 1 else ())
+def rows_of(kind: str, tokens: Placement) -> Placement:
+    """Return the placement T or D of sorted rows that were cut as `tokens`, or S of T."""
+    return replace(tokens, kind=kind, dim=0)
 
 
 C = Placement("C")
+D = Placement("D", 0)
 E = Placement("E", 0)
 
 
@@ -129,18 +161,23 @@ def split_shards(full: Tensor, placement: Placement, size: int) -> list[Tensor]:
     dim = placement.dim
     sizes = placement.segments or (full.shape[dim],)
     parts = torch.split(full, list(sizes), dim)
-    chunks = [part.chunk(size, dim) for part in parts]
-    return [_concatenate([chunk[rank] for chunk in chunks], dim) for rank in range(size)]
+    chunks = [part.chunk(size * placement.halves, dim) for part in parts]
+    return [
+        _concatenate([c[i] for c in chunks for i in (r, -1 - r)[: placement.halves]], dim)
+        for r in range(size)
+    ]
 
 
 def join_shards(shards: Sequence[Tensor], placement: Placement) -> Tensor:
     """Return the full tensor that `split_shards` cuts into `shards`."""
-    size, dim = len(shards), placement.dim
-    if not placement.segments:
+    size, dim, halves = len(shards), placement.dim, placement.halves
+    if not placement.segments and not placement.folded:
         return _concatenate(list(shards), dim)
-    local = [segment // size for segment in placement.segments]
+    segments = placement.segments or (shards[0].shape[dim] * size,)
+    local = [segment // size // halves for segment in segments for _ in range(halves)]
     columns = zip(*(torch.split(shard, local, dim) for shard in shards), strict=True)
-    return _concatenate([piece for column in columns for piece in column], dim)
+    ordered = (c[::-1] if i % halves else c for i, c in enumerate(columns))  # tails run backwards
+    return _concatenate([piece for column in ordered for piece in column], dim)
 
 
 def _concatenate(pieces: list[Tensor], dim: int) -> Tensor:

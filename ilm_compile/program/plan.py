@@ -18,6 +18,7 @@ from ilm_compile.program.layout import AXES, MeshAxis, Sizes
 from ilm_compile.program.placement import I, Placement, S
 
 DTYPES = (None, "bfloat16", "float16")
+ATTENTION_WAYS = (None, "heads", "queries")
 KERNELS = ("auto", "triton", "torch")
 
 
@@ -33,6 +34,7 @@ class Plan:
     num_microbatches: int = 1  # per data-parallel rank and optimizer step
     schedule: str = "1f1b"
     sequence_parallel: bool | None = None  # None: decided by cost
+    cp_attention: str | None = None  # how cp divides attention: "heads", "queries"; None: by cost
     embed_split_hidden: bool | None = None  # embedding sharded by hidden size; None: by cost
     dispatch: bool | None = (
         None  # rows are sent to their experts, or tokens gathered; None: by cost
@@ -59,6 +61,15 @@ class Plan:
             raise PlanError(f"plan: dtype must be one of {DTYPES}, got {self.dtype!r}")
         if self.kernels not in KERNELS:
             raise PlanError(f"plan: kernels must be one of {KERNELS}, got {self.kernels!r}")
+        if self.cp_attention not in ATTENTION_WAYS:
+            raise PlanError(
+                f"plan: cp_attention must be one of {ATTENTION_WAYS}, got {self.cp_attention!r}"
+            )
+        if self.cp_attention and self.cp == 1:
+            raise PlanError(
+                f"plan: cp_attention={self.cp_attention!r} needs cp > 1, got cp=1; it says how "
+                "attention is divided over cp ranks"
+            )
         if self.zero not in (1, 3):
             raise PlanError(f"plan: zero must be 1 or 3, got {self.zero!r}")
         if self.num_chunks > 1 and self.pp == 1:

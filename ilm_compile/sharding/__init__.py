@@ -1,6 +1,7 @@
 """Sharding: placement rules per op, the search over them and the check by them."""
 
 from ilm_compile.sharding import other_axes as _other_axes  # noqa: F401 - fill the table
+from ilm_compile.sharding import rules_attention as _rules_attention  # noqa: F401
 from ilm_compile.sharding import rules_convolution as _rules_convolution  # noqa: F401
 from ilm_compile.sharding import rules_experts as _rules_experts  # noqa: F401
 from ilm_compile.sharding import rules_fused as _rules_fused  # noqa: F401

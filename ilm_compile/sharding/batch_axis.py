@@ -293,4 +293,4 @@ def _wanted(call: Call, placed: list[Placement | None], dim: int) -> frozenset[P
     size = call.shape[dim]
     outer = {1, *(n for shape in call.shapes for n in accumulate(shape, mul))}
     cut = {S(dim, (size // n,) * n) for n in outer if n and size % (n * SLICES) == 0}
-    return frozenset(cut | {S(dim, p.segments) for p in placed if p is not None and p.is_shard})
+    return frozenset(cut | {p.along(dim) for p in placed if p is not None and p.is_shard})

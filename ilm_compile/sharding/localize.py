@@ -15,6 +15,7 @@ from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.placement import P
 from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+from ilm_compile.sharding import rules_attention
 from ilm_compile.sharding.rules_convolution import CONVOLUTIONS
 from ilm_compile.sharding.rules_math import MEANS
 from ilm_compile.sharding.rules_views import slice_bounds
@@ -84,4 +85,5 @@ _REWRITES: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {
     **dict.fromkeys(MEANS, _mean),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **LOCAL,
+    **rules_attention.LOCAL,
 }

@@ -18,6 +18,7 @@ from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.sharded_reductions import partial_loss, sharded_gather, sharded_nll_loss
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.sharding.localize import localize
+from ilm_compile.sharding.rules_attention import ATTENTION, QUERY_ATTENTION, QUERY_SDPA, SDPA
 from ilm_compile.sharding.sharded_forms import REDUCED, SOFTMAXES
 from ilm_compile.sharding.strategy import OTHER_AXIS, Call, Strategy, aten, axis_of, rule_of
 
@@ -38,6 +39,8 @@ STANDS_FOR: dict[Any, Spelling] = {
     sharded_gather: _plain(aten.gather.default),
     sharded_nll_loss: lambda args: (aten.nll_loss_nd.default, (*args[:2], None, *args[2:4])),
     partial_mean: _plain(aten.mean.dim),
+    QUERY_ATTENTION: lambda args: (ATTENTION, args[:5]),
+    QUERY_SDPA: lambda args: (SDPA, (*args[:3], None, 0.0, True)),
     partial_loss: lambda args: (getattr(aten, args[0]).default, args[1:3]),
     **{form: _plain(op) for op, form in {**REDUCED, **SOFTMAXES}.items()},
 }
@@ -73,7 +76,7 @@ def moved(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         touched = [p for p in (source, target) if p.is_shard and p.dim == out.dim and not is_later]
         if not touched:
             yield Strategy((out,), out)
-        elif len(touched) == 1 and not touched[0].segments:
+        elif len(touched) == 1 and touched[0] == S(out.dim):
             yield from _through(out, shape[out.dim], call.shape[out.dim])
 
 
@@ -81,12 +84,12 @@ def _through(out: Placement, before: int, after: int) -> Iterator[Strategy]:
     """Yield how a dimension lies before a collective that changes its size, if it can be `out`."""
     own = out.segments or (after,)
     if before > after:  # it is cut, so it was as many parts, each of which lay as it does now
-        yield Strategy((S(out.dim, own * (before // after)),), out)
+        yield Strategy((S(out.dim, own * (before // after), folded=out.folded),), out)
         return
     parts = after // before
     part = own[: len(own) // parts]
     if part and own == part * parts:
-        yield Strategy((S(out.dim, part),), out)
+        yield Strategy((S(out.dim, part, folded=out.folded),), out)
 
 
 OTHER_AXIS.update(dict.fromkeys(STANDS_FOR, other_axis))

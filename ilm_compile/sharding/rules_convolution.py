@@ -36,10 +36,10 @@ def convolution(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     for out in wanted:
         if out.dim == 0:
             yield Strategy((out, R, *(R for _ in bias)), out)
-        channels = S(0, out.segments)
+        channels = out.along(0)
         if out.dim == 1 and groups == 1:
             yield Strategy((R, channels, *(channels for _ in bias)), out)
-        elif out.dim == 1 and (depthwise or (groups % call.size == 0 and not out.segments)):
+        elif out.dim == 1 and (depthwise or (groups % call.size == 0 and out == S(1))):
             yield Strategy((out, channels, *(channels for _ in bias)), out)
     if groups == 1:
         yield Strategy((S(1), S(1), *(P for _ in bias)), P)

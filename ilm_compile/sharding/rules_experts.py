@@ -8,13 +8,14 @@ the grouped product knows of experts; sort and inverse say which tokens the rows
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from torch import fx
 
 from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
-from ilm_compile.program.placement import C, E, I, P, Placement, R, S, rows_of
+from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
 from ilm_compile.sharding.rules_math import mixing, pointwise
 from ilm_compile.sharding.rules_select import GROUPED
 from ilm_compile.sharding.strategy import (
@@ -100,7 +101,7 @@ def _is_real(node: fx.Node) -> bool:
 @rule(expert_order)
 def order(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Of its own rows each rank finds the order alone."""
-    yield from (Strategy((S(0, out.segments),), out) for out in wanted if out.kind == "T")
+    yield from (Strategy((rows_of("S", out),), out) for out in wanted if out.kind == "T")
 
 
 @rule(sort_rows)
@@ -110,8 +111,8 @@ def sort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield Strategy((P, R), P)
     for out in wanted:
         if out.kind == "T" and all(n % repeats == 0 for n in out.segments):
-            tokens = S(0, [n // repeats for n in out.segments])
-            yield Strategy((tokens, rows_of("T", out.segments)), out)
+            tokens = replace(rows_of("S", out), segments=tuple(n // repeats for n in out.segments))
+            yield Strategy((tokens, out), out)
         if out.is_shard and out.dim > 0:
             yield Strategy((out, R), out)
 
@@ -122,7 +123,7 @@ def unsort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield Strategy((P, R), P)
     for out in wanted:
         if out.is_shard:
-            rows = rows_of("T", out.segments)
+            rows = rows_of("T", out)
             yield Strategy((out, R) if out.dim else (rows, rows), out)
 
 
@@ -133,11 +134,12 @@ def count(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     rows = shape[0]
     for parts in range(1, min(rows, MOST_SEGMENTS) + 1):
         if rows % parts == 0:
-            segments = (rows // parts,) * parts
-            yield Strategy((rows_of("T", segments),), P)
-            if C in wanted:
-                yield Strategy((rows_of("T", segments),), C)
-            yield Strategy((S(0, segments),), P)
+            for folded in (False, True):
+                tokens = S(0, (rows // parts,) * parts, folded=folded)
+                yield Strategy((tokens,), P)
+                yield Strategy((rows_of("T", tokens),), P)
+                if C in wanted:
+                    yield Strategy((rows_of("T", tokens),), C)
 
 
 def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
@@ -158,12 +160,12 @@ def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 def _grouped(call: Call, out: Placement) -> Iterator[Strategy]:
     if len(call.shapes) == 3:
-        weights, offsets = {"T": (R, C), "D": (S(0), rows_of("D")), "E": (S(0), E)}[out.kind]
+        weights, offsets = {"T": (R, C), "D": (S(0), D), "E": (S(0), E)}[out.kind]
         yield Strategy((out, weights, offsets), out)
 
 
 def _as_rows(call: Call, out: Placement) -> Iterator[Strategy]:
-    even = S(0, out.segments)
+    even = rows_of("S", out)
     for inputs, output in rule_of(call.target)(call, frozenset({even})):
         if output == even and set(inputs) <= {even, R} and even in inputs:
             yield Strategy(tuple(out if p == even else p for p in inputs), out)

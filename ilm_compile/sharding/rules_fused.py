@@ -52,18 +52,18 @@ def rotary(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     num_values = 2 if call.target is ilm.rotary.default else 1
     rows = call.shapes[num_values:]
     has_positions = len(rows) == 3
-    for dim in range(3):
+    for out in {S(0), S(1), S(2)} | {out for out in wanted if out.is_shard and out.dim < 3}:
         along = [
-            _table(shape, dim, call.shape[0], by_token=not has_positions or index == 2)
+            _table(shape, out, call.shape[0], by_token=not has_positions or index == 2)
             for index, shape in enumerate(rows)
         ]
-        yield Strategy((*(S(dim) for _ in range(num_values)), *along), S(dim))
+        yield Strategy((*(out for _ in range(num_values)), *along), out)
 
 
-def _table(shape: tuple[int, ...], dim: int, batch: int, *, by_token: bool) -> Placement:
-    """Return how a table or the positions lie when the tokens are cut along `dim`."""
-    is_cut = by_token and (dim == 1 or (dim == 0 and shape[0] == batch > 1))
-    return S(dim) if is_cut else R
+def _table(shape: tuple[int, ...], out: Placement, batch: int, *, by_token: bool) -> Placement:
+    """Return how a table or the positions lie when the tokens are cut as `out`."""
+    is_cut = by_token and (out.dim == 1 or (out.dim == 0 and shape[0] == batch > 1))
+    return out if is_cut else R
 
 
 @rule(ilm.swiglu.default)

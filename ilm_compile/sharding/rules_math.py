@@ -77,7 +77,7 @@ def aligned(shape: tuple[int, ...], out_shape: tuple[int, ...], out: Placement) 
     """Return how an operand of `shape` is placed when the broadcast result is placed as `out`."""
     dim = out.dim - (len(out_shape) - len(shape))
     broadcast = dim < 0 or shape[dim] != out_shape[out.dim]
-    return R if broadcast else S(dim, out.segments)
+    return R if broadcast else out.along(dim)
 
 
 # Ops that mix values along some dimensions and are independent along the others: which dimensions
@@ -131,9 +131,9 @@ def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             continue
         dim = out.dim if keepdim else kept[out.dim]
         if dim in kept:
-            yield Strategy((S(dim, out.segments),), out)
+            yield Strategy((out.along(dim),), out)
     if call.target in SUMS + MEANS:
-        yield from (Strategy((S(dim),), P) for dim in reduced)
+        yield from (Strategy((S(dim, folded=f),), P) for dim in reduced for f in (False, True))
         yield Strategy((P,), P)
     elif call.target in REDUCED and call.named("dim") is not None:
         yield from (Strategy((S(dim),), I) for dim in reduced)
@@ -146,10 +146,12 @@ def elementwise_loss(call: Call, wanted: frozenset[Placement]) -> Iterator[Strat
     if shape == other and call.argument(2, "reduction", 1) == NONE:
         yield from (Strategy((out, out), out) for out in wanted if out.is_shard)
     elif shape == other:
-        yield from (Strategy((S(dim), S(dim)), P) for dim in range(len(shape)))
+        cuts = (S(dim, folded=folded) for dim in range(len(shape)) for folded in (False, True))
+        yield from (Strategy((cut, cut), P) for cut in cuts)
 
 
 @rule(partial_mean)
 def sharded_mean(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """One of the reduced dimensions is sharded by construction."""
-    yield from (Strategy((S(dim % len(call.shapes[0])),), P) for dim in call.args[1])
+    for dim in (dim % len(call.shapes[0]) for dim in call.args[1]):
+        yield from (Strategy((cut,), P) for cut in (S(dim), S(dim, folded=True)))

@@ -1,22 +1,16 @@
-"""Rules of the ops that are peculiar to language models: embedding, attention, cross entropy."""
+"""Rules of embedding, cross entropy and dropout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.loss import MEAN, SUM
 from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.sharded_reductions import NONE
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
-from ilm_compile.sharding.rules_math import aligned
 from ilm_compile.sharding.rules_views import cuts_of
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule, tensor_inputs
-
-import torch  # isort: skip
-
-ilm = torch.ops.ilm
 
 
 @rule(aten.embedding.default)
@@ -47,11 +41,11 @@ def cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy
         for out in wanted:
             if out.is_shard:
                 dim = out.dim + (out.dim > 0)
-                yield Strategy((S(dim, out.segments), out), out)
+                yield Strategy((out.along(dim), out), out)
     elif reduction == SUM:
         for dim in range(len(target)):
             for cut in cuts_of(tensor_inputs(call.node)[1], call.axis, dim):
-                yield Strategy((S(dim + (dim > 0), cut.segments), cut), P)
+                yield Strategy((cut.along(dim + (dim > 0)), cut), P)
 
 
 @rule(vocab_cross_entropy)
@@ -67,28 +61,6 @@ def nll_loss(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         yield Strategy((S(1), R), P)
 
 
-@rule(ilm.attention.default)
-def attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """q, k, v: (batch, seq, heads, head_dim), sharded by heads or by batch."""
-    boundaries = call.shapes[3:]
-    yield Strategy((S(2), S(2), S(2), *(R for _ in boundaries)), S(2))
-    if all(len(shape) == 2 for shape in boundaries):
-        yield Strategy((S(0), S(0), S(0), *(S(0) for _ in boundaries)), S(0))
-
-
-@rule(aten.scaled_dot_product_attention.default)
-def scaled_dot_product_attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """q, k, v: (..., heads, seq, head_dim), sharded by any dimension before seq.
-
-    Attention dropout draws random numbers per rank, so with it the heads are not sharded.
-    """
-    if call.argument(4, "dropout_p", 0.0):
-        return
-    for dim in range(len(call.shape) - 2):
-        masks = (aligned(shape, call.shape, S(dim)) for shape in call.shapes[3:])
-        yield Strategy((S(dim), S(dim), S(dim), *masks), S(dim))
-
-
 @rule(seeded_dropout)
 def dropout(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded as wanted, since the mask is cut like the value; linear for a given mask."""
@@ -96,7 +68,3 @@ def dropout(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         if out.is_shard:
             yield Strategy((out, R), out)
     yield Strategy((P, R), P)
-
-
-# The dimension of the query and of the key that counts heads.
-HEAD_DIM = {ilm.attention.default: 2, aten.scaled_dot_product_attention.default: -3}

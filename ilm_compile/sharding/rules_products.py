@@ -85,4 +85,4 @@ def _operand(
 ) -> Placement:
     """Return how an operand is placed when `letter`, `width` wide, is sharded; R if it lacks it."""
     dim = term.find(letter)
-    return S(dim, out.segments) if dim >= 0 and shape[dim] == width else R
+    return out.along(dim) if dim >= 0 and shape[dim] == width else R

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.program.placement import P, Placement, R
 from ilm_compile.sharding.rules_math import aligned
 from ilm_compile.sharding.rules_select import indexed_dims
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
@@ -22,7 +22,7 @@ def slice_scatter(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy
     lost = call.target is aten.select_scatter.default  # the written value lacks `dim`
     for out in wanted:
         if out.is_shard and out.dim != dim:
-            yield Strategy((out, S(out.dim - (lost and out.dim > dim), out.segments)), out)
+            yield Strategy((out, out.along(out.dim - (lost and out.dim > dim))), out)
     yield Strategy((P, P), P)
 
 
@@ -67,4 +67,4 @@ def index_put(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             dim = out.dim if out.dim < first else out.dim + added - len(positions)
             value = call.shapes[-1]
             shape = (*written[:dim], call.shape[out.dim], *written[dim + 1 :])
-            yield Strategy((out, *rest, aligned(value, shape, S(dim, out.segments))), out)
+            yield Strategy((out, *rest, aligned(value, shape, out.along(dim))), out)

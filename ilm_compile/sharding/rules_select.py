@@ -37,7 +37,7 @@ def index(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         if not out.is_shard or first <= out.dim < first + added:
             continue
         dim = out.dim if out.dim < first else out.dim - added + len(positions)
-        yield Strategy((S(dim, out.segments), *rest), out)
+        yield Strategy((out.along(dim), *rest), out)
 
 
 @rule(aten.index_select.default)
@@ -99,6 +99,6 @@ def grouped_product(call: Call, wanted: frozenset[Placement]) -> Iterator[Strate
     rest = tuple(R for _ in call.shapes[2:])
     for out in wanted:
         if out.is_shard and out.dim == 1:
-            yield Strategy((R, S(2, out.segments), *rest), out)
+            yield Strategy((R, out.along(2), *rest), out)
     yield Strategy((S(1), S(1), *rest), P)
     yield Strategy((P, R, *rest), P)

@@ -10,6 +10,7 @@ rows (three heads dim), is sharded by heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -54,8 +55,8 @@ def refine(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> list[Factor]:
         in_outer, out_outer = in_outer * common, out_outer * common
 
 
-def _sharded(dim: int, dim_size: int, outer: int) -> Placement:
-    return S(dim, (dim_size // outer,) * outer)
+def _sharded(dim: int, dim_size: int, outer: int, *, folded: bool = False) -> Placement:
+    return S(dim, (dim_size // outer,) * outer, folded=folded)
 
 
 @rule(aten.reshape.default)
@@ -67,13 +68,18 @@ def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         if whole:
             for out in wanted:
                 if out.is_shard and out.dim == factor.out_dim:
-                    yield Strategy((S(factor.in_dim, out.segments),), out)
-        elif factor.size % call.size == 0:
-            source = _sharded(factor.in_dim, shape[factor.in_dim], factor.in_outer)
-            out = _sharded(factor.out_dim, call.shape[factor.out_dim], factor.out_outer)
-            if out in wanted:
-                yield Strategy((source,), out)
-        if not whole and factor.in_outer == factor.out_outer == 1:
+                    yield Strategy((out.along(factor.in_dim),), out)
+            continue
+        for folded in (False, True):
+            if factor.size % (call.size * (1 + folded)) == 0:
+                source = _sharded(
+                    factor.in_dim, shape[factor.in_dim], factor.in_outer, folded=folded
+                )
+                size = call.shape[factor.out_dim]
+                out = _sharded(factor.out_dim, size, factor.out_outer, folded=folded)
+                if out in wanted:
+                    yield Strategy((source,), out)
+        if factor.in_outer == factor.out_outer == 1:
             yield from _outermost(call, factor, wanted)
     yield Strategy((P,), P)
 
@@ -88,13 +94,14 @@ def _outermost(call: Call, factor: Factor, wanted: frozenset[Placement]) -> Iter
         if out.segments and out.dim == factor.out_dim and out.is_shard:
             if all(n % (out_inner * call.size) == 0 for n in out.segments):
                 parts = [n // out_inner * inner for n in out.segments]
-                yield Strategy((S(factor.in_dim, parts),), out)
+                yield Strategy((S(factor.in_dim, parts, folded=out.folded),), out)
 
 
 def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:
     """Return the ways to shard a value along `dim` so that what it was made of is cut evenly.
 
-    Rows (batch, tokens) that became one dimension are cut in segments where the tokens are.
+    Rows (batch, tokens) that became one dimension are cut in segments where the tokens are. Each
+    way comes folded too.
     """
     found, seen, pending = {S(dim)}, {node}, [node]
     size = axis.shape(node)[dim]
@@ -112,7 +119,7 @@ def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:
                 factors = refine(axis.shape(source), axis.shape(value))
                 outer = {f.out_outer for f in factors if f.out_dim == dim and f.size > 1}
                 found |= {_sharded(dim, size, n) for n in outer}
-    return found
+    return found | {replace(cut, folded=True) for cut in found}
 
 
 @rule(aten.expand.default)
@@ -123,7 +130,7 @@ def expand(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         if out.is_shard:
             dim = out.dim - (len(call.shape) - len(shape))
             kept = dim >= 0 and shape[dim] == call.shape[out.dim]
-            yield Strategy((S(dim, out.segments) if kept else R,), out)
+            yield Strategy((out.along(dim) if kept else R,), out)
     yield Strategy((P,), P)
 
 
@@ -169,13 +176,16 @@ _RENAMING = {
 }
 
 
+VIEWS = {*_RENAMING, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
+
+
 @rule(*_RENAMING)
 def renaming(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The output's shard dimension, traced back to the input's."""
     sources = _RENAMING[call.target](call)
     for out in wanted:
         if out.is_shard and sources[out.dim] >= 0:
-            yield Strategy((S(sources[out.dim], out.segments),), out)
+            yield Strategy((out.along(sources[out.dim]),), out)
     yield Strategy((P,), P)
 
 
@@ -220,7 +230,7 @@ def _segmentations(
         if user.target is call.target and user.args[0] is source:
             sibling, *bounds, step = slice_bounds(global_call(user, call.axis))
             cuts |= set(bounds) if sibling == dim and step == 1 else set()
-    if not out.is_shard or out.dim != dim or end - start == call.shapes[0][dim]:
+    if not out.is_shard or out.folded or out.dim != dim or end - start == call.shapes[0][dim]:
         return
     inner = {start, *(start + n for n in accumulate(out.segments or (end - start,)))}
     edges = sorted({0, call.shapes[0][dim]} | inner | {c for c in cuts if not start < c < end})
@@ -234,7 +244,8 @@ def cat(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     sizes = [shape[dim] for shape in call.shapes]
     for out in wanted:
         if out.is_shard and (out.dim != dim or out.segments == tuple(sizes)):
-            yield Strategy(tuple(S(out.dim) if out.dim == dim else out for _ in sizes), out)
+            one = replace(out, segments=()) if out.dim == dim else out
+            yield Strategy(tuple(one for _ in sizes), out)
     yield Strategy((P,) * len(sizes), P)
 
 
@@ -244,6 +255,6 @@ def stack(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     dim = call.argument(1, "dim", 0) % len(call.shape)
     for out in wanted:
         if out.is_shard and out.dim != dim:
-            source = S(out.dim - (out.dim > dim), out.segments)
+            source = out.along(out.dim - (out.dim > dim))
             yield Strategy((source,) * len(call.shapes), out)
     yield Strategy((P,) * len(call.shapes), P)

@@ -81,7 +81,8 @@ def nll_loss_by_ranks(call: Call, wanted: frozenset[Placement]) -> Iterator[Stra
 @rule(partial_loss)
 def loss_by_ranks(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Some dimension is sharded by construction."""
-    yield from (Strategy((S(dim), S(dim)), P) for dim in range(len(call.shapes[0])))
+    for dim in range(len(call.shapes[0])):
+        yield from (Strategy((cut, cut), P) for cut in (S(dim), S(dim, folded=True)))
 
 
 # How many all-reduces of the kept numbers an op runs inside, forward and backward, where it reduces

@@ -34,9 +34,12 @@ from ilm_compile.program.placement import E, I, Placement, R, S, rows_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
+from ilm_compile.sharding.folding import cut_once, one_fold
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
+from ilm_compile.sharding.rules_attention import TOKEN_DIM, is_by_queries, is_causal, slowest
 from ilm_compile.sharding.rules_experts import offsets_of, routing
 from ilm_compile.sharding.rules_select import is_expert_weight
+from ilm_compile.sharding.rules_views import VIEWS
 from ilm_compile.sharding.sharded_forms import exchanged
 from ilm_compile.sharding.strategy import (
     Strategy,
@@ -124,6 +127,8 @@ class Search:
                 f"{self.restrictions}; drop a restriction"
             )
         chosen = {cluster: self._chosen(cluster, answer.values) for cluster in self.choices}
+        if not self._is_by_queries(chosen):  # then nothing is gained by head and tail pieces
+            chosen = {cluster: cut_once(strategy) for cluster, strategy in chosen.items()}
         by_node = {node: chosen[c] for node, c in self.clusters.items() if node.op != "output"}
         return Solution(
             strategies={n: s for n, s in by_node.items() if n.op == "call_function"},
@@ -136,6 +141,14 @@ class Search:
         start = self.first[cluster]
         return next(o for i, o in enumerate(self.choices[cluster]) if values[start + i] > 0.5)
 
+    def _is_by_queries(self, chosen: dict[Cluster, Strategy]) -> bool:
+        """Whether some causal attention is sharded by queries."""
+        calls = (global_call(node, self.axis) for node in self.clusters if node.target in TOKEN_DIM)
+        return any(
+            is_causal(call) and is_by_queries(call, chosen[self.clusters[call.node]])
+            for call in calls
+        )
+
     def _choices(self, node: fx.Node) -> list[Strategy]:
         """Return what `node`'s cluster may choose from; those of its users are known already."""
         if node.op == "placeholder":
@@ -143,7 +156,7 @@ class Search:
         wanted = {want for user in node.users for want in self._wants(node, user)}
         shape = shapes_of(node)[0]
         if node in self.offsets:
-            wanted |= {E, *(rows_of("D", p.segments) for p in wanted if p.kind == "T")}
+            wanted |= {E, *(rows_of("D", p) for p in wanted if p.kind == "T")}
         if node.op == "get_attr":
             variable = self.program.variables[str(node.target)]
             if not variable.is_parameter:
@@ -156,7 +169,14 @@ class Search:
         call = global_call(node, self.axis)
         if node not in self.weighted:  # integers, masks, tables: cheap, the same everywhere
             return strategies(call, ())[:1]
-        options = strategies(call, sorted(wanted | plain_placements(shape, self.size), key=str))
+        folded = {
+            S(dim, folded=True) for dim, n in enumerate(shape) if n in self.restrictions.folded
+        }
+        wanted |= plain_placements(shape, self.size) | folded
+        options = strategies(call, sorted(wanted, key=str))
+        options = one_fold(options, is_folded=bool(self.restrictions.folded))
+        if node.target in TOKEN_DIM:
+            options = self.restrictions.attention_by(call, options, self.program.where(node))
         tokens = token_dims(shape, self.size)
         if self.restrictions.sequence_parallel and tokens and not forward_flops(node):
             options = [option for option in options if option.output.kind in "SP"] or options
@@ -184,14 +204,15 @@ class Search:
             return 0.0, len(nodes) * weights / self.weight_total
         if node.op != "call_function":
             return 0.0, 0.0
+        call = global_call(node, self.axis)
         shards = self.size if any(p.cuts for p in (*option.inputs, option.output)) else 1
         directions = (False, True) if node in self.gradients else (False,)
         times = (
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
             for backward in directions
         )
-        call = global_call(node, self.axis)
-        seconds = sum(times) + sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
+        seconds = sum(times) * slowest(call, option)
+        seconds += sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
         flops = forward_flops(node)
         # Sums are made whole where they arise: in low precision, partial ones drift apart.
         kept_partial = PARTIAL * (option.output.kind == "P" and not flops)
@@ -277,7 +298,7 @@ class Search:
     ) -> bool:
         shape = shapes_of(node)[0]
         if (source.kind, target.kind) in ROUTES:
-            is_same = source.segments == target.segments
+            is_same = (source.segments, source.folded) == (target.segments, target.folded)
             is_same &= self.restrictions.dispatch in (None, (source.kind, target.kind) in SENT)
             return node in self.offsets and is_same and target.divides(shape, self.size)
         if self.axis.name == EXPERT_AXIS and source != target and is_expert_weight(node):
@@ -323,8 +344,11 @@ def _weight(program: Program, node: fx.Node) -> int:
 
 
 def _elements(node: fx.Node) -> int:
-    """Return how many numbers a call reads and writes: on a token axis all of them are divided."""
-    if node.op != "call_function":
+    """Return how many numbers a call reads and writes: on a token axis all of them are divided.
+
+    Views make none: keys may be gathered before they are repeated for the query heads.
+    """
+    if node.op != "call_function" or node.target in VIEWS:
         return 0
     return sum(prod(shape) for n in (node, *tensor_inputs(node)) for shape in shapes_of(n))
 

@@ -14,6 +14,8 @@ from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
+from ilm_compile.sharding.rules_attention import is_by_queries
+from ilm_compile.sharding.strategy import Call, Strategy
 
 ELEMENT_BYTES = 2  # of a floating-point value, as plans are made for bf16
 TIE = 1e-9  # seconds: of two equally cheap plans take the one with fewer transitions
@@ -27,8 +29,10 @@ class Restrictions:
     gathered for a matrix product only; False, none is ever scattered. None leaves it to the cost.
     `dispatch`: True, rows are sent to the ranks that have their experts; False, tokens are gathered
     instead. `rows`: whether the axis may split the rows of a micro-batch, as data parallelism does.
-    `parameters` fixes placements at rest, by parameter name or glob pattern. `name`: of the pass,
-    in errors.
+    `parameters` fixes placements at rest, by parameter name or glob pattern. `attention`: attention
+    is sharded by "heads", by "queries", or as is cheaper (None). `folded`: the sizes of dimensions
+    that count tokens, to be cut in head and tail pieces if causal attention is sharded by queries.
+    `name`: of the pass, in errors.
     """
 
     name: str = "tensor-parallel"
@@ -36,6 +40,20 @@ class Restrictions:
     rows: bool = False
     dispatch: bool | None = None
     parameters: tuple[tuple[str, Placement], ...] = ()
+    attention: str | None = "heads"
+    folded: frozenset[int] = frozenset()
+
+    def attention_by(self, call: Call, options: list[Strategy], where: str) -> list[Strategy]:
+        """Return the options left for an attention. Raises `PlanError` if none is."""
+        if self.attention is None:
+            return options
+        left = [o for o in options if is_by_queries(call, o) == (self.attention == "queries")]
+        if not left:
+            raise PlanError(
+                f"{self.name}: the attention at {where}, queries {call.shapes[0]} and keys "
+                f"{call.shapes[1]}, cannot be sharded by {self.attention}; leave the choice open"
+            )
+        return left
 
     def fixed(self, name: str) -> Placement | None:
         """Return the placement that parameter `name` must have, None if it is free."""
@@ -82,7 +100,8 @@ def allowed(
     is_float = node.meta["val"].is_floating_point()
     if node.op == "get_attr" and program.variables[str(node.target)].is_parameter:
         return not source.is_shard and not target.is_shard  # at rest as the first user needs it
-    if target == S(0) and len(shape) > (2 if is_float else 1) and not restrictions.rows:
+    is_rows = target.dim == 0 and not target.segments and not restrictions.rows
+    if is_rows and len(shape) > (2 if is_float else 1):
         return False  # dimension 0 is the micro-batch
     if len(shape) < 2 or not is_activation:
         return True

@@ -30,7 +30,10 @@ BYTES = 8
 SECONDS = 8.0  # that the pieces, and that the step, may take
 MEMORY = 2e9  # that one piece's values may take
 TOKENS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
-ATTENTION = ("aten::scaled_dot_product_attention", "ilm::attention")
+ATTENTION = {
+    *("aten::scaled_dot_product_attention", "ilm::attention"),
+    *("ilm::query_attention", "ilm::query_dot_product_attention"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def cost(nodes: Iterable[fx.Node]) -> Cost:
 def _scores(node: fx.Node) -> int:
     """Return the number of attention scores, which the op makes inside."""
     q, k = (source.meta["val"].shape for source in node.all_input_nodes[:2])
-    token = 1 if "ilm" in str(node.target) else -2
+    token = -2 if "dot_product" in str(node.target) else 1
     return int(math.prod(q[:-1]) * k[token])
 
 

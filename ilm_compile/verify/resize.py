@@ -220,6 +220,13 @@ def _moved(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dim
         node.kwargs = {**node.kwargs, key: str(run.placement(place, inputs[0][0], parts))}
 
 
+def _queries(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+    """The placement of the queries, on the axis that is the last argument."""
+    place, axis = Placement.parse(str(node.args[5])), str(node.args[6])
+    parts = layout_of(node).parts_before(axis, run.axes)
+    _argument(node, 5, str(run.placement(place, inputs[0][0], parts)))
+
+
 def _dropout(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
     _argument(node, 4, str(run.layout(Layout.parse(str(node.args[4])), inputs[0][0])))
 
@@ -234,5 +241,6 @@ ARGUMENTS: dict[str, Rewrite] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
     **dict.fromkeys(("embedding", "vocab_embedding"), _padding_index),
     **dict.fromkeys(("redistribute", "route"), _moved),
+    **dict.fromkeys(("ilm::query_attention", "ilm::query_dot_product_attention"), _queries),
     "seeded_dropout": _dropout,
 }

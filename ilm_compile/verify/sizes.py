@@ -34,6 +34,9 @@ def dimensions(classes: Classes, program: Program) -> dict[fx.Node, list[Dims]]:
         found[node] = [classes.add(layout.global_shape(s, sizes), s) for s in shapes]
         for axis, cut in layout.shards(sizes):
             parts = layout.parts_before(axis, sizes)
+            for dim in (dims[cut.dim] for dims in found[node] if cut.folded):
+                (half,) = classes.add([classes.sizes[dim]], [classes.locals[dim] // 2])
+                classes.tie(half, dim)  # each rank has two pieces of it
             ends = [parts * end for end in accumulate(cut.segments[:-1])]
             classes.positions += [(dims[cut.dim], end) for dims in found[node] for end in ends]
     for node in program.calls():
@@ -98,8 +101,9 @@ RELATIONS: dict[str, Relation] = {
     "cat": size.cat,
     "stack": size.stack,
     **dict.fromkeys(("embedding", "vocab_embedding"), size.embedding),
-    "scaled_dot_product_attention": size.attention,
-    **dict.fromkeys(("ilm::attention", "ilm::rotary"), size.heads),
+    **dict.fromkeys(("scaled_dot_product_attention", "ilm::query_dot_product_attention"),
+                    size.attention),
+    **dict.fromkeys(("ilm::attention", "ilm::query_attention", "ilm::rotary"), size.heads),
     "ilm::qkv_rotary": size.packed_heads,
     **dict.fromkeys(("cross_entropy_loss", "vocab_cross_entropy"), size.cross_entropy),
     **dict.fromkeys(("full", "zeros", "ones", "empty", "scalar_tensor", "new_zeros", "new_ones",

@@ -71,6 +71,40 @@ def test_output_and_gradients_equal_plain_attention(cu_seqlens, kv_heads, scale)
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-13)
 
 
+RUNS = {  # of the queries, on one rank each: start and stop
+    "head and tail": [[0, 2, 6, 8], [2, 6]],
+    "in the wrong order": [[5, 8, 0, 1], [1, 5]],
+    "none together": [[0, 4], [4, 8]],
+}
+runs = pytest.mark.parametrize("ranks", RUNS.values(), ids=list(RUNS))
+
+
+def some_queries(q: Tensor, tokens: list[int]) -> Tensor:
+    return torch.cat([q[:, a:b] for a, b in zip(tokens[::2], tokens[1::2], strict=True)], 1)
+
+
+@boundaries
+@kv_heads
+@runs
+def test_runs_of_queries_are_parts_of_the_whole(cu_seqlens, kv_heads, ranks):
+    whole, parts = inputs(kv_heads), inputs(kv_heads)
+    expected = attention(*whole, cu_seqlens)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    for tokens in ranks:
+        out = attention(some_queries(parts[0], tokens), *parts[1:], cu_seqlens, None, tokens)
+        torch.testing.assert_close(out, some_queries(expected, tokens), rtol=1e-10, atol=1e-13)
+        out.backward(some_queries(grad, tokens))
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_queries_of_other_tokens_than_given_are_refused():
+    q, k, v = (x.detach() for x in inputs(2))
+    with pytest.raises(IlmCompileError, match=r"the queries of the tokens \[\(0, 3\)\] of 8"):
+        attention(q[:, :4], k, v, None, None, [0, 3])
+
+
 @boundaries
 @kv_heads
 @pytest.mark.parametrize("chunk", [1, 40, 100, 300], ids=lambda n: f"chunk{n}")
@@ -159,7 +193,7 @@ def test_opcheck(op, cu_seqlens):
     if op == "attention":
         torch.library.opcheck(torch.ops.ilm.attention.default, (q, k, v, cu_seqlens))
     else:
-        args = (torch.randn_like(q), q.detach(), k.detach(), v.detach(), cu_seqlens, 0.5)
+        args = (torch.randn_like(q), q.detach(), k.detach(), v.detach(), cu_seqlens, 0.5, None)
         torch.library.opcheck(torch.ops.ilm.attention_backward.default, args)
 
 

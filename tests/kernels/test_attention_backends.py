@@ -21,7 +21,15 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention, attention_backends, set_attention_backend
 from ilm_compile.kernels.attention_backends import BACKENDS, choose, obstacle
 from ilm_compile.kernels.documents import flat_boundaries
-from tests.kernels.test_attention import BATCH, HEAD_DIM, SEQ, boundaries, inputs, kv_heads
+from tests.kernels.test_attention import (
+    BATCH,
+    HEAD_DIM,
+    SEQ,
+    boundaries,
+    inputs,
+    kv_heads,
+    some_queries,
+)
 
 HOPPER, TURING = (9, 0), (7, 5)
 CPU = torch.device("cpu")
@@ -35,36 +43,51 @@ def _best_backend() -> Iterator[None]:
 
 
 def flattened_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float | None,
 ) -> Tensor:
-    """What both packages compute: q (tokens, heads, head_dim), int32 bounds from 0 to tokens."""
-    ends = bounds.tolist()
-    assert bounds.dtype == torch.int32
-    assert (ends[0], ends[-1]) == (0, len(q))
+    """What both packages compute: q (tokens, heads, head_dim), int32 bounds from 0 to tokens.
+
+    Of each document the queries are its last ones, as many as there are.
+    """
+    for bounds, x in ((bounds_q, q), (bounds_k, k)):
+        assert bounds.dtype == torch.int32
+        assert (bounds[0], bounds[-1]) == (0, len(x))
     parts = []
-    for start, stop in pairwise(ends):
-        assert stop - start <= longest
+    for (start, stop), (first, last) in zip(
+        pairwise(bounds_q.tolist()), pairwise(bounds_k.tolist()), strict=True
+    ):
+        assert (stop - start <= longest_q, last - first <= longest_k) == (True, True)
         if start < stop:
-            parts.append(attention(*(x[None, start:stop] for x in (q, k, v)), None, scale)[0])
+            keys = (x[None, first:last] for x in (k, v))
+            tokens = [last - first - (stop - start), last - first]
+            parts.append(attention(q[None, start:stop], *keys, None, scale, tokens)[0])
     return torch.cat(parts)
 
 
 def flash_stand_in(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, softmax_scale, causal):
-    assert (bounds_q is bounds_k, longest_q == longest_k, causal) == (True, True, True)
-    return flattened_attention(q, k, v, bounds_q, longest_q, softmax_scale)
+    assert causal
+    lengths = bounds_q, bounds_k, longest_q, longest_k
+    return flattened_attention(q, k, v, *lengths, softmax_scale)
 
 
 def varlen_stand_in(
     q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False
 ):
-    assert (bounds_q is bounds_k, longest_q == longest_k, window_size) == (True, True, (-1, 0))
+    assert window_size == (-1, 0)
     assert enable_gqa == (q.shape[1] != k.shape[1])
-    return flattened_attention(q, k, v, bounds_q, longest_q, scale)
+    return flattened_attention(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale)
 
 
 def varlen_without_groups(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size):
-    assert q.shape == k.shape == v.shape
-    return flattened_attention(q, k, v, bounds_q, longest_q, scale)
+    assert q.shape[1:] == k.shape[1:] == v.shape[1:]
+    return flattened_attention(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale)
 
 
 def install_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +106,19 @@ STAND_INS: dict[str, tuple[str, Callable[..., Any] | None]] = {
 
 @boundaries
 @kv_heads
+@pytest.mark.parametrize("tokens", [None, [0, 2, 6, 8]], ids=["whole", "head and tail"])
 @pytest.mark.parametrize("stand_in", STAND_INS.values(), ids=list(STAND_INS))
-def test_every_backend_is_the_op(monkeypatch, stand_in, kv_heads, cu_seqlens) -> None:
+def test_every_backend_is_the_op(monkeypatch, stand_in, tokens, kv_heads, cu_seqlens) -> None:
     name, function = stand_in
     install_flash_attn(monkeypatch)
     monkeypatch.setattr(varlen, "varlen_attn", function)
+    monkeypatch.setattr(attention_backends, "choose", lambda *args: BACKENDS[name]())
     ours, plain = inputs(kv_heads), inputs(kv_heads)
-    out, expected = BACKENDS[name]()(*ours, cu_seqlens, 0.3), attention(*plain, cu_seqlens, 0.3)
+    if tokens is not None:
+        for each in (ours, plain):
+            each[0] = some_queries(each[0], tokens)
+    out = attention_backends.attention(*ours, cu_seqlens, 0.3, tokens)
+    expected = attention(*plain, cu_seqlens, 0.3, tokens)
     assert out.is_contiguous()
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-13)
     grad = torch.randn_like(out)

@@ -13,7 +13,12 @@ from ilm_compile.verify.threads import run_ranks
 from tests.sharding.proof import gather, gradient_placement, scatter
 
 SHAPE = (8, 12, 4)
-KINDS = {"I": [I], "R": [R], "P": [P], "S": [S(0), S(1), S(2), S(1, (4, 8)), S(0, (4, 4))]}
+KINDS = {
+    "I": [I],
+    "R": [R],
+    "P": [P],
+    "S": [S(0), S(1), S(2), S(1, (4, 8)), S(0, (4, 4)), S(0, folded=True)],
+}
 PAIRS = [
     pytest.param(src, dst, size, id=f"{src} to {dst} over {size}")
     for src_kind, dst_kind in TRANSITIONS

@@ -5,8 +5,9 @@ import torch
 
 from ilm_compile.program.placement import I, P, Placement, R, S, join_shards, split_shards
 
-PLACEMENTS = [I, R, P, S(0), S(3), S(1, (4, 2)), S(0, (8, 4, 4))]
-SHARDS = [S(0), S(1), S(2), S(0, (8, 4)), S(1, (4, 8, 4)), S(2, (4, 4))]
+FOLDED = S(1, folded=True), S(1, (8, 8), folded=True)
+PLACEMENTS = [I, R, P, S(0), S(3), S(1, (4, 2)), S(0, (8, 4, 4)), *FOLDED]
+SHARDS = [S(0), S(1), S(2), S(0, (8, 4)), S(1, (4, 8, 4)), S(2, (4, 4)), *FOLDED]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
@@ -51,6 +52,17 @@ def test_shards_have_the_local_shape(placement: Placement) -> None:
     local = placement.local_shape(full.shape, 4)
     assert [tuple(shard.shape) for shard in split_shards(full, placement, 4)] == [local] * 4
     assert placement.global_shape(local, 4) == full.shape
+
+
+def test_a_folded_shard_is_head_and_tail_and_held_says_where() -> None:
+    for placement, length in ((S(0, folded=True), 12), (S(0, (4, 8), folded=True), 12), (S(0), 12)):
+        for rank, shard in enumerate(split_shards(torch.arange(length), placement, 2)):
+            runs = placement.held(length, 2, rank)
+            assert [n for start, stop in runs for n in range(start, stop)] == shard.tolist()
+    first, second = split_shards(torch.arange(8), S(0, folded=True), 2)
+    assert (first.tolist(), second.tolist()) == ([0, 1, 6, 7], [2, 3, 4, 5])
+    assert S(0, folded=True).held(8, 2, 0) == [(0, 2), (6, 8)]
+    assert not S(0, folded=True).divides((6,), 2)
 
 
 def test_a_plain_shard_is_an_equal_slice_in_rank_order() -> None:

@@ -52,7 +52,7 @@ def make_call(
 
 
 def all_strategies(call: Call) -> list[Strategy]:
-    """Return every strategy of the rule, with segmented outputs of two shapes asked for too."""
+    """Return every strategy of the rule, segmented and folded outputs asked for too."""
     wanted = plain_placements(call.shape, call.size)
     for dim, n in enumerate(call.shape):
         for parts in (
@@ -62,6 +62,7 @@ def all_strategies(call: Call) -> list[Strategy]:
         ):
             if S(dim, parts).divides(call.shape, call.size):
                 wanted.add(S(dim, parts))
+        wanted |= {p for p in (S(dim, folded=True),) if p.divides(call.shape, call.size)}
     return strategies(call, wanted)
 
 

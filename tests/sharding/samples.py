@@ -304,18 +304,30 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(4, 8), positive(4, 8), 0),
     ],
     ilm.attention.default: [
-        lambda: call(x(2, 6, 8, 4), x(2, 6, 4, 4), x(2, 6, 4, 4)),
+        lambda: call(x(2, 8, 8, 4), x(2, 8, 4, 4), x(2, 8, 4, 4)),
         lambda: call(
-            *(x(2, 6, 8, 4), x(2, 6, 4, 4), x(2, 6, 4, 4)),
-            torch.tensor([[0, 2, 6, 6], [0, 3, 4, 6]], dtype=torch.int32),
+            *(x(2, 8, 8, 4), x(2, 8, 4, 4), x(2, 8, 4, 4)),
+            torch.tensor([[0, 2, 7, 8], [0, 3, 4, 8]], dtype=torch.int32),
+        ),
+        lambda: call(  # a document over both rows, and queries that ranks do not divide by heads
+            *(x(2, 8, 3, 4), x(2, 8, 1, 4), x(2, 8, 1, 4)),
+            torch.tensor([0, 3, 13], dtype=torch.int32),
+            0.3,
         ),
     ],
     aten.scaled_dot_product_attention.default: [
-        lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), None, 0.0, True),
+        lambda: call(x(2, 4, 8, 8), x(2, 4, 8, 8), x(2, 4, 8, 8), None, 0.0, True),
         lambda: call(
-            x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), mask(2, 1, 6, 6) | torch.eye(6).bool()
+            x(2, 4, 8, 8), x(2, 4, 8, 8), x(2, 4, 8, 8), mask(2, 1, 8, 8) | torch.eye(8).bool()
         ),
-        lambda: call(x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), x(4, 6, 6)),
-        lambda: call(x(2, 8, 6, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), None, 0.0, True, enable_gqa=True),
+        lambda: call(x(2, 4, 8, 8), x(2, 4, 8, 8), x(2, 4, 8, 8), x(4, 8, 8)),
+        lambda: call(x(2, 4, 8, 8), x(2, 4, 8, 8), x(2, 4, 8, 8), mask(2, 1, 1, 8)),
+        lambda: call(
+            *(x(2, 6, 8, 8), x(2, 3, 8, 8), x(2, 3, 8, 4), None, 0.0, True),
+            scale=0.3,
+            enable_gqa=True,
+        ),
+        lambda: call(x(2, 4, 8, 8), x(2, 4, 6, 8), x(2, 4, 6, 8)),  # other keys than queries
+        lambda: call(x(2, 4, 8, 8), x(2, 4, 6, 8), x(2, 4, 6, 8), None, 0.0, True),
     ],
 }

@@ -21,6 +21,7 @@ from tests.sharding.samples import SAMPLES, aten, call, ilm, x
 SHARDED_FORMS = {
     *(operator.getitem, partial_mean, vocab_embedding, vocab_cross_entropy, *SHARDED_REDUCTIONS),
     "aten::_grouped_mm",
+    *(ilm.query_attention.default, ilm.query_dot_product_attention.default),
 }
 CASES = [
     pytest.param(target, make, id=f"{getattr(target, '__name__', target)}-{i}")

@@ -34,7 +34,7 @@ from tests.sharding.samples import SAMPLES
 from tests.support.layouts import axis
 
 SIZES = {"tp": 2, "cp": 2}
-PLACES = [S(0), S(1), S(2), S(0, (4, 4)), *map(Placement, "IRP")]
+PLACES = [S(0), S(1), S(2), S(0, (4, 4)), S(0, folded=True), *map(Placement, "IRP")]
 MOVES = [(a, b) for a in PLACES for b in PLACES if (a.kind, b.kind) in TRANSITIONS and a != b]
 
 
@@ -73,7 +73,8 @@ def prove(node: fx.Node, inputs: list[fx.Node], full: list[Tensor], whole: Any) 
     seeds = [torch.randn_like(value) for value in trained]
     if trained:
         torch.autograd.backward(trained, seeds)
-    segmented = {p for p in (S(0, (4, 4)), S(1, (2, 2))) if p.divides(call.shape, 2)}
+    others = S(0, (4, 4)), S(1, (2, 2)), S(1, folded=True), S(2, folded=True)
+    segmented = {p for p in others if p.divides(call.shape, 2)}
     found = strategies(call, plain_placements(call.shape, 2) | segmented)
     for strategy in found:
         compare(node, inputs, call, strategy, full, leaves, expected, seeds)

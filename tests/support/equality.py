@@ -19,6 +19,7 @@ from tests.support.zoo import EXPERTS_LISTED, LISTED, listed_model
 SEQ, VOCAB = 16, 512
 TINY = {"num_layers": 4, "max_seq_len": SEQ}
 ROWS = 2  # of a micro-batch
+BOUNDARIES = (ROWS, 4)  # of packed documents
 EXAMPLE = {name: ((ROWS, SEQ), torch.int64) for name in ("input_ids", "labels")}
 
 
@@ -37,13 +38,13 @@ def hf_llama() -> nn.Module:
     )
 
 
-def hf_gpt2() -> nn.Module:
+def hf_gpt2(heads: int = 8) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_embd=64,
+        n_embd=8 * heads,
         n_layer=4,
-        n_head=8,
+        n_head=heads,
         vocab_size=VOCAB,
         n_positions=64,
         bos_token_id=0,
@@ -59,6 +60,8 @@ MODELS = {
     "llama": hf_llama,
     "gpt2": hf_gpt2,
     "experts": lambda: MixtureOfExperts(VOCAB),
+    "three heads": partial(hf_gpt2, 3),
+    "one key head": lambda: models.internlm2_tiny(**TINY, num_kv_attention_heads=1),
     **{name: partial(listed_model, name) for name in LISTED | EXPERTS_LISTED},
 }
 
@@ -70,9 +73,11 @@ class Case:
     model: str
     plan: dict[str, Any] = field(default_factory=dict)
     dp: int = 1
+    packed: bool = False  # rows of several documents
 
     def __str__(self) -> str:
-        return "-".join([self.model, *(f"{k}{v}" for k, v in self.plan.items()), f"dp{self.dp}"])
+        words = [self.model, *(["packed"] if self.packed else [])]
+        return "-".join([*words, *(f"{k}{v}" for k, v in self.plan.items()), f"dp{self.dp}"])
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,19 @@ def make_model(name: str) -> nn.Module:
     return model
 
 
-def make_batch(rows: int) -> dict[str, Tensor]:
+def make_batch(rows: int, *, packed: bool = False) -> dict[str, Tensor]:
     """Return a global batch whose rows have very unequal numbers of targets."""
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(0, VOCAB, (rows, SEQ), generator=generator)
     labels = torch.randint(0, VOCAB, (rows, SEQ), generator=generator)
     for row in range(rows):
         labels[row, : (row * 5) % (SEQ - 1)] = -100
-    return {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
+    if packed:
+        starts = torch.rand(rows, SEQ - 1, generator=generator).argsort(1)[:, : BOUNDARIES[1] - 1]
+        bounds = torch.nn.functional.pad(1 + starts.sort(1).values, (1, 0))
+        batch["cu_seqlens"] = bounds.to(torch.int32)
+    return batch
 
 
 def reference(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,8 +144,9 @@ def run_case(case: Case) -> tuple[Errors | None, float]:
     """Run one case on this rank; returns the errors on rank 0, and the loss."""
     with promoted_float32():
         model = make_model(case.model)
-        parallel = ilm_compile.parallelize(model, example_inputs=EXAMPLE, **case.plan)
-        batch = make_batch(ROWS * parallel.plan.num_microbatches * case.dp)
+        inputs = {**EXAMPLE, **({"cu_seqlens": (BOUNDARIES, torch.int32)} if case.packed else {})}
+        parallel = ilm_compile.parallelize(model, example_inputs=inputs, **case.plan)
+        batch = make_batch(ROWS * parallel.plan.num_microbatches * case.dp, packed=case.packed)
         loss = parallel.execute_schedule(batch)
         gradients = parallel.full_gradients()
         if not gradients:

@@ -1,0 +1,157 @@
+"""How context parallelism divides attention: what is chosen, what is refused, who does how much."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ilm_compile import models, partition
+from ilm_compile.cost import HARDWARE, node_time
+from ilm_compile.errors import PlanError
+from ilm_compile.program.communicator import ShapeCommunicator, communicators
+from ilm_compile.program.layout import layout_of
+from ilm_compile.program.placement import S
+from ilm_compile.program.plan import Plan
+from ilm_compile.sharding.rules_attention import LOCAL_FORMS
+from tests.support.equality import hf_gpt2
+
+SEQ = 32
+WAYS = {"heads": "by heads", "queries": "by queries, head and tail on each rank"}
+
+
+def example(seq: int = SEQ, rows: int = 2):
+    return {name: ((rows, seq), torch.int64) for name in ("input_ids", "labels")}
+
+
+def divided(model, seq: int = SEQ, **keywords):
+    return partition(model, example_inputs=example(seq), **keywords)
+
+
+def how(program) -> str:
+    (text,) = (d for d in program.decisions if "attention is computed" in d)
+    return text.removeprefix("context-parallel: attention is computed ")
+
+
+@pytest.mark.parametrize(("kv_heads", "way"), [(32, "heads"), (2, "queries")])
+def test_the_cheaper_way_is_taken(kv_heads, way):
+    """Keys and values of few heads are cheaper to gather than queries of many to exchange."""
+    with torch.device("meta"):
+        model = models.internlm2_7b(num_layers=1, num_kv_attention_heads=kv_heads)
+    program = partition(model, example_inputs=example(4096, rows=1), cp=4)
+    assert how(program).startswith(WAYS[way] + " (1), the cheapest way")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_either_way_can_be_forced(way):
+    program = divided(models.internlm2_tiny(num_layers=2), cp=2, cp_attention=way)
+    assert how(program) == f"{WAYS[way]} (2), as asked for"
+    assert Plan.from_json(program.plan.to_json()).cp_attention == way
+
+
+def test_heads_that_do_not_divide_are_no_reason_for_whole_attention():
+    program = divided(hf_gpt2(3), cp=4)
+    assert how(program).startswith(WAYS["queries"])
+    assert program.warnings == []
+
+
+def test_pieces_that_do_not_fold_are_cut_once():
+    program = divided(hf_gpt2(3), seq=20, cp=2)  # 20 tokens fold on two ranks
+    assert how(program).startswith(WAYS["queries"])
+    program = divided(hf_gpt2(3), seq=20, cp=4)  # and not on four
+    assert how(program).startswith("by queries (4)")
+    assert not any(p.folded for node in program.calls() for _, p in layout_of(node).placed)
+
+
+def test_nothing_is_folded_where_attention_goes_by_heads():
+    program = divided(models.internlm2_tiny(num_layers=2), cp=2, cp_attention="heads")
+    assert not any(p.folded for node in program.calls() for _, p in layout_of(node).placed)
+
+
+def test_key_heads_are_not_repeated_for_queries():
+    program = divided(models.internlm2_tiny(num_layers=1), cp=8, cp_attention="queries")
+    assert not any("repeated" in decision for decision in program.decisions)
+
+
+REFUSED = {
+    "heads that do not divide": (
+        {"cp": 4, "cp_attention": "heads"},
+        lambda: hf_gpt2(3),
+        "cp=4 does not divide the 3 attention heads .* use one of cp=[1, 3], "
+        "or cp_attention='queries'",
+    ),
+    "tokens that do not divide": (
+        {"cp": 5, "cp_attention": "queries"},
+        lambda: hf_gpt2(3),
+        "cp_attention='queries', but cp=5 does not divide the 32 tokens",
+    ),
+    "attention written out": (
+        {"cp": 2, "cp_attention": "heads"},
+        lambda: with_attention_dropout(),
+        "cp_attention='heads', but this model has no attention op: it writes its attention out",
+    ),
+    "no ranks": (
+        {"cp_attention": "heads"},
+        lambda: hf_gpt2(3),
+        "cp_attention='heads' needs cp > 1, got cp=1",
+    ),
+    "another word": (
+        {"cp": 2, "cp_attention": "ring"},
+        lambda: hf_gpt2(3),
+        "cp_attention must be one of (None, 'heads', 'queries'), got 'ring'",
+    ),
+}
+
+
+def with_attention_dropout():
+    model = hf_gpt2()
+    for block in model.transformer.h:
+        block.attn.attn_dropout.p = 0.1
+    return model.train()
+
+
+@pytest.mark.parametrize(("plan", "make", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_what_cannot_be_is_refused_with_numbers(plan, make, message):
+    pattern = ".*".join(map(re.escape, message.split(".*")))
+    with pytest.raises(PlanError, match=pattern):
+        divided(make(), **plan)
+
+
+def counted_flops(seq: int, size: int) -> list[int]:
+    """The FLOPs that each rank's local attention does, counted as it runs."""
+    program = divided(hf_gpt2(3), seq=seq, cp=size)
+    node = next(node for node in program.calls() if node.target in LOCAL_FORMS)
+    tensors = iter([torch.randn(n.meta["val"].shape) for n in node.all_input_nodes])
+    args = torch.fx.node.map_arg(node.args, lambda _: next(tensors))
+    found = []
+    for rank in range(size):
+        here = ShapeCommunicator(size)
+        here.rank = rank
+        counter = FlopCounterMode(display=False)  # which knows products, and not all fused ops
+        with communicators(cp=here), sdpa_kernel(SDPBackend.MATH), counter:
+            node.target(*args, **node.kwargs)
+        found.append(counter.get_total_flops())
+    return found
+
+
+def test_head_and_tail_pieces_give_every_rank_the_same_work():
+    folded, once = counted_flops(32, 4), counted_flops(36, 4)  # 36 tokens are no 8 pieces
+    assert folded == [folded[0]] * 4
+    assert folded[0] > 0
+    assert [n // once[0] for n in once] == [1, 2, 3, 4]
+    assert max(once) / (sum(once) / 4) == 1.6
+
+
+def test_the_cost_model_counts_the_slowest_rank():
+    program = divided(hf_gpt2(3), seq=4096, cp=4)
+    node = next(node for node in program.calls() if node.target in LOCAL_FORMS)
+    assert node.args[5] == str(S(2, folded=True))
+    hardware = HARDWARE["h100"]
+    latency = hardware.kernel_overhead_s
+    balanced = node_time(node, hardware, dtype=torch.bfloat16) - latency
+    node.args = (*node.args[:5], str(S(2)), *node.args[6:])
+    slowest = node_time(node, hardware, dtype=torch.bfloat16) - latency
+    assert slowest / balanced == pytest.approx(7 / 4, rel=1e-3)
