@@ -16,8 +16,10 @@ from torch import fx
 
 from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
 from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
+from ilm_compile.sharding.rules_fused import rms_norm, swiglu
 from ilm_compile.sharding.rules_math import mixing, pointwise
 from ilm_compile.sharding.rules_select import GROUPED
+from ilm_compile.sharding.sharded_forms import LOCAL
 from ilm_compile.sharding.strategy import (
     OTHER_AXIS,
     ROW_RULES,
@@ -31,6 +33,7 @@ from ilm_compile.sharding.strategy import (
 KINDS = "TDE"
 COUNTS = (aten.histc.default, aten.bincount.default)
 _ROWWISE = (aten.slice.Tensor, aten.unsqueeze.default, aten.linear.default)
+_ROW_RULES = (pointwise, mixing, rms_norm, swiglu)
 _SUMMED = (aten.cumsum.default, aten.to.dtype)  # over experts, after which counts end rows
 MOST_SEGMENTS = 64  # in how many parts rows that are counted may lie: the rows of a micro-batch
 
@@ -154,7 +157,7 @@ def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         elif call.target is aten.index.Tensor:
             if len(call.args[1]) == 1 and [len(s) for s in call.shapes[1:]] == [1]:
                 yield Strategy((R, out), out)
-        elif call.target in _ROWWISE or rule_of(call.target) in (pointwise, mixing):
+        elif call.target in _ROWWISE or rule_of(call.target) in _ROW_RULES:
             yield from _as_rows(call, out)
 
 
@@ -167,7 +170,11 @@ def _grouped(call: Call, out: Placement) -> Iterator[Strategy]:
 def _as_rows(call: Call, out: Placement) -> Iterator[Strategy]:
     even = rows_of("S", out)
     for inputs, output in rule_of(call.target)(call, frozenset({even})):
-        if output == even and set(inputs) <= {even, R} and even in inputs:
+        alone = (
+            call.target not in LOCAL
+            or LOCAL[call.target](call, Strategy(inputs, output), call.axis.name)[0] is call.target
+        )
+        if alone and output == even and set(inputs) <= {even, R} and even in inputs:
             yield Strategy(tuple(out if p == even else p for p in inputs), out)
 
 

@@ -7,15 +7,19 @@ runs the rank-local call; values and gradients are put together again as the pla
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ilm_compile.program.placement import Placement, S, join_shards, split_shards
+from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
+from ilm_compile.program.placement import Placement, S, join_shards, rows_of, split_shards
 from ilm_compile.program.values import tensors_of
 from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.localize import localize
+from ilm_compile.sharding.rules_experts import COUNTS
+from ilm_compile.sharding.rules_select import GROUPED
 from ilm_compile.sharding.strategy import Call, global_call, plain_placements
 from ilm_compile.verify.threads import run_ranks
 from tests.support.layouts import axis
@@ -24,6 +28,10 @@ from tests.support.layouts import axis
 WITHOUT_GRADIENT = {
     torch.ops.ilm.rotary.default: (2, 3),
     torch.ops.ilm.qkv_rotary.default: (1, 2),
+}
+# What only together keeps the order of rows of experts: proven in test_expert_rows.py.
+AS_A_WHOLE = {
+    *(expert_order, sort_rows, unsort_rows, *COUNTS, torch.ops.aten.cumsum.default),
 }
 
 
@@ -63,16 +71,38 @@ def all_strategies(call: Call) -> list[Strategy]:
             if S(dim, parts).divides(call.shape, call.size):
                 wanted.add(S(dim, parts))
         wanted |= {p for p in (S(dim, folded=True),) if p.divides(call.shape, call.size)}
-    return strategies(call, wanted)
+    return provable(call, strategies(call, wanted | {rows_of("T", S(0))}))
+
+
+def provable(call: Call, found: list[Strategy]) -> list[Strategy]:
+    """Return the strategies that a call alone can prove."""
+    return [s for s in found if not (_is_proven_as_a_whole(call) and _has_rows(s))]
+
+
+def _is_proven_as_a_whole(call: Call) -> bool:
+    schema = getattr(call.target, "_schema", None)
+    return call.target in AS_A_WHOLE or (schema is not None and schema.name in GROUPED)
+
+
+def _has_rows(strategy: Strategy) -> bool:
+    return any(p.kind in "TDEC" for p in (*strategy.inputs, strategy.output))
+
+
+def _order(rows: int) -> Tensor:
+    """Return the order in which rows of experts lie here, any but their own."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
 
 
 def scatter(x: Tensor, placement: Placement, size: int) -> list[Tensor]:
     """Return what each rank holds of `x`: a shard, a copy, or a random share of the sum."""
+    if placement.kind == "T":
+        return [part.clone() for part in x[_order(len(x))].chunk(size)]
     if placement.is_shard:
         return [shard.clone() for shard in split_shards(x, placement, size)]
     if placement.kind != "P":
         return [x.clone() for _ in range(size)]
-    shares = [torch.randn_like(x) for _ in range(size - 1)]
+    share = torch.randn_like if x.is_floating_point() else partial(torch.randint_like, high=9)
+    shares = [share(x) for _ in range(size - 1)]
     return [*shares, x - sum(shares)]
 
 
@@ -81,7 +111,10 @@ GRADIENT = {"I": "I", "P": "I", "R": "P", "S": "S"}  # what a gradient is, by it
 
 def gather(parts: list[Tensor], placement: Placement) -> Iterator[Tensor]:
     """Yield the full value that each rank's part stands for."""
-    if placement.is_shard:
+    if placement.kind == "T":
+        joined = torch.cat(parts)
+        yield joined[_order(len(joined)).argsort()]
+    elif placement.is_shard:
         yield join_shards(parts, placement)
     elif placement.kind == "P":
         yield torch.stack(parts).sum(0)
@@ -90,7 +123,7 @@ def gather(parts: list[Tensor], placement: Placement) -> Iterator[Tensor]:
 
 
 def gradient_placement(placement: Placement) -> Placement:
-    return placement if placement.is_shard else Placement(GRADIENT[placement.kind])
+    return placement if placement.cuts else Placement(GRADIENT[placement.kind])
 
 
 def run(node: fx.Node, call: Any, values: list[Tensor]) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ import torch
 
 import ilm_compile.sharding  # noqa: F401 - registers ilm.attention
 from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
 
 aten, ilm = torch.ops.aten, torch.ops.ilm
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -143,6 +144,19 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     "transformers::grouped_mm_fallback": [
         lambda: call(x(6, 8), x(3, 8, 12), torch.tensor([2, 2, 6], dtype=torch.int32)),
     ],
+    expert_order: [lambda: call(integers(3, 8))],
+    sort_rows: [
+        lambda: call(x(8, 4), torch.randperm(8), 1),
+        lambda: call(x(4, 8), torch.randperm(8), 2),
+        lambda: call(integers(5, 8), torch.randperm(8), 1),
+    ],
+    unsort_rows: [
+        lambda: call(x(8, 4), torch.randperm(8)),
+        lambda: call(integers(5, 8), torch.randperm(8)),
+    ],
+    aten.argsort.default: [lambda: call(x(4, 8), -1, True), lambda: call(x(4, 8), 0)],
+    aten.histc.default: [lambda: call(integers(4, 8).double(), 4, 0, 3)],
+    aten.bincount.default: [lambda: call(torch.arange(8) % 4, None, 4)],
     seeded_dropout: [lambda: call(x(4, 8), torch.tensor(5), 0.5, 0, "I")],
     aten.linear.default: [
         lambda: call(x(2, 4, 8), x(12, 8)),

@@ -28,6 +28,7 @@ from tests.sharding.proof import (
     all_strategies,
     gradient_placement,
     make_call,
+    provable,
     run,
 )
 from tests.sharding.samples import SAMPLES
@@ -75,7 +76,7 @@ def prove(node: fx.Node, inputs: list[fx.Node], full: list[Tensor], whole: Any) 
         torch.autograd.backward(trained, seeds)
     others = S(0, (4, 4)), S(1, (2, 2)), S(1, folded=True), S(2, folded=True)
     segmented = {p for p in others if p.divides(call.shape, 2)}
-    found = strategies(call, plain_placements(call.shape, 2) | segmented)
+    found = provable(call, strategies(call, plain_placements(call.shape, 2) | segmented))
     for strategy in found:
         compare(node, inputs, call, strategy, full, leaves, expected, seeds)
     return len(found)
