@@ -166,8 +166,9 @@ def parallelize(
     `timeout` bounds the wait for a rank that died or hangs. `shapes`: further shapes of a
     micro-batch, each a mapping from every input's name to its shape, over the same parameters: a
     batch of one is taken wherever one of the first is. The program of a shape is compiled when its
-    first batch comes, from `model`, which must stay as it is. Raises as `partition` does, and `PlanError` if the world
-    size does not fit, kernels="triton" cannot run here or the process was not started by torchrun.
+    first batch comes, from `model`, which must stay as it is. Raises as `partition` does, and
+    `PlanError` if the world size does not fit, kernels="triton" cannot run here or the process was
+    not started by torchrun.
     """
     plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
     mesh = Mesh.create(plan, timeout=timeout)
