@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import ilm_compile
 from ilm_compile.runtime import parameters
+from ilm_compile.runtime.checkpoint import CheckpointManager
 from ilm_compile.runtime.expert_storage import HAS_MESHES
 from tests.support.equality import EXAMPLE, VOCAB, Errors, compare, make_batch, reference
 from tests.support.experts import MixtureOfExperts
@@ -29,13 +31,16 @@ def test_torch_can_give_experts_a_mesh_of_their_own() -> None:
 
 
 def train(
-    rank: int, num_experts: int, has_meshes: bool
+    rank: int, folder: str, num_experts: int, has_meshes: bool
 ) -> tuple[Stored, Errors | None, float, list[str]]:
     """How this rank stores the parameters; a step's errors: of loss, gradients and their norm.
 
     And what it was warned of.
     """
     model = MixtureOfExperts(VOCAB, num_layers=1, num_experts=num_experts).double()
+    up = model.layers[0].up
+    places = torch.linspace(1.0, 2.0, up.numel(), dtype=torch.float64).view_as(up)
+    up.register_hook(lambda gradient: gradient * places)  # must see the whole
     patch = mock.patch.object(parameters, "HAS_MESHES", has_meshes)
     with patch, promoted_float32(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -46,6 +51,12 @@ def train(
         loss = parallel.execute_schedule(batch)
         gradients = parallel.full_gradients()
         expected, want = reference(model, batch)
+    manager = CheckpointManager(folder, parallel)
+    manager.save(1, wait=True)
+    for _, parameter in parallel.named_parameters():
+        parameter.detach().zero_()
+    assert manager.resume() == 1
+    manager.close()
     stored = {}
     for name, parameter in parallel.named_parameters():
         assert isinstance(parameter, DTensor)
@@ -69,9 +80,9 @@ def train(
     ],
 )
 def test_each_rank_has_its_part_of_its_experts(
-    world4: World, num_experts: int, has_meshes: bool, shapes: list[tuple[int, ...]]
+    world4: World, tmp_path: Path, num_experts: int, has_meshes: bool, shapes: list[tuple[int, ...]]
 ) -> None:
-    results = world4.run(train, num_experts, has_meshes)
+    results = world4.run(train, str(tmp_path), num_experts, has_meshes)
     errors, said = results[0][1], [rank[3] for rank in results]
     assert errors.loss <= 1e-10, errors
     assert errors.gradient <= 1e-10, errors
