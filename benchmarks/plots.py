@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.comparison import Comparison, is_compute
 from benchmarks.plan_run import Timeline
 from ilm_compile.program.plan import Plan
+from ilm_compile.runtime.mesh import RANK_ORDER
 from ilm_compile.schedule import Action
 
 MIB = 2**20
@@ -69,13 +70,12 @@ def plot_timelines(comparisons: Sequence[Comparison], path: Path) -> None:
 
 def rank_words(rank: int, world_size: int, plan: Plan, timeline: Timeline) -> str:
     """Such as "rank 5 (pp 1, dp 0, tp 1): stages 1, 3"; an axis of one rank is left out."""
-    dp = world_size // (plan.pp * plan.tp)
-    axes = {
-        "pp": (rank // (dp * plan.tp), plan.pp),
-        "dp": (rank // plan.tp % dp, dp),
-        "tp": (rank % plan.tp, plan.tp),
-    }
-    place = ", ".join(f"{name} {index}" for name, (index, size) in axes.items() if size > 1)
+    dp = world_size // plan.ranks_per_replica
+    sizes = {name: dp if name == "dp" else getattr(plan, name) for name in RANK_ORDER}
+    where, rest = {}, rank
+    for name, size in reversed(sizes.items()):
+        rest, where[name] = divmod(rest, size)
+    place = ", ".join(f"{name} {where[name]}" for name, size in sizes.items() if size > 1)
     stages = sorted({Action.parse(text).stage for text, *_ in timeline if is_compute(text)})
     word = "stages" if len(stages) > 1 else "stage"
     return f"rank {rank} ({place}): {word} {', '.join(map(str, stages))}"

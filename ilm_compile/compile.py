@@ -81,8 +81,8 @@ def partition(
 ) -> Program:
     """Return `model` as a partitioned program; one process, no torch.distributed, meta is enough.
 
-    Keywords are the fields of `Plan`: tp, cp, pp, num_chunks, num_microbatches, schedule,
-    sequence_parallel, cp_attention, embed_split_hidden, constraints (parameter name or glob to
+    Keywords are the fields of `Plan`: tp, cp, ep, pp, num_chunks, num_microbatches, schedule,
+    sequence_parallel, cp_attention, embed_split_hidden, dispatch, constraints (name or glob to
     Shard(dim)), checkpoint, dtype (torch.bfloat16 or torch.float16), zero, seed, kernels ("triton":
     fused ops, which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this
     machine can run them). `passes` are run beside the standard ones, in the order their
@@ -161,13 +161,14 @@ def parallelize(
     """Return this rank's part of `model`, ready to train; call it on every rank under torchrun.
 
     Keywords as for `partition`. The number of data-parallel ranks is what is left of the world:
-    world_size // (tp * cp * pp). A model on the meta device gets its initial weights from `seed`
-    and the parameter names, the same under every plan; a real one keeps its weights. `timeout`
-    bounds the wait for a rank that died or hangs. `shapes`: further shapes of a micro-batch, each a
-    mapping from every input's name to its shape, over the same parameters: a batch of one is taken
-    wherever one of the first is. The program of a shape is compiled when its first batch comes,
-    from `model`, which must stay as it is. Raises as `partition` does, and `PlanError` if the world
-    size does not fit, kernels="triton" cannot run here or the process was not started by torchrun.
+    world_size // (tp * cp * ep * pp). A model on the meta device gets its initial weights from
+    `seed` and the parameter names, the same under every plan; a real one keeps its weights.
+    `timeout` bounds the wait for a rank that died or hangs. `shapes`: further shapes of a
+    micro-batch, each a mapping from every input's name to its shape, over the same parameters: a
+    batch of one is taken wherever one of the first is. The program of a shape is compiled when its
+    first batch comes, from `model`, which must stay as it is. Raises as `partition` does, and
+    `PlanError` if the world size does not fit, kernels="triton" cannot run here or the process was
+    not started by torchrun.
     """
     plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
     mesh = Mesh.create(plan, timeout=timeout)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import ilm_compile
@@ -13,6 +14,7 @@ from ilm_compile.runtime import adamw
 from ilm_compile.runtime.checkpoint import CheckpointManager
 from tests.support.equality import EXAMPLE, Case, assert_equal, make_batch, make_model
 from tests.support.promote import promoted_float32
+from tests.support.tiny_model import TinyTransformer
 from tests.support.training import train_and_compare
 from tests.support.world import World
 from tests.support.zoo import EXPERTS_LISTED
@@ -63,6 +65,35 @@ def test_ten_adamw_steps_end_in_the_same_weights(plan, world4):
 def test_the_proof_has_an_axis_of_experts(plan):
     report = ilm_compile.verify(make_model("experts"), example_inputs=EXAMPLE, dp=2, **plan)
     assert report.ok, str(report)
+
+
+def first_seen(rank: int, plan: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights, of experts on meta, logits, and gradients after hooks, as rank 0 has them.
+
+    The hook scales each expert's gradient by another number, so it must see all of them in order.
+    """
+    torch.manual_seed(0)
+    model = TinyTransformer(experts=True).double()
+    model.experts.to("meta")
+    scales = torch.arange(1.0, 1 + len(model.experts.up), dtype=torch.float64).view(-1, 1, 1)
+    model.experts.up.register_hook(lambda gradient: gradient * scales)
+    with promoted_float32():
+        parallel = ilm_compile.parallelize(model, example_inputs=model.example_inputs(), **plan)
+        tokens = torch.arange(4 * 8).view(4, 8) * 7 % 32
+        batch = {"input_ids": tokens, "labels": tokens.flip(1)}
+        logits, _, _ = parallel.execute_schedule(batch, return_output_label=True)
+    gradients = {f"gradient of {n}": g for n, g in parallel.full_gradients().items()}
+    return {"logits": logits, **parallel.full_state_dict(), **gradients}
+
+
+@pytest.mark.parametrize("plan", [{"ep": 2, "num_microbatches": 2}], ids=str)
+def test_weights_outputs_and_hooked_gradients_do_not_depend_on_ep(plan, world2):
+    expected = first_seen(0, {"num_microbatches": 2})
+    found = world2.run(first_seen, plan)[0]
+    assert found.keys() == expected.keys()
+    assert "gradient of experts.up" in found
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
 # One training, each leg of it under another plan, from what the leg before has saved.

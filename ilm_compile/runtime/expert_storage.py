@@ -7,9 +7,11 @@ all-reduce each.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
@@ -20,6 +22,16 @@ except ImportError:
     fsdp = None  # type: ignore[assignment]
 
 HAS_MESHES = hasattr(fsdp, "ShardPlacementResult")
+
+
+def warn_of_whole_experts(size: int) -> None:
+    """Say that the `size` ranks which have the same experts share no memory."""
+    warnings.warn(
+        f"torch {torch.__version__} gives all parameters of a module one mesh of FSDP: each of the "
+        f"{size} ranks that have the same experts holds them whole, their gradients and optimizer "
+        "state too; torch 2.13 can divide them",
+        stacklevel=2,
+    )
 
 
 def placements(dims: Mapping[Tensor, int], mesh: DeviceMesh) -> Callable[[Tensor], Any]:

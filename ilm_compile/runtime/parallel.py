@@ -208,7 +208,7 @@ class Parallel:
     def output(self, result: StepResult, name: str) -> Tensor:
         """An output of the last stage, whole, of all micro-batches; stacked where it has no rows.
 
-        Collective over the tp and cp ranks that hold it.
+        Collective over the ranks that hold it.
         """
         form = self.form
         index = form.output_names.index(name)

@@ -16,7 +16,7 @@ from ilm_compile.program.communicator import Communicator
 from ilm_compile.program.layout import WEIGHT_AXES
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
-from ilm_compile.runtime.expert_storage import HAS_MESHES
+from ilm_compile.runtime.expert_storage import HAS_MESHES, warn_of_whole_experts
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.materialize import fill, finish, local_value, resolve
 from ilm_compile.runtime.mesh import Mesh
@@ -36,6 +36,8 @@ class Parameters:
         experts = {name for name, v in variables if mesh.storage(v.layout) is mesh.experts}
         if mesh.experts.axis.size == 1 or not HAS_MESHES:
             whole |= experts
+            if experts and mesh.experts.axis.size > 1 and mesh.rank == 0:
+                warn_of_whole_experts(mesh.experts.axis.size)
         self.syncs: dict[int, GradientSync] = {}
         self.shards: dict[str, Shard] = {}
         self._followers: dict[str, list[Shard]] = {}

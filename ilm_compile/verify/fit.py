@@ -112,7 +112,7 @@ def fit_step(
 ) -> Fit:
     """Return the program with sizes, and with as many blocks, as whole steps can be taken with.
 
-    slices: micro-batches of all steps. ranks: on the tensor-parallel axis.
+    slices: micro-batches of all steps. ranks: that run each micro-batch of a stage.
     """
 
     def is_small(candidate: Program, extra: float = 0.0) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 from torch import Tensor, nn
 
@@ -127,7 +128,7 @@ class Subject:
             self.pieces,
             self.signatures,
             slices=STEPS * self.num_slices,
-            ranks=self.program.plan.tp,
+            ranks=prod(self.program.plan.axes.values()),
         )
 
     def steps(self, fit: Fit) -> tuple[list[Step], list[Step], LoweredProgram, int]:

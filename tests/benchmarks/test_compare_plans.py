@@ -118,6 +118,8 @@ def test_a_row_of_a_picture_tells_rank_place_and_stages() -> None:
     plan = Plan(tp=2, pp=2, num_microbatches=2)
     assert rank_words(5, 8, plan, timeline) == "rank 5 (pp 1, dp 0, tp 1): stages 1, 3"
     assert rank_words(3, 4, plan, timeline) == "rank 3 (pp 1, tp 1): stages 1, 3"
+    words = rank_words(6, 8, Plan(ep=2, cp=2), timeline)
+    assert words == "rank 6 (dp 1, ep 1, cp 0): stages 1, 3"
 
 
 def test_help_says_what_the_columns_mean(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import ilm_compile
 from ilm_compile.runtime import parameters
+from ilm_compile.runtime.checkpoint import CheckpointManager
 from ilm_compile.runtime.expert_storage import HAS_MESHES
 from tests.support.equality import EXAMPLE, VOCAB, Errors, compare, make_batch, reference
 from tests.support.experts import MixtureOfExperts
@@ -27,10 +30,20 @@ def test_torch_can_give_experts_a_mesh_of_their_own() -> None:
     assert ((major, minor) >= (2, 13)) == HAS_MESHES
 
 
-def train(rank: int, num_experts: int, has_meshes: bool) -> tuple[Stored, Errors | None]:
-    """How this rank stores the parameters, and the errors of a step's loss and gradients."""
+def train(
+    rank: int, folder: str, num_experts: int, has_meshes: bool
+) -> tuple[Stored, Errors | None, float, list[str]]:
+    """How this rank stores the parameters; a step's errors: of loss, gradients and their norm.
+
+    And what it was warned of.
+    """
     model = MixtureOfExperts(VOCAB, num_layers=1, num_experts=num_experts).double()
-    with mock.patch.object(parameters, "HAS_MESHES", has_meshes), promoted_float32():
+    up = model.layers[0].up
+    places = torch.linspace(1.0, 2.0, up.numel(), dtype=torch.float64).view_as(up)
+    up.register_hook(lambda gradient: gradient * places)  # must see the whole
+    patch = mock.patch.object(parameters, "HAS_MESHES", has_meshes)
+    with patch, promoted_float32(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         parallel = ilm_compile.parallelize(
             model, example_inputs=EXAMPLE, ep=2, zero=3, num_microbatches=2
         )
@@ -38,6 +51,12 @@ def train(rank: int, num_experts: int, has_meshes: bool) -> tuple[Stored, Errors
         loss = parallel.execute_schedule(batch)
         gradients = parallel.full_gradients()
         expected, want = reference(model, batch)
+    manager = CheckpointManager(folder, parallel)
+    manager.save(1, wait=True)
+    for _, parameter in parallel.named_parameters():
+        parameter.detach().zero_()
+    assert manager.resume() == 1
+    manager.close()
     stored = {}
     for name, parameter in parallel.named_parameters():
         assert isinstance(parameter, DTensor)
@@ -46,7 +65,10 @@ def train(rank: int, num_experts: int, has_meshes: bool) -> tuple[Stored, Errors
         assert names is not None
         placements = tuple(str(placement) for placement in parameter.placements)
         stored[name] = (names, placements, tuple(parameter.to_local().shape))
-    return stored, compare(loss, expected, gradients, want) if gradients else None
+    errors = compare(loss, expected, gradients, want) if gradients else None
+    norm = torch.stack([gradient.norm() for gradient in want.values()]).norm()
+    said = [str(w.message) for w in told if "hold" in str(w.message)]
+    return stored, errors, float(parallel.grad_norm() / norm) - 1, said
 
 
 @pytest.mark.parametrize(
@@ -58,13 +80,16 @@ def train(rank: int, num_experts: int, has_meshes: bool) -> tuple[Stored, Errors
     ],
 )
 def test_each_rank_has_its_part_of_its_experts(
-    world4: World, num_experts: int, has_meshes: bool, shapes: list[tuple[int, ...]]
+    world4: World, tmp_path: Path, num_experts: int, has_meshes: bool, shapes: list[tuple[int, ...]]
 ) -> None:
-    results = world4.run(train, num_experts, has_meshes)
-    errors = results[0][1]
+    results = world4.run(train, str(tmp_path), num_experts, has_meshes)
+    errors, said = results[0][1], [rank[3] for rank in results]
     assert errors.loss <= 1e-10, errors
     assert errors.gradient <= 1e-10, errors
-    for stored, _ in results:
+    assert said == [[] if has_meshes else [mock.ANY], [], [], []]
+    assert has_meshes or "each of the 2 ranks that have the same experts" in said[0][0]
+    for stored, _, norm_error, _ in results:
+        assert abs(norm_error) <= 1e-12
         assert [stored[name][2] for name in EXPERTS] == shapes
         assert [stored[name][0] for name in EXPERTS] == [("tp", "ep", "dp")] * 2
         assert stored["head.weight"] == (("tp", "dp"), ("R", "S(0)"), (VOCAB // NUM_RANKS, 16))

@@ -14,8 +14,13 @@ class Experts(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
         self.router = nn.Linear(hidden, num_experts)
-        self.up = nn.Parameter(torch.randn(num_experts, hidden, 2 * hidden) * 0.1)
-        self.down = nn.Parameter(torch.randn(num_experts, 2 * hidden, hidden) * 0.1)
+        self.up = nn.Parameter(torch.empty(num_experts, hidden, 2 * hidden))
+        self.down = nn.Parameter(torch.empty(num_experts, 2 * hidden, hidden))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.up, std=0.1)
+        nn.init.normal_(self.down, std=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(0, 1)

@@ -235,3 +235,32 @@ def test_packed_rows_need_a_model_that_takes_positions(tmp_path: Path) -> None:
     packed = {"type": "random", "train_folder": None}
     with pytest.raises(StartError, match=r"takes no position_ids.*data\.packing = 'window'"):
         check_start(job(tmp_path, data=packed))
+
+
+def test_experts_of_a_folder_are_divided_over_ranks_and_written_back(
+    own: Path, world2: World
+) -> None:
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vocab = json.loads((own / MODEL / "config.json").read_text())["vocab_size"]
+    config = transformers.Qwen3MoeConfig(
+        **sizes, **heads, num_experts=4, num_experts_per_tok=2, vocab_size=vocab
+    )
+    torch.manual_seed(0)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(own / MODEL)
+    steps, data = {"total_steps": 2}, {"micro_bsz": 2, "micro_num": 5}
+    train_on(0, job(own, "job_name=alone", train=steps, data=data))
+    divided = job(own, "job_name=divided", "parallel.expert=2", train=steps, data=data)
+    assert world2.run(train_on, divided) == [(2, None)] * 2
+    assert losses(own / "runs", "divided") == pytest.approx(losses(own / "runs", "alone"), rel=1e-5)
+    file = own / "runs" / "divided" / "config.toml"
+    for name in ("alone", "divided"):
+        checkpoint = str(own / "runs" / name / "checkpoints" / "step-00000002")
+        assert (
+            main(["convert", str(file), checkpoint, str(own / name), "--from=ilm", "--to=hf"]) == 0
+        )
+    alone, other = (load_file(own / name / "model.safetensors") for name in ("alone", "divided"))
+    assert alone.keys() == other.keys() == load_file(own / WEIGHTS).keys()
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in alone
+    for name, value in alone.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=name)
