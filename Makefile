@@ -36,7 +36,7 @@ lint: $(STAMP)
 docs: $(STAMP)
 	@$(BIN)/python -c "import mkdocs, mkdocstrings, material" 2>/dev/null || \
 	  $(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
@@ -44,6 +44,10 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,hf]'
+	@# The site is built by a test where its packages are to be had; nothing else needs them.
+	@$(BIN)/python -m pip install --quiet --retries 0 --timeout 10 --constraint constraints.txt \
+	  --editable '.[docs]' >$(VENV)/docs.log 2>&1 || \
+	  echo "The packages of [docs] cannot be had (see $(VENV)/docs.log): the site is not built."
 	@touch $@
 
 clean:

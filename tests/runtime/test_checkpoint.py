@@ -229,6 +229,7 @@ def test_the_same_step_again_replaces_it(place: str) -> None:
     job.manager.save(1, wait=True)
     job.step()
     job.manager.save(1, wait=True)
+    job.manager.close()
     assert steps_in(place) == ["step-00000001"]
     other = Job(place, seed=4)
     other.manager.resume()

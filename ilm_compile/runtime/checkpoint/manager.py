@@ -27,7 +27,7 @@ from ilm_compile.runtime.checkpoint.slices import has_manifest, read_manifest
 from ilm_compile.runtime.checkpoint.sound import check_files
 from ilm_compile.runtime.checkpoint.space import check_space, estimate, probe
 from ilm_compile.runtime.checkpoint.stop_file import Order, StopFile
-from ilm_compile.runtime.checkpoint.storage import Storage, open_storage
+from ilm_compile.runtime.checkpoint.storage import Storage, open_storage, remove
 from ilm_compile.runtime.checkpoint.training_state import (
     ALL,
     Loading,
@@ -119,9 +119,9 @@ class CheckpointManager(Hook):
         if self._nonce:
             return
         self._nonce = broadcast(os.urandom(4).hex().encode(), self._mesh).decode()
+        self._keeper.clean()
         with together(self._mesh, f"checkpoint folder {self._storage.url}"):
             if self._mesh.rank == 0:
-                self._storage.clean()
                 check_space(
                     self._storage,
                     estimate(self._state.parallel, self._state.optimizer),
@@ -319,7 +319,7 @@ class CheckpointManager(Hook):
             problem = first_problem("".join(found), self._mesh)
         if problem:
             if self._mesh.rank == 0:
-                self._storage.remove(working)
+                remove(self._storage, working)
             newest = next(iter(self._candidates(complete=True)), None)
             left = "there is none" if newest is None else f"the newest is that of step {newest}"
             raise CheckpointError(f"{task} was not written: {problem}; {left}") from error
@@ -333,7 +333,7 @@ class CheckpointManager(Hook):
         try:
             self._storage.publish(working, step_name(manifest.step), manifest.to_bytes())
         except Exception:
-            self._storage.remove(working)
+            remove(self._storage, working)
             raise
 
     def _verified(self, storage: Storage, name: str) -> Manifest:

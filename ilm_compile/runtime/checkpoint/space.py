@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.checkpoint.errors import CheckpointError
 from ilm_compile.runtime.checkpoint.retention import step_name
-from ilm_compile.runtime.checkpoint.storage import Storage
+from ilm_compile.runtime.checkpoint.storage import Storage, remove
 from ilm_compile.runtime.parallel import Parallel
 
 # What an optimizer keeps per parameter, by the option of its groups that makes it do so.
@@ -63,7 +63,7 @@ def probe(storage: Storage, nonce: str) -> None:
     storage.prepare(working)
     with storage.create(f"{working}/probe") as file:
         file.write(b"probe")
-    storage.remove(working)
+    remove(storage, working)
 
 
 def _bytes(variables: Iterable[Variable]) -> int:

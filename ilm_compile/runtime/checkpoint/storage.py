@@ -8,6 +8,7 @@ the storage and have the form FOLDER or FOLDER/FILE.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ _URL = re.compile(r"[A-Za-z0-9+.-]+://")
 STEP = re.compile(r"step-(\d{8,18})")  # the name of a checkpoint's folder
 _LEFT_OVER = re.compile(r"step-\d{8,18}\.tmp-[0-9a-f]+")
 _REPLACED = re.compile(r"(?P<name>step-\d{8,18})\.old-[0-9a-f]+")
+_RANK = re.compile(r"-(\d+)")  # in the name of a file: whose it is
+_NOT_LAST = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 
 class Storage(Protocol):
@@ -43,14 +46,20 @@ class Storage(Protocol):
     def publish(self, working: str, name: str, manifest: bytes) -> None:
         """Write the manifest and make the folder complete, in place of an older one."""
 
-    def remove(self, name: str) -> None:
-        """Delete a folder; at no time does it look complete without being so."""
+    def retire(self, name: str) -> str:
+        """Make a folder look incomplete, in one operation; returns its name from then on."""
+
+    def replaced(self) -> list[str]:
+        """Retire the folders that newer ones of the same step have replaced; returns the names."""
+
+    def left_over(self) -> list[str]:
+        """The names of what killed saves left to be deleted; what they had put aside is back."""
+
+    def delete_folder(self, name: str, *, rank: int = 0, size: int = 1) -> None:
+        """Delete of a retired folder what rank `rank` of `size` has to; who is last, the folder."""
 
     def folders(self) -> list[str]:
         """The names of all folders, working ones included."""
-
-    def clean(self) -> list[str]:
-        """Delete what killed saves left behind; returns the names."""
 
     def create(self, path: str) -> Any:
         """A context manager: a new file to write, safe on the disk when it is closed."""
@@ -106,6 +115,11 @@ def open_storage(url: str | Path) -> Storage:
     return ObjectStorage(str(url), filesystem, root.rstrip("/"))
 
 
+def remove(storage: Storage, name: str) -> None:
+    """Delete a folder; at no time does it look complete without being so."""
+    storage.delete_folder(storage.retire(name))
+
+
 def read_whole(storage: Storage, path: str) -> bytes:
     """The content of a file of at most `MAX_JSON_BYTES`. Raises `CheckpointError`.
 
@@ -137,10 +151,8 @@ class LocalStorage:
         return f"{name}.tmp-{nonce}"
 
     def prepare(self, working: str) -> None:
-        path = self._root / working
-        if path.exists():
-            _delete(path)
-        path.mkdir(parents=True)
+        self.delete_folder(working)
+        (self._root / working).mkdir(parents=True)
 
     def publish(self, working: str, name: str, manifest: bytes) -> None:
         with self.create(f"{working}/{MANIFEST}") as file:
@@ -151,37 +163,46 @@ class LocalStorage:
             os.rename(final, self._root / f"{name}.old-{working.rpartition('-')[2]}")
         os.rename(self._root / working, final)
         _sync_folder(self._root)
-        self.clean_replaced()
 
-    def remove(self, name: str) -> None:
-        gone = self._root / f"{name.split('.tmp-')[0]}.tmp-{os.urandom(4).hex()}"
+    def retire(self, name: str) -> str:
+        gone = f"{name.partition('.')[0]}.tmp-{os.urandom(4).hex()}"
         with suppress(FileNotFoundError):
-            os.rename(self._root / name, gone)
-            _delete(gone)
+            os.rename(self._root / name, self._root / gone)
+        return gone
+
+    def replaced(self) -> list[str]:
+        found = [match for name in self.folders() if (match := _REPLACED.fullmatch(name))]
+        # Retired, for half of a folder must not be put back once the newer one is deleted too.
+        return [self.retire(m[0]) for m in found if (self._root / m["name"]).exists()]
+
+    def left_over(self) -> list[str]:
+        for name in self.folders():
+            match = _REPLACED.fullmatch(name)
+            if match is not None and not (self._root / match["name"]).exists():
+                os.rename(self._root / name, self._root / match["name"])
+        self.replaced()
+        return [name for name in self.folders() if _LEFT_OVER.fullmatch(name)]
+
+    def delete_folder(self, name: str, *, rank: int = 0, size: int = 1) -> None:
+        path = self._root / name
+        if path.is_symlink():  # the link alone, for where it leads is somebody else's
+            if rank == 0:
+                path.unlink(missing_ok=True)
+            return
+        with suppress(FileNotFoundError):
+            for entry in list(path.iterdir()):
+                if _owner(entry.name) % size == rank:
+                    _delete(entry)
+        try:
+            path.rmdir()
+        except OSError as error:
+            if error.errno not in _NOT_LAST:
+                raise
 
     def folders(self) -> list[str]:
         if not self._root.is_dir():
             return []
         return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
-
-    def clean(self) -> list[str]:
-        left = [name for name in self.folders() if _LEFT_OVER.fullmatch(name)]
-        for name in left:
-            _delete(self._root / name)
-        return left + self.clean_replaced()
-
-    def clean_replaced(self) -> list[str]:
-        """Delete folders that newer ones replaced; put one back whose replacement was killed."""
-        left = []
-        for old in self.folders():
-            if (match := _REPLACED.fullmatch(old)) is None:
-                continue
-            if (self._root / match["name"]).exists():
-                _delete(self._root / old)
-                left.append(old)
-            else:
-                os.rename(self._root / old, self._root / match["name"])
-        return left
 
     @contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:
@@ -225,7 +246,7 @@ class ObjectStorage:
         return name
 
     def prepare(self, working: str) -> None:
-        self.remove(working)
+        remove(self, working)
         with suppress(NotImplementedError):
             self._fs.makedirs(f"{self._root}/{working}", exist_ok=True)
 
@@ -233,13 +254,23 @@ class ObjectStorage:
         assert working == name
         self._fs.pipe_file(f"{self._root}/{name}/{MANIFEST}", manifest)
 
-    def remove(self, name: str) -> None:
-        folder = f"{self._root}/{name}"
+    def retire(self, name: str) -> str:
         self._fs.invalidate_cache()
         with suppress(FileNotFoundError):
-            self._fs.rm_file(f"{folder}/{MANIFEST}")
-        with suppress(FileNotFoundError):
-            self._fs.rm(folder, recursive=True)
+            self._fs.rm_file(f"{self._root}/{name}/{MANIFEST}")
+        return name
+
+    def replaced(self) -> list[str]:
+        return []
+
+    def left_over(self) -> list[str]:
+        steps = [name for name in self.folders() if STEP.fullmatch(name)]
+        return [n for n in steps if not self._fs.exists(f"{self._root}/{n}/{MANIFEST}")]
+
+    def delete_folder(self, name: str, *, rank: int = 0, size: int = 1) -> None:
+        if rank == 0:  # one request of a store deletes a thousand files
+            with suppress(FileNotFoundError):
+                self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def folders(self) -> list[str]:
         self._fs.invalidate_cache()
@@ -251,13 +282,6 @@ class ObjectStorage:
             e["name"].rstrip("/").rpartition("/")[2] for e in found if e["type"] == "directory"
         ]
         return sorted(names)
-
-    def clean(self) -> list[str]:
-        steps = [name for name in self.folders() if STEP.fullmatch(name)]
-        left = [n for n in steps if not self._fs.exists(f"{self._root}/{n}/{MANIFEST}")]
-        for name in left:
-            self.remove(name)
-        return left
 
     @contextmanager
     def create(self, path: str) -> Iterator[Any]:
@@ -288,9 +312,15 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def _owner(file: str) -> int:
+    """The number of the rank that a file of a checkpoint is of, 0 if it is of none."""
+    match = _RANK.search(file)
+    return int(match[1]) if match else 0
+
+
 def _delete(path: Path) -> None:
-    """Delete a folder; of a link to one the link alone, for where it leads is somebody else's."""
-    if path.is_symlink():
-        path.unlink()
-    else:
+    """Delete what lies in a folder; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
