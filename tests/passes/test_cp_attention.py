@@ -12,14 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from ilm_compile import models, partition
 from ilm_compile.cost import HARDWARE, node_time
 from ilm_compile.errors import PlanError
+from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.layout import layout_of
-from ilm_compile.program.placement import S
+from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.plan import Plan
 from ilm_compile.sharding.rules_attention import LOCAL_FORMS
-from tests.support.equality import hf_gpt2
+from tests.support.equality import hf_gpt2, hf_llama
 
 SEQ = 32
+LONG = (16384, 16388)
 WAYS = {"heads": "by heads", "queries": "by queries, head and tail on each rank"}
 
 
@@ -66,13 +68,47 @@ def test_pieces_that_do_not_fold_are_cut_once():
     assert not any(p.folded for node in program.calls() for _, p in layout_of(node).placed)
 
 
+def test_the_slowest_rank_counts_against_queries():
+    """16,384 tokens fold on four ranks, 16,388 do not: the last rank would have most of the work."""
+    with torch.device("meta"):
+        model = models.internlm2_7b(num_layers=1, num_kv_attention_heads=8)
+    ways = [how(partition(model, example_inputs=example(n, rows=1), cp=4)) for n in LONG]
+    assert [way.partition(" (")[0] for way in ways] == [WAYS["queries"], "by heads"]
+
+
+def test_tokens_fold_under_a_loss_that_does_not_ask_for_it():
+    def last_token(outputs, labels):
+        return (outputs.logits[:, -1].sum(-1) * labels[:, 0]).sum()
+
+    ids = {"input_ids": ((2, SEQ), torch.int64), "labels": ((2, 1), torch.int64)}
+    program = partition(hf_gpt2(3), example_inputs=ids, loss_fn=last_token, cp=4)
+    assert how(program).startswith(WAYS["queries"])
+
+
+def test_keys_are_gathered_before_they_are_repeated():
+    """Hugging Face models repeat key heads themselves, and what is repeated need not be sent."""
+    program = divided(hf_llama(), cp=2, cp_attention="queries")
+    gathered = {
+        node.meta["val"].numel() for node in program.calls() if is_move(node, "all_gather")
+    }
+    kv_heads, head_dim = 4, 8
+    assert gathered == {2 * SEQ * kv_heads * head_dim}
+
+
+def is_move(node, name: str) -> bool:
+    kinds = tuple(Placement.parse(str(node.kwargs.get(key, "I"))).kind for key in ("src", "dst"))
+    return node.target is redistribute and TRANSITIONS[kinds][0] == name
+
+
 def test_nothing_is_folded_where_attention_goes_by_heads():
     program = divided(models.internlm2_tiny(num_layers=2), cp=2, cp_attention="heads")
     assert not any(p.folded for node in program.calls() for _, p in layout_of(node).placed)
 
 
-def test_key_heads_are_not_repeated_for_queries():
-    program = divided(models.internlm2_tiny(num_layers=1), cp=8, cp_attention="queries")
+@pytest.mark.parametrize("asked", ["queries", None])
+def test_key_heads_are_not_repeated_for_queries(asked):
+    program = divided(models.internlm2_tiny(num_layers=1), cp=8, cp_attention=asked)
+    assert how(program).startswith(WAYS["queries"])
     assert not any("repeated" in decision for decision in program.decisions)
 
 

@@ -69,8 +69,8 @@ def all_strategies(call: Call) -> list[Strategy]:
             (n // 3, n // 3, n - 2 * (n // 3)),
         ):
             if S(dim, parts).divides(call.shape, call.size):
-                wanted.add(S(dim, parts))
-        wanted |= {p for p in (S(dim, folded=True),) if p.divides(call.shape, call.size)}
+                wanted |= {S(dim, parts), S(dim, parts, folded=True)}
+        wanted.add(S(dim, folded=True))
     return provable(call, strategies(call, wanted | {rows_of("T", S(0))}))
 
 

@@ -278,7 +278,11 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(4, 8), 1, 0, 8, 2),
         lambda: call(x(4, 8), 0, 1, 3),
     ],
-    aten.cat.default: [lambda: call([x(4, 8), x(4, 4)], -1), lambda: call([x(2, 8), x(4, 8)], 0)],
+    aten.cat.default: [
+        lambda: call([x(4, 8), x(4, 4)], -1),
+        lambda: call([x(2, 8), x(4, 8)], 0),
+        lambda: call([x(4, 8), x(4, 8)], 1),
+    ],
     aten.stack.default: [lambda: call([x(4, 8), x(4, 8)], 1)],
     aten.embedding.default: [
         lambda: call(x(8, 4), integers(8, 2, 6)),
