@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from ilm_compile.program.copy import copy_program
@@ -19,6 +20,8 @@ from ilm_compile.verify.dims import END, Dims, op_name
 from ilm_compile.verify.numbers import sizes_of
 from ilm_compile.verify.place_relations import places_of
 from ilm_compile.verify.smaller import Change, Sizes
+
+aten = torch.ops.aten
 
 
 def resized(program: Program, sizes: Sizes, dims: dict[fx.Node, list[Dims]]) -> Program:
@@ -46,15 +49,15 @@ def resized(program: Program, sizes: Sizes, dims: dict[fx.Node, list[Dims]]) -> 
     }
     _cut_constants(result)
     result.target_counts = {
-        name: _recount(graph, {node.name: node for node in new})
-        for name, graph in program.target_counts.items()
+        name: replace(count, graph=_recount(name, count.graph, {node.name: node for node in new}))
+        for name, count in program.target_counts.items()
     }
     result.finish()
     return result
 
 
-def _recount(graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> fx.GraphModule:
-    """Return what counts targets, with the sizes that its calls have among `nodes`."""
+def _recount(name: str, graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> fx.GraphModule:
+    """Return what counts for the placeholder `name`, with the sizes its calls have in `nodes`."""
     result = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
@@ -65,6 +68,11 @@ def _recount(graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> fx.GraphMod
             by_old = dict(zip(resized_node.all_input_nodes, sources, strict=False))
             copied[node].args = fx.node.map_arg(resized_node.args, by_old.__getitem__)
             copied[node].kwargs = fx.node.map_arg(resized_node.kwargs, by_old.__getitem__)
+    output = result.output_node()
+    with result.inserting_before(output):
+        for dim, size in enumerate(nodes[name].meta["val"].shape):  # numbers of classes
+            (value,) = output.all_input_nodes
+            output.args = (result.call_function(aten.slice.Tensor, (value, dim, 0, size)),)
     return fx.GraphModule(graph, result)
 
 
