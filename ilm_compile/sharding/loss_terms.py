@@ -30,6 +30,7 @@ from ilm_compile.sharding.batch_axis import (
     batch_states,
     first_difference,
 )
+from ilm_compile.sharding.pieces import join_pieces
 from ilm_compile.sharding.plain_loss import is_plain
 from ilm_compile.sharding.strategy import aten, tensor_inputs
 
@@ -100,6 +101,8 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
     except IlmCompileError as error:
         first = str(error).splitlines()[0]
         return Terms(f"cannot be traced with {SLICES * rows} rows, which would tell ({first})")
+    for each in (program, whole) if part is program else (program, part, whole):
+        join_pieces(each)
     states, counts = batch_states(part, whole)
     labels = _label_inputs(whole)
     good, beside = False, list(_mixed_logits(whole, states))

@@ -5,7 +5,6 @@ refused is in `test_loss_terms`.
 """
 
 import pytest
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
