@@ -77,11 +77,6 @@ def _recount(name: str, count: Count, nodes: Mapping[str, fx.Node]) -> Count:
             by_old = dict(zip(resized_node.all_input_nodes, sources, strict=False))
             copied[node].args = fx.node.map_arg(resized_node.args, by_old.__getitem__)
             copied[node].kwargs = fx.node.map_arg(resized_node.kwargs, by_old.__getitem__)
-    output = result.output_node()
-    with result.inserting_before(output):
-        for dim, size in enumerate(val.shape):  # numbers of classes
-            (value,) = output.all_input_nodes
-            output.args = (result.call_function(aten.slice.Tensor, (value, dim, 0, size)),)
     return replace(count, graph=fx.GraphModule(graph, result))
 
 
