@@ -39,7 +39,7 @@ def mean_of_chunk_means(s: Tensor, t: Tensor) -> Tensor:
 
 def first_chunk_twice(s: Tensor, t: Tensor) -> Tensor:
     sums = [F.cross_entropy(*pair, reduction="sum") for pair in chunks(s, t, 3)]
-    return sum([sums[0], *sums[:-1]]) / counted(t).sum()
+    return sum([sums[0], *sums]) / counted(t).sum()
 
 
 def chunk_left_out(s: Tensor, t: Tensor) -> Tensor:
@@ -58,6 +58,11 @@ def in_batch_contrast(s: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(vectors @ vectors.T, torch.arange(s.shape[0], device=s.device))
 
 
+def counts_of_counts(s: Tensor, t: Tensor) -> Tensor:
+    weight = counted(t) / counted(t).sum()
+    return (log_probabilities(s, t) * weight).sum() / weight.square().sum()
+
+
 REFUSED: dict[str, tuple[Loss, str]] = {
     "a chunk twice": (first_chunk_twice, "by the number of rows"),
     "a chunk left out": (chunk_left_out, "by the number of rows"),
@@ -65,6 +70,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "first row": (lambda s, t: mean(s[:1], t[:1]), "takes some rows"),
     "exponential": (lambda s, t: mean(s, t).exp(), "not linear in div_tensor"),
     "one over it": (lambda s, t: s.new_ones(()) / (mean(s, t) + total(s, t)), "not linear in"),
+    "counts of counts": (counts_of_counts, "not linear in sum_"),
     "halves of the batch": (halves, "may mix the rows"),
     "contrast in the batch": (in_batch_contrast, "depends on the number of rows"),
     "root": (lambda s, t: F.mse_loss(s, s.detach() + 1).sqrt(), "not linear in mse_loss"),
