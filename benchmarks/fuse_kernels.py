@@ -130,8 +130,8 @@ def run(program: Program, model: nn.Module) -> dict[str, Tensor]:
     batch = {**random_batch(ROWS, TOKENS, VOCAB)}
     for name, count in program.target_counts.items():
         node = next(n for n in program.graph.nodes if n.target == name)
-        needed = [str(n.target) for n in count.graph.find_nodes(op="placeholder")]
-        batch[name] = count(*(batch[key] for key in needed)).to(node.meta["val"].dtype)
+        value = count.graph(*(batch[key] for key in count.inputs))
+        batch[name] = value.to(node.meta["val"].dtype)
     module = program.graph_module
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     meta = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]

@@ -92,6 +92,19 @@ def check_alike(first: Program, other: Program) -> None:
                 f"{_held(theirs.get(name))} in that of {shown(other.inputs)}; compile a program of "
                 "its own for this shape"
             )
+    counted = [_counts(first), _counts(other)]
+    if counted[0] != counted[1]:
+        raise PlanError(
+            f"shapes: the loss of the first shape needs {counted[0]} counted in a batch, and that "
+            f"of {shown(other.inputs)} {counted[1]}; compile a program of its own for this shape"
+        )
+
+
+def _counts(program: Program) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is counted in a batch, by name."""
+    placeholders = program.graph.find_nodes(op="placeholder")
+    shapes = {str(node.target): tuple(node.meta["val"].shape) for node in placeholders}
+    return {name: shapes[name] for name in program.target_counts}
 
 
 def _held(variable: Variable | None) -> tuple[Any, ...] | None:

@@ -112,10 +112,6 @@ class _Caster:
 
     def run(self) -> int:
         """Insert all casts; returns the number of matrix products in the low dtype."""
-        for node in self.program.graph.find_nodes(op="placeholder"):
-            if node.target in self.program.target_counts:
-                # bf16 counts up to 256 only, fp16 up to 2048
-                node.meta["val"] = node.meta["val"].to(FP32)
         products = 0
         with shape_communicators(self.program.plan.axes), torch.no_grad():
             for node in list(self.program.calls()):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from operator import attrgetter
 
 import torch
 from torch import fx, nn
 
 
-def graph_from_inputs(value: fx.Node) -> fx.GraphModule | None:
+def graph_from_inputs(value: fx.Node, besides: Collection[fx.Node] = ()) -> fx.GraphModule | None:
     """Return the graph from the inputs to `value`.
 
-    None if it needs parameters or random numbers, or no input.
+    None if it needs parameters, buffers, random numbers or a node of `besides`, or no input.
     """
-    found = graph_to(value, lambda node: node.op == "get_attr" or _is_random(node))
+    found = graph_to(value, lambda n: _is_variable(n) or _is_random(n) or n in besides)
     return found if found and found.graph.find_nodes(op="placeholder") else None
 
 
@@ -34,7 +35,15 @@ def graph_to(value: fx.Node, is_refused: Callable[[fx.Node], bool]) -> fx.GraphM
         if node in needed:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.output(copied[value])
-    return fx.GraphModule(nn.Module(), graph)
+    return fx.GraphModule(value.graph.owning_module or nn.Module(), graph)
+
+
+def _is_variable(node: fx.Node) -> bool:
+    """Constants of the graph, unlike what the model holds, have their values in it."""
+    if node.op != "get_attr":
+        return False
+    owner = node.graph.owning_module
+    return owner is None or bool(attrgetter(str(node.target))(owner).is_meta)
 
 
 def _is_random(node: fx.Node) -> bool:

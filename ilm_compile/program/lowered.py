@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ilm_compile.program.layout import Layout
 from ilm_compile.program.parameter_map import ParameterMap
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Input, Lookup, Variable
+from ilm_compile.program.program import Count, Input, Lookup, Variable
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class LoweredProgram:
     plan: Plan
     inputs: dict[str, Input]
     variables: dict[str, Variable]
-    target_counts: dict[str, fx.GraphModule]
+    target_counts: dict[str, Count]
     stages: tuple[Stage, ...]
     output_layouts: tuple[Layout, ...]  # of the last stage's outputs
     output_widths: dict[str, int]  # as in `Program`

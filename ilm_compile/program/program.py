@@ -101,6 +101,23 @@ class Lookup:
 
 
 @dataclass(frozen=True, slots=True)
+class Count:
+    """What is added up over all micro-batches of the global batch before a step.
+
+    graph: from the inputs of one micro-batch to its part, a scalar or small. The program is given
+    the sum times ``num_slices ** weight``, `num_slices` being the number of micro-batches.
+    """
+
+    graph: fx.GraphModule
+    weight: int = 0
+
+    @property
+    def inputs(self) -> list[str]:
+        """The inputs that it reads."""
+        return [str(node.target) for node in self.graph.graph.find_nodes(op="placeholder")]
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """About a transformer block: the unit of FSDP, and of recompute if it is marked so."""
 
@@ -126,9 +143,8 @@ class Program:
     inputs: dict[str, Input]
     variables: dict[str, Variable]
     regions: list[Region]
-    # Integer graphs from the inputs to the number of loss targets, by the placeholder that
-    # receives "targets per micro-batch" (see `ilm_compile.program.loss`).
-    target_counts: dict[str, fx.GraphModule]
+    # By the placeholder that receives it (see `ilm_compile.program.loss`).
+    target_counts: dict[str, Count]
     lookups: tuple[Lookup, ...] = ()
     output_names: tuple[str, ...] = ("loss",)
     # The last dimension of outputs that are wider in the program than the user's model gives them.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import BatchError
-from ilm_compile.program.program import Input
+from ilm_compile.program.program import Count, Input
 from ilm_compile.runtime.mesh import Axis
 
 Batch = Mapping[str, Tensor]
@@ -102,12 +102,17 @@ class BatchLayout:
         places = range(first, first + self.num_microbatches)
         return [torch.tensor(hash((seed, step, place)) % 2**63) for place in places]
 
-    def count_targets(self, batch: Batch, graph: fx.GraphModule) -> int:
-        """The number of loss targets in `batch`, which holds any number of micro-batches."""
-        names = names_of(graph)
-        slices = [len(batch[name]) // self.inputs[name].shape[0] for name in names]
-        columns = [batch[n].cpu().chunk(s) for n, s in zip(names, slices, strict=True)]
-        return sum(int(graph(*arguments)) for arguments in zip(*columns, strict=True))
+    def count(self, batch: Batch, count: Count) -> Tensor:
+        """What `count` adds up to in `batch`, which holds any number of micro-batches.
+
+        On the CPU, in int64 or float64.
+        """
+        name, rows = next((name, spec.shape[0]) for name, spec in self.inputs.items())
+        slices = len(batch[name]) // rows
+        columns = [batch[name].cpu().chunk(slices) for name in count.inputs]
+        parts = [count.graph(*(column[m] for column in columns)) for m in range(slices)]
+        dtype = torch.float64 if parts[0].is_floating_point() else torch.int64
+        return torch.stack([part.to(dtype) for part in parts]).sum(0)
 
 
 def names_of(graph: fx.GraphModule) -> list[str]:

@@ -1,4 +1,4 @@
-"""A step's batch on its way in: cut to this rank's rows, looked at, its targets counted.
+"""A step's batch on its way in: cut to this rank's rows, looked at, what a loss needs counted.
 
 No rank looks at rows that it does not work on. What each finds is put together in one sum over all
 ranks, so that the counts are of the global batch and an error on one rank is raised on all.
@@ -6,7 +6,7 @@ ranks, so that the counts are of the global batch and an error on one rank is ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,17 @@ from ilm_compile.runtime.mesh import Mesh
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """rows: this rank's. counts: of the targets of each loss in the global batch."""
+    """rows: this rank's. counts: of the global batch, such as the targets of each loss."""
 
     rows: Batch
-    counts: dict[str, int]
+    counts: dict[str, Tensor]
 
 
 class Intake:
-    """Takes the batches of one rank. names: of the counts of targets that every program has."""
+    """Takes the batches of one rank. nothing: what every program counts, with zeros."""
 
-    def __init__(self, names: Iterable[str], mesh: Mesh) -> None:
-        self._names, self._mesh = tuple(names), mesh
+    def __init__(self, nothing: Mapping[str, Tensor], mesh: Mesh) -> None:
+        self._nothing, self._mesh = dict(nothing), mesh
         self._same = SameBatch(mesh)
 
     def take(
@@ -50,7 +50,7 @@ class Intake:
         wrong batch, or now and then if ranks that shall have the same were not given it.
         """
         error: BatchError | None = None
-        rows, counts = batch, dict.fromkeys(self._names, 0)
+        rows, counts = batch, dict(self._nothing)
         try:
             form = choose()
             layout = form.step_inputs.layout
@@ -65,18 +65,20 @@ class Intake:
             counts |= form.step_inputs.count(rows)
         except BatchError as raised:
             error = raised
-        problems, *totals = self._sums([int(error is not None), *counts.values()])
+        problem_found = torch.tensor(error is not None)
+        problems, *totals = self._sums([problem_found, *counts.values()])
         if problems:
             problem = first_problem("" if error is None else str(error), self._mesh)
             raise BatchError(problem) from error
         self._same.check(batch, is_local=is_local)
         return Taken(rows, dict(zip(counts, totals, strict=True)))
 
-    def _sums(self, own: list[int]) -> list[int]:
+    def _sums(self, own: Sequence[Tensor]) -> list[Tensor]:
         """The first number summed over all ranks, the others over data-parallel ranks."""
         mesh = self._mesh
         if mesh.pp.rank or not mesh.speaks:  # they have the same rows as the first
-            own = [own[0], *(0 for _ in own[1:])]
-        total: Tensor = mesh.everyone.all_reduce(torch.tensor(own, device=mesh.device))
-        sums: list[int] = total.tolist()
-        return sums
+            own = [own[0], *map(torch.zeros_like, own[1:])]
+        flat = torch.cat([value.flatten().double() for value in own])  # exact up to 2**53
+        total: Tensor = mesh.everyone.all_reduce(flat.to(mesh.device)).cpu()
+        parts = torch.split(total, [value.numel() for value in own])
+        return [part.view_as(v).to(v.dtype) for part, v in zip(parts, own, strict=True)]

@@ -100,7 +100,7 @@ class Parallel:
         self._forms = {0: first}
         self.form = first  # that of the last batch
         self._use(first)
-        self._intake = Intake(lowered.target_counts, mesh)
+        self._intake = Intake(first.step_inputs.nothing(), mesh)
 
     def execute_schedule(
         self,

@@ -1,4 +1,4 @@
-"""What the stages of a rank are given in a step: rows of the batch, target counts, dropout seeds.
+"""What the stages of a rank are given in a step: rows of the batch, counts, dropout seeds.
 
 The one place where this is put together, for training and for the emulation of it.
 """
@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ilm_compile.errors import NoTargetsError
 from ilm_compile.program.dropout import SEED
+from ilm_compile.program.loss import NUM_TARGETS, counting_dtype
 from ilm_compile.program.lowered import LoweredProgram, Stage
-from ilm_compile.program.program import Variable
-from ilm_compile.runtime.batch import Batch, BatchLayout, names_of
+from ilm_compile.program.program import Count
+from ilm_compile.runtime.batch import Batch, BatchLayout
 from ilm_compile.runtime.mesh import Axis
 
 
@@ -28,7 +29,7 @@ class StepInputs:
 
     layout: BatchLayout
     names: frozenset[str]
-    target_counts: Mapping[str, fx.GraphModule]
+    target_counts: Mapping[str, Count]
     seed: int
     dtype: torch.dtype
     device: torch.device
@@ -50,35 +51,44 @@ class StepInputs:
             frozenset(used - set(lowered.target_counts) - {SEED}),
             lowered.target_counts,
             lowered.plan.seed,
-            _counting_dtype(lowered.variables.values()),
+            counting_dtype(lowered.variables.values()),
             device,
         )
 
-    def count(self, rows: Batch) -> dict[str, int]:
-        """How many targets of each loss there are in these rows of a batch."""
-        return {n: self.layout.count_targets(rows, g) for n, g in self.target_counts.items()}
+    def count(self, rows: Batch) -> dict[str, Tensor]:
+        """What is counted in these rows of a batch, such as the targets of each loss."""
+        return {n: self.layout.count(rows, c) for n, c in self.target_counts.items()}
+
+    def nothing(self) -> dict[str, Tensor]:
+        """What `count` gives, with zeros."""
+        rows = {n: torch.zeros(i.shape, dtype=i.dtype) for n, i in self.layout.inputs.items()}
+        return {name: torch.zeros_like(value) for name, value in self.count(rows).items()}
 
     def of_step(self, batch: Batch, step: int) -> dict[str, list[Tensor]]:
         """`of_rows` of a global batch, whose targets are counted here."""
         return self.of_rows(self.layout.own(batch), self.count(batch), step)
 
-    def of_rows(self, own: Batch, counts: Mapping[str, int], step: int) -> dict[str, list[Tensor]]:
+    def of_rows(
+        self, own: Batch, counts: Mapping[str, Tensor], step: int
+    ) -> dict[str, list[Tensor]]:
         """For each input a tensor per micro-batch, of this rank's own rows.
 
-        counts: of the targets in the global batch. step: how many training steps came before.
+        counts: of the global batch. step: how many training steps came before.
         Raises `NoTargetsError` for a batch without targets.
         """
         layout = self.layout
         inputs = layout.split(own, self.names, self.device)
-        for name, graph in self.target_counts.items():
-            if counts[name] == 0:
+        for name, count in self.target_counts.items():
+            total = counts[name]
+            if name.startswith(NUM_TARGETS) and not total.any():
                 raise NoTargetsError(
-                    f"batch: expected at least one target token, got none in {names_of(graph)}: "
+                    f"batch: expected at least one target token, got none in {count.inputs}: "
                     "every label is ignored, so the loss is 0/0; leave such batches out"
                 )
-            share = counts[name] / layout.num_slices
-            tensor = torch.tensor(share, dtype=self.dtype, device=self.device)
-            inputs[name] = [tensor] * layout.num_microbatches
+            if count.weight:
+                total = total.double() * float(layout.num_slices) ** count.weight
+            dtype = self.dtype if total.is_floating_point() else total.dtype
+            inputs[name] = [total.to(self.device, dtype)] * layout.num_microbatches
         # Of a micro-batch's place in the training, not in the plan.
         inputs[SEED] = layout.dropout_seeds(self.seed, step)
         return inputs
@@ -93,9 +103,3 @@ class StepInputs:
         if losses:
             total += torch.stack(list(losses)).double().sum() / self.layout.num_slices
         return total
-
-
-def _counting_dtype(variables: Iterable[Variable]) -> torch.dtype:
-    """float32 at least: bfloat16 cannot hold the number 257."""
-    dtypes = {variable.dtype for variable in variables if variable.is_parameter}
-    return torch.float64 if torch.float64 in dtypes else torch.float32

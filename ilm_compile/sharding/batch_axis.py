@@ -4,7 +4,8 @@ A micro-batch is one slice of the global batch along its rows, so "micro-batches
 loss of the global batch" is a statement about one more axis: inputs are sharded by rows, parameters
 are the same everywhere. The placement rules that shard a model say what each op makes of that. What
 they are given is two traces of one model, of a slice and of a whole batch twice as large: sizes and
-factors that grow with the batch are those that differ.
+factors that grow with the batch are those that differ. A sum over rows that inputs alone decide, as
+a number of targets, can be counted in the whole batch before a step, and so is the same everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ilm_compile.program.dropout import SEED
+from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.loss import MEAN
 from ilm_compile.program.placement import P, Placement, R, S
@@ -80,30 +82,32 @@ _LINEAR = {
 }
 
 
-def batch_states(part: Program, whole: Program) -> dict[fx.Node, State]:
+def batch_states(part: Program, whole: Program) -> tuple[dict[fx.Node, State], dict[fx.Node, int]]:
     """Return the state of every node of `whole`, the same model traced with SLICES times the rows.
 
-    `part` is the trace of one slice. If the two are not alike node by node, everything that depends
-    on the inputs is lost at the first node that differs.
+    And the weights of those that are SAME only if they are counted in the whole batch, not in each
+    slice. `part` is the trace of one slice. If the two are not alike node by node, everything that
+    depends on the inputs is lost at the first node that differs.
     """
     typer = _Typer(whole)
-    differs = _first_difference(part, whole)
+    differs = first_difference(part, whole)
     lost = Lost(differs, "unknown", "is there or not by the number of rows") if differs else None
     if lost:
         typer.inputs = dict.fromkeys(whole.inputs, lost)
         part = whole
     for ours, theirs in zip(part.graph.nodes, whole.graph.nodes, strict=True):
         if ours.op != "output":
-            typer.states[theirs] = typer.state(ours, theirs)
-    return typer.states
+            typer.states[theirs] = typer.counted(theirs, typer.state(ours, theirs))
+    return typer.states, typer.counts
 
 
-def _first_difference(part: Program, whole: Program) -> fx.Node | None:
+def first_difference(part: Program, whole: Program) -> fx.Node | None:
+    """Return the first node of `whole` that has not the op and the inputs of that of `part`."""
     ours: list[fx.Node] = list(part.graph.nodes)
     theirs: list[fx.Node] = list(whole.graph.nodes)
-    for a, b in zip(ours, theirs, strict=False):
-        names = [[x.name for x in n.all_input_nodes] for n in (a, b)]
-        if (a.name, a.target, names[0]) != (b.name, b.target, names[1]):
+    same: dict[fx.Node, fx.Node] = dict(zip(ours, theirs, strict=False))
+    for a, b in same.items():
+        if a.target != b.target or [same[n] for n in a.all_input_nodes] != b.all_input_nodes:
             return b
     longer = max(ours, theirs, key=len)
     return longer[min(len(ours), len(theirs))] if len(ours) != len(theirs) else None
@@ -115,13 +119,25 @@ class _Typer:
         self.inputs: Mapping[str, State] = dict.fromkeys(whole.inputs, Known(S(0)))
         self.states: dict[fx.Node, State] = {}
         self.grown: set[fx.Node] = set()  # values that are larger for more rows
+        self.counts: dict[fx.Node, int] = {}
+        placeholders = whole.graph.find_nodes(op="placeholder")
+        self.added = {node for node in placeholders if str(node.target) not in whole.inputs}
         self.values = constants.Values(whole.graph_module)
+
+    def counted(self, node: fx.Node, state: State) -> State:
+        """Return what `state` is if sums that inputs alone decide are known of the whole batch."""
+        if not _is(state, P) or graph_from_inputs(node, {*self.added, *self.counts}) is None:
+            return state
+        assert isinstance(state, Known)
+        self.counts[node] = state.weight
+        return SAME
 
     def state(self, part: fx.Node, whole: fx.Node) -> State:
         """Return the state of a node from those of its inputs."""
         name = str(whole.target)
         if whole.op == "placeholder":
-            counts = dict.fromkeys(self.whole.target_counts, Known(R, 1)) | {SEED: SAME}
+            given = self.whole.target_counts.items()
+            counts = {name: Known(R, -count.weight) for name, count in given} | {SEED: SAME}
             return (dict(self.inputs) | counts)[name]
         if whole.op == "get_attr":
             return SAME if constants.same(part, whole) else self._lost(whole, "unknown")

@@ -15,6 +15,7 @@ from ilm_compile.program.loss import MEAN, SUM
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.batch_constants import Values
 from ilm_compile.sharding.rules_math import _MIXING, _REDUCTIONS, aligned
+from ilm_compile.sharding.rules_select import indexed_dims
 from ilm_compile.sharding.strategy import Call, aten
 
 Found = Iterator[tuple[tuple[Placement, ...], Placement, int]]
@@ -124,15 +125,18 @@ def _every_nth(call: Call, wanted: frozenset[Placement], values: Values) -> Foun
         yield (S(dim),), S(dim), 0
 
 
-def _own_rows(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
-    """``x[arange(rows), position]``: each row picks something of its own."""
+def _indexed(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """``table[x]``, and ``x[arange(rows), position]``: each row picks something of its own."""
     indices: Any = call.args[1]
     positions = [i for i, entry in enumerate(indices) if entry is not None]
+    shapes = call.shapes[1:]
+    width = _broadcast(shapes)
+    if place := indexed_dims(positions, shapes):
+        for dim in range(len(width)):
+            yield (R, *(aligned(s, width, S(dim)) for s in shapes)), S(place[0] + dim), 0
     counted = values.counts_along(indices[positions[0]])
     if counted is None or positions != list(range(len(positions))):
         return
-    shapes = call.shapes[1:]
-    width = _broadcast(shapes)
     rows = S(len(width) - len(shapes[0]) + counted)
     if call.shapes[0][0] == shapes[0][counted]:
         others = (aligned(s, width, rows) for s in shapes[1:])
@@ -150,5 +154,5 @@ BATCH_RULES: dict[Any, BatchRule] = {
     aten.squeeze.default: _squeezed,
     aten.squeeze.dims: _squeezed,
     aten.slice.Tensor: _every_nth,
-    aten.index.Tensor: _own_rows,
+    aten.index.Tensor: _indexed,
 }

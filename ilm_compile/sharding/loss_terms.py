@@ -1,9 +1,11 @@
 """Whether the loss of a batch is the average of the losses of its slices, term by term.
 
 A run averages the losses of its micro-batches and data-parallel ranks. For a mean cross entropy
-that is right (`ilm_compile.program.loss`), and for any average over rows; a loss that divides by
-what one micro-batch happens to count would train something else. A term beside such a loss that
-does not look at the labels, as a router's auxiliary loss, is of one micro-batch by its nature.
+that is right (`ilm_compile.program.loss`), and for any average over rows. A loss that divides by
+what one micro-batch happens to count is made right: what the inputs alone decide is counted in the
+whole batch before a step, and a sum over rows is multiplied by the number of slices. A term beside
+such a loss that does not look at the labels, as a router's auxiliary loss, is of one micro-batch by
+its nature. All else is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from ilm_compile.errors import IlmCompileError, PlanError
+from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
+from ilm_compile.program.slices import Use, average_sums, count_in_batch, sources
 from ilm_compile.program.trace import LossFn, trace
 from ilm_compile.sharding.batch_axis import (
     AVERAGE,
@@ -24,7 +28,9 @@ from ilm_compile.sharding.batch_axis import (
     Lost,
     State,
     batch_states,
+    first_difference,
 )
+from ilm_compile.sharding.pieces import join_pieces
 from ilm_compile.sharding.plain_loss import is_plain
 from ilm_compile.sharding.strategy import aten, tensor_inputs
 
@@ -39,20 +45,23 @@ _SCALED = {
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of a loss that are not an average over the rows.
+    """What keeps a loss from being an average over the rows.
 
     main: why the loss cannot be averaged over slices, "" if it can; beside it: of each term that is
-    of one slice by nature, where and why.
+    of one slice by nature, where and why. counts, sums: what makes it one, for `count_in_batch` and
+    `average_sums`.
     """
 
     main: str = ""
     beside: list[str] = field(default_factory=list)
+    counts: dict[Use, int] = field(default_factory=dict)
+    sums: dict[Use, int] = field(default_factory=dict)
 
 
 def check_loss(
     program: Program, model: nn.Module, loss_fn: LossFn | None, *, num_slices: int
 ) -> None:
-    """Refuse a loss that is not the average of that of its slices; warn of terms beside it.
+    """Make the loss the average of that of its slices, or refuse it; warn of terms beside it.
 
     program: `model` and `loss_fn` as traced, before any pass. They are traced with other numbers of
     rows too where one trace does not tell. Raises `PlanError`, with the user's line.
@@ -65,10 +74,12 @@ def check_loss(
             f"plan: a batch cut into {num_slices} micro-batches (num_microbatches times "
             "data-parallel ranks) trains the average of their losses; expected a loss that is the "
             f"same for the whole batch, got one that {found.main}. Write it as "
-            "F.cross_entropy(logits, labels) with its mean and without class weights, or as a mean "
-            "over each row followed by a mean over the rows; or train with num_microbatches=1 and "
-            "dp=1"
+            "F.cross_entropy(logits, labels), as a sum over all tokens divided by what is counted "
+            "in the labels, or as a mean over each row followed by a mean over the rows; or train "
+            "with num_microbatches=1 and dp=1"
         )
+    count_in_batch(program, found.counts)
+    average_sums(program, found.sums)
     each = "loss: computed per micro-batch, not over the whole batch, is what"
     for why in found.beside[:1]:
         more = f"; {len(found.beside) - 1} more such terms" if len(found.beside) > 1 else ""
@@ -76,7 +87,7 @@ def check_loss(
 
 
 def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Terms:
-    """Return the terms of the loss, from traces of `model` with two numbers of rows."""
+    """Return the terms of the loss of `program`, from traces with two numbers of rows."""
 
     def traced(rows: int) -> Program:
         inputs = {n: ((rows, *i.shape[1:]), i.dtype) for n, i in program.inputs.items()}
@@ -90,53 +101,88 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
     except IlmCompileError as error:
         first = str(error).splitlines()[0]
         return Terms(f"cannot be traced with {SLICES * rows} rows, which would tell ({first})")
-    states = batch_states(part, whole)
+    for each in (program, whole) if part is program else (program, part, whole):
+        join_pieces(each)
+    states, counts = batch_states(part, whole)
     labels = _label_inputs(whole)
-    good, beside = False, list(_mixed_logits(whole, states))
-    for node in _terms(whole.outputs[0], states):
+    terms, beside = list[fx.Node](), list(_mixed_logits(whole, states))
+    sums: dict[Use, int] = {}
+    good = False
+    sum_of: set[fx.Node] = set()
+    for node, user in _terms(whole.outputs[0], whole.graph.output_node(), states, sum_of):
         state = states[node]
-        good |= state == AVERAGE
-        if state in (AVERAGE, SAME):
+        terms.append(node)
+        if isinstance(state, Known) and state.placement == P:
+            good = True
+            sums |= {(node, user): state.weight} if state != AVERAGE else {}
+        if _is_fine(state):
             continue
         if _reads(node, labels):
             return Terms(_why(whole, node, state))
         beside.append(_why(whole, node, state))
-    main = "" if good else next(iter(beside), "depends on no input")
-    return Terms(main, list(dict.fromkeys(beside)))
+    if not good:
+        return Terms(next(iter(beside), "depends on no input"))
+    used = sources(
+        whole.outputs[:1], lambda node: node in sum_of or isinstance(states[node], Known)
+    )
+    lost = sources(node for node in sources(terms) if isinstance(states[node], Lost))
+    counted = {(n, user): w for n, w in counts.items() for user in n.users if user in used}
+    for node in (user for _, user in counted if user in lost):
+        return Terms(
+            "needs a number of the whole batch where a term beside it, that is of one micro-batch, "
+            f"needs that of its own; compute it for each: {node.target}, {whole.where(node)}"
+        )
+    if (counted or sums) and (differs := first_difference(program, whole)):
+        return Terms(
+            "is a sum over rows, and one row alone is computed in another way, which two would "
+            f"not be: {differs.target}, {whole.where(differs)}"
+        )
+    own = dict(zip(whole.graph.nodes, program.graph.nodes, strict=False))
+    return Terms(
+        beside=list(dict.fromkeys(beside)),
+        counts={(own[node], own[user]): weight for (node, user), weight in counted.items()},
+        sums={(own[node], own[user]): weight for (node, user), weight in sums.items()},
+    )
 
 
 def _why(program: Program, node: fx.Node, state: State) -> str:
     if isinstance(state, Lost):
         return f"{state.reason}: {state.node.target}, {program.where(state.node)}"
-    grows = "sums over the rows of the batch" if state.placement != SAME.placement else "grows"
-    return (
-        f"{grows}, so that twice the rows give twice the loss: {node.target}, {program.where(node)}"
-    )
+    return f"grows with the number of rows: {node.target}, {program.where(node)}"
 
 
-def _terms(node: fx.Node, states: dict[fx.Node, State]) -> Iterator[fx.Node]:
-    """Yield the terms whose sum with constant factors the loss is, as far as that is needed."""
-    if states[node] in (AVERAGE, SAME):
-        yield node
-        return
+def _is_fine(state: State) -> bool:
+    """Whether it is the same in every slice, or a sum over them."""
+    return state == SAME or (isinstance(state, Known) and state.placement == P)
+
+
+def _terms(
+    node: fx.Node, user: fx.Node, states: dict[fx.Node, State], sum_of: set[fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield the terms whose sum with constant factors the loss is, each with what takes it.
+
+    Adds to `sum_of` the calls that scale them and add them up.
+    """
     state = states[node]
+    if _is_fine(state):
+        yield node, user
+        return
     # Whether what is wrong is what this very call does.
     here = isinstance(state, Known) or node in (state.node, state.scaled)
     inputs = [n for n in tensor_inputs(node) if states[n] != SAME]
-    if node.target in _ADDED or (node.target in _SCALED and len(inputs) == 1 and not here):
+    divides = node.target is aten.div.Tensor and inputs[:1] != [node.args[0]]
+    is_scaled = node.target in _SCALED and len(inputs) == 1 and not (here or divides)
+    if node.target in _ADDED or is_scaled:
+        sum_of.add(node)
         for term in inputs:
-            yield from _terms(term, states)
+            yield from _terms(term, node, states, sum_of)
     else:
-        yield node
+        yield node, user
 
 
 def _label_inputs(program: Program) -> set[str]:
     """Return the inputs that hold labels, by their names or because targets are counted in them."""
-    counted = {
-        str(node.target)
-        for graph in program.target_counts.values()
-        for node in graph.graph.find_nodes(op="placeholder")
-    }
+    counted = {name for count in program.target_counts.values() for name in count.inputs}
     named = {name for name in program.inputs if any(word in name.lower() for word in LABELS)}
     return named | counted or set(program.inputs)
 

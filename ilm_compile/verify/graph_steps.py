@@ -66,14 +66,12 @@ def _accumulate(
     """Add up the gradients of all micro-batches; return the mean loss and the other outputs."""
     layout = BatchLayout(traced.inputs, num_slices, Axis())
     inputs = layout.split(batch, traced.inputs, torch.device("cpu"))
-    for name, graph in traced.target_counts.items():
-        total = sum(
-            int(
-                graph(*(inputs[str(n.target)][m] for n in graph.graph.find_nodes(op="placeholder")))
-            )
-            for m in range(num_slices)
-        )
-        inputs[name] = [torch.tensor(total / num_slices, dtype=torch.float64)] * num_slices
+    for name, count in traced.target_counts.items():
+        parts = [count.graph(*(inputs[i][m] for i in count.inputs)) for m in range(num_slices)]
+        total = torch.stack(parts).sum(0)
+        if count.weight or total.is_floating_point():
+            total = total.double() * float(num_slices) ** count.weight
+        inputs[name] = [total] * num_slices
     inputs[SEED] = layout.dropout_seeds(traced.plan.seed, step)
     names = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
     losses, outputs = [], []

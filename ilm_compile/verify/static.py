@@ -42,10 +42,13 @@ def check_variables(traced: Program, program: Program) -> None:
     for what in ("inputs", "output_names"):
         if getattr(program, what) != getattr(traced, what):
             _fail(what, f"are {getattr(program, what)}", f"the model has {getattr(traced, what)}")
-    for name, graph in traced.target_counts.items():
-        other = program.target_counts.get(name)
-        if other is None or str(other.graph) != str(graph.graph):
-            _fail(name, "is counted in another way", "the number of targets is the model's")
+    ways, right = (
+        {n: (str(c.graph.graph), c.weight) for n, c in p.target_counts.items()}
+        for p in (program, traced)
+    )
+    for name in {**right, **ways}:
+        if ways.get(name) != right.get(name):
+            _fail(name, "is counted in another way", "what is counted is the model's")
 
 
 def _fail(name: str, found: str, expected: str) -> None:

@@ -88,9 +88,7 @@ def test_tokens_fold_under_a_loss_that_does_not_ask_for_it():
 def test_keys_are_gathered_before_they_are_repeated():
     """Hugging Face models repeat key heads themselves, and what is repeated need not be sent."""
     program = divided(hf_llama(), cp=2, cp_attention="queries")
-    gathered = {
-        node.meta["val"].numel() for node in program.calls() if is_move(node, "all_gather")
-    }
+    gathered = {node.meta["val"].numel() for node in program.calls() if is_move(node, "all_gather")}
     kv_heads, head_dim = 4, 8
     assert gathered == {2 * SEQ * kv_heads * head_dim}
 

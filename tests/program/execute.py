@@ -38,8 +38,7 @@ def run_program(program: Program, model: nn.Module, batch: Mapping[str, Tensor])
     module = program.graph_module
     inputs = dict(batch)
     for name, count in program.target_counts.items():
-        needed = [str(node.target) for node in count.graph.find_nodes(op="placeholder")]
-        inputs[name] = count(*(batch[key] for key in needed)).double()
+        inputs[name] = count.graph(*(batch[key] for key in count.inputs)).double()
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     used = {name: parameters[name] for name, _ in module.named_parameters()}

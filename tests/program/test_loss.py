@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ilm_compile.program.program import Program
+from ilm_compile.program.program import Count, Program
 from ilm_compile.program.trace import trace
 from tests.program.execute import Result, assert_same, run_model
 
@@ -47,9 +47,8 @@ INPUTS = {
 }
 
 
-def count_targets(count: fx.GraphModule, part: Mapping[str, Tensor]) -> Tensor:
-    names = [str(node.target) for node in count.graph.find_nodes(op="placeholder")]
-    result: Tensor = count(*(part[name] for name in names))
+def count_targets(count: Count, part: Mapping[str, Tensor]) -> Tensor:
+    result: Tensor = count.graph(*(part[name] for name in count.inputs))
     return result.double()
 
 
@@ -103,6 +102,50 @@ def test_average_of_unequal_micro_batches_is_the_loss_of_the_batch(loss: Loss) -
     assert_same(run_in_micro_batches(program, model, whole), run_model(model, whole))
 
 
+class Weighted(Tagger):
+    """Class weights: the mean is over the weights, not the targets."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scores, targets = flat(self.head(x), labels)
+        smoothed = F.cross_entropy(scores, targets, weight=self.weight, label_smoothing=0.1)
+        return smoothed + F.nll_loss(2 * scores.log_softmax(-1), targets, weight=self.weight)
+
+
+def test_class_weights_are_those_of_the_targets_of_the_batch() -> None:
+    model, whole = Weighted(MEANS["mean"]), batch()
+    program = trace(model, example_inputs=INPUTS)
+    assert_same(run_in_micro_batches(program, model, whole), run_model(model, whole))
+    assert [n.meta["val"].shape for n in program.graph.nodes if n.name == "num_targets"] == [(5,)]
+
+
+def test_nll_loss_of_log_softmax_is_a_cross_entropy() -> None:
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        scores, targets = flat(s, t)
+        return F.nll_loss(F.log_softmax(scores, 1), targets, ignore_index=3)
+
+    ours, theirs = (
+        trace(Tagger(each), example_inputs=INPUTS)
+        for each in (loss, lambda s, t: F.cross_entropy(*flat(s, t), ignore_index=3))
+    )
+    assert [n.target for n in ours.calls()] == [n.target for n in theirs.calls()]
+    assert [n.args[2:] for n in ours.calls()][-2] == [n.args[2:] for n in theirs.calls()][-2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s.log_softmax(0), lambda s: s.log_softmax(1, dtype=torch.float32), torch.sin],
+    ids=["over rows", "rounded", "something else"],
+)
+def test_nll_loss_of_anything_else_stays_one(change: Callable[[Tensor], Tensor]) -> None:
+    program = trace(
+        Tagger(lambda s, t: F.nll_loss(change(s.flatten(0, 1)), t.flatten())),
+        example_inputs=INPUTS,
+    )
+    (node,) = program.graph.find_nodes(op="call_function", target=aten.nll_loss_nd.default)
+    assert node.args[3] == 2
+    assert list(program.target_counts) == ["num_targets"]
+
+
 def test_term_beside_the_cross_entropy_is_averaged() -> None:
     model = Tagger(lambda s, t: F.cross_entropy(*flat(s, t)) + s.square().mean())
     whole = batch()
@@ -115,16 +158,8 @@ def probabilities(scores: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(scores.flatten(0, 1), target.flatten(0, 1))
 
 
-class Weighted(Tagger):
-    """Class weights: the mean is over the weights, not the targets."""
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(*flat(self.head(x), labels), weight=self.weight)
-
-
 UNTOUCHED: dict[str, Callable[[], Tagger]] = {
     "sum": lambda: Tagger(lambda s, t: F.cross_entropy(*flat(s, t), reduction="sum")),
-    "class weights": lambda: Weighted(MEANS["mean"]),
     "probabilities as targets": lambda: Tagger(probabilities),
     "targets from parameters": lambda: Tagger(
         lambda s, t: F.cross_entropy(s.flatten(0, 1), s.detach().flatten(0, 1).argmax(-1))
@@ -166,7 +201,7 @@ def test_targets_are_counted(loss: Loss, expected: list[int]) -> None:
 
 def test_counts_need_only_the_inputs_they_use() -> None:
     (count,) = trace(Tagger(shifted), example_inputs=INPUTS).target_counts.values()
-    assert [n.target for n in count.graph.find_nodes(op="placeholder")] == ["labels"]
+    assert count.inputs == ["labels"]
 
 
 def test_each_cross_entropy_has_its_own_count() -> None:

@@ -17,7 +17,7 @@ from ilm_compile.program.layout import INVARIANT
 from ilm_compile.program.lowered import Boundary, LoweredProgram, Stage
 from ilm_compile.program.placement import I, Placement, S
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Input, Variable
+from ilm_compile.program.program import Count, Input, Variable
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.schedule import build, check
 from tests.support import layouts
@@ -118,7 +118,7 @@ def lower_by_hand(plan: Plan, *, tied: bool = False) -> LoweredProgram:
         plan=plan,
         inputs={"input_ids": spec, "labels": spec},
         variables=_variables(tied=tied),
-        target_counts={"num_targets": _count_targets()},
+        target_counts={"num_targets": Count(_count_targets(), -1)},
         stages=stages,
         output_layouts=(INVARIANT,) * 3,
         output_widths={},

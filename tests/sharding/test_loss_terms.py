@@ -1,7 +1,6 @@
 """A loss is trained in micro-batches only if their average is the loss of the whole batch."""
 
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,97 +9,42 @@ from torch.nn import functional as F
 
 import ilm_compile
 from ilm_compile import PlanError
-
-CLASSES, WIDTH, ROWS, SEQ, BOUND = 5, 4, 8, 6, 1e-10
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Tagger(nn.Module):
-    """Class scores of every position, and any loss of them."""
-
-    def __init__(self, loss: Loss, norm: nn.Module | None = None) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
-        self.norm = norm or nn.Identity()
-        self.head = nn.Linear(WIDTH, CLASSES)
-        self.loss = loss
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        hidden = self.norm(self.body(x).flatten(0, 1)).unflatten(0, (-1, SEQ))
-        return self.loss(self.head(hidden), labels)
-
-
-def make(loss: Loss, norm: nn.Module | None = None) -> Tagger:
-    torch.manual_seed(0)
-    return Tagger(loss, norm).double()
-
-
-def batch() -> dict[str, Tensor]:
-    """Eight rows; the first two have no target at all, later ones have more and more."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, CLASSES, (ROWS, SEQ), generator=generator)
-    for row in range(ROWS):
-        labels[row, : SEQ - row // 2 - row % 2 if row > 1 else SEQ] = -100
-    return {
-        "x": torch.randn(ROWS, SEQ, WIDTH, dtype=torch.float64, generator=generator),
-        "labels": labels,
-    }
-
-
-def rows_of(rows: int) -> dict[str, Tensor]:
-    return {name: value[:rows] for name, value in batch().items()}
+from tests.sharding.losses import (
+    CLASSES,
+    ROWS,
+    SEQ,
+    WIDTH,
+    Loss,
+    batch,
+    check,
+    chunks,
+    counted,
+    flat,
+    log_probabilities,
+    make,
+    mean,
+    rows_of,
+    total,
+)
 
 
 def partition(loss: Loss, rows: int = 2, norm: nn.Module | None = None, **plan: int):
     return ilm_compile.partition(make(loss, norm), example_inputs=rows_of(rows), **plan)
 
 
-def flat(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return scores.flatten(0, 1), labels.flatten()
-
-
-def mean(s: Tensor, t: Tensor) -> Tensor:
-    return F.cross_entropy(*flat(s, t))
-
-
-def counted(t: Tensor) -> Tensor:
-    return t != -100
-
-
-def log_probabilities(s: Tensor, t: Tensor) -> Tensor:
-    """Of every target, 0 where there is none."""
-    picked = s.log_softmax(-1).gather(-1, t.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return picked * counted(t)
-
-
-def none_times_mask(s: Tensor, t: Tensor) -> Tensor:
-    losses = F.cross_entropy(*flat(s, t), reduction="none")
-    return (losses * counted(t).flatten()).sum() / counted(t).sum().clamp(min=1)
-
-
-def class_weights(s: Tensor, t: Tensor) -> Tensor:
-    weight = torch.linspace(0.5, 1.5, CLASSES, dtype=s.dtype, device=s.device)
-    return F.cross_entropy(*flat(s, t), weight=weight)
-
-
-def masked_z_loss(s: Tensor, t: Tensor) -> Tensor:
-    z = (s.logsumexp(-1).square() * counted(t)).sum() / counted(t).sum()
-    return mean(s, t) + 0.01 * z
-
-
-def chunks(s: Tensor, t: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    scores, labels = flat(s, t)
-    return list(zip(scores.split(size), labels.split(size), strict=True))
-
-
-def chunked(s: Tensor, t: Tensor) -> Tensor:
-    sums = [F.cross_entropy(*pair, reduction="sum") for pair in chunks(s, t, 3)]
-    return sum(sums[1:], sums[0]) / counted(t).sum()
-
-
 def mean_of_chunk_means(s: Tensor, t: Tensor) -> Tensor:
     pairs = chunks(s, t, s.shape[0] * SEQ // 2)
     return torch.stack([F.cross_entropy(*pair) for pair in pairs]).mean()
+
+
+def first_chunk_twice(s: Tensor, t: Tensor) -> Tensor:
+    sums = [F.cross_entropy(*pair, reduction="sum") for pair in chunks(s, t, 3)]
+    return sum([sums[0], *sums]) / counted(t).sum()
+
+
+def chunk_left_out(s: Tensor, t: Tensor) -> Tensor:
+    pairs = chunks(s, t, 3)[:-1]
+    return sum(F.cross_entropy(*pair, reduction="sum") for pair in pairs) / counted(t).sum()
 
 
 def halves(s: Tensor, t: Tensor) -> Tensor:
@@ -114,32 +58,19 @@ def in_batch_contrast(s: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(vectors @ vectors.T, torch.arange(s.shape[0], device=s.device))
 
 
+def counts_of_counts(s: Tensor, t: Tensor) -> Tensor:
+    weight = counted(t) / counted(t).sum()
+    return (log_probabilities(s, t) * weight).sum() / weight.square().sum()
+
+
 REFUSED: dict[str, tuple[Loss, str]] = {
-    "nll_loss": (
-        lambda s, t: F.nll_loss(F.log_softmax(s.flatten(0, 1), -1), t.flatten()),
-        "averages over the targets",
-    ),
-    "sum / count": (
-        lambda s, t: F.cross_entropy(*flat(s, t), reduction="sum") / counted(t).sum(),
-        "not linear in sum_1",
-    ),
-    "gather and mask": (
-        lambda s, t: -log_probabilities(s, t).sum() / counted(t).sum(),
-        "not linear in sum_2",
-    ),
-    "none * mask": (none_times_mask, "not linear in sum_2"),
-    "class weights": (class_weights, "averages over the targets"),
-    "masked z-loss": (masked_z_loss, "not linear in sum_2"),
-    "sum": (lambda s, t: F.cross_entropy(*flat(s, t), reduction="sum"), "twice the loss"),
-    "sum / constant": (
-        lambda s, t: F.cross_entropy(*flat(s, t), reduction="sum") / 100,
-        "twice the loss",
-    ),
-    "mean times rows": (lambda s, t: mean(s, t) * s.shape[0], "twice the loss"),
-    "chunked": (chunked, "by the number of rows"),
+    "a chunk twice": (first_chunk_twice, "by the number of rows"),
+    "a chunk left out": (chunk_left_out, "by the number of rows"),
     "mean of chunk means": (mean_of_chunk_means, "takes some rows"),
     "first row": (lambda s, t: mean(s[:1], t[:1]), "takes some rows"),
     "exponential": (lambda s, t: mean(s, t).exp(), "not linear in div_tensor"),
+    "one over it": (lambda s, t: s.new_ones(()) / (mean(s, t) + total(s, t)), "not linear in"),
+    "counts of counts": (counts_of_counts, "not linear in sum_"),
     "halves of the batch": (halves, "may mix the rows"),
     "contrast in the batch": (in_batch_contrast, "depends on the number of rows"),
     "root": (lambda s, t: F.mse_loss(s, s.detach() + 1).sqrt(), "not linear in mse_loss"),
@@ -148,7 +79,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
 
 @pytest.mark.parametrize(("loss", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_is_no_average_over_rows_is_refused_with_the_users_line(loss, reason):
-    with pytest.raises(PlanError, match=rf"(?s){reason}.*test_loss_terms.py:\d+") as caught:
+    with pytest.raises(PlanError, match=rf"(?s){reason}.*losses.py:\d+") as caught:
         partition(loss, num_microbatches=2)
     assert "F.cross_entropy(logits, labels)" in str(caught.value)
     assert "num_microbatches=1 and dp=1" in str(caught.value)
@@ -157,9 +88,21 @@ def test_what_is_no_average_over_rows_is_refused_with_the_users_line(loss, reaso
 
 def test_data_parallel_ranks_are_micro_batches_too():
     with pytest.raises(PlanError, match="cut into 2 micro-batches"):
-        partition(none_times_mask, num_microbatches=1, dp=2)
-    report = ilm_compile.verify(make(none_times_mask), dp=2, example_inputs=rows_of(2))
+        partition(halves, num_microbatches=1, dp=2)
+    report = ilm_compile.verify(make(halves), dp=2, example_inputs=rows_of(2))
     assert "cut into 2 micro-batches" in report.failures[0]
+
+
+def row_by_row(s: Tensor, t: Tensor) -> Tensor:
+    pairs = zip(s.split(1), t.split(1), strict=True)
+    sums = [F.cross_entropy(a.transpose(1, 2), b, reduction="sum") for a, b in pairs]
+    return sum(sums) / counted(t).sum()
+
+
+def test_a_sum_over_rows_needs_two_of_them_where_one_is_another_graph():
+    with pytest.raises(PlanError, match="one row alone is computed in another way"):
+        partition(row_by_row, rows=1, num_microbatches=8)
+    check_trained(make(row_by_row), rows=2)
 
 
 def test_one_row_in_each_micro_batch_makes_no_pair():
@@ -191,18 +134,12 @@ def own_position(s: Tensor, t: Tensor) -> Tensor:
     return F.mse_loss(picked, torch.ones_like(picked))
 
 
-def pairs(s: Tensor, t: Tensor) -> Tensor:
-    both = log_probabilities(s, t).sum(-1).view(-1, 2)
-    return -F.logsigmoid(both[:, 0] - both[:, 1]).mean()
-
-
 def pairs_in_turns(s: Tensor, t: Tensor) -> Tensor:
     scores = log_probabilities(s, t).sum(-1)
     return -F.logsigmoid(scores[0::2] - scores[1::2]).mean()
 
 
 ACCEPTED: dict[str, Loss] = {
-    "mean": mean,
     "label smoothing": lambda s, t: F.cross_entropy(*flat(s, t), label_smoothing=0.1),
     "other ignore_index": lambda s, t: F.cross_entropy(
         *flat(s, t.masked_fill(t == -100, 2)), ignore_index=2
@@ -224,14 +161,10 @@ ACCEPTED: dict[str, Loss] = {
     "distillation": lambda s, t: (
         0.5 * mean(s, t) - 0.5 * (teacher(s) * s.log_softmax(-1)).sum(-1).mean()
     ),
-    "mean of each row": lambda s, t: (
-        -log_probabilities(s, t).sum(1) / counted(t).sum(1).clamp(min=1)
-    ).mean(),
     "sum / rows": lambda s, t: -log_probabilities(s, t).sum() / s.shape[0],
     "sum / elements, sequence first": lambda s, t: (
         s.transpose(0, 1).reshape(-1, CLASSES).square().sum() / s.numel()
     ),
-    "pairs": pairs,
     "pairs, in turns": pairs_in_turns,
     "parts of one row": lambda s, t: -F.logsigmoid(s[..., 0].mean(1) - s[..., 1].mean(1)).mean(),
     "cosines": lambda s, t: (1 - F.cosine_similarity(s, torch.ones_like(s), dim=-1)).mean(),
@@ -245,13 +178,7 @@ def check_trained(model: nn.Module, rows: int) -> None:
         model, num_microbatches=ROWS // rows, example_inputs=rows_of(rows)
     )
     loss = parallel.execute_schedule(whole)
-    expected = model(**whole)
-    expected.backward()
-    torch.testing.assert_close(loss, expected.detach(), rtol=BOUND, atol=0)
-    gradients = parallel.full_gradients()
-    for name, parameter in model.named_parameters():
-        error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-        assert error < BOUND, name
+    check(model, whole, loss, parallel.full_gradients())
 
 
 @pytest.mark.parametrize("loss", ACCEPTED.values(), ids=ACCEPTED)
@@ -259,7 +186,7 @@ def test_an_average_over_rows_is_trained_in_unequal_micro_batches(loss):
     check_trained(make(loss), rows=2)
 
 
-@pytest.mark.parametrize("name", ["mean", "mse", "sum / rows", "mean of each row", "batchmean"])
+@pytest.mark.parametrize("name", ["mse", "sum / rows", "batchmean"])
 def test_micro_batches_of_one_row_are_trained(name):
     check_trained(make(ACCEPTED[name]), rows=1)
 
@@ -279,8 +206,58 @@ BESIDE: dict[str, Loss] = {
 def test_a_term_that_sees_no_labels_is_of_one_micro_batch_with_one_warning(loss):
     program = partition(loss, num_microbatches=2)
     (warning,) = [w for w in program.warnings if w.startswith("loss:")]
-    assert re.search(r"per micro-batch.*test_loss_terms.py:\d+", warning)
+    assert re.search(r"per micro-batch.*losses.py:\d+", warning)
     assert not [w for w in partition(loss).warnings if w.startswith("loss:")]
+
+
+class Balanced(nn.Module):
+    """A loss that is divided by a count, and a term of one micro-batch that is by another."""
+
+    def __init__(self, *, same: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.same = same
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return sum(self.terms(x, labels))
+
+    def terms(self, x: Tensor, labels: Tensor) -> list[Tensor]:
+        scores, mask = self.head(x), x[..., 0] > 0
+        count = mask.sum().clamp(min=1)
+        shares = (scores.softmax(-1) * mask.unsqueeze(-1)).sum((0, 1)) / count
+        main = total(scores, labels) / (count if self.same else counted(labels).sum())
+        return [main, shares.square().sum()]
+
+
+def test_a_term_of_one_micro_batch_is_divided_by_its_own_count():
+    model, whole = Balanced(same=False).double(), batch()
+    parallel = ilm_compile.parallelize(model, num_microbatches=4, example_inputs=rows_of(2))
+    parts = [{n: value[i : i + 2] for n, value in whole.items()} for i in range(0, ROWS, 2)]
+    beside = torch.stack([model.terms(**part)[1] for part in parts]).mean()
+    expected = model.terms(**whole)[0] + beside
+    torch.testing.assert_close(parallel.execute_schedule(whole), expected.detach())
+
+
+def test_a_count_that_both_need_is_refused():
+    with pytest.raises(PlanError, match=r"of the whole batch where.*clamp.*test_loss_terms.py:\d+"):
+        ilm_compile.partition(Balanced(same=True), num_microbatches=4, example_inputs=rows_of(2))
+
+
+def test_other_outputs_are_of_one_micro_batch():
+    class Tells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            count = counted(labels).sum()
+            loss = total(self.head(x), labels) / count
+            return {"loss": loss, "count": count, "share": loss}
+
+    program = ilm_compile.partition(Tells().double(), num_microbatches=4, example_inputs=rows_of(2))
+    loss, count, share = program.outputs
+    assert count.target is torch.ops.aten.sum.default
+    assert loss.args[0] is share
 
 
 def test_a_norm_over_the_rows_is_warned_of():

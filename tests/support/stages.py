@@ -31,8 +31,7 @@ def staged_outputs_and_grads(
     inputs = dict(batch)
     for name, count in lowered.target_counts.items():
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        needed = [str(node.target) for node in count.graph.find_nodes(op="placeholder")]
-        inputs[name] = count(*(batch[key] for key in needed)).to(dtype)
+        inputs[name] = count.graph(*(batch[key] for key in count.inputs)).to(dtype)
     for stage in lowered.stages:
         materialize_(stage, model)
     runs: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
