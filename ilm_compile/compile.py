@@ -175,6 +175,9 @@ def parallelize(
     plan = settle_kernels(plan, mesh.device)
     program = partition(model, plan=plan, dp=mesh.dp.size, **keywords)
 
+    # Each rank compiles for itself; one that found another program would wait for others in vain.
+    mesh.check_alike({"the compiled program": program.dump(), "the plan": program.plan.to_json()})
+
     def of_shape(inputs: dict[str, Input]) -> Shape:
         def compile_it() -> Compiled:
             made = partition_like(program, model, inputs, plan=plan, dp=mesh.dp.size, **keywords)

@@ -75,6 +75,11 @@ class Layout:
         """Whether some axis cuts the value."""
         return any(placement.is_shard for _, placement in self.placed)
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether some axis holds rows of experts, in an order of its own: none is the whole's."""
+        return any(placement.kind in "TCDE" for _, placement in self.placed)
+
     def shards(self, sizes: Sizes) -> list[tuple[str, Placement]]:
         """Return the axes that cut the value, outermost first."""
         return [(a, p) for a, p in self.placed if p.is_shard and sizes.get(a, 1) > 1]

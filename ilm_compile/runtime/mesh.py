@@ -10,7 +10,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.program.communicator import Communicator, set_communicators
 from ilm_compile.program.layout import AXES, EXPERT_AXIS, Layout, Place
 from ilm_compile.program.plan import Plan
+from ilm_compile.runtime.alike import differences
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
 from ilm_compile.runtime.groups import group_of_all, own_group
 from ilm_compile.runtime.guard.activity import ACTIVITY
@@ -194,6 +195,7 @@ class Mesh:
         else:
             join_job(place, timeout=timeout)
             everyone = dist.group.WORLD
+        _check_alike({f.name: repr(getattr(plan, f.name)) for f in fields(plan)}, place)
         layout = torch.arange(world_size).view(plan.pp, -1, plan.ep, plan.cp, plan.tp)
         axes = {name: _axis(layout, dim, timeout, place) for dim, name in enumerate(RANK_ORDER)}
         dense = layout.flatten(1, 3)
@@ -216,6 +218,11 @@ class Mesh:
             group=everyone,
             device_mesh=_device_mesh(axes, layout, place),
         )
+
+    def check_alike(self, facts: Mapping[str, str]) -> None:
+        """Raise `PlanError` on all ranks unless all have the same `facts`, by name. Collective."""
+        if self.is_distributed:
+            _check_alike(facts, self.device)
 
     def pipeline_group(self, pp_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The group of the given pipeline ranks at this rank's (fsdp, tp), None if not a member.
@@ -271,6 +278,14 @@ def _leave() -> None:
     failed = getattr(sys, "last_value", None) is not None
     if dist.is_initialized() and not failed:
         dist.destroy_process_group()
+
+
+def _check_alike(facts: Mapping[str, str], device: torch.device) -> None:
+    if found := differences({name: text.encode() for name, text in facts.items()}, device):
+        raise PlanError(
+            f"parallelize: expected the same plan and program on every rank, {'; '.join(found)}; "
+            "call it with the same model and options everywhere"
+        )
 
 
 def _axis(layout: torch.Tensor, dim: int, timeout: timedelta, device: torch.device) -> Axis:

@@ -16,6 +16,7 @@ from torch import fx
 
 from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
 from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
+from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.rules_fused import rms_norm, swiglu
 from ilm_compile.sharding.rules_math import mixing, pointwise
 from ilm_compile.sharding.rules_select import GROUPED
@@ -76,8 +77,7 @@ def _between(node: fx.Node) -> set[fx.Node]:
 
 
 def _rows(node: fx.Node, rows: int) -> bool:
-    shape = node.meta["val"].shape
-    return node.op == "call_function" and len(shape) > 0 and shape[0] == rows
+    return node.op == "call_function" and shapes_of(node)[0][:1] == (rows,)
 
 
 def _walk(start: list[fx.Node], step: Any) -> set[fx.Node]:
@@ -93,12 +93,16 @@ def routing(graph: fx.Graph) -> set[fx.Node]:
     """Return the values that say which row goes to which expert, integers among them."""
     orders = list(graph.find_nodes(op="call_function", target=expert_order))
     chosen = _walk(orders, lambda n: [x for x in n.all_input_nodes if not _is_real(x)])
-    counted = _walk(orders, lambda n: [u for u in n.users if len(u.meta["val"].shape) == 1])
+    counted = _walk(orders, lambda n: [u for u in n.users if _is_vector(u)])
     return chosen | counted
 
 
 def _is_real(node: fx.Node) -> bool:
-    return bool(node.meta["val"].is_floating_point())
+    return any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
+
+
+def _is_vector(node: fx.Node) -> bool:
+    return node.op != "output" and len(shapes_of(node)[0]) == 1
 
 
 @rule(expert_order)

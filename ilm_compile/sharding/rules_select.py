@@ -84,7 +84,7 @@ def _name(node: fx.Node) -> str:
 
 def is_expert_weight(node: fx.Node) -> bool:
     """Whether a weight has a matrix for each expert: only products of groups or batches use it."""
-    if len(node.meta["val"].shape) != 3 or not _is_weight(node):
+    if not _is_weight(node) or len(node.meta["val"].shape) != 3:
         return False
     return bool(node.users) and all(
         _name(user) in GROUPED + _BATCHED or is_expert_weight(user) for user in node.users

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import ilm_compile
 from ilm_compile.config import Config
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.alike import differences
 from ilm_compile.runtime.mesh import choose_device, join_job
 from ilm_compile.training.launch import read_place
 from ilm_compile.training.settings import settings_of
@@ -36,9 +37,9 @@ def agree_on_start(config: Config, *, on_met: Callable[[], object] | None = None
         join_job(choose_device(), timeout=timeout, on_met=on_met)
     # The code first, for another code may have other keys.
     for what, facts in (("code", code_facts()), ("config", config_facts(config))):
-        if differences := _differences(facts):
+        if found := differences(facts, choose_device()):
             raise IlmCompileError(
-                f"start: expected the same {what} on all ranks, {'; '.join(differences)}; start "
+                f"start: expected the same {what} on all ranks, {'; '.join(found)}; start "
                 "every node with the same files, flags and packages"
             )
 
@@ -65,23 +66,6 @@ def _keys(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield section, value
 
 
-def _differences(facts: Mapping[str, bytes]) -> list[str]:
-    """A text for each group of ranks that differ from rank 0 in the same facts. Collective."""
-    own = torch.tensor([_number(value) for value in facts.values()], device=choose_device())
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, own)
-    table = torch.stack(everyone).cpu()
-    ranks_by_names: dict[tuple[str, ...], list[int]] = {}
-    for rank, differs in enumerate((table != table[0]).tolist()):
-        names = tuple(name for name, is_other in zip(facts, differs, strict=True) if is_other)
-        if names:
-            ranks_by_names.setdefault(names, []).append(rank)
-    return [
-        f"ranks {ranks} differ from rank 0 in {', '.join(names)}"
-        for names, ranks in ranks_by_names.items()
-    ]
-
-
 @cache
 def code_digest() -> bytes:
     """A hash of the package's source files."""
@@ -91,8 +75,3 @@ def code_digest() -> bytes:
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.digest()
-
-
-def _number(data: bytes) -> int:
-    """The first 63 bits of a hash: a tensor holds them exactly."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:8]) >> 1

@@ -56,7 +56,11 @@ def first_difference(
 ) -> Difference | None:
     """Return where `after` first differs from `before`, given a run of each; None if nowhere."""
     old = {node.name: node for node in before.graph.graph.nodes if node.name in expected.seen}
-    nodes = [n for n in after.graph.graph.nodes if name_of(n) in old and n.name in actual.seen]
+    nodes = [
+        n
+        for n in after.graph.graph.nodes
+        if name_of(n) in old and n.name in actual.seen and not layout_of(n).is_routed
+    ]
     gradients = [grad for seen in expected.seen.values() for grad in seen.gradients[:1]]
     floor = TINY * _norm(gradients)
     for what, order in (("value", nodes), ("gradient", nodes[::-1])):

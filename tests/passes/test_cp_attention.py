@@ -69,7 +69,7 @@ def test_pieces_that_do_not_fold_are_cut_once():
 
 
 def test_the_slowest_rank_counts_against_queries():
-    """16,384 tokens fold on four ranks, 16,388 do not: the last rank would have most of the work."""
+    """16,384 tokens fold on four ranks, 16,388 do not: the last rank would have most work."""
     with torch.device("meta"):
         model = models.internlm2_7b(num_layers=1, num_kv_attention_heads=8)
     ways = [how(partition(model, example_inputs=example(n, rows=1), cp=4)) for n in LONG]

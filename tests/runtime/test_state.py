@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ilm_compile import parallelize
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.models import internlm2_tiny
 from ilm_compile.program.plan import Plan
 from tests.runtime.handmade import NUM_BLOCKS, make_batch, make_model, make_parallel
 from tests.support.world import World
@@ -129,3 +131,20 @@ def different_models(rank: int) -> None:
 def test_models_that_differ_between_ranks_are_refused(world4: World) -> None:
     with pytest.raises(RuntimeError, match=r"expected the same model on every rank.*embed"):
         world4.run(different_models)
+
+
+def different_starts(rank: int, name: str) -> None:
+    keywords = {
+        "plan": {"num_microbatches": 1 + rank % 2},
+        "program": {"example_inputs": {n: ((1, 8 + rank % 2), torch.int64) for n in ("input_ids", "labels")}},
+    }[name]
+    parallelize(internlm2_tiny(num_layers=1), tp=2, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("plan", "num_microbatches"), ("program", "the compiled program")],
+)
+def test_plans_and_programs_that_differ_between_ranks_are_refused(world4, name, message) -> None:
+    with pytest.raises(RuntimeError, match=rf"ranks \[1, 3\] differ from rank 0 in {message};"):
+        world4.run(different_starts, name)
