@@ -7,10 +7,10 @@ to 12884dac. A key of theirs that has the same name and meaning here is not list
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ilm_compile.config.internlm_ckpt import choice, endless, folder, load_folder, load_info
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Table
@@ -31,29 +31,16 @@ _SEQUENCE_PARALLEL = {
 }
 _BY_SEQUENCE = ("isp", "fstp", "intern")  # the ranks share sequences, and weights are gathered
 _SCHEDULES = {"1f1b": None}
-_FORMATS = {"internevo": "internlm", "internlm": "internlm", "normal": "internlm"}
-_HF_FORMATS = {"hf": "hf", "hf_llama": "hf-llama", "hf_internlm2": "hf-internlm2"}
-
-
-def _choice(table: Mapping[str, Any], instead: str) -> Callable[[Any], Any]:
-    """A conversion by table; any other value is refused."""
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, str) or value not in table:
-            raise Refusal(f"{shown(value)} is not supported: {instead}")
-        return table[value]
-
-    return convert
 
 
 def _schedule(value: Any) -> Any:
     """Their names of schedules are written in either case."""
     instead = "write parallel.schedule, see schedules by name"
-    return _choice(_SCHEDULES, instead)(value.lower() if isinstance(value, str) else value)
+    return choice(_SCHEDULES, instead)(value.lower() if isinstance(value, str) else value)
 
 
 def _dtype(value: Any, config: Table) -> dict[str, Any]:
-    dtype, tf32 = _choice(_NAMES_OF_DTYPES, f"write one of {', '.join(_NAMES_OF_DTYPES)}")(value)
+    dtype, tf32 = choice(_NAMES_OF_DTYPES, f"write one of {', '.join(_NAMES_OF_DTYPES)}")(value)
     return {"train.dtype": dtype, **({"train.tf32": True} if tf32 else {})}
 
 
@@ -125,7 +112,7 @@ def _tensor_size(value: Any, config: Table) -> dict[str, Any]:
 def _tensor_mode(value: Any, config: Table) -> dict[str, Any]:
     if value in _BY_SEQUENCE:
         return {}
-    known = _choice(_SEQUENCE_PARALLEL, "write mtp, msp, fsp or isp")
+    known = choice(_SEQUENCE_PARALLEL, "write mtp, msp, fsp or isp")
     found = known(value)
     return {} if found is None else {"parallel.sequence_parallel": found}
 
@@ -134,64 +121,6 @@ def _weight(value: Any, config: Table) -> dict[str, Any]:
     if not isinstance(value, int) or value < 1:
         raise Refusal(f"{shown(value)}: expected a number of ranks; or write parallel.zero = 3")
     return {"parallel.zero": 3} if value > 1 else {}
-
-
-def _folder(value: Any) -> Any:
-    """Their storage prefixes. local: stays, the vendors' own become fsspec's."""
-    kind, _, rest = str(value).partition(":")
-    if kind == "boto3" and rest.startswith("s3://"):
-        bucket, _, path = rest.removeprefix("s3://").partition("/")
-        raise Refusal(
-            f"write 's3://{bucket.partition('.')[0]}/{path}' and give the endpoint "
-            f"{bucket.partition('.')[2]} with the variable AWS_ENDPOINT_URL"
-        )
-    if kind in ("volc", "oss2"):
-        raise Refusal(f"{shown(value)}: write the S3-compatible URL of the bucket, 's3://...'")
-    return value
-
-
-def _endless(value: Any) -> Any:
-    """Theirs is inf where it never happens, ours 0."""
-    return 0 if isinstance(value, float) and math.isinf(value) else value
-
-
-def _load_folder(value: Any, config: Table) -> dict[str, Any]:
-    """The older way to write load_ckpt_info, which wins where both are."""
-    newer = config.find("ckpt.load_ckpt_info")
-    if newer is not None and newer[0] is not None:
-        raise NoEffect("ckpt.load_ckpt_info says where the run starts from")
-    return _load_info(value, config)
-
-
-def _load_info(value: Any, config: Table) -> dict[str, Any]:
-    """Where a run starts from: a path, or dict(path=, content=, ckpt_type=)."""
-    resume = config.find("ckpt.auto_resume")
-    if resume is None or resume[0] is not False:
-        raise NoEffect(
-            "as in InternEvo, a run with auto_resume, which is the default, starts from nothing "
-            "but its own checkpoints; write auto_resume=False to start from this one"
-        )
-    if not isinstance(value, dict):
-        return {"ckpt.load_path": _local(value)}
-    unknown = set(value) - {"path", "content", "ckpt_type"}
-    if unknown:
-        raise Refusal(f"{min(unknown)!r} is not a key of it; it has path, content and ckpt_type")
-    formats, content = _FORMATS | _HF_FORMATS, value.get("content", "model")
-    if content not in ("model", ["model"], ("model",)):
-        raise Refusal(
-            f"content={shown(content)}: of a checkpoint of InternEvo only the weights can be read; "
-            "write ('model',)"
-        )
-    return {
-        "ckpt.load_path": _local(value.get("path")),
-        "ckpt.load_format": _choice(
-            formats, f"write one of {', '.join(formats)} as ckpt_type, or ckpt.load_format"
-        )(value.get("ckpt_type", "internevo")),
-    }
-
-
-def _local(path: Any) -> Any:
-    return _folder(path) if isinstance(path, str) else path
 
 
 def _alert_address(value: Any, config: Table) -> dict[str, Any]:
@@ -378,11 +307,11 @@ _TOLD_START = "`ckpt.load_path` and `ckpt.load_format`, if auto_resume is False"
 
 _CKPT: dict[str, Fate] = {
     "enable_save_ckpt": To("ckpt.enabled"),
-    "save_ckpt_folder": To("ckpt.folder", _folder),
-    "checkpoint_every": To("ckpt.every", _endless),
-    "load_ckpt_info": Spread(_load_info, _TOLD_START, _START),
-    "load_ckpt_folder": Spread(_load_folder, _TOLD_START, _START),
-    "load_model_only_folder": To("ckpt.load_path", _folder),
+    "save_ckpt_folder": To("ckpt.folder", folder),
+    "checkpoint_every": To("ckpt.every", endless),
+    "load_ckpt_info": Spread(load_info, _TOLD_START, _START),
+    "load_ckpt_folder": Spread(load_folder, _TOLD_START, _START),
+    "load_model_only_folder": To("ckpt.load_path", folder),
     "load_optimizer": Only((True, False), "write ckpt.load_content"),
     "async_upload": To("ckpt.asynchronous"),
     "async_upload_tmp_folder": Ignored("a save is written beside its final name, then renamed"),
