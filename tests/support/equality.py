@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ilm_compile
 from ilm_compile import models
 from tests.support.promote import promoted_float32
+from tests.support.traced import traced_once
 from tests.support.world import World
 from tests.support.zoo import LISTED, listed_model
 
@@ -130,7 +131,7 @@ def compare(
 
 def run_case(case: Case) -> tuple[Errors | None, float]:
     """Run one case on this rank; returns the errors on rank 0, and the loss."""
-    with promoted_float32():
+    with promoted_float32(), traced_once(case.model):
         model = make_model(case.model)
         parallel = ilm_compile.parallelize(model, example_inputs=EXAMPLE, **case.plan)
         batch = make_batch(ROWS * parallel.plan.num_microbatches * case.dp)
