@@ -22,6 +22,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "pp recomputed": {"pp": 2, "num_microbatches": 3, "checkpoint": True},
     "dp": {"num_microbatches": 2},
     "dp zero=3": {"num_microbatches": 1, "zero": 3},
+    "cp": {"cp": 2},
 }
 
 

@@ -13,6 +13,7 @@ import ilm_compile
 from ilm_compile.program.program import Program
 from ilm_compile.program.step_traffic import collectives, predicted_traffic
 from tests.support.equality import MODELS, SEQ, make_batch
+from tests.support.traced import traced_once
 from tests.support.world import World
 
 EXAMPLE = {name: ((2, SEQ), torch.int64) for name in ("input_ids", "labels")}
@@ -51,8 +52,11 @@ def make_model(name: str, frozen: tuple[str, ...] = ()) -> nn.Module:
     return model
 
 
-def predict(model: nn.Module, plan: dict[str, Any]) -> tuple[Program, list[dict[str, Any]]]:
-    program = ilm_compile.partition(model, example_inputs=EXAMPLE, **plan)
+def predict(
+    name: str, plan: dict[str, Any], frozen: tuple[str, ...] = ()
+) -> tuple[Program, list[dict[str, Any]]]:
+    with traced_once((name, frozen)):
+        program = ilm_compile.partition(make_model(name, frozen), example_inputs=EXAMPLE, **plan)
     steps = predicted_traffic(program)
     return program, [{kind: asdict(sent) for kind, sent in step.items()} for step in steps]
 
@@ -61,7 +65,9 @@ def count(
     rank: int, name: str, plan: dict[str, Any], frozen: tuple[str, ...] = (), num_steps: int = 1
 ) -> tuple[int, dict[str, Any]]:
     """This rank's place in the pipeline, and what it sent in `num_steps` steps."""
-    parallel = ilm_compile.parallelize(make_model(name, frozen), example_inputs=EXAMPLE, **plan)
+    model = make_model(name, frozen)
+    with traced_once((name, frozen)):
+        parallel = ilm_compile.parallelize(model, example_inputs=EXAMPLE, **plan)
     batch = make_batch(2 * parallel.plan.num_microbatches)
     for _ in range(num_steps):
         parallel.execute_schedule(batch)
@@ -74,7 +80,7 @@ def label(plan: object) -> str:
 
 
 def check(name: str, plan: dict[str, Any], world: World, frozen: tuple[str, ...] = ()) -> None:
-    _, predicted = predict(make_model(name, frozen), plan)
+    _, predicted = predict(name, plan, frozen)
     for pp_rank, sent in world.run(count, name, plan, frozen):
         assert sent == predicted[pp_rank]
 
@@ -98,8 +104,8 @@ def test_four_processes_send_what_was_predicted(name, plan, world4):
 )
 def test_no_gradient_is_predicted_for_frozen_parts(frozen, world2):
     plan = {"tp": 2, "sequence_parallel": True, "checkpoint": True}
-    _, whole = predict(make_model("llama"), plan)
-    _, rest = predict(make_model("llama", frozen), plan)
+    _, whole = predict("llama", plan)
+    _, rest = predict("llama", plan, frozen)
     assert sum(k["calls"] for k in rest[0].values()) < sum(k["calls"] for k in whole[0].values())
     check("llama", plan, world2, frozen)
 
@@ -107,8 +113,8 @@ def test_no_gradient_is_predicted_for_frozen_parts(frozen, world2):
 def test_a_dropout_at_the_end_of_a_block_makes_its_last_reduction_run_again(world2):
     """The mask is kept for backward, so the recomputed block must get as far as the dropout."""
     plan = {"tp": 2, "checkpoint": True}
-    _, (step,) = predict(make_model("gpt2-dropout"), plan)
-    _, (without,) = predict(make_model("gpt2"), plan)
+    _, (step,) = predict("gpt2-dropout", plan)
+    _, (without,) = predict("gpt2", plan)
     per_block = [without["all_reduce"]["calls"] / 4, step["all_reduce"]["calls"] / 2]
     assert per_block[1] > per_block[0]
     check("gpt2-dropout", plan, world2)
@@ -123,7 +129,7 @@ def test_every_step_adds_the_same(world2):
 
 @pytest.mark.parametrize("plan", [PLANS[2][3], PLANS[4][2]], ids=label)
 def test_explain_prints_the_totals(plan):
-    program, steps = predict(make_model("llama"), plan)
+    program, steps = predict("llama", plan)
     text = program.explain()
     assert "bytes that each rank sends per step" in text
     for kind, sent in [pair for step in steps for pair in step.items()]:
@@ -134,7 +140,7 @@ def test_explain_prints_the_totals(plan):
 
 def test_the_blocks_of_explain_add_up_to_its_totals():
     plan = {"tp": 2, "checkpoint": 0.5, "sequence_parallel": True}
-    program, (step,) = predict(make_model("llama"), plan)
+    program, (step,) = predict("llama", plan)
     messages = [m for found in collectives(program).values() for m in found]
     total = sum(sent["num_bytes"] for kind, sent in step.items() if kind != "p2p")
     assert sum(m.num_bytes for m in messages) == total

@@ -13,6 +13,7 @@ import ilm_compile
 from ilm_compile import models
 from tests.support.experts import MixtureOfExperts
 from tests.support.promote import promoted_float32
+from tests.support.traced import traced_once
 from tests.support.world import World
 from tests.support.zoo import EXPERTS_LISTED, LISTED, listed_model
 
@@ -142,7 +143,7 @@ def compare(
 
 def run_case(case: Case) -> tuple[Errors | None, float]:
     """Run one case on this rank; returns the errors on rank 0, and the loss."""
-    with promoted_float32():
+    with promoted_float32(), traced_once(case.model):
         model = make_model(case.model)
         inputs = {**EXAMPLE, **({"cu_seqlens": (BOUNDARIES, torch.int32)} if case.packed else {})}
         parallel = ilm_compile.parallelize(model, example_inputs=inputs, **case.plan)

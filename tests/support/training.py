@@ -11,6 +11,7 @@ import ilm_compile
 from ilm_compile.runtime.optimizer import adamw
 from tests.support.equality import SEQ, Case, make_batch, make_model, reference
 from tests.support.promote import promoted_float32
+from tests.support.traced import traced_once
 
 
 def train_and_compare(rank: int, case: Case, num_steps: int) -> tuple[float, float]:
@@ -21,7 +22,8 @@ def train_and_compare(rank: int, case: Case, num_steps: int) -> tuple[float, flo
     with promoted_float32():
         model = make_model(case.model)
         example = {name: ((2, SEQ), torch.int64) for name in ("input_ids", "labels")}
-        parallel = ilm_compile.parallelize(model, example_inputs=example, **case.plan)
+        with traced_once(case.model):
+            parallel = ilm_compile.parallelize(model, example_inputs=example, **case.plan)
         trainer = ilm_compile.Trainer(
             parallel, optimizer=adamw(parallel.named_parameters(), lr=1e-3), max_grad_norm=1.0
         )
