@@ -69,7 +69,7 @@ def test_pieces_that_do_not_fold_are_cut_once():
 
 
 def test_the_slowest_rank_counts_against_queries():
-    """16,384 tokens fold on four ranks, 16,388 do not: the last rank would have most of the work."""
+    """16,384 tokens fold on four ranks, 16,388 do not: the last rank would have most work."""
     with torch.device("meta"):
         model = models.internlm2_7b(num_layers=1, num_kv_attention_heads=8)
     ways = [how(partition(model, example_inputs=example(n, rows=1), cp=4)) for n in LONG]
@@ -88,9 +88,7 @@ def test_tokens_fold_under_a_loss_that_does_not_ask_for_it():
 def test_keys_are_gathered_before_they_are_repeated():
     """Hugging Face models repeat key heads themselves, and what is repeated need not be sent."""
     program = divided(hf_llama(), cp=2, cp_attention="queries")
-    gathered = {
-        node.meta["val"].numel() for node in program.calls() if is_move(node, "all_gather")
-    }
+    gathered = {node.meta["val"].numel() for node in program.calls() if is_move(node, "all_gather")}
     kv_heads, head_dim = 4, 8
     assert gathered == {2 * SEQ * kv_heads * head_dim}
 
