@@ -24,6 +24,7 @@ SIMPLER: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"pp": 1, "num_chunks": 1, "schedule": "1f1b"},
     ),
     ("one tensor-parallel rank", "tp", {"tp": 1, "sequence_parallel": None, "constraints": ()}),
+    ("one context-parallel rank", "cp", {"cp": 1, "cp_attention": None}),
     ("no recomputed blocks", "checkpoint", {"checkpoint": False}),
 )
 EQUAL_TARGETS = "equal numbers of targets in all micro-batches"
@@ -32,6 +33,7 @@ MEANINGS = {
     EQUAL_TARGETS: "the loss is averaged per micro-batch instead of over all targets",
     "one pipeline stage": "stages, what they send each other, or copies of a tied parameter",
     "one tensor-parallel rank": "a collective or an op that depends on the rank",
+    "one context-parallel rank": "a collective over tokens, or an op that depends on their order",
     "no recomputed blocks": "recomputing a block does not give the same values",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from ilm_compile.errors import PlacementError
 from ilm_compile.models import internlm2_tiny
@@ -98,7 +99,7 @@ def test_a_wrong_shard_dimension_of_a_parameter_is_refused():
 
 def over_two_axes():
     program = trace(internlm2_tiny(num_layers=1), plan=Plan(tp=2, cp=2))
-    run_passes(program, [TensorParallel(size=2), ContextParallel(size=2)])
+    run_passes(program, [TensorParallel(size=2), ContextParallel(size=2, attention="heads")])
     return program
 
 
@@ -130,4 +131,27 @@ def test_an_exchange_of_heads_in_the_wrong_direction_is_refused():
     node = next(n for n in program.calls() if "all_to_all" in n.name)
     node.kwargs = {**node.kwargs, "src": node.kwargs["dst"], "dst": node.kwargs["src"]}
     with pytest.raises(PlacementError, match="on axis cp, the collective is typed"):
+        check_placements(program)
+
+
+def by_queries():
+    program = trace(internlm2_tiny(num_layers=1), plan=Plan(cp=2))
+    run_passes(program, [TensorParallel(size=1), ContextParallel(size=2, attention="queries")])
+    return program
+
+
+def test_tokens_in_another_order_than_their_neighbours_are_refused():
+    program = by_queries()
+    node = collective(program, "I", "S(1, folded)")
+    node.kwargs = {**node.kwargs, "dst": "S(1)"}
+    node.meta["layout"] = Layout.of({"cp": S(1)})
+    with pytest.raises(PlacementError, match=r"on axis cp, .* does not give S\(1, folded\)"):
+        check_placements(program)
+
+
+def test_attention_that_reads_its_place_as_other_than_it_lies_is_refused():
+    program = by_queries()
+    node = next(n for n in program.calls() if n.target is torch.ops.ilm.query_attention.default)
+    node.args = (*node.args[:5], "S(1)", *node.args[6:])
+    with pytest.raises(PlacementError, match=r"query_attention.*does not give S\(1, folded\)"):
         check_placements(program)
