@@ -63,6 +63,11 @@ def counts_of_counts(s: Tensor, t: Tensor) -> Tensor:
     return (log_probabilities(s, t) * weight).sum() / weight.square().sum()
 
 
+def one_or_the_other(s: Tensor, t: Tensor) -> Tensor:
+    other = torch.ones((), dtype=s.dtype, device=s.device)
+    return torch.where(counted(t).sum() > 5, total(s, t), other)
+
+
 REFUSED: dict[str, tuple[Loss, str]] = {
     "a chunk twice": (first_chunk_twice, "by the number of rows"),
     "a chunk left out": (chunk_left_out, "by the number of rows"),
@@ -71,6 +76,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "exponential": (lambda s, t: mean(s, t).exp(), "not linear in div_tensor"),
     "one over it": (lambda s, t: s.new_ones(()) / (mean(s, t) + total(s, t)), "not linear in"),
     "counts of counts": (counts_of_counts, "not linear in sum_"),
+    "a sum or a number": (one_or_the_other, "not linear in"),
     "halves of the batch": (halves, "may mix the rows"),
     "contrast in the batch": (in_batch_contrast, "depends on the number of rows"),
     "root": (lambda s, t: F.mse_loss(s, s.detach() + 1).sqrt(), "not linear in mse_loss"),
@@ -99,10 +105,19 @@ def row_by_row(s: Tensor, t: Tensor) -> Tensor:
     return sum(sums) / counted(t).sum()
 
 
-def test_a_sum_over_rows_needs_two_of_them_where_one_is_another_graph():
-    with pytest.raises(PlanError, match="one row alone is computed in another way"):
-        partition(row_by_row, rows=1, num_microbatches=8)
-    check_trained(make(row_by_row), rows=2)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_loop_over_rows_is_a_loop_over_pieces(rows):
+    check_trained(make(row_by_row), rows=rows)
+
+
+def test_a_count_that_is_another_one_for_a_single_row_is_refused():
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        mask = counted(t) if len(t) > 1 else t >= 0
+        return total(s, t) / mask.sum()
+
+    with pytest.raises(PlanError, match="for one row is written in another way"):
+        partition(loss, rows=1, num_microbatches=8)
+    check_trained(make(loss), rows=2)
 
 
 def test_one_row_in_each_micro_batch_makes_no_pair():
@@ -139,6 +154,12 @@ def pairs_in_turns(s: Tensor, t: Tensor) -> Tensor:
     return -F.logsigmoid(scores[0::2] - scores[1::2]).mean()
 
 
+def shifted(s: Tensor, t: Tensor) -> Tensor:
+    """As Hugging Face writes it: for one row, torch leaves `contiguous` out."""
+    targets = t[:, 1:].contiguous()
+    return total(s[:, :-1].contiguous(), targets) / counted(targets).sum()
+
+
 ACCEPTED: dict[str, Loss] = {
     "label smoothing": lambda s, t: F.cross_entropy(*flat(s, t), label_smoothing=0.1),
     "other ignore_index": lambda s, t: F.cross_entropy(
@@ -166,6 +187,7 @@ ACCEPTED: dict[str, Loss] = {
         s.transpose(0, 1).reshape(-1, CLASSES).square().sum() / s.numel()
     ),
     "pairs, in turns": pairs_in_turns,
+    "shifted": shifted,
     "parts of one row": lambda s, t: -F.logsigmoid(s[..., 0].mean(1) - s[..., 1].mean(1)).mean(),
     "cosines": lambda s, t: (1 - F.cosine_similarity(s, torch.ones_like(s), dim=-1)).mean(),
     "its own position": own_position,
@@ -186,7 +208,7 @@ def test_an_average_over_rows_is_trained_in_unequal_micro_batches(loss):
     check_trained(make(loss), rows=2)
 
 
-@pytest.mark.parametrize("name", ["mse", "sum / rows", "batchmean"])
+@pytest.mark.parametrize("name", ["mse", "sum / rows", "batchmean", "shifted"])
 def test_micro_batches_of_one_row_are_trained(name):
     check_trained(make(ACCEPTED[name]), rows=1)
 
