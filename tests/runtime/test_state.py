@@ -136,7 +136,9 @@ def test_models_that_differ_between_ranks_are_refused(world4: World) -> None:
 def different_starts(rank: int, name: str) -> None:
     keywords = {
         "plan": {"num_microbatches": 1 + rank % 2},
-        "program": {"example_inputs": {n: ((1, 8 + rank % 2), torch.int64) for n in ("input_ids", "labels")}},
+        "program": {
+            "example_inputs": {n: ((1, 8 + rank % 2), torch.int64) for n in ("input_ids", "labels")}
+        },
     }[name]
     parallelize(internlm2_tiny(num_layers=1), tp=2, **keywords)
 
