@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import fx
@@ -60,12 +60,14 @@ def average_sums(program: Program, terms: Mapping[Use, int]) -> None:
         program.finish()
 
 
-def sources(node: fx.Node) -> set[fx.Node]:
-    """Return all that `node` needs, itself included."""
+def sources(
+    nodes: Iterable[fx.Node], keep: Callable[[fx.Node], bool] = lambda node: True
+) -> set[fx.Node]:
+    """Return all that `nodes` need, themselves included, as far as it is reached through `keep`."""
     found: set[fx.Node] = set()
-    pending = [node]
+    pending = list(nodes)
     while pending:
-        if (current := pending.pop()) not in found:
+        if (current := pending.pop()) not in found and keep(current):
             found.add(current)
             pending += current.all_input_nodes
     return found

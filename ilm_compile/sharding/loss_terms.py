@@ -30,6 +30,7 @@ from ilm_compile.sharding.batch_axis import (
     batch_states,
     first_difference,
 )
+from ilm_compile.sharding.pieces import join_pieces
 from ilm_compile.sharding.plain_loss import is_plain
 from ilm_compile.sharding.strategy import aten, tensor_inputs
 
@@ -100,12 +101,17 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
     except IlmCompileError as error:
         first = str(error).splitlines()[0]
         return Terms(f"cannot be traced with {SLICES * rows} rows, which would tell ({first})")
+    for each in (program, whole) if part is program else (program, part, whole):
+        join_pieces(each)
     states, counts = batch_states(part, whole)
     labels = _label_inputs(whole)
-    good, beside = False, list(_mixed_logits(whole, states))
+    terms, beside = list[fx.Node](), list(_mixed_logits(whole, states))
     sums: dict[Use, int] = {}
-    for node, user in _terms(whole.outputs[0], whole.graph.output_node(), states):
+    good = False
+    sum_of: set[fx.Node] = set()
+    for node, user in _terms(whole.outputs[0], whole.graph.output_node(), states, sum_of):
         state = states[node]
+        terms.append(node)
         if isinstance(state, Known) and state.placement == P:
             good = True
             sums |= {(node, user): state.weight} if state != AVERAGE else {}
@@ -114,10 +120,18 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
         if _reads(node, labels):
             return Terms(_why(whole, node, state))
         beside.append(_why(whole, node, state))
-    used = sources(whole.outputs[0])
-    counted = {(n, user): w for n, w in counts.items() for user in n.users if user in used}
     if not good:
         return Terms(next(iter(beside), "depends on no input"))
+    used = sources(
+        whole.outputs[:1], lambda node: node in sum_of or isinstance(states[node], Known)
+    )
+    lost = sources(node for node in sources(terms) if isinstance(states[node], Lost))
+    counted = {(n, user): w for n, w in counts.items() for user in n.users if user in used}
+    for node in (user for _, user in counted if user in lost):
+        return Terms(
+            "needs a number of the whole batch where a term beside it, that is of one micro-batch, "
+            f"needs that of its own; compute it for each: {node.target}, {whole.where(node)}"
+        )
     if (counted or sums) and (differs := first_difference(program, whole)):
         return Terms(
             "is a sum over rows, and one row alone is computed in another way, which two would "
@@ -143,9 +157,12 @@ def _is_fine(state: State) -> bool:
 
 
 def _terms(
-    node: fx.Node, user: fx.Node, states: dict[fx.Node, State]
+    node: fx.Node, user: fx.Node, states: dict[fx.Node, State], sum_of: set[fx.Node]
 ) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield the terms whose sum with constant factors the loss is, each with what takes it."""
+    """Yield the terms whose sum with constant factors the loss is, each with what takes it.
+
+    Adds to `sum_of` the calls that scale them and add them up.
+    """
     state = states[node]
     if _is_fine(state):
         yield node, user
@@ -156,8 +173,9 @@ def _terms(
     divides = node.target is aten.div.Tensor and inputs[:1] != [node.args[0]]
     is_scaled = node.target in _SCALED and len(inputs) == 1 and not (here or divides)
     if node.target in _ADDED or is_scaled:
+        sum_of.add(node)
         for term in inputs:
-            yield from _terms(term, node, states)
+            yield from _terms(term, node, states, sum_of)
     else:
         yield node, user
 

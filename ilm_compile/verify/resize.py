@@ -13,8 +13,9 @@ from torch import fx
 
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.layout import Layout, layout_of
+from ilm_compile.program.loss import NUM_TARGETS
 from ilm_compile.program.placement import Placement, S
-from ilm_compile.program.program import Input, Program
+from ilm_compile.program.program import Count, Input, Program
 from ilm_compile.program.values import tensors_of
 from ilm_compile.verify.dims import END, Dims, op_name
 from ilm_compile.verify.numbers import sizes_of
@@ -49,16 +50,24 @@ def resized(program: Program, sizes: Sizes, dims: dict[fx.Node, list[Dims]]) -> 
     }
     _cut_constants(result)
     result.target_counts = {
-        name: replace(count, graph=_recount(name, count.graph, {node.name: node for node in new}))
+        name: _recount(name, count, {node.name: node for node in new})
         for name, count in program.target_counts.items()
     }
     result.finish()
     return result
 
 
-def _recount(name: str, graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> fx.GraphModule:
-    """Return what counts for the placeholder `name`, with the sizes its calls have in `nodes`."""
-    result = fx.Graph()
+def _recount(name: str, count: Count, nodes: Mapping[str, fx.Node]) -> Count:
+    """Return what counts for the placeholder `name`, with the sizes its calls have in `nodes`.
+
+    Targets are counted with calls of the program. What else is counted has calls of its own, whose
+    sizes nothing tells: some number stands for it, the same in both programs that are compared.
+    """
+    result, graph, val = fx.Graph(), count.graph, nodes[name].meta["val"]
+    if count.inputs and not name.startswith(NUM_TARGETS):
+        call = (list(val.shape), 3), {"dtype": val.dtype}
+        result.output(result.call_function(aten.full.default, *call))
+        return replace(count, graph=fx.GraphModule(graph, result))
     copied: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
         copied[node] = result.node_copy(node, copied.__getitem__)
@@ -68,12 +77,7 @@ def _recount(name: str, graph: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> 
             by_old = dict(zip(resized_node.all_input_nodes, sources, strict=False))
             copied[node].args = fx.node.map_arg(resized_node.args, by_old.__getitem__)
             copied[node].kwargs = fx.node.map_arg(resized_node.kwargs, by_old.__getitem__)
-    output = result.output_node()
-    with result.inserting_before(output):
-        for dim, size in enumerate(nodes[name].meta["val"].shape):  # numbers of classes
-            (value,) = output.all_input_nodes
-            output.args = (result.call_function(aten.slice.Tensor, (value, dim, 0, size)),)
-    return fx.GraphModule(graph, result)
+    return replace(count, graph=fx.GraphModule(graph, result))
 
 
 class _Resizer:

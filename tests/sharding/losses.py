@@ -41,6 +41,22 @@ class Distilled(nn.Module):
         return mean(scores, labels) + 0.5 * (losses * mask).sum() / mask.sum()
 
 
+class InChunks(nn.Module):
+    """Never has the scores of all tokens at once; counts as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        hidden, count = self.body(x).tanh().flatten(0, 1), 0
+        loss = torch.zeros((), dtype=x.dtype, device=x.device)
+        for some, targets in zip(hidden.split(5), labels.flatten().split(5), strict=True):
+            loss = loss + F.cross_entropy(self.head(some), targets, reduction="sum")
+            count = count + counted(targets).sum()
+        return loss / count
+
+
 class Weighed(nn.Module):
     """Class weights in a buffer."""
 
@@ -130,6 +146,22 @@ def by_frequency(s: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(*flat(s, t), weight=1 / (1 + frequency).to(s.dtype))
 
 
+def chunks(s: Tensor, t: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    scores, labels = flat(s, t)
+    return list(zip(scores.split(size), labels.split(size), strict=True))
+
+
+def chunked(s: Tensor, t: Tensor) -> Tensor:
+    return sum(F.cross_entropy(*pair, reduction="sum") for pair in chunks(s, t, 5)) / (
+        counted(t).sum()
+    )
+
+
+def chunks_together(s: Tensor, t: Tensor) -> Tensor:
+    losses = [F.cross_entropy(2 * a, b, reduction="none") for a, b in chunks(s, t, 4)]
+    return (torch.cat(losses) * counted(t).flatten()).sum() / counted(t).sum()
+
+
 def pairs(s: Tensor, t: Tensor) -> Tensor:
     both = log_probabilities(s, t).sum(-1).view(-1, 2)
     return -F.logsigmoid(both[:, 0] - both[:, 1]).mean()
@@ -171,5 +203,7 @@ EQUAL: dict[str, Callable[[], nn.Module]] = {
         ).mean(),
         "pairs": pairs,
         "several": several,
+        "chunked": chunked,
+        "chunks together": chunks_together,
     }.items()
-} | {"distillation": lambda: Distilled().double()}
+} | {"distillation": lambda: Distilled().double(), "chunked head": lambda: InChunks().double()}

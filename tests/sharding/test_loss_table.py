@@ -14,8 +14,10 @@ from ilm_compile import PlanError
 from ilm_compile.compile import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.program import Program
+from ilm_compile.runtime.batch import BatchLayout
+from ilm_compile.runtime.mesh import Axis
 from ilm_compile.verify.emulate import emulate
-from tests.sharding.losses import EQUAL, WIDTH, batch, check, counted, flat, rows_of
+from tests.sharding.losses import EQUAL, SEQ, WIDTH, batch, check, counted, flat, make, rows_of
 from tests.support.world import World
 
 CUTS = [(1, 1), (4, 1), (1, 2), (4, 2)]  # micro-batches, data-parallel ranks
@@ -48,6 +50,27 @@ def test_counts_reach_the_last_stage(name: str) -> None:
     first, _ = lower(program).stages
     assert program.target_counts.keys().isdisjoint(first.batch_inputs)
     check_cut(model, program, 4, 1)
+
+
+def test_a_count_is_not_rounded() -> None:
+    """A number of targets that bfloat16 has not, in a model of that dtype."""
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        mask = counted(t).flatten().to(s.dtype)
+        return (F.cross_entropy(*flat(s, t), reduction="none") * mask).sum() / mask.sum()
+
+    whole = {"x": torch.zeros(688, SEQ, WIDTH, dtype=torch.bfloat16)}
+    whole["labels"] = torch.arange(688)[:, None].expand(-1, SEQ) % 5
+    program = ilm_compile.partition(
+        make(loss).bfloat16(),
+        example_inputs={name: value[:2] for name, value in whole.items()},
+        num_microbatches=344,
+    )
+    (count,) = (node for node in program.graph.nodes if node.target == "batch_total")
+    (mean,) = count.users
+    assert {count.meta["val"].dtype, mean.meta["val"].dtype} == {torch.float32}
+    layout = BatchLayout(program.inputs, 344, Axis())
+    assert layout.count(whole, program.target_counts["batch_total"]) == 688 * SEQ
 
 
 SHORTER = {"x": (2, 3, WIDTH), "labels": (2, 3)}

@@ -17,12 +17,14 @@ from tests.sharding.losses import (
     Loss,
     batch,
     check,
+    chunks,
     counted,
     flat,
     log_probabilities,
     make,
     mean,
     rows_of,
+    total,
 )
 
 
@@ -30,19 +32,19 @@ def partition(loss: Loss, rows: int = 2, norm: nn.Module | None = None, **plan: 
     return ilm_compile.partition(make(loss, norm), example_inputs=rows_of(rows), **plan)
 
 
-def chunks(s: Tensor, t: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    scores, labels = flat(s, t)
-    return list(zip(scores.split(size), labels.split(size), strict=True))
-
-
-def chunked(s: Tensor, t: Tensor) -> Tensor:
-    sums = [F.cross_entropy(*pair, reduction="sum") for pair in chunks(s, t, 3)]
-    return sum(sums[1:], sums[0]) / counted(t).sum()
-
-
 def mean_of_chunk_means(s: Tensor, t: Tensor) -> Tensor:
     pairs = chunks(s, t, s.shape[0] * SEQ // 2)
     return torch.stack([F.cross_entropy(*pair) for pair in pairs]).mean()
+
+
+def first_chunk_twice(s: Tensor, t: Tensor) -> Tensor:
+    sums = [F.cross_entropy(*pair, reduction="sum") for pair in chunks(s, t, 3)]
+    return sum([sums[0], *sums]) / counted(t).sum()
+
+
+def chunk_left_out(s: Tensor, t: Tensor) -> Tensor:
+    pairs = chunks(s, t, 3)[:-1]
+    return sum(F.cross_entropy(*pair, reduction="sum") for pair in pairs) / counted(t).sum()
 
 
 def halves(s: Tensor, t: Tensor) -> Tensor:
@@ -56,12 +58,19 @@ def in_batch_contrast(s: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(vectors @ vectors.T, torch.arange(s.shape[0], device=s.device))
 
 
+def counts_of_counts(s: Tensor, t: Tensor) -> Tensor:
+    weight = counted(t) / counted(t).sum()
+    return (log_probabilities(s, t) * weight).sum() / weight.square().sum()
+
+
 REFUSED: dict[str, tuple[Loss, str]] = {
-    "chunked": (chunked, "by the number of rows"),
+    "a chunk twice": (first_chunk_twice, "by the number of rows"),
+    "a chunk left out": (chunk_left_out, "by the number of rows"),
     "mean of chunk means": (mean_of_chunk_means, "takes some rows"),
     "first row": (lambda s, t: mean(s[:1], t[:1]), "takes some rows"),
     "exponential": (lambda s, t: mean(s, t).exp(), "not linear in div_tensor"),
-    "one over it": (lambda s, t: 1 / (mean(s, t) + s.square().sum()), "not linear in"),
+    "one over it": (lambda s, t: s.new_ones(()) / (mean(s, t) + total(s, t)), "not linear in"),
+    "counts of counts": (counts_of_counts, "not linear in sum_"),
     "halves of the batch": (halves, "may mix the rows"),
     "contrast in the batch": (in_batch_contrast, "depends on the number of rows"),
     "root": (lambda s, t: F.mse_loss(s, s.detach() + 1).sqrt(), "not linear in mse_loss"),
@@ -82,6 +91,18 @@ def test_data_parallel_ranks_are_micro_batches_too():
         partition(halves, num_microbatches=1, dp=2)
     report = ilm_compile.verify(make(halves), dp=2, example_inputs=rows_of(2))
     assert "cut into 2 micro-batches" in report.failures[0]
+
+
+def row_by_row(s: Tensor, t: Tensor) -> Tensor:
+    pairs = zip(s.split(1), t.split(1), strict=True)
+    sums = [F.cross_entropy(a.transpose(1, 2), b, reduction="sum") for a, b in pairs]
+    return sum(sums) / counted(t).sum()
+
+
+def test_a_sum_over_rows_needs_two_of_them_where_one_is_another_graph():
+    with pytest.raises(PlanError, match="one row alone is computed in another way"):
+        partition(row_by_row, rows=1, num_microbatches=8)
+    check_trained(make(row_by_row), rows=2)
 
 
 def test_one_row_in_each_micro_batch_makes_no_pair():
@@ -187,6 +208,56 @@ def test_a_term_that_sees_no_labels_is_of_one_micro_batch_with_one_warning(loss)
     (warning,) = [w for w in program.warnings if w.startswith("loss:")]
     assert re.search(r"per micro-batch.*losses.py:\d+", warning)
     assert not [w for w in partition(loss).warnings if w.startswith("loss:")]
+
+
+class Balanced(nn.Module):
+    """A loss that is divided by a count, and a term of one micro-batch that is by another."""
+
+    def __init__(self, *, same: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.same = same
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return sum(self.terms(x, labels))
+
+    def terms(self, x: Tensor, labels: Tensor) -> list[Tensor]:
+        scores, mask = self.head(x), x[..., 0] > 0
+        count = mask.sum().clamp(min=1)
+        shares = (scores.softmax(-1) * mask.unsqueeze(-1)).sum((0, 1)) / count
+        main = total(scores, labels) / (count if self.same else counted(labels).sum())
+        return [main, shares.square().sum()]
+
+
+def test_a_term_of_one_micro_batch_is_divided_by_its_own_count():
+    model, whole = Balanced(same=False).double(), batch()
+    parallel = ilm_compile.parallelize(model, num_microbatches=4, example_inputs=rows_of(2))
+    parts = [{n: value[i : i + 2] for n, value in whole.items()} for i in range(0, ROWS, 2)]
+    beside = torch.stack([model.terms(**part)[1] for part in parts]).mean()
+    expected = model.terms(**whole)[0] + beside
+    torch.testing.assert_close(parallel.execute_schedule(whole), expected.detach())
+
+
+def test_a_count_that_both_need_is_refused():
+    with pytest.raises(PlanError, match=r"of the whole batch where.*clamp.*test_loss_terms.py:\d+"):
+        ilm_compile.partition(Balanced(same=True), num_microbatches=4, example_inputs=rows_of(2))
+
+
+def test_other_outputs_are_of_one_micro_batch():
+    class Tells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            count = counted(labels).sum()
+            loss = total(self.head(x), labels) / count
+            return {"loss": loss, "count": count, "share": loss}
+
+    program = ilm_compile.partition(Tells().double(), num_microbatches=4, example_inputs=rows_of(2))
+    loss, count, share = program.outputs
+    assert count.target is torch.ops.aten.sum.default
+    assert loss.args[0] is share
 
 
 def test_a_norm_over_the_rows_is_warned_of():

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ilm_compile
 from ilm_compile.errors import PlanError
@@ -116,6 +117,30 @@ def test_a_program_that_cannot_be_made_small_enough_is_refused(
     monkeypatch.setattr(fit, "SECONDS", 1e-9)
     with pytest.raises(PlanError, match="too large to be run here"):
         Subject(found.traced, found.program).fit_pieces()
+
+
+class Counting(nn.Module):
+    """Divides by what it counts in the labels: targets, and class weights of targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(512, 32), nn.Linear(32, 512)
+        self.register_buffer("weight", torch.linspace(0.5, 1.5, 512))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        scores, targets = self.head(self.embed(input_ids)).flatten(0, 1), labels.flatten()
+        weighed = F.cross_entropy(scores, targets, weight=self.weight)
+        total = F.cross_entropy(scores, targets, reduction="sum")
+        return weighed + total / (labels.reshape(-1) != -100).sum()
+
+
+def test_what_a_loss_counts_has_smaller_sizes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "SECONDS", 1e-3)
+    model = Counting().double()
+    report = ilm_compile.verify(model, num_microbatches=2, example_inputs=EXAMPLE)
+    report.raise_if_failed()
+    (step,) = (check for check in report.checks if check.name == "step")
+    assert "sizes reduced" in step.detail
 
 
 @pytest.mark.parametrize(
