@@ -166,15 +166,15 @@ INPUT_MUTANTS = [
         (INPUTS, EMULATED),
         (
             "targets of the whole batch, not per micro-batch",
-            "counts[name] / layout.num_slices",
-            "counts[name]",
+            " ** count.weight",
+            " ** 0",
         ),
         ("losses are added up", ".double().sum() / self.layout.num_slices", ".double().sum()"),
         ("gradients are added up", "return scale / self.layout.num_slices", "return scale"),
         (
             "counts in float32",
-            "torch.float64 if torch.float64 in dtypes",
-            "torch.float32 if torch.float64 in dtypes",
+            "self.dtype if total.is_floating_point()",
+            "torch.float32 if total.is_floating_point()",
         ),
         (
             "the same dropout in every step",
@@ -200,8 +200,8 @@ INPUT_MUTANTS = [
         ),
         (
             "targets of the first micro-batch alone",
-            "zip(*columns, strict=True))",
-            "[*zip(*columns)][:1])",
+            "for m in range(slices)]",
+            "for m in range(1)]",
         ),
         ("shapes are not checked", "if tuple(tensor.shape) != expected or", "if", BATCH),
         ("dtypes are not checked", " or tensor.dtype != spec.dtype:", ":", BATCH),
@@ -209,7 +209,7 @@ INPUT_MUTANTS = [
     *mutants_of(
         "step_inputs.py",
         (BATCH,),
-        ("a batch without targets is taken", "if counts[name] == 0:", "if False:"),
+        ("a batch without targets is taken", " and not total.any():", " and False:"),
     ),
     *mutants_of(
         "intake.py",
