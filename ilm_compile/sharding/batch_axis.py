@@ -90,7 +90,7 @@ def batch_states(part: Program, whole: Program) -> tuple[dict[fx.Node, State], d
     depends on the inputs is lost at the first node that differs.
     """
     typer = _Typer(whole)
-    differs = first_difference(part, whole)
+    differs = _first_difference(part, whole)
     lost = Lost(differs, "unknown", "is there or not by the number of rows") if differs else None
     if lost:
         typer.inputs = dict.fromkeys(whole.inputs, lost)
@@ -101,7 +101,7 @@ def batch_states(part: Program, whole: Program) -> tuple[dict[fx.Node, State], d
     return typer.states, typer.counts
 
 
-def first_difference(part: Program, whole: Program) -> fx.Node | None:
+def _first_difference(part: Program, whole: Program) -> fx.Node | None:
     """Return the first node of `whole` that has not the op and the inputs of that of `part`."""
     ours: list[fx.Node] = list(part.graph.nodes)
     theirs: list[fx.Node] = list(whole.graph.nodes)

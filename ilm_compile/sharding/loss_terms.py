@@ -28,7 +28,6 @@ from ilm_compile.sharding.batch_axis import (
     Lost,
     State,
     batch_states,
-    first_difference,
 )
 from ilm_compile.sharding.pieces import join_pieces
 from ilm_compile.sharding.plain_loss import is_plain
@@ -36,6 +35,7 @@ from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 ALONE = 5  # rows to trace for one: torch has other calls for one row, and no pairs fit into these
 LABELS = ("label", "target")  # parts of the names of inputs that a loss compares with
+_MOVED = {aten.contiguous.default, aten.clone.default}
 _ADDED = {aten.add.Tensor, aten.sub.Tensor}
 _SCALED = {
     *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default),
@@ -132,17 +132,36 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
             "needs a number of the whole batch where a term beside it, that is of one micro-batch, "
             f"needs that of its own; compute it for each: {node.target}, {whole.where(node)}"
         )
-    if (counted or sums) and (differs := first_difference(program, whole)):
+    own, needed = _twins(whole, program), sources(node for node, _ in counted)
+    needed |= {node for use in (*counted, *sums) for node in use}
+    for node in (n for n in whole.graph.nodes if n in needed and n not in own):
         return Terms(
-            "is a sum over rows, and one row alone is computed in another way, which two would "
-            f"not be: {differs.target}, {whole.where(differs)}"
+            "is a sum over rows, and for one row is written in another way: give each micro-batch "
+            f"two rows: {node.target}, {whole.where(node)}"
         )
-    own = dict(zip(whole.graph.nodes, program.graph.nodes, strict=False))
     return Terms(
         beside=list(dict.fromkeys(beside)),
         counts={(own[node], own[user]): weight for (node, user), weight in counted.items()},
         sums={(own[node], own[user]): weight for (node, user), weight in sums.items()},
     )
+
+
+def _twins(whole: Program, program: Program) -> dict[fx.Node, fx.Node]:
+    """Return which nodes of `program` stand for those of `whole`, from the loss up to the inputs.
+
+    As far as the two are alike: for one row torch leaves out what makes a value contiguous.
+    """
+    found = {whole.graph.output_node(): program.graph.output_node()}
+    pending = [(whole.outputs[0], program.outputs[0])]
+    while pending:
+        ours, theirs = pending.pop()
+        if ours.target in _MOVED and ours.target != theirs.target:
+            found[ours] = theirs
+            pending.append((ours.all_input_nodes[0], theirs))
+        elif ours.target == theirs.target and ours not in found:
+            found[ours] = theirs
+            pending += zip(tensor_inputs(ours), tensor_inputs(theirs), strict=False)
+    return found
 
 
 def _why(program: Program, node: fx.Node, state: State) -> str:
