@@ -57,6 +57,11 @@ class Values:
         value = self._value(node)
         return value is not None and bool((value == value.narrow(dim, 0, 1)).all())
 
+    def is_zero(self, node: fx.Node) -> bool:
+        """Whether the constant is 0."""
+        value = self._value(node)
+        return value is not None and not value.any()
+
     def counts_along(self, node: fx.Node) -> int | None:
         """Return the dimension along which the constant is 0, 1, 2, ..., the others being 1."""
         value = self._value(node)

@@ -7,6 +7,7 @@ power of the number of slices by which the whole batch's value is multiplied (`b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.batch_constants import Values
 from ilm_compile.sharding.rules_math import _MIXING, _REDUCTIONS, aligned
 from ilm_compile.sharding.rules_select import indexed_dims
-from ilm_compile.sharding.strategy import Call, aten
+from ilm_compile.sharding.strategy import Call, aten, tensor_inputs
 
 Found = Iterator[tuple[tuple[Placement, ...], Placement, int]]
 BatchRule = Callable[[Call, frozenset[Placement], Values], Found]
@@ -101,6 +102,12 @@ def _squeezed(call: Call, wanted: frozenset[Placement], values: Values) -> Found
         yield from (((S(dim),), S(index), 0) for index, dim in enumerate(kept))
 
 
+def _chosen(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """A sum or another one, or 0, by what is the same for all: where there is any target."""
+    places = [(P, R) if values.is_zero(n) else (P,) for n in tensor_inputs(call.node)[1:]]
+    yield from (((R, *pair), P, 0) for pair in product(*places) if P in pair)
+
+
 def _one_hot(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
     for dim in range(len(call.shapes[0])):
         yield (S(dim),), S(dim), 0
@@ -151,6 +158,7 @@ BATCH_RULES: dict[Any, BatchRule] = {
     aten.pairwise_distance.default: _pairing,
     **dict.fromkeys(_PADS, _padded),
     aten.one_hot.default: _one_hot,
+    aten.where.self: _chosen,
     aten.squeeze.default: _squeezed,
     aten.squeeze.dims: _squeezed,
     aten.slice.Tensor: _every_nth,

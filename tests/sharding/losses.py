@@ -162,6 +162,12 @@ def chunks_together(s: Tensor, t: Tensor) -> Tensor:
     return (torch.cat(losses) * counted(t).flatten()).sum() / counted(t).sum()
 
 
+def if_any(s: Tensor, t: Tensor) -> Tensor:
+    count = counted(t).sum()
+    nothing = torch.zeros((), dtype=s.dtype, device=s.device)
+    return torch.where(count > 0, total(s, t) / count, nothing)
+
+
 def pairs(s: Tensor, t: Tensor) -> Tensor:
     both = log_probabilities(s, t).sum(-1).view(-1, 2)
     return -F.logsigmoid(both[:, 0] - both[:, 1]).mean()
@@ -201,6 +207,7 @@ EQUAL: dict[str, Callable[[], nn.Module]] = {
         "mean of each row": lambda s, t: (
             -log_probabilities(s, t).sum(1) / counted(t).sum(1).clamp(min=1)
         ).mean(),
+        "0 without targets": if_any,
         "pairs": pairs,
         "several": several,
         "chunked": chunked,

@@ -63,6 +63,11 @@ def counts_of_counts(s: Tensor, t: Tensor) -> Tensor:
     return (log_probabilities(s, t) * weight).sum() / weight.square().sum()
 
 
+def one_or_the_other(s: Tensor, t: Tensor) -> Tensor:
+    other = torch.ones((), dtype=s.dtype, device=s.device)
+    return torch.where(counted(t).sum() > 5, total(s, t), other)
+
+
 REFUSED: dict[str, tuple[Loss, str]] = {
     "a chunk twice": (first_chunk_twice, "by the number of rows"),
     "a chunk left out": (chunk_left_out, "by the number of rows"),
@@ -71,6 +76,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "exponential": (lambda s, t: mean(s, t).exp(), "not linear in div_tensor"),
     "one over it": (lambda s, t: s.new_ones(()) / (mean(s, t) + total(s, t)), "not linear in"),
     "counts of counts": (counts_of_counts, "not linear in sum_"),
+    "a sum or a number": (one_or_the_other, "not linear in"),
     "halves of the batch": (halves, "may mix the rows"),
     "contrast in the batch": (in_batch_contrast, "depends on the number of rows"),
     "root": (lambda s, t: F.mse_loss(s, s.detach() + 1).sqrt(), "not linear in mse_loss"),
