@@ -104,34 +104,27 @@ def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Te
     for each in (program, whole) if part is program else (program, part, whole):
         join_pieces(each)
     states, counts = batch_states(part, whole)
-    labels = _label_inputs(whole)
-    terms, beside = list[fx.Node](), list(_mixed_logits(whole, states))
-    sums: dict[Use, int] = {}
-    good = False
-    sum_of: set[fx.Node] = set()
-    for node, user in _terms(whole.outputs[0], whole.graph.output_node(), states, sum_of):
-        state = states[node]
-        terms.append(node)
-        if isinstance(state, Known) and state.placement == P:
-            good = True
-            sums |= {(node, user): state.weight} if state != AVERAGE else {}
-        if _is_fine(state):
-            continue
-        if _reads(node, labels):
-            return Terms(_why(whole, node, state))
-        beside.append(_why(whole, node, state))
-    if not good:
+    labels, joints = _label_inputs(whole), set[fx.Node]()
+    beside = list(_mixed_logits(whole, states))
+    uses = list(_terms(whole.outputs[0], whole.graph.output_node(), states, joints))
+    for node, _ in uses:
+        if not _is_fine(states[node]):
+            if _reads(node, labels):
+                return Terms(_why(whole, node, states[node]))
+            beside.append(_why(whole, node, states[node]))
+    added = ((use, states[use[0]]) for use in uses)
+    sums = {use: s.weight for use, s in added if isinstance(s, Known) and s.placement == P}
+    if not sums:
         return Terms(next(iter(beside), "depends on no input"))
-    used = sources(
-        whole.outputs[:1], lambda node: node in sum_of or isinstance(states[node], Known)
-    )
-    lost = sources(node for node in sources(terms) if isinstance(states[node], Lost))
+    used = sources(whole.outputs[:1], lambda n: n in joints or isinstance(states[n], Known))
     counted = {(n, user): w for n, w in counts.items() for user in n.users if user in used}
+    lost = sources(n for n in sources(node for node, _ in uses) if isinstance(states[n], Lost))
     for node in (user for _, user in counted if user in lost):
         return Terms(
             "needs a number of the whole batch where a term beside it, that is of one micro-batch, "
             f"needs that of its own; compute it for each: {node.target}, {whole.where(node)}"
         )
+    sums = {use: weight for use, weight in sums.items() if weight != AVERAGE.weight}
     own, needed = _twins(whole, program), sources(node for node, _ in counted)
     needed |= {node for use in (*counted, *sums) for node in use}
     for node in (n for n in whole.graph.nodes if n in needed and n not in own):
@@ -176,11 +169,11 @@ def _is_fine(state: State) -> bool:
 
 
 def _terms(
-    node: fx.Node, user: fx.Node, states: dict[fx.Node, State], sum_of: set[fx.Node]
+    node: fx.Node, user: fx.Node, states: dict[fx.Node, State], joints: set[fx.Node]
 ) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield the terms whose sum with constant factors the loss is, each with what takes it.
 
-    Adds to `sum_of` the calls that scale them and add them up.
+    Adds to `joints` the calls that scale them and add them up.
     """
     state = states[node]
     if _is_fine(state):
@@ -192,9 +185,9 @@ def _terms(
     divides = node.target is aten.div.Tensor and inputs[:1] != [node.args[0]]
     is_scaled = node.target in _SCALED and len(inputs) == 1 and not (here or divides)
     if node.target in _ADDED or is_scaled:
-        sum_of.add(node)
+        joints.add(node)
         for term in inputs:
-            yield from _terms(term, node, states, sum_of)
+            yield from _terms(term, node, states, joints)
     else:
         yield node, user
 
@@ -208,17 +201,8 @@ def _label_inputs(program: Program) -> set[str]:
 
 def _reads(node: fx.Node, inputs: set[str]) -> bool:
     """Whether a value depends on one of `inputs` other than through an embedding."""
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in seen or current.target is aten.embedding.default:
-            continue
-        seen.add(current)
-        if current.op == "placeholder" and str(current.target) in inputs:
-            return True
-        pending += current.all_input_nodes
-    return False
+    found = sources([node], lambda n: n.target is not aten.embedding.default)
+    return any(n.op == "placeholder" and str(n.target) in inputs for n in found)
 
 
 def _mixed_logits(program: Program, states: dict[fx.Node, State]) -> Iterator[str]:
