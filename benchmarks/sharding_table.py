@@ -7,7 +7,7 @@ nodes              calls in the captured graph
 repeated           the share of weight bytes and of matrix-product FLOPs that every one of 4
                    tensor-parallel ranks has; the models are small (hidden size 64), and the share
                    of norms and biases falls as they grow
-tp=2 and so on     largest relative error of the loss / of any gradient
+tp=2 and so on     largest relative error of the loss / of any gradient; ep: of mixtures of experts
 
 InternLM3 is transformers' own mapping of its configuration to the Llama class, with 2 key-value
 heads. Every other architecture of transformers: `python -m benchmarks.coverage`.
@@ -32,7 +32,7 @@ from tests.support.coverage import (
 from tests.support.equality import Case, Errors, run_cases
 from tests.support.promote import promoted_float32
 from tests.support.world import World
-from tests.support.zoo import LISTED, listed_model
+from tests.support.zoo import EXPERTS_LISTED, LISTED, listed_model
 
 LAYERS = 2
 SHARES_AT = 4
@@ -40,7 +40,10 @@ PLANS: dict[str, tuple[int, dict[str, int]]] = {
     "tp=2": (2, {"tp": 2}),
     "tp=4": (4, {"tp": 4}),
     "tp=2 x pp=2": (4, {"tp": 2, "pp": 2}),
+    "cp=2": (2, {"cp": 2}),
+    "ep=2": (2, {"ep": 2}),
 }
+EXPERTS = ("Mixtral", *EXPERTS_LISTED)  # the others have nothing that ep divides
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def measure(name: str, worlds: dict[int, World]) -> Row:
         program = partition(model, example_inputs=EXAMPLE, tp=SHARES_AT)
     errors = {}
     for plan, (size, keywords) in PLANS.items():
+        if "ep" in keywords and name not in EXPERTS:
+            continue
         [(_, found, _)] = worlds[size].run(run_cases, [Case(name, keywords)])[0]
         errors[plan] = found
     nodes = len(list(traced.calls()))
@@ -74,7 +79,8 @@ def table(rows: Sequence[Row]) -> str:
     headings = ["model", "nodes", "weights repeated", "FLOPs repeated", *PLANS]
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
     for row in rows:
-        errors = (f"{e.loss:.0e} / {e.gradient:.0e}" for e in row.errors.values())
+        found = map(row.errors.get, PLANS)
+        errors = (f"{e.loss:.0e} / {e.gradient:.0e}" if e else "" for e in found)
         shares = (f"{share:.1%}" for share in (row.weights, row.flops))
         lines.append([row.model, str(row.nodes), *shares, *errors])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -94,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(1)
     with World(2) as two, World(4) as four:
-        rows = [measure(name, {2: two, 4: four}) for name in options.only or LISTED]
+        rows = [measure(name, {2: two, 4: four}) for name in options.only or LISTED | EXPERTS_LISTED]
     print(table(rows))
     content = {"tp_of_shares": SHARES_AT, "layers": LAYERS, "models": rows}
     save_json(RESULTS / "sharding_table.json", content)

@@ -201,4 +201,15 @@ def route_of(node: fx.Node) -> tuple[str, str]:
     return src, dst
 
 
-FUNCTIONS = (expert_order, sort_rows, unsort_rows, route)
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    """Return what torch's grouped product gives, in any dtype: it refuses float64.
+
+    rows: (n, k), of which expert e's end before `offs` (experts,)[e]; weights: (experts, k, m); the
+    result: (n, m).
+    """
+    bounds = [0, *offs.tolist()]
+    groups = zip(bounds, bounds[1:], weights, strict=False)
+    return torch.cat([rows[start:end] @ weight for start, end, weight in groups])
+
+
+FUNCTIONS = (expert_order, sort_rows, unsort_rows, route, grouped_product)

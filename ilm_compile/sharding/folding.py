@@ -28,6 +28,6 @@ def cut_once(option: Strategy) -> Strategy:
 
 def _refold(option: Strategy, folded: bool) -> Strategy:
     def of(placement: Placement) -> Placement:
-        return replace(placement, folded=folded) if placement.is_shard else placement
+        return replace(placement, folded=folded) if placement.kind in "ST" else placement
 
     return Strategy(tuple(map(of, option.inputs)), of(option.output))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.copy import copy_program
+from ilm_compile.program.expert_rows import grouped_product
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import map_tensors
 
@@ -25,6 +26,8 @@ def exact(program: Program) -> Program:
     for node in result.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, _widened)
         node.kwargs = fx.node.map_aggregate(node.kwargs, _widened)
+        if node.target is torch.ops.aten._grouped_mm.default:
+            node.target = grouped_product
         if "val" in node.meta:
             node.meta["val"] = map_tensors(_exact, node.meta["val"])
     for variable in result.variables.values():

@@ -10,17 +10,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from ilm_compile.program.expert_rows import grouped_product
+
 _CASTS = {Tensor.float, Tensor.to, Tensor.type, torch.softmax, F.softmax, F.log_softmax}
 
 
 _GROUPED = {f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f}
-
-
-def _grouped_mm(rows: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
-    """torch's grouped matrix product, which refuses float64."""
-    starts = [0, *offs.tolist()]
-    groups = zip(starts, starts[1:], weights, strict=False)
-    return torch.cat([rows[start:end] @ weight for start, end, weight in groups])
 
 
 def _overflows(fill_value: Any, **options: Any) -> bool:
@@ -41,7 +36,7 @@ class _KeepFloat64(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in _GROUPED and args[0].dtype == torch.float64:
-            return _grouped_mm(*args, **kwargs)
+            return grouped_product(*args, **kwargs)
         if func is torch.full and "dtype" not in kwargs and _overflows(*args[1:], **kwargs):
             kwargs["dtype"] = torch.float64
         if func in _CASTS and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
