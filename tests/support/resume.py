@@ -13,6 +13,7 @@ from ilm_compile.runtime.checkpoint import CheckpointManager
 from ilm_compile.runtime.optimizer import Beta2Scheduler, adamw, lr_schedule
 from tests.support.promote import promoted_float32
 from tests.support.tiny_model import SEQ, TinyTransformer
+from tests.support.traced import traced_once
 
 VOCAB = 33  # two ranks do not divide it: the compiler pads the embedding
 ROWS = 4  # of a global batch, one per micro-batch: what dropout depends on is equal in all plans
@@ -62,7 +63,7 @@ class Run:
         torch.manual_seed(seed)
         model = TinyTransformer(vocab=VOCAB, tied=True, dropout=0.1, experts=True).double()
         example = {name: ((1, SEQ), torch.int64) for name in ("input_ids", "labels")}
-        with promoted_float32():
+        with promoted_float32(), traced_once("tied, with dropout"):
             parallel = ilm_compile.parallelize(model, example_inputs=example, **PLANS[plan])
         self.parallel = parallel
         self.stream = Stream()
