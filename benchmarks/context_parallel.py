@@ -1,11 +1,15 @@
-"""What context parallelism saves and sends: long rows of a small InternLM2 on 1, 2 and 4 processes.
+"""What context parallelism saves and sends: long rows of a small Llama on 1, 2 and 4 processes.
 
     python -m benchmarks.context_parallel [--sequences 1024 4096 ...] [--output FILE]
 
-For each length of a row and each cp, of the rank with most: the bytes that its forward keeps for
-its backward (storages that autograd saves, parameters not counted), the bytes that its graph sends
-in a step, the median seconds of a step, and the loss, which must be the same under every cp.
-Seconds mean something only where there are as many cores as processes.
+For each length of a row, each cp and each way to divide attention, of the rank with most: the bytes
+that its forward keeps for its backward (storages that autograd saves, parameters not counted), the
+bytes that its graph sends in a step, the FLOPs of its products and attentions in a step, counted as
+they run (`balance`: against the mean of the ranks), and the median seconds of a step. The loss must
+be the same everywhere. Beside them: whether the context parallelism of torch.distributed.tensor's
+`experimental` runs here, on the attention of one layer (the whole model, unmodified, waits forever:
+its ranks make different masks from their positions). Seconds mean something only where there are as
+many cores as processes.
 """
 
 from __future__ import annotations
@@ -14,49 +18,93 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import ilm_compile
-from benchmarks.common import RESULTS, launch, make_console, make_model, random_batch, save_json
+from benchmarks.common import RESULTS, launch, make_console, random_batch, save_json
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.observe.saved import SavedBytes
 
 FIELDS = {
-    **{"vocab_size": 2048, "hidden_size": 256, "num_layers": 4},
-    **{"num_attention_heads": 8, "num_kv_attention_heads": 4},
+    **{"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 768},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4},
 }
-SEQUENCES = (1024, 2048, 4096, 8192)
-RANKS = (1, 2, 4)
+SEQUENCES = (1024, 2048, 4096)
+CP = (2, 4)
+WAYS = ("heads", "queries")
 AGREEMENT = 1e-5  # relative, of losses in fp32
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One length under one cp, of the rank with most: bytes per rank and step, seconds a step."""
+    """One length under one plan, of the rank with most: bytes and FLOPs of a step, its seconds."""
 
     sequence: int
     cp: int
+    attention: str
     saved_bytes: int
     sent_bytes: int
+    flops: int
     seconds: float
     loss: float
+    balance: float = 1.0
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _attention_backward_flops(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
+
+
+def _counter() -> FlopCounterMode:
+    """Counts products, and attention on the CPU by all scores that it computes, masked or not."""
+    aten = torch.ops.aten
+    known = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    for rule in known.values():
+        rule._get_raw = True  # type: ignore[attr-defined] - it is given tensors, not shapes
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def make_llama() -> nn.Module:
+    """The model, with the same weights in each process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**FIELDS, max_position_embeddings=1 << 16))
 
 
 def run_rank(cp: int, sequences: Sequence[int], repeats: int) -> list[Figure]:
-    """This rank's figures."""
-    return [_measure(cp, sequence, repeats) for sequence in sequences]
+    """This rank's figures: lengths in order, each with its ways to divide attention."""
+    ways = WAYS if cp > 1 else (None,)
+    return [_measure(cp, way, sequence, repeats) for sequence in sequences for way in ways]
 
 
-def _measure(cp: int, sequence: int, repeats: int) -> Figure:
-    model = make_model("internlm2_tiny", {**FIELDS, "max_seq_len": sequence})
+def _measure(cp: int, way: str | None, sequence: int, repeats: int) -> Figure:
     spec = ((1, sequence), torch.int64)
     parallel = ilm_compile.parallelize(
-        model, cp=cp, example_inputs={"input_ids": spec, "labels": spec}
+        make_llama(),
+        cp=cp,
+        cp_attention=way,
+        example_inputs={"input_ids": spec, "labels": spec},
     )
     batch = random_batch(1, sequence, FIELDS["vocab_size"])
     saved = SavedBytes(parallel.stages)
@@ -64,6 +112,8 @@ def _measure(cp: int, sequence: int, repeats: int) -> Figure:
     loss = parallel.execute_schedule(batch)
     saved.stop()
     kept = sum(n for regions in saved.bytes.values() for n in regions.values())
+    with _counter() as counter:
+        parallel.execute_schedule(batch)
     before = sum(traffic.num_bytes for traffic in parallel.traffic().values())
     times = []
     for _ in range(repeats):
@@ -74,41 +124,82 @@ def _measure(cp: int, sequence: int, repeats: int) -> Figure:
         parallel.execute_schedule(batch)
         times.append(time.perf_counter() - start)
     sent = sum(traffic.num_bytes for traffic in parallel.traffic().values()) - before
-    return Figure(sequence, cp, kept, sent // repeats, median(times), float(loss))
+    flops = counter.get_total_flops()
+    return Figure(
+        *(sequence, cp, way or "whole", kept, sent // repeats, flops),
+        *(median(times), float(loss)),
+    )
+
+
+def of_most(ranks: Sequence[Figure]) -> Figure:
+    """One figure of those of all ranks: the most of each number, and how even the FLOPs are."""
+    first = ranks[0]
+    numbers = ("saved_bytes", "sent_bytes", "flops", "seconds")
+    most = {name: max(getattr(figure, name) for figure in ranks) for name in numbers}
+    balance = most["flops"] / mean(figure.flops for figure in ranks)
+    return Figure(
+        first.sequence, first.cp, first.attention, **most, loss=first.loss, balance=balance
+    )
+
+
+def run_torch(sequence: int) -> str:
+    """Whether one causal attention runs under torch's context parallelism, or what it raises."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    heads = FIELDS["num_attention_heads"]
+    q = torch.randn(1, heads, sequence, FIELDS["hidden_size"] // heads)
+    try:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    except Exception as error:  # whatever it is, it is the result
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        dist.destroy_process_group()
+    return "runs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="bytes and seconds of context parallelism")
+    parser = argparse.ArgumentParser(description="bytes, FLOPs and seconds of context parallelism")
     parser.add_argument("--sequences", type=int, nargs="+", default=SEQUENCES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "context_parallel.json")
     options = parser.parse_args(arguments)
     figures = [
-        max(same, key=lambda figure: figure.saved_bytes)
-        for cp in RANKS
-        for same in zip(*launch(run_rank, cp, cp, options.sequences, options.repeats), strict=True)
+        of_most(ranks)
+        for cp in (1, *CP)
+        for ranks in zip(*launch(run_rank, cp, cp, options.sequences, options.repeats), strict=True)
     ]
+    show(figures)
+    theirs = launch(run_torch, 2, min(options.sequences))[0]
+    make_console().print(f"torch {torch.__version__}, context_parallel on the CPU: {theirs}")
+    content = {"model": FIELDS, "figures": [asdict(each) for each in figures], "torch": theirs}
+    save_json(options.output, content)
+
+
+def show(figures: Sequence[Figure]) -> None:
+    """Print a table. Raises `IlmCompileError` where a loss is not that of one rank."""
     first = {figure.sequence: figure for figure in figures if figure.cp == 1}
-    table = Table("row", "cp", "kept for backward", "of cp=1", "sent", "seconds", "loss")
-    for figure in sorted(figures, key=lambda f: (f.sequence, f.cp)):
+    table = Table(
+        "row", "cp", "attention", "kept", "of cp=1", "sent", "GFLOP", "balance", "seconds"
+    )
+    for figure in sorted(figures, key=lambda f: (f.sequence, f.cp, f.attention)):
         whole = first[figure.sequence]
         if abs(figure.loss - whole.loss) > AGREEMENT * abs(whole.loss):
             raise IlmCompileError(
                 f"context_parallel: expected the loss {whole.loss} of cp=1, got {figure.loss} at "
-                f"{figure.sequence} tokens and cp={figure.cp}"
+                f"{figure.sequence} tokens, cp={figure.cp} and attention by {figure.attention}"
             )
         table.add_row(
-            f"{figure.sequence:,}",
-            str(figure.cp),
+            *(f"{figure.sequence:,}", str(figure.cp), figure.attention),
             f"{figure.saved_bytes / 2**20:,.1f} MiB",
             f"{figure.saved_bytes / whole.saved_bytes:.3f}",
             f"{figure.sent_bytes / 2**20:,.1f} MiB",
+            f"{figure.flops / 1e9:.1f}",
+            f"{figure.balance:.3f}",
             f"{figure.seconds:.2f}",
-            f"{figure.loss:.6f}",
         )
     make_console().print(table)
-    save_json(options.output, {"model": FIELDS, "figures": [asdict(each) for each in figures]})
 
 
 if __name__ == "__main__":

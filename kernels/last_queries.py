@@ -31,3 +31,32 @@ def attend_last(
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
         mask = mask.tril(num_keys - num_queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+
+
+class _WithoutMask(torch.autograd.Function):
+    """`attend_last` that keeps its inputs alone: autograd would keep n * m numbers of a mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, enable_gqa: bool
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.options = {"scale": scale, "enable_gqa": enable_gqa}
+        return attend_last(q, k, v, **ctx.options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        with torch.enable_grad():
+            out = attend_last(q, k, v, **ctx.options)
+        return *torch.autograd.grad(out, (q, k, v), grad), None, None
+
+
+def attend_last_keeping_inputs(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """Return what `attend_last` does; where it makes a mask, it is made again in backward."""
+    if q.is_cuda or q.shape[-2] == k.shape[-2]:
+        return attend_last(q, k, v, scale=scale, enable_gqa=enable_gqa)
+    found: Tensor = _WithoutMask.apply(q, k, v, scale, enable_gqa)  # type: ignore[no-untyped-call]
+    return found

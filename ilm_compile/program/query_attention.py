@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ilm_compile.kernels.last_queries import attend_last
+from ilm_compile.kernels.last_queries import attend_last_keeping_inputs
 from ilm_compile.program.communicator import communicator
 from ilm_compile.program.placement import Placement
 
@@ -74,7 +74,7 @@ def _query_dot_product_attention(
     for start, stop in _runs(placement, axis, k.shape[-2]):
         queries = q.narrow(-2, first, stop - start)
         seen = (x.narrow(-2, 0, stop) for x in (k, v))
-        found.append(attend_last(queries, *seen, scale=scale, enable_gqa=enable_gqa))
+        found.append(attend_last_keeping_inputs(queries, *seen, scale=scale, enable_gqa=enable_gqa))
         first += stop - start
     return found[0] if len(found) == 1 else torch.cat(found, -2)
 

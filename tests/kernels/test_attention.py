@@ -14,6 +14,7 @@ from torch.utils.checkpoint import (
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention, attention_reference, document_starts
+from ilm_compile.kernels.last_queries import attend_last_keeping_inputs
 
 BATCH, SEQ, HEADS, HEAD_DIM = 2, 8, 4, 6
 BOUNDARIES = {
@@ -97,6 +98,19 @@ def test_runs_of_queries_are_parts_of_the_whole(cu_seqlens, kv_heads, ranks):
         out.backward(some_queries(grad, tokens))
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_the_mask_of_late_queries_is_not_kept():
+    q, k, v = (torch.randn(1, 2, n, 4, requires_grad=True) for n in (64, 256, 256))
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attend_last_keeping_inputs(q, k, v, scale=None, enable_gqa=False)
+    assert sum(kept) == q.numel() + k.numel() + v.numel() < 64 * 256
 
 
 def test_queries_of_other_tokens_than_given_are_refused():

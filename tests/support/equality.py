@@ -143,7 +143,7 @@ def compare(
 
 def run_case(case: Case) -> tuple[Errors | None, float]:
     """Run one case on this rank; returns the errors on rank 0, and the loss."""
-    with promoted_float32(), traced_once(case.model):
+    with promoted_float32(), traced_once((case.model, case.packed)):
         model = make_model(case.model)
         inputs = {**EXAMPLE, **({"cu_seqlens": (BOUNDARIES, torch.int32)} if case.packed else {})}
         parallel = ilm_compile.parallelize(model, example_inputs=inputs, **case.plan)
