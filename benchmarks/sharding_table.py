@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(1)
     with World(2) as two, World(4) as four:
-        rows = [measure(name, {2: two, 4: four}) for name in options.only or LISTED | EXPERTS_LISTED]
+        names = options.only or LISTED | EXPERTS_LISTED
+        rows = [measure(name, {2: two, 4: four}) for name in names]
     print(table(rows))
     content = {"tp_of_shares": SHARES_AT, "layers": LAYERS, "models": rows}
     save_json(RESULTS / "sharding_table.json", content)

@@ -64,17 +64,8 @@ def _item(view: View, found: dict[fx.Node, list[Dims]]) -> None:
 
 
 ALONG_LAST = (
-    *(
-        "redistribute",
-        "expert_order",
-        "seeded_dropout",
-        "to",
-        "clone",
-        "contiguous",
-        "detach",
-        "alias",
-        "where",
-    ),
+    *("redistribute", "expert_order", "seeded_dropout", "to", "clone", "contiguous", "detach"),
+    *("alias", "where", "sharded_softmax", "sharded_log_softmax"),
     *("masked_fill", "softmax", "log_softmax", "cumsum", "cumprod", "layer_norm", "rms_norm"),
     *("ilm::rms_norm", "ilm::add_rms_norm", "ilm::swiglu", "tril", "triu", "type_as", "flip"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "fill", "expand", "copy", "dropout"),
@@ -86,6 +77,9 @@ RELATIONS: dict[str, Relation] = {
     **dict.fromkeys(("sum", "mean", "partial_mean", "amax", "amin", "logsumexp", "prod"),
                     size.reduced(1, "dim")),
     **dict.fromkeys(("var", "std", "any", "all", "argmax", "argmin"), size.reduced(1, "dim")),
+    **dict.fromkeys(("sharded_logsumexp", "sharded_amax", "sharded_amin", "sharded_argmax"),
+                    size.reduced(1, "dim")),
+    "sharded_gather": place.gather,
     "linalg_vector_norm": size.reduced(2, "dim"),
     "linear": size.linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm"), size.matmul),
