@@ -22,13 +22,31 @@ Found = dict[fx.Node, Call]  # a node of the graph, and the call that says what 
 
 def name_expert_rows(program: Program) -> None:
     """Rewrite every order of rows by experts and what uses it."""
-    for order in list(program.graph.find_nodes(op="call_function", target=aten.argsort.default)):
-        found = _uses(order)
-        if not found or not any(target is unsort_rows for target, _ in found.values()):
+    orders = program.graph.find_nodes(op="call_function", target=aten.argsort.default)
+    uses = {order: _uses(order) for order in orders}
+    for order, found in uses.items():
+        if not _comes_back(order, uses):
             continue
         for node, (target, args) in [(order, (expert_order, order.args[:1])), *found.items()]:
             node.target, node.args, node.kwargs = target, args, {}
     program.graph.eliminate_dead_code()
+
+
+def _comes_back(order: fx.Node, uses: dict[fx.Node, Found]) -> bool:
+    """Whether rows of this order are put back, and meet none of another order before."""
+    found = uses[order]
+    others = {node for each, calls in uses.items() if each is not order for node in calls}
+    pending: list[Any] = [args[0] for target, args in found.values() if target is unsort_rows]
+    seen: set[fx.Node] = set()
+    has_any = bool(pending)
+    while pending:
+        node = pending.pop()
+        if node in others:
+            return False
+        if node not in seen and node not in found:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return has_any
 
 
 def _uses(order: fx.Node) -> Found:
