@@ -21,6 +21,7 @@ from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.runtime.forms import Compiled, Shape
+from ilm_compile.runtime.mesh import choose_device, fit_world
 from ilm_compile.schedule import build, check
 from ilm_compile.shapes import (
     Shapes,
@@ -76,20 +77,19 @@ def partition(
     callback: Callable[[PassReport], None] | None = None,
     validate: str | None = "types",
     plan: Plan | str | Path | None = None,
-    dp: int = 1,
     **keywords: Any,
 ) -> Program:
     """Return `model` as a partitioned program; one process, no torch.distributed, meta is enough.
 
-    Keywords are the fields of `Plan`: tp, cp, ep, pp, num_chunks, num_microbatches, schedule,
+    Keywords are the fields of `Plan`: tp, cp, ep, pp, dp (which matters to the loss alone here, see
+    `check_loss`), hardware, num_chunks, num_microbatches, schedule,
     sequence_parallel, cp_attention, embed_split_hidden, dispatch, constraints (name or glob to
     Shard(dim)), checkpoint, dtype (torch.bfloat16 or torch.float16), zero, seed, kernels ("triton":
     fused ops, which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this
     machine can run them). `passes` are run beside the standard ones, in the order their
     requirements give, without those named in `disable`, each checked as `validate` says ("types",
-    "numerics" or None: see `run_passes`); `example_inputs` and `loss_fn` as in `trace`; `dp`:
-    data-parallel ranks it is for, which matters to the loss alone (see `check_loss`). Parameters in
-    bfloat16 or float16 are trained as float32 (see `MasterWeights`). Raises `TraceError` if the
+    "numerics" or None: see `run_passes`); `example_inputs` and `loss_fn` as in `trace`. Parameters
+    in bfloat16 or float16 are trained as float32 (see `MasterWeights`). Raises `TraceError` if the
     model cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
     return _partition(
@@ -101,7 +101,6 @@ def partition(
         disable=disable,
         callback=callback,
         validate=validate,
-        dp=dp,
     )
 
 
@@ -136,11 +135,10 @@ def _partition(
     disable: Collection[str] = (),
     callback: Callable[[PassReport], None] | None = None,
     validate: str | None = "types",
-    dp: int = 1,
     like: Program | None = None,
 ) -> Program:
     program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
-    check_loss(program, model, loss_fn, num_slices=plan.num_microbatches * dp)
+    check_loss(program, model, loss_fn, num_slices=plan.num_microbatches * (plan.dp or 1))
     program.flops = model_flops(program.graph)
     forward = forward_flops_by_region(program.graph)
     every = [*standard_passes(plan), *passes, *master_passes(program)]
@@ -160,9 +158,10 @@ def parallelize(
 ) -> Parallel:
     """Return this rank's part of `model`, ready to train; call it on every rank under torchrun.
 
-    Keywords as for `partition`. The number of data-parallel ranks is what is left of the world:
-    world_size // (tp * cp * ep * pp). A model on the meta device gets its initial weights from
-    `seed` and the parameter names, the same under every plan; a real one keeps its weights.
+    Keywords as for `partition`. The number of data-parallel ranks, where `dp` does not say it, is
+    what is left of the world: world_size // (tp * cp * ep * pp). A model on the meta device gets
+    its initial weights from `seed` and the parameter names, the same under every plan; a real one
+    keeps its weights.
     `timeout` bounds the wait for a rank that died or hangs. `shapes`: further shapes of a
     micro-batch, each a mapping from every input's name to its shape, over the same parameters: a
     batch of one is taken wherever one of the first is. The program of a shape is compiled when its
@@ -171,16 +170,17 @@ def parallelize(
     not started by torchrun.
     """
     plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
+    # What does not fit is refused before ranks wait for each other.
+    plan = settle_kernels(fit_world(plan), choose_device())
+    program = partition(model, plan=plan, **keywords)
     mesh = Mesh.create(plan, timeout=timeout)
-    plan = settle_kernels(plan, mesh.device)
-    program = partition(model, plan=plan, dp=mesh.dp.size, **keywords)
 
     # Each rank compiles for itself; one that found another program would wait for others in vain.
     mesh.check_alike({"the compiled program": program.dump(), "the plan": program.plan.to_json()})
 
     def of_shape(inputs: dict[str, Input]) -> Shape:
         def compile_it() -> Compiled:
-            made = partition_like(program, model, inputs, plan=plan, dp=mesh.dp.size, **keywords)
+            made = partition_like(program, model, inputs, plan=plan, **keywords)
             return Compiled(lower(made), made.flops, made.flops + made.recomputed_flops)
 
         return Shape(inputs, compile_it)

@@ -52,7 +52,6 @@ from ilm_compile.verify.weights import tensors_for
 def verify(
     model: nn.Module,
     *,
-    dp: int = 1,
     example_inputs: ExampleInputs | None = None,
     loss_fn: LossFn | None = None,
     passes: Sequence[Pass] = (),
@@ -63,7 +62,7 @@ def verify(
 ) -> Report:
     """Return whether `model` under the plan trains exactly as it does on a single device.
 
-    Keywords as for `partition`; `dp` is the number of data-parallel ranks; `shapes` as for
+    Keywords as for `partition`; `shapes` as for
     `parallelize`: the program of each is proven in the same way, and that it can run on the modules
     of the first. What is proven is the
     program that would run, layer by layer:
@@ -87,6 +86,7 @@ def verify(
     masks. No process group, GPU or weight is needed. Never raises for a plan that fails: see
     `Report.failures` and `Report.raise_if_failed`.
     """
+    dp = keywords.pop("dp", None) or (plan.dp if isinstance(plan, Plan) else None) or 1
     proof = _Proof(_title(model, plan, keywords, dp))
     options = _Options(model, dp, loss_fn, passes, tolerance)
     first = _prove_shape(proof, options, example_inputs, plan, keywords)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
+from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.expert_rows import name_expert_rows
@@ -46,6 +47,9 @@ class Shard(Pass):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise PlanError(f"{self.name}: size must be positive, got {self.size}")
+        if self.hardware not in HARDWARE:
+            known = ", ".join(HARDWARE)
+            raise PlanError(f"{self.name}: unknown hardware {self.hardware!r}, known are {known}")
 
     @abstractmethod
     def prepare(self, program: Program) -> Restrictions:

@@ -58,22 +58,25 @@ def standard_passes(plan: Plan) -> list[Pass]:
     passes: list[Pass] = [
         TensorParallel(
             size=plan.tp,
+            hardware=plan.hardware,
             sequence_parallel=plan.sequence_parallel,
             embed_split_hidden=plan.embed_split_hidden,
             constraints=plan.constraints,
         )
     ]
     if plan.ep > 1:
-        passes.append(ExpertParallel(size=plan.ep, dispatch=plan.dispatch))
+        passes.append(ExpertParallel(size=plan.ep, dispatch=plan.dispatch, hardware=plan.hardware))
     if plan.cp > 1:
-        passes.append(ContextParallel(size=plan.cp, attention=plan.cp_attention))
+        passes.append(
+            ContextParallel(size=plan.cp, attention=plan.cp_attention, hardware=plan.hardware)
+        )
     if fuses(plan):
         passes += [FuseKernels(), FuseResidual()]
     if plan.dtype:
         passes.append(CASTS[plan.dtype]())
     passes += [
         ActivationCheckpoint(fraction=plan.checkpoint),
-        PipelineSplit(num_stages=plan.num_stages),
+        PipelineSplit(num_stages=plan.num_stages, hardware=plan.hardware),
         Interleave(pp=plan.pp, num_chunks=plan.num_chunks),
     ]
     return passes

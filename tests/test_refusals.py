@@ -57,6 +57,12 @@ INPUTS = {"x": ((2, 4), torch.float32), "labels": ((2,), torch.int64)}
             r"tp=3 does not divide the 8 attention heads of node attention \(layers.0.attention.*"
             r"use one of tp=\[1, 2, 4, 8\]",
         ),
+        (
+            models.internlm2_tiny,
+            {"tp": 2, "hardware": "abacus"},
+            PlanError,
+            "unknown hardware 'abacus', known are .*h100",
+        ),
         (models.internlm2_tiny, {"pp": 32}, PlanError, r"32 stages.*cut points"),
         (
             models.internlm2_tiny,

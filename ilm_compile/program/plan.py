@@ -30,6 +30,7 @@ class Plan:
     cp: int = 1  # ranks that share every sequence (context parallel)
     ep: int = 1  # ranks that share the tokens of a micro-batch and its experts (expert parallel)
     pp: int = 1  # ranks that hold consecutive layers (pipeline parallel)
+    dp: int | None = None  # ranks that work on other rows; None: what is left of the world
     num_chunks: int = 1  # model chunks, that is stages, per pipeline rank
     num_microbatches: int = 1  # per data-parallel rank and optimizer step
     schedule: str = "1f1b"
@@ -44,6 +45,7 @@ class Plan:
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
     zero: int = 1  # 1: shard gradients and optimizer state over dp, 3: parameters too
     kernels: str = "auto"  # fused ops: "triton", "torch" (none); "auto": where CUDA and triton are
+    hardware: str = "h100"  # whose costs decide between placements and between cuts
     seed: int = 1024  # of the initial weights, when the model is on the meta device
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class Plan:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"plan: {name} must be a positive integer, got {value!r}")
+        if self.dp is not None and (not isinstance(self.dp, int) or self.dp < 1):
+            raise PlanError(f"plan: dp must be None or a positive integer, got {self.dp!r}")
         if not 0 <= self.checkpoint <= 1:
             raise PlanError(
                 "plan: checkpoint must be False, True or a fraction in [0, 1], got "

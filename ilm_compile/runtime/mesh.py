@@ -179,8 +179,8 @@ class Mesh:
             seconds = os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S)
             timeout = timedelta(seconds=float(seconds))
         started = dist.is_initialized() or "WORLD_SIZE" in os.environ
-        world_size = dist.get_world_size() if dist.is_initialized() else _world_size()
-        _check_world(plan, started, world_size)
+        plan = fit_world(plan)
+        world_size = plan.ranks_per_replica * (plan.dp or 1)
         place = choose_device(device)
         if place.type == "cuda":
             torch.cuda.set_device(place)
@@ -317,9 +317,15 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_world(plan: Plan, started: bool, world_size: int) -> None:
-    needed = plan.ranks_per_replica
-    sizes = {"tp": plan.tp, "pp": plan.pp, **plan.axes}
+def fit_world(plan: Plan) -> Plan:
+    """Return `plan` with the number of data-parallel ranks that the processes of this job leave.
+
+    Makes no process group. Raises `PlanError` if the world does not fit.
+    """
+    started = dist.is_initialized() or "WORLD_SIZE" in os.environ
+    world_size = dist.get_world_size() if dist.is_initialized() else _world_size()
+    needed = plan.ranks_per_replica * (plan.dp or 1)
+    sizes = {"tp": plan.tp, "pp": plan.pp, **plan.axes, "dp": plan.dp or 1}
     shown = {name: size for name, size in sizes.items() if size > 1 or name in ("tp", "pp")}
     if not started and needed > 1:
         given = ", ".join(f"{name}={size}" for name, size in shown.items())
@@ -327,13 +333,15 @@ def _check_world(plan: Plan, started: bool, world_size: int) -> None:
             f"parallelize with {given} needs {needed} processes and must be "
             f"started by torchrun: torchrun --nproc-per-node={needed} script.py"
         )
-    if world_size % needed:
-        fitting = -(-world_size // needed) * needed
+    if world_size % needed or (plan.dp and world_size != needed):
+        fitting = needed if plan.dp else -(-world_size // needed) * needed
+        rule = "parallelize: expected a world size that is a multiple of "
         raise PlanError(
-            f"parallelize: expected a world size that is a multiple of {'*'.join(shown)} = "
+            f"{rule.replace('that is a multiple ', '') if plan.dp else rule}{'*'.join(shown)} = "
             f"{'*'.join(map(str, shown.values()))} = {needed}, got {world_size} processes; "
             f"start it with torchrun --nproc-per-node={fitting} script.py"
         )
+    return plan.replace(dp=world_size // plan.ranks_per_replica)
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from ilm_compile import partition
 from ilm_compile.errors import PlanError
+from ilm_compile.models import internlm2_tiny
 from ilm_compile.program.plan import Plan
 
 PLANS = [
@@ -52,6 +54,12 @@ def test_unknown_key_is_refused_with_the_known_ones() -> None:
         PlanError, match=r"unknown option \['tensor'\], known are \['tp', 'cp', 'ep', 'pp', "
     ):
         Plan.from_json('{"tensor": 2}')
+
+
+@pytest.mark.parametrize("dp", [0, -1, "2"])
+def test_a_wrong_number_of_data_parallel_ranks_is_refused(dp) -> None:
+    with pytest.raises(PlanError, match=f"dp must be None or a positive integer, got {dp!r}"):
+        Plan(dp=dp)
 
 
 def test_bad_value_in_json_is_refused() -> None:
@@ -100,3 +108,11 @@ def test_counts_are_positive_integers(field: str, value: Any) -> None:
 def test_bad_values_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Plan(**fields)
+
+
+def test_the_hardware_of_a_plan_decides_what_is_predicted() -> None:
+    def said(hardware: str) -> str:
+        program = partition(internlm2_tiny(num_layers=1), tp=2, hardware=hardware)
+        return next(line for line in program.decisions if line.startswith("tensor-parallel"))
+
+    assert len({said(name) for name in ("h100", "a100-80g", "cpu")}) == 3

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ilm_compile.errors import PlanError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import Mesh, meeting
+from ilm_compile.runtime.mesh import fit_world
 from ilm_compile.training import ParallelMode, ProcessGroups
 from tests.support.world import World
 
@@ -42,6 +43,17 @@ def test_tp_is_the_fastest_axis_and_pp_the_slowest(world4: World) -> None:
         ((0, 1), (1, 2), (0, 2)),
         ((0, 1), (1, 2), (1, 2)),
     ]
+
+
+def test_dp_is_what_the_world_leaves_or_what_the_plan_says(world4: World) -> None:
+    assert world4.run(dp_found, Plan(tp=2)) == [2] * 4
+    assert world4.run(dp_found, Plan(tp=2, dp=2)) == [2] * 4
+    with pytest.raises(RuntimeError, match=r"world size of tp\*pp\*dp = 2\*1\*3 = 6, got 4"):
+        world4.run(dp_found, Plan(tp=2, dp=3))
+
+
+def dp_found(rank: int, plan: Plan) -> int | None:
+    return fit_world(plan).dp
 
 
 def groups_by_kind(rank: int) -> dict[str, list[int]]:
