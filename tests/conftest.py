@@ -10,7 +10,10 @@ from tests.support.world import World
 # Files that take longest, the longest first: started last, one would keep a worker while the
 # others have nothing left. What is not named keeps its place behind them.
 LONGEST = (
+    "tests/test_expert_parallel.py",
+    "tests/test_context_parallel.py",
     "tests/test_zoo.py",
+    "tests/test_resume.py",
     "tests/training/test_examples.py",
     "tests/test_faults.py",
     "tests/test_equality.py",
@@ -20,7 +23,6 @@ LONGEST = (
     "tests/test_traffic.py",
     "tests/verify/test_sizes.py",
     "tests/verify/test_translation.py",
-    "tests/test_resume.py",
     "tests/passes/test_check_pass.py",
     "tests/passes/test_cast_bf16.py",
     "tests/benchmarks/test_compare_plans.py",
