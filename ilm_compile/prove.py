@@ -79,7 +79,7 @@ def verify(
     4. precision: under a compute dtype, the rounding of every node against that of the products
        alone (see `ilm_compile.verify.precision`);
     5. step: two optimizer steps of all ranks, emulated in this process by the runtime's own code
-       and schedule, against the traced graph's: loss, outputs, every gradient, every weight;
+       and schedule, against the traced graph's: loss, outputs, every gradient, their norm, weights;
     6. bisect: on a difference, the first pass that makes one, and its first node.
 
     Batches reach every corner (see `ilm_compile.verify.inputs`); dropout is on, with the plan's

@@ -1,4 +1,4 @@
-"""How far one training step is from another: loss, outputs, every gradient, every weight."""
+"""How far one training step is from another: loss, outputs, gradients and their norm, weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class Comparison:
     """Relative errors of a step against the expected one, by parameter or output.
 
     A gradient that the expected step lacks counts too, as does a weight that should have stayed.
+    norm: of the gradient norm that the ranks found. Weights tell of it only where it clips.
     """
 
     loss: float
     gradients: dict[str, float]
     weights: dict[str, float]
     outputs: dict[str, float]
+    norm: float = 0.0
 
     @property
     def max_gradient(self) -> float:
@@ -58,6 +60,7 @@ class Comparison:
         bounds = (
             ("loss", {"": self.loss}, 1),
             ("gradient of ", self.gradients, 1),
+            ("the gradient norm", {"": self.norm}, 1),
             ("weight ", self.weights, WEIGHT_SLACK),
             ("output ", self.outputs, 1),
         )
@@ -74,7 +77,8 @@ class Comparison:
 def compare(step: Step, expected: Step) -> Comparison:
     """Return the relative errors of `step`; what it lacks is off by infinity."""
     norms = [gradient.norm() for gradient in expected.gradients.values()]
-    norm = float(torch.stack(norms).norm()) if norms else 1.0
+    norm = torch.stack(norms).double().norm() if norms else torch.ones((), dtype=torch.float64)
+    found = norm if step.norm is None else torch.tensor(step.norm, dtype=norm.dtype)
     gradients = dict(expected.gradients)
     for name, extra in step.gradients.items():
         gradients.setdefault(name, torch.zeros_like(extra))
@@ -82,9 +86,10 @@ def compare(step: Step, expected: Step) -> Comparison:
     ours |= {name: value for name, value in step.gradients.items()}
     return Comparison(
         relative_error(step.loss, expected.loss),
-        _errors(ours, gradients, GRADIENT_FLOOR * norm),
+        _errors(ours, gradients, GRADIENT_FLOOR * float(norm)),
         _errors(step.weights, expected.weights),
         _errors(step.outputs, expected.outputs) if step.outputs else {},
+        relative_error(found, norm) if norms else 0.0,
     )
 
 

@@ -36,13 +36,15 @@ class Step:
 
     gradients: as they were added up, before clipping, of the parameters that got one. weights: of
     all parameters after AdamW. outputs: of the last stage but the loss, on the rows of the global
-    batch, if they were asked for; one number per micro-batch where they have no rows.
+    batch, if they were asked for; one number per micro-batch where they have no rows. norm: of all
+    gradients, as the ranks found it together; None where nothing asked them.
     """
 
     loss: Tensor
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    norm: float | None = None
 
 
 def emulate(
@@ -104,7 +106,7 @@ class _World:
         for mailroom in self.meetings.mailrooms:
             mailroom.check_empty()
         gradients = self._whole("gradient", lambda shard: shard.gradient())
-        self._on_all(EmulatedRank.update)
+        norms = self._on_all(EmulatedRank.update)
         weights = self._whole("value", lambda shard: shard.local)
         maps = self.lowered.parameter_maps
         losses = [loss for group in results for loss, _ in group]
@@ -114,6 +116,7 @@ class _World:
             gradients_to_model(maps, gradients),
             to_model(maps, weights),
             _agreed(outputs) if outputs else {},
+            norms[0][0],
         )
 
     def reload(self) -> None:

@@ -234,10 +234,9 @@ class EmulatedRank:
                 pieces.setdefault(name, []).append(piece)
         return loss, {name: torch.cat(found) for name, found in pieces.items()}
 
-    def update(self) -> None:
-        """Clip, and take an optimizer step."""
-        if self.trainer is not None:
-            self.trainer.step()
+    def update(self) -> float | None:
+        """Clip, and take an optimizer step; the gradient norm, None where nothing is trained."""
+        return None if self.trainer is None else self.trainer.step()
 
     def save(self) -> tuple[round_trip.Part, Manifest]:
         """What this rank writes into a checkpoint."""
