@@ -4,6 +4,7 @@ They can be built, checked, drawn and simulated. They are not among the schedule
 the executor runs whole backwards only; so they have a table of their own.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ilm_compile.errors import ScheduleError
@@ -67,4 +68,38 @@ def _with_weights(row: Iterable[Action], *, delay: int) -> list[Action]:
     return [*done, *owed]
 
 
-SPLIT_BUILDERS: dict[str, Builder] = {"zb_h1": _zb_h1, "zb_h2": _zb_h2}
+def _zb_v(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
+    """Two stages per rank, down the ranks and up again (arXiv 2401.10241, section 6).
+
+    No rank idles between its first and its last action if F, B and W take the same time and there
+    are 2 pp - 1 micro-batches, and each holds as many activations as the first rank of 1F1B. With
+    fewer micro-batches the others are left out.
+    """
+    if num_chunks != 2:
+        raise ScheduleError(
+            f"schedule 'zb_v' runs two chunks per rank, got num_chunks={num_chunks}; use 2"
+        )
+    num_steady = max(num_microbatches - pp, pp - 1)
+    for rank in range(pp):
+        hops = pp - rank
+        kinds = [
+            *["F down"] * (2 * hops - 1),
+            *["F up", "F down"] * rank,
+            *["F up", "B up", "W up"] * hops,
+            *["F down", "B down", "W down", "F up", "B up", "W up"] * num_steady,
+            *["B down", "B up"] * rank,
+            *["B down", "W down"] * hops,
+            *["W up"] * rank,
+            *["W down"] * rank,
+        ]
+        stages = {"down": rank, "up": 2 * pp - 1 - rank}
+        count: Counter[str] = Counter()
+        row = []
+        for text in kinds:
+            kind, way = text.split()
+            row.append(Action(stages[way], Kind(kind), count[text]))
+            count[text] += 1
+        yield [action for action in row if action.microbatch < num_microbatches]
+
+
+SPLIT_BUILDERS: dict[str, Builder] = {"zb_h1": _zb_h1, "zb_h2": _zb_h2, "zb_v": _zb_v}

@@ -16,6 +16,7 @@ GOOD = {
     "d": "d,interleaved_1f1b,2,4,2,1,1,1,0",
     "e": "e,gpipe,4,8,1,1,1,1,0",
     "f": "f,zb_h2,4,8,1,0.3,0.3,0.3,0",  # rounds to less than 0
+    "g": "g,zb_v,4,8,2,2,2,2,0",
 }
 
 
@@ -35,7 +36,7 @@ def test_rates_by_row(tmp_path: Path) -> None:
     assert [rates[k] for k in "abc"] == pytest.approx([0.2431, 0.1585, 0.1083], abs=5.1e-5)
     assert rates["d"] == pytest.approx(1 / 9)  # (p - 1) / (chunks m + p - 1)
     assert rates["e"] == pytest.approx(3 / 11)
-    assert found["f"] == "0.000000000"
+    assert found["f"] == found["g"] == "0.000000000"
 
 
 def test_columns_may_come_in_any_order_with_others_between(tmp_path: Path) -> None:

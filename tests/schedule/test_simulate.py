@@ -24,7 +24,9 @@ ALL = [
     ("gpipe", 2),
     ("1f1b", 1),
     ("interleaved_1f1b", 2),
-    *((name, 1) for name in SPLIT_BUILDERS),
+    ("zb_h1", 1),
+    ("zb_h2", 1),
+    ("zb_v", 2),
 ]
 all_schedules = pytest.mark.parametrize(("name", "chunks"), ALL)
 overlaps = pytest.mark.parametrize("overlap", [True, False])
@@ -63,11 +65,14 @@ def test_the_bubble_is_that_of_the_formula(name, chunks, pp, m):
     assert result.bubbles == pytest.approx((1 - m * (F + B + W) / result.cost,) * pp)
 
 
-def test_h2_never_idles_once_begun_where_all_parts_take_the_same_time():
-    result = simulate(schedule("zb_h2", 4, 8), [StageTimes(forward=1, backward=1, weight=1)] * 4)
-    assert result.rank_times == (24, 24, 24, 24)
+@pytest.mark.parametrize(("name", "chunks"), [("zb_h2", 1), ("zb_v", 2)])
+def test_no_rank_idles_once_begun_where_all_parts_take_the_same_time(name, chunks):
+    built = schedule(name, 4, 8, chunks)
+    times = StageTimes(forward=2 / chunks, backward=2 / chunks, weight=2 / chunks)
+    result = simulate(built, [times] * built.num_stages)
+    assert result.rank_times == (48, 48, 48, 48)
     assert result.bubbles == (0, 0, 0, 0)
-    assert result.makespan == 24 + 3
+    assert result.makespan == 48 + 3 * 2 / chunks
 
 
 # T_F, T_B, T_W, T_comm in ms of Table 9, and the bubble rates of 1F1B, ZB-H1 and ZB-H2 of Table 5
