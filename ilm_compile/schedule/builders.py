@@ -5,7 +5,7 @@ many forwards a rank runs before its first backward: all of them (gpipe), or jus
 the ranks behind it busy (1f1b, interleaved_1f1b).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Protocol, TypeVar
 
@@ -41,13 +41,19 @@ def register_schedule(name: str) -> Callable[[BuilderT], BuilderT]:
 
 def build(name: str, *, pp: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """The named schedule with its sends and receives; `check` proves that it can run."""
-    if name not in _BUILDERS:
-        raise ScheduleError(f"unknown schedule {name!r}; known: {', '.join(sorted(_BUILDERS))}")
-    sizes = {"pp": pp, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
+    return build_from(
+        _BUILDERS, name, pp=pp, num_microbatches=num_microbatches, num_chunks=num_chunks
+    )
+
+
+def build_from(builders: Mapping[str, Builder], name: str, **sizes: int) -> Schedule:
+    """`build` with a table of builders; sizes: the arguments of a `Builder`."""
+    if name not in builders:
+        raise ScheduleError(f"unknown schedule {name!r}; known: {', '.join(sorted(builders))}")
     for option, size in sizes.items():
         if size < 1:
             raise ScheduleError(f"schedule {name!r}: {option} must be at least 1, got {size}")
-    return insert_comms(Schedule.from_rows(name, _BUILDERS[name](**sizes)))
+    return insert_comms(Schedule.from_rows(name, builders[name](**sizes)))
 
 
 @register_schedule("gpipe")
@@ -57,7 +63,7 @@ def _gpipe(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Seque
     Several chunks follow each other breadth first (Lamy-Poirier, 2022, arXiv 2211.05953).
     """
     for rank in range(pp):
-        forwards, backwards = _compute_order(rank, pp, num_microbatches, num_chunks)
+        forwards, backwards = compute_order(rank, pp, num_microbatches, num_chunks)
         yield [*forwards, *backwards]
 
 
@@ -70,8 +76,8 @@ def _1f1b(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequen
             "use schedule='interleaved_1f1b'"
         )
     for rank in range(pp):
-        order = _compute_order(rank, pp, num_microbatches, num_chunks)
-        yield _one_forward_one_backward(*order, num_warmup=pp - 1 - rank)
+        order = compute_order(rank, pp, num_microbatches, num_chunks)
+        yield one_forward_one_backward(*order, num_warmup=pp - 1 - rank)
 
 
 @register_schedule("interleaved_1f1b")
@@ -89,9 +95,9 @@ def _interleaved(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable
 
     round_size = _round_size(pp, num_microbatches)
     for rank in range(pp):
-        order = _compute_order(rank, pp, num_microbatches, num_chunks, round_size)
+        order = compute_order(rank, pp, num_microbatches, num_chunks, round_size)
         num_warmup = (num_chunks - 1) * round_size + 2 * (pp - 1 - rank)
-        yield _one_forward_one_backward(*order, num_warmup=num_warmup)
+        yield one_forward_one_backward(*order, num_warmup=num_warmup)
 
 
 def _round_size(pp: int, num_microbatches: int) -> int:
@@ -111,7 +117,7 @@ def _round_size(pp: int, num_microbatches: int) -> int:
     return num_microbatches // max(1, num_microbatches // pp)
 
 
-def _compute_order(
+def compute_order(
     rank: int, pp: int, num_microbatches: int, num_chunks: int, round_size: int | None = None
 ) -> tuple[list[Action], list[Action]]:
     """The forwards and the backwards of a rank, each in rounds of micro-batches.
@@ -131,7 +137,7 @@ def _compute_order(
     return forwards, backwards
 
 
-def _one_forward_one_backward(
+def one_forward_one_backward(
     forwards: list[Action], backwards: list[Action], *, num_warmup: int
 ) -> list[Action]:
     """Some forwards, then a forward and a backward in turn, then the backwards that are left."""

@@ -15,6 +15,7 @@ def looped_order(class_name: str, *, pp: int, num_microbatches: int, num_chunks:
     rounds = max(1, num_microbatches // pp)
     table = SimpleNamespace(
         pp_group_size=pp,
+        num_stages=pp * num_chunks,
         n_local_stages=num_chunks,
         _stages=[None] * num_chunks,
         _n_microbatches=num_microbatches,

@@ -1,0 +1,105 @@
+"""Schedules with a split backward: B gives the gradient of the input, W later that of the weights.
+
+They can be built, checked, drawn and simulated. They are not among the schedules of a `Plan`, since
+the executor runs whole backwards only; so they have a table of their own.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from ilm_compile.errors import ScheduleError
+from ilm_compile.schedule.actions import Action, Kind
+from ilm_compile.schedule.builders import (
+    Builder,
+    build_from,
+    compute_order,
+    one_forward_one_backward,
+)
+from ilm_compile.schedule.schedule import Schedule
+
+
+def build_split(name: str, *, pp: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+    """The named schedule of `SPLIT_BUILDERS` with its sends and receives."""
+    return build_from(
+        SPLIT_BUILDERS, name, pp=pp, num_microbatches=num_microbatches, num_chunks=num_chunks
+    )
+
+
+def _zb_h1(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
+    """1F1B whose ranks keep weight parts for the end (Qi et al., 2023, arXiv 2401.10241, 2.1).
+
+    Every rank holds as many activations as the first rank of 1F1B.
+    """
+    return _handcrafted("zb_h1", 1, pp, num_microbatches, num_chunks)
+
+
+def _zb_h2(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
+    """Twice the forwards of `zb_h1` before the first backward (arXiv 2401.10241, section 2.2).
+
+    No rank idles between its first and its last action if F, B and W take the same time.
+    """
+    return _handcrafted("zb_h2", 2, pp, num_microbatches, num_chunks)
+
+
+def _handcrafted(
+    name: str, forwards_per_hop: int, pp: int, num_microbatches: int, num_chunks: int
+) -> Iterable[Sequence[Action]]:
+    """1F1B with some forwards in advance for each rank that follows, and W as late in return."""
+    if num_chunks > 1:
+        raise ScheduleError(
+            f"schedule {name!r} runs one chunk per rank, got num_chunks={num_chunks}; use 1"
+        )
+    for rank in range(pp):
+        order = compute_order(rank, pp, num_microbatches, num_chunks)
+        row = one_forward_one_backward(*order, num_warmup=forwards_per_hop * (pp - 1 - rank))
+        yield _with_weights(row, delay=forwards_per_hop * rank)
+
+
+def _with_weights(row: Iterable[Action], *, delay: int) -> list[Action]:
+    """The row with each weight part right after the backward that comes `delay` backwards later."""
+    done: list[Action] = []
+    owed: list[Action] = []
+    for action in row:
+        done.append(action)
+        if action.kind is Kind.B:
+            owed.append(Action(action.stage, Kind.W, action.microbatch))
+            if len(owed) > delay:
+                done.append(owed.pop(0))
+    return [*done, *owed]
+
+
+def _zb_v(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
+    """Two stages per rank, down the ranks and up again (arXiv 2401.10241, section 6).
+
+    No rank idles between its first and its last action if F, B and W take the same time and there
+    are 2 pp - 1 micro-batches, and each holds as many activations as the first rank of 1F1B. With
+    fewer micro-batches the others are left out.
+    """
+    if num_chunks != 2:
+        raise ScheduleError(
+            f"schedule 'zb_v' runs two chunks per rank, got num_chunks={num_chunks}; use 2"
+        )
+    num_steady = max(num_microbatches - pp, pp - 1)
+    for rank in range(pp):
+        hops = pp - rank
+        kinds = [
+            *["F down"] * (2 * hops - 1),
+            *["F up", "F down"] * rank,
+            *["F up", "B up", "W up"] * hops,
+            *["F down", "B down", "W down", "F up", "B up", "W up"] * num_steady,
+            *["B down", "B up"] * rank,
+            *["B down", "W down"] * hops,
+            *["W up"] * rank,
+            *["W down"] * rank,
+        ]
+        stages = {"down": rank, "up": 2 * pp - 1 - rank}
+        count: Counter[str] = Counter()
+        row = []
+        for text in kinds:
+            kind, way = text.split()
+            row.append(Action(stages[way], Kind(kind), count[text]))
+            count[text] += 1
+        yield [action for action in row if action.microbatch < num_microbatches]
+
+
+SPLIT_BUILDERS: dict[str, Builder] = {"zb_h1": _zb_h1, "zb_h2": _zb_h2, "zb_v": _zb_v}
