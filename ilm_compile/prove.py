@@ -180,6 +180,7 @@ def _title(model: nn.Module, plan: Plan | None, keywords: Mapping[str, Any], dp:
     plain = Plan()
     fields = Plan.__dataclass_fields__ if plan is not None else ()
     given = {n: getattr(plan, n) for n in fields if getattr(plan, n) != getattr(plain, n)}
+    given.pop("dp", None)  # said last
     words = [f"{name}={value}" for name, value in {**given, **keywords, "dp": dp}.items()]
     return f"verify {type(model).__name__}: {', '.join(words)}"
 

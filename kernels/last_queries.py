@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 
 def attend_last(
@@ -26,6 +25,8 @@ def attend_last(
     if num_queries == num_keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     if q.is_cuda:  # its kernels know this mask, and do not read it
+        from torch.nn.attention.bias import causal_lower_right  # imports triton
+
         mask: Tensor = causal_lower_right(num_queries, num_keys)
     else:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)

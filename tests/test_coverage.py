@@ -82,4 +82,4 @@ def test_the_readme_says_what_the_results_say():
 def test_the_table_of_models_is_markdown():
     errors = {"tp=2": Errors(0.0, 3e-15, "w"), "tp=4": Errors(1e-16, 2e-15, "w")}
     lines = table([Row("Llama", 138, 0.0021, 0.0, errors)]).splitlines()
-    assert lines[2] == "| Llama | 138 | 0.2% | 0.0% | 0e+00 / 3e-15 | 1e-16 / 2e-15 |"
+    assert lines[2] == "| Llama | 138 | 0.2% | 0.0% | 0e+00 / 3e-15 | 1e-16 / 2e-15 |  |  |  |"

@@ -73,18 +73,20 @@ class TensorReader(ABC):
         """The elements `box` of a full tensor, all of them if None; reads only what it needs."""
         record = self.record(tensor)
         wanted = whole(record.shape) if box is None else box
-        out = torch.empty(wanted.sizes, dtype=record.dtype)
-        left, found = wanted.numel, list[Box]()
+        left, found = wanted.numel, list[tuple[Slice, Box]]()
         for piece in self.slices(tensor, record) if left else ():
             common = piece.box.intersect(wanted)
             if common is not None:
-                value = self.read_slice(record, piece, common.inside(piece.box))
-                common.inside(wanted).of(out).copy_(value)
-                found.append(common.inside(wanted))
+                found.append((piece, common))
                 left -= common.numel
                 if left <= 0:
                     break
-        check_cover(found, whole(wanted.sizes), f"{self.where}: {tensor}")
+        held = [common.inside(wanted) for _, common in found]
+        check_cover(held, whole(wanted.sizes), f"{self.where}: {tensor}")
+        # Not before: a damaged manifest may speak of any size.
+        out = torch.empty(wanted.sizes, dtype=record.dtype)
+        for (piece, common), place in zip(found, held, strict=True):
+            place.of(out).copy_(self.read_slice(record, piece, common.inside(piece.box)))
         return out
 
     @property
