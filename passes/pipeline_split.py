@@ -13,7 +13,7 @@ from torch import fx
 from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.balance import balance
-from ilm_compile.passes.base import Pass
+from ilm_compile.passes.base import Pass, check_hardware
 from ilm_compile.passes.cut_points import crossing_bytes, cut_points
 from ilm_compile.passes.cuts_like import cuts_like
 from ilm_compile.passes.node_cost import step_seconds
@@ -45,9 +45,7 @@ class PipelineSplit(Pass):
     def __post_init__(self) -> None:
         if self.num_stages < 1:
             raise PlanError(f"{self.name}: num_stages must be positive, got {self.num_stages}")
-        if self.hardware not in HARDWARE:
-            known = ", ".join(HARDWARE)
-            raise PlanError(f"{self.name}: unknown hardware {self.hardware!r}, known are {known}")
+        check_hardware(self.name, self.hardware)
 
     def apply(self, program: Program) -> None:
         clones = parameter_free_nodes(program)

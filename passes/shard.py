@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import PlanError
-from ilm_compile.passes.base import Pass
+from ilm_compile.passes.base import Pass, check_hardware
 from ilm_compile.passes.expert_rows import name_expert_rows
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.expert_rows import OPERAND, ROUTES, route
@@ -27,7 +26,6 @@ from ilm_compile.program.program import Program
 from ilm_compile.program.values import map_tensors
 from ilm_compile.sharding import Restrictions, Solution, Strategy, solve
 from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.rules_experts import offsets_of
 from ilm_compile.sharding.strategy import global_call
 
 Collectives = dict[tuple[fx.Node, Placement], fx.Node]
@@ -47,9 +45,7 @@ class Shard(Pass):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise PlanError(f"{self.name}: size must be positive, got {self.size}")
-        if self.hardware not in HARDWARE:
-            known = ", ".join(HARDWARE)
-            raise PlanError(f"{self.name}: unknown hardware {self.hardware!r}, known are {known}")
+        check_hardware(self.name, self.hardware)
 
     @abstractmethod
     def prepare(self, program: Program) -> Restrictions:
@@ -69,7 +65,6 @@ class Shard(Pass):
             program.decisions.append(f"{self.name}: {short}")
             return
         axis = program.plan.axis(self.axis)
-        offsets = offsets_of(program.graph)
         solution = solve(program, axis, restrictions=restrictions, hardware=self.hardware)
         warnings = self.foresee(program, solution)
         calls = {node: global_call(node, axis) for node in solution.strategies}
@@ -79,6 +74,7 @@ class Shard(Pass):
             if node.op == "get_attr":
                 program.variables[str(node.target)].layout = node.meta["layout"]
         collectives: Collectives = {}
+        offsets = solution.search.offsets
         for node, strategy in solution.strategies.items():
             node.target, node.args, node.kwargs = localize(calls[node], strategy, axis.name)
             _redistribute_inputs(program, node, strategy, collectives, axis, offsets)

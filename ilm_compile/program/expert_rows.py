@@ -19,8 +19,6 @@ from ilm_compile.errors import PlacementError
 from ilm_compile.program.communicator import Communicator, ShapeCommunicator, communicator
 from ilm_compile.program.placement import Placement
 
-aten = torch.ops.aten
-
 
 def expert_order(experts: Tensor) -> Tensor:
     """Return the order (n,) in which rows lie when sorted by `experts` (n,); equal ones stay."""
@@ -80,7 +78,8 @@ def _placed_back(rows: Tensor, order: Tensor) -> Tensor:
 class _Groups:
     """Which rows go where: `offsets` (experts,) end each expert's rows here.
 
-    sent, received: numbers of rows by rank. kept: start and end of those of this rank's experts.
+    sent, received: numbers of rows by rank. offsets: the ends of the rows of this rank's experts,
+    once `order` has sorted what arrives.
     """
 
     def __init__(self, offsets: Tensor, comm: Communicator) -> None:
@@ -140,8 +139,7 @@ def _taken_offsets(x: Tensor, offsets: Tensor, comm: Communicator) -> Tensor:
 
 
 Route = Callable[[Tensor, Tensor, Communicator], Tensor]
-# As `TRANSITIONS`: name, what is done to the value, what to its gradient; of the offsets alone,
-# which have no gradient, a third that stands for the first.
+# As `TRANSITIONS`: name, what is done to the value, what to its gradient; counts have none.
 ROUTES: dict[tuple[str, str], tuple[str, Route, Route]] = {
     ("T", "D"): ("dispatch", _dispatch, _combine),
     ("D", "T"): ("combine", _combine, _dispatch),
@@ -153,7 +151,6 @@ OPERAND = {  # how the offsets lie by which a value is moved
     **dict.fromkeys([("T", "D"), ("D", "T"), ("C", "D")], "C"),
     **dict.fromkeys([("R", "E"), ("E", "P")], "R"),
 }
-
 SENT = {pair for pair, kind in OPERAND.items() if kind == "C"}  # what is more than a local move
 
 
@@ -179,13 +176,14 @@ def route(x: Tensor, offsets: Tensor, src: str, dst: str, axis: str) -> Tensor:
     placements D and E depends on the batch. Raises `PlacementError` for a pair that is no row of
     `ROUTES`.
     """
-    pair = Placement.parse(src).kind, Placement.parse(dst).kind
+    source, target = Placement.parse(src), Placement.parse(dst)
+    pair = source.kind, target.kind
     if pair not in ROUTES:
         raise PlacementError(f"route: no transition from {src} to {dst} on axis {axis!r}")
     comm = communicator(axis)
     if isinstance(comm, ShapeCommunicator):
-        whole = Placement.parse(src).global_shape(x.shape, comm.size)
-        return x.new_empty(Placement.parse(dst).local_shape(whole, comm.size))
+        whole = source.global_shape(x.shape, comm.size)
+        return x.new_empty(target.local_shape(whole, comm.size))
     _, forward, backward = ROUTES[pair]
     if x is offsets:
         return (_taken_offsets if pair[1] == "E" else forward)(x, offsets, comm)

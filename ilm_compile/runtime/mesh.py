@@ -178,7 +178,7 @@ class Mesh:
         if timeout is None:
             seconds = os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S)
             timeout = timedelta(seconds=float(seconds))
-        started = dist.is_initialized() or "WORLD_SIZE" in os.environ
+        started = _is_started()
         plan = fit_world(plan)
         world_size = plan.ranks_per_replica * (plan.dp or 1)
         place = choose_device(device)
@@ -313,6 +313,10 @@ def _device_mesh(
     )
 
 
+def _is_started() -> bool:
+    return dist.is_initialized() or "WORLD_SIZE" in os.environ
+
+
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -322,7 +326,7 @@ def fit_world(plan: Plan) -> Plan:
 
     Makes no process group. Raises `PlanError` if the world does not fit.
     """
-    started = dist.is_initialized() or "WORLD_SIZE" in os.environ
+    started = _is_started()
     world_size = dist.get_world_size() if dist.is_initialized() else _world_size()
     needed = plan.ranks_per_replica * (plan.dp or 1)
     sizes = {"tp": plan.tp, "pp": plan.pp, **plan.axes, "dp": plan.dp or 1}

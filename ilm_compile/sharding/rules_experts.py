@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.cost.nodes import op_name
 from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
 from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
 from ilm_compile.program.values import shapes_of, tensors_of
@@ -46,29 +47,20 @@ def offsets_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """
     found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and _name(node) in GROUPED:
+        if node.op == "call_function" and op_name(node) in GROUPED:
             offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
-            if isinstance(offsets, fx.Node) and all(u.target is unsort_rows for u in _ends(node)):
-                found |= dict.fromkeys([*_between(node), offsets], offsets)
+            if isinstance(offsets, fx.Node) and (between := _between(node)):
+                found |= dict.fromkeys([*between, offsets], offsets)
     return found
 
 
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema else ""
-
-
-def _ends(node: fx.Node) -> list[fx.Node]:
-    """Return where the rows that a product makes leave their order."""
-    after = _walk([node], lambda n: [] if n.target is unsort_rows else list(n.users))
-    ends = [n for n in after if n.target is unsort_rows]
-    return ends or [node]
-
-
 def _between(node: fx.Node) -> set[fx.Node]:
-    """Return the rows that lead to a grouped product or follow from it."""
+    """Return the rows that lead to a grouped product or follow from it; none if none come back."""
     rows = node.meta["val"].shape[0]
-    after = _walk([node], lambda n: [u for u in n.users if u.target is not unsort_rows])
+    reached = _walk([node], lambda n: [] if n.target is unsort_rows else list(n.users))
+    after = {n for n in reached if n.target is not unsort_rows}
+    if after == reached:
+        return set()
     before = _walk(
         list(after),
         lambda n: [] if n.target is sort_rows else [x for x in n.all_input_nodes if _rows(x, rows)],
@@ -156,7 +148,7 @@ def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((C,), C)
         if out.kind not in KINDS:
             continue
-        if _name(call.node) in GROUPED:
+        if op_name(call.node) in GROUPED:
             yield from _grouped(call, out)
         elif call.target is aten.index.Tensor:
             if len(call.args[1]) == 1 and [len(s) for s in call.shapes[1:]] == [1]:

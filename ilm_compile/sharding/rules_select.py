@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from ilm_compile.cost.nodes import op_name
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
@@ -73,13 +74,8 @@ _VIEWS = ("aten::transpose", "aten::permute", "aten::to")
 def _is_weight(node: fx.Node) -> bool:
     """Whether a value is a variable or a view of one."""
     return node.op == "get_attr" or (
-        _name(node) in _VIEWS and all(map(_is_weight, node.all_input_nodes))
+        op_name(node) in _VIEWS and all(map(_is_weight, node.all_input_nodes))
     )
-
-
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema else ""
 
 
 def is_expert_weight(node: fx.Node) -> bool:
@@ -87,7 +83,7 @@ def is_expert_weight(node: fx.Node) -> bool:
     if not _is_weight(node) or len(node.meta["val"].shape) != 3:
         return False
     return bool(node.users) and all(
-        _name(user) in GROUPED + _BATCHED or is_expert_weight(user) for user in node.users
+        op_name(user) in GROUPED + _BATCHED or is_expert_weight(user) for user in node.users
     )
 
 

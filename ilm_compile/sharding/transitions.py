@@ -136,26 +136,19 @@ def transition_time(
     val = node.meta["val"]
     num_bytes = val.numel() * (ELEMENT_BYTES if val.is_floating_point() else val.element_size())
     if (source.kind, target.kind) in ROUTES:
-        return _route_time(num_bytes, source, target, size, hardware, has_gradient)
+        is_sent = (source.kind, target.kind) in SENT
+        return TIE + (1 + has_gradient) * _route_time(is_sent, num_bytes, size, hardware)
     _, forward, backward = TRANSITIONS[source.kind, target.kind]
     moves = (forward, backward) if has_gradient else (forward,)
     dims = [p.dim for p in (source, target) if p.is_shard]
     return TIE + sum(_move_time(move, num_bytes, dims, size, hardware) for move in moves)
 
 
-def _route_time(
-    num_bytes: float,
-    source: Placement,
-    target: Placement,
-    size: int,
-    hardware: Hardware,
-    has_gradient: bool,
-) -> float:
-    """Return the seconds of moving rows of experts, even shares assumed: see `ROUTES`."""
+def _route_time(is_sent: bool, num_bytes: float, size: int, hardware: Hardware) -> float:
+    """Return the seconds of moving rows of experts one way, even shares assumed: see `ROUTES`."""
     copied = num_bytes / size / hardware.usable_bandwidth + hardware.kernel_overhead_s
-    if (source.kind, target.kind) in SENT:
-        copied += collective_time("all_to_all", num_bytes, size, hardware)
-    return TIE + copied * (1 + has_gradient)
+    sent = collective_time("all_to_all", num_bytes, size, hardware) if is_sent else 0.0
+    return copied + sent
 
 
 def _move_time(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.cost.nodes import op_name
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
 from ilm_compile.program.placement import Placement, S, join_shards, rows_of, split_shards
 from ilm_compile.program.values import tensors_of
@@ -80,8 +81,7 @@ def provable(call: Call, found: list[Strategy]) -> list[Strategy]:
 
 
 def _is_proven_as_a_whole(call: Call) -> bool:
-    schema = getattr(call.target, "_schema", None)
-    return call.target in AS_A_WHOLE or (schema is not None and schema.name in GROUPED)
+    return call.target in AS_A_WHOLE or op_name(call.node) in GROUPED
 
 
 def _has_rows(strategy: Strategy) -> bool:
