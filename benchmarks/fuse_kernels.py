@@ -39,7 +39,7 @@ from benchmarks.common import (
 )
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
-from ilm_compile.verify.promote import promoted_float32
+from ilm_compile.proof.promote import promoted_float32
 from tests.support.zoo import full_model, listed_model
 
 LAYERS, ROWS, TOKENS, VOCAB = 4, 2, 16, 512

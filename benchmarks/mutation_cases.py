@@ -21,9 +21,9 @@ from ilm_compile.passes import run_passes, standard_passes
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.trace import trace
-from ilm_compile.verify import zoo
-from ilm_compile.verify.mutations import Trial
-from ilm_compile.verify.subject import schedule_of
+from ilm_compile.proof import zoo
+from ilm_compile.proof.mutations import Trial
+from ilm_compile.proof.subject import schedule_of
 from tests.support.zoo import small_model
 
 ROWS, SEQ, LONG = 2, 24, 264

@@ -1,6 +1,6 @@
 """Breaks compiled programs on purpose: `python -m benchmarks.mutations`.
 
-Every fault of `ilm_compile.verify.mutate_program` and `mutate_schedule`, at evenly spread places of
+Every fault of `ilm_compile.proof.mutate_program` and `mutate_schedule`, at evenly spread places of
 each program, in any of its blocks, for the models and plans of `benchmarks.mutation_cases`; each
 mutant is shown to every layer of the proof:
 
@@ -38,16 +38,16 @@ import ilm_compile
 from benchmarks.common import RESULTS, make_console, save_json
 from benchmarks.mutation_cases import CASES, make_trial
 from benchmarks.torch_schedules import refusal
-from ilm_compile.schedule import Schedule, build
-from ilm_compile.schedule import check as check_schedule
-from ilm_compile.verify import mutate_schedule
-from ilm_compile.verify.mutations import (
+from ilm_compile.proof import mutate_schedule
+from ilm_compile.proof.mutations import (
     LAYERS,
     Verdict,
     judge_all,
     program_mutants,
     schedule_mutants,
 )
+from ilm_compile.schedule import Schedule, build
+from ilm_compile.schedule import check as check_schedule
 
 REASONS = {
     "drop a recompute boundary": "memory only: the same values are kept instead of computed again",

@@ -39,7 +39,7 @@ from benchmarks.outside.table import (
 )
 from benchmarks.outside.train import STEPS, Trained, train_both
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.verify.promote import promoted_float32
+from ilm_compile.proof.promote import promoted_float32
 from tests.support.world import World, WorldError
 
 SAVED = RESULTS / "outside_models.json"

@@ -31,8 +31,8 @@ from ilm_compile.program.diff import diff
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
+from ilm_compile.proof.check_pass import check_pass
 from ilm_compile.sharding import Call, Strategy, rule
-from ilm_compile.verify.check_pass import check_pass
 
 aten = torch.ops.aten
 

@@ -20,6 +20,22 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
+from ilm_compile.proof import translation as _translation  # noqa: F401 - validate="numerics"
+from ilm_compile.proof.bounds import check_bounds
+from ilm_compile.proof.capture import model_step
+from ilm_compile.proof.compare import Comparison, compare
+from ilm_compile.proof.dtypes import check_dtypes
+from ilm_compile.proof.exact import exact
+from ilm_compile.proof.fit import fits_whole
+from ilm_compile.proof.graph_steps import graph_steps, without_dropout
+from ilm_compile.proof.inputs import LEVELS, corner_batch
+from ilm_compile.proof.precision import check_precision
+from ilm_compile.proof.promote import promoted_float32
+from ilm_compile.proof.report import Check, Report
+from ilm_compile.proof.static import check_variables
+from ilm_compile.proof.subject import Subject
+from ilm_compile.proof.values import check_values
+from ilm_compile.proof.weights import tensors_for
 from ilm_compile.runtime.forms import dress
 from ilm_compile.shapes import (
     Shapes,
@@ -31,22 +47,6 @@ from ilm_compile.shapes import (
     shown,
 )
 from ilm_compile.sharding.loss_terms import check_loss
-from ilm_compile.verify import translation as _translation  # noqa: F401 - validate="numerics"
-from ilm_compile.verify.bounds import check_bounds
-from ilm_compile.verify.capture import model_step
-from ilm_compile.verify.compare import Comparison, compare
-from ilm_compile.verify.dtypes import check_dtypes
-from ilm_compile.verify.exact import exact
-from ilm_compile.verify.fit import fits_whole
-from ilm_compile.verify.graph_steps import graph_steps, without_dropout
-from ilm_compile.verify.inputs import LEVELS, corner_batch
-from ilm_compile.verify.precision import check_precision
-from ilm_compile.verify.promote import promoted_float32
-from ilm_compile.verify.report import Check, Report
-from ilm_compile.verify.static import check_variables
-from ilm_compile.verify.subject import Subject
-from ilm_compile.verify.values import check_values
-from ilm_compile.verify.weights import tensors_for
 
 
 def verify(
@@ -77,12 +77,12 @@ def verify(
        are regions of equal calls, constants, buffers, placements and trained weights. They are run
        at their own size, or where that is too large with sizes made smaller in both graphs;
     4. precision: under a compute dtype, the rounding of every node against that of the products
-       alone (see `ilm_compile.verify.precision`);
+       alone (see `ilm_compile.proof.precision`);
     5. step: two optimizer steps of all ranks, emulated in this process by the runtime's own code
        and schedule, against the traced graph's: loss, outputs, every gradient, their norm, weights;
     6. bisect: on a difference, the first pass that makes one, and its first node.
 
-    Batches reach every corner (see `ilm_compile.verify.inputs`); dropout is on, with the plan's
+    Batches reach every corner (see `ilm_compile.proof.inputs`); dropout is on, with the plan's
     masks. No process group, GPU or weight is needed. Never raises for a plan that fails: see
     `Report.failures` and `Report.raise_if_failed`.
     """

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from ilm_compile.cost import HARDWARE, forward_flops
 from ilm_compile.errors import PlanError
-from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.layout import sharded_over
 from ilm_compile.program.placement import Placement, R, S
 from ilm_compile.program.plan import ATTENTION_WAYS
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite.kv_heads import fit_heads
 from ilm_compile.sharding import Restrictions, Solution
 from ilm_compile.sharding.rules_attention import HEAD_DIM, LOCAL_FORMS, TOKEN_DIM
 from ilm_compile.sharding.strategy import Strategy, tensor_inputs
@@ -37,7 +37,6 @@ class ContextParallel(Shard):
 
     name: ClassVar[str] = "context-parallel"
     axis: ClassVar[str] = "cp"
-    instead_of_heads: ClassVar[str] = ", or cp_attention='queries'"
     requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     after: ClassVar[frozenset[str]] = frozenset({sharded_over("tp"), sharded_over("ep")})
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded", sharded_over("cp")})
@@ -68,9 +67,10 @@ class ContextParallel(Shard):
                 f"{uneven[0]} tokens of an attention; make them a multiple of {self.size}"
             )
         if self.attention != "queries":
-            must = self.attention == "heads"
-            pays = partial(_heads_pay, step=self)
-            fit_heads(program, self, must_divide=must, **({} if must else {"pays": pays}))
+            how: dict[str, Any] = {"pays": partial(_heads_pay, step=self)}
+            if self.attention == "heads":
+                how = {"instead": ", or cp_attention='queries'"}
+            fit_heads(program, self.axis, self.size, name=self.name, **how)
         folded = frozenset(n for n in lengths if n % (2 * self.size) == 0)
         return Restrictions(
             name=self.name,

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from ilm_compile.passes.kv_heads import fit_heads
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.expert_rows import ROUTES, route, route_of, sort_rows
 from ilm_compile.program.layout import EXPERT_AXIS, sharded_over
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite.kv_heads import fit_heads
 from ilm_compile.sharding import Restrictions, Solution
 
 BYTES = 2  # of a number, as plans are made for bfloat16
@@ -37,7 +37,7 @@ class ExpertParallel(Shard):
 
     def prepare(self, program: Program) -> Restrictions:
         """Repeat key heads where the query heads divide; what does not divide is gathered."""
-        fit_heads(program, self, must_divide=False)
+        fit_heads(program, self.axis, self.size, name=self.name)
         return Restrictions(name=self.name, rows=True, dispatch=self.dispatch)
 
     def report(self, program: Program, solution: Solution, num_collectives: int) -> None:

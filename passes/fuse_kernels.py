@@ -14,12 +14,12 @@ from typing import ClassVar, Literal
 
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
-from ilm_compile.passes.fuse_norm import fuse_norms
-from ilm_compile.passes.fuse_rotary import fuse_rotaries
-from ilm_compile.passes.fuse_swiglu import fuse_swiglus
-from ilm_compile.passes.fusion import Found
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite.fuse_norm import fuse_norms
+from ilm_compile.rewrite.fuse_rotary import fuse_rotaries
+from ilm_compile.rewrite.fuse_swiglu import fuse_swiglus
+from ilm_compile.rewrite.fusion import Found
 
 PATTERNS: dict[str, Callable[[Program], Found]] = {
     "rms_norm": fuse_norms,

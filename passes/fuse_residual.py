@@ -15,7 +15,12 @@ from torch import fx
 
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.fuse_kernels import report
-from ilm_compile.passes.fusion import (
+from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.dump import target_name
+from ilm_compile.program.layout import layout_of
+from ilm_compile.program.program import Program
+from ilm_compile.program.values import STANDS_FOR, name_of
+from ilm_compile.rewrite.fusion import (
     Found,
     Left,
     args,
@@ -28,11 +33,6 @@ from ilm_compile.passes.fusion import (
     is_mutated,
     shape,
 )
-from ilm_compile.program.collectives import redistribute
-from ilm_compile.program.dump import target_name
-from ilm_compile.program.layout import layout_of
-from ilm_compile.program.program import Program
-from ilm_compile.program.values import STANDS_FOR, name_of
 
 OP = "add_rms_norm"
 BETWEEN = (redistribute, aten.to.dtype)

@@ -11,11 +11,11 @@ from itertools import groupby
 from torch import fx
 
 from ilm_compile.errors import ProgramError
-from ilm_compile.passes.stage_module import Segment, build_stage
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
 from ilm_compile.program.layout import TOKEN_AXES, layout_of, sharded_over
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite.stage_module import Segment, build_stage
 
 
 def lower(program: Program) -> LoweredProgram:

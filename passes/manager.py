@@ -76,7 +76,7 @@ def _validate_nothing(step: Pass, program: Program) -> AbstractContextManager[No
     return nullcontext()
 
 
-# "numerics" is added by `ilm_compile.verify.translation`, which knows how to run programs.
+# "numerics" is added by `ilm_compile.proof.translation`, which knows how to run programs.
 VALIDATORS: dict[str | None, Validator] = {"types": validate_types, None: _validate_nothing}
 
 

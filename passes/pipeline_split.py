@@ -12,13 +12,13 @@ from torch import fx
 
 from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import PlanError
-from ilm_compile.passes.balance import balance
 from ilm_compile.passes.base import Pass, check_hardware
-from ilm_compile.passes.cut_points import crossing_bytes, cut_points
-from ilm_compile.passes.cuts_like import cuts_like
-from ilm_compile.passes.node_cost import step_seconds
-from ilm_compile.passes.parameter_free import parameter_free_nodes
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite.balance import balance
+from ilm_compile.rewrite.cut_points import crossing_bytes, cut_points
+from ilm_compile.rewrite.cuts_like import cuts_like
+from ilm_compile.rewrite.node_cost import step_seconds
+from ilm_compile.rewrite.parameter_free import parameter_free_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass, check_hardware
-from ilm_compile.passes.expert_rows import name_expert_rows
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.expert_rows import OPERAND, ROUTES, route
 from ilm_compile.program.layout import MeshAxis, layout_of
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import map_tensors
+from ilm_compile.rewrite.expert_rows import name_expert_rows
 from ilm_compile.sharding import Restrictions, Solution, Strategy, solve
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.strategy import global_call
@@ -36,7 +36,6 @@ class Shard(Pass):
     """Shard the program over the `size` ranks of one axis; equal up to the order of sums."""
 
     axis: ClassVar[str]
-    instead_of_heads: ClassVar[str] = ""  # what else could be done where heads do not divide
     tolerance: ClassVar[float] = 1e-10
 
     size: int

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import ClassVar
 
-from ilm_compile.passes.kv_heads import fit_heads
-from ilm_compile.passes.pad_vocabulary import pad_vocabulary
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.layout import sharded_over
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite.kv_heads import fit_heads
+from ilm_compile.rewrite.pad_vocabulary import pad_vocabulary
 from ilm_compile.sharding import Restrictions, Solution
 from ilm_compile.sharding.forced import forced_whole
 from ilm_compile.sharding.strategy import aten, has_rule
@@ -36,7 +36,7 @@ class TensorParallel(Shard):
 
     def prepare(self, program: Program) -> Restrictions:
         """Repeat key heads and pad the vocabulary so that both divide."""
-        fit_heads(program, self, must_divide=True)
+        fit_heads(program, self.axis, self.size, name=self.name, instead="")
         pad_vocabulary(program, self.size)
         return Restrictions(
             name=self.name,

@@ -10,7 +10,7 @@ import torch
 
 from examples import custom_pass
 from ilm_compile.errors import PlanError
-from ilm_compile.verify.check_pass import PassCheck
+from ilm_compile.proof.check_pass import PassCheck
 from tests.sharding.proof import all_strategies, make_call, prove
 
 ROOT = Path(__file__).resolve().parents[1]

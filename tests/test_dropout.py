@@ -8,9 +8,9 @@ import torch
 import ilm_compile
 from ilm_compile.compile import make_schedule
 from ilm_compile.passes import lower
-from ilm_compile.verify.emulate import emulate
-from ilm_compile.verify.promote import promoted_float32
-from ilm_compile.verify.reference import random_batch
+from ilm_compile.proof.emulate import emulate
+from ilm_compile.proof.promote import promoted_float32
+from ilm_compile.proof.reference import random_batch
 
 INPUTS = {name: ((2, 16), torch.int64) for name in ("input_ids", "labels")}
 

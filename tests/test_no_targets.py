@@ -9,7 +9,7 @@ import ilm_compile
 from ilm_compile import BatchError, models
 from ilm_compile.compile import make_schedule
 from ilm_compile.passes import lower
-from ilm_compile.verify.emulate import emulate
+from ilm_compile.proof.emulate import emulate
 from tests.support.models import random_tokens, randomize_
 from tests.support.promote import to_float64
 

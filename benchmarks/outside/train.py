@@ -12,8 +12,8 @@ from torch.nn.utils import clip_grad_norm_
 import ilm_compile
 from benchmarks.outside.entry import Batch, Outside
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.proof.promote import promoted_float32
 from ilm_compile.runtime.optimizer import adamw
-from ilm_compile.verify.promote import promoted_float32
 
 STEPS = 5
 LEARNING_RATE = 1e-3

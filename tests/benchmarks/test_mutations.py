@@ -12,9 +12,9 @@ from benchmarks.mutation_cases import CASES, make_trial
 from benchmarks.mutations import Judged
 from benchmarks.torch_schedules import refusal
 from ilm_compile.errors import ScheduleError
+from ilm_compile.proof import mutate_program
+from ilm_compile.proof.mutations import Verdict
 from ilm_compile.schedule import build, check
-from ilm_compile.verify import mutate_program
-from ilm_compile.verify.mutations import Verdict
 
 JUDGED = [
     Judged("a case", Verdict("scale a gradient", "here", {"step": "no"}, 1.0)),

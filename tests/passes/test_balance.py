@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from ilm_compile.passes.balance import balance
+from ilm_compile.rewrite.balance import balance
 
 
 def run_costs(costs: list[float], cuts: list[int]) -> list[float]:

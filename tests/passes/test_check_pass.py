@@ -16,8 +16,8 @@ from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.placement import S
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
-from ilm_compile.verify import zoo
-from ilm_compile.verify.check_pass import PassCheck, check_pass, make_batch
+from ilm_compile.proof import zoo
+from ilm_compile.proof.check_pass import PassCheck, check_pass, make_batch
 from tests.support.layouts import placed
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from ilm_compile.kernels import attention
 from ilm_compile.models.rotary import even_then_odd, rotate
 from ilm_compile.passes import FuseKernels
 from ilm_compile.program.dump import target_name
-from ilm_compile.verify import zoo as small
+from ilm_compile.proof import zoo as small
 from tests.program.execute import run_program
 from tests.support.fused import (
     ADD_NORM,

@@ -12,8 +12,8 @@ from ilm_compile.passes import FuseKernels, FuseResidual
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
-from ilm_compile.verify import zoo as small
-from ilm_compile.verify.check_pass import check_pass
+from ilm_compile.proof import zoo as small
+from ilm_compile.proof.check_pass import check_pass
 from tests.program.execute import run_program
 from tests.support.fused import (
     INPUTS,

@@ -15,7 +15,7 @@ from ilm_compile.models import internlm2_tiny
 from ilm_compile.passes import Pass, replace_parameters, run_passes
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
-from ilm_compile.verify.check_pass import check_pass
+from ilm_compile.proof.check_pass import check_pass
 from tests.support.world import World
 
 PLAN = {"tp": 2, "pp": 2, "num_microbatches": 2}

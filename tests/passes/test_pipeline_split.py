@@ -8,10 +8,10 @@ from ilm_compile.cost import HARDWARE
 from ilm_compile.errors import PlanError
 from ilm_compile.models import internlm2_tiny, internlm_tiny
 from ilm_compile.passes import ActivationCheckpoint, PipelineSplit, lower, run_passes
-from ilm_compile.passes.cut_points import crossing_bytes
-from ilm_compile.passes.node_cost import step_seconds
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
+from ilm_compile.rewrite.cut_points import crossing_bytes
+from ilm_compile.rewrite.node_cost import step_seconds
 from tests.support.tiny_model import HIDDEN, SEQ, TinyTransformer
 
 

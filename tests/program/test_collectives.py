@@ -9,7 +9,7 @@ from ilm_compile.errors import PlacementError
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.placement import I, P, Placement, R, S
-from ilm_compile.verify.threads import run_ranks
+from ilm_compile.proof.threads import run_ranks
 from tests.sharding.proof import gather, gradient_placement, scatter
 
 SHAPE = (8, 12, 4)

@@ -13,8 +13,8 @@ from ilm_compile.errors import TraceError
 from ilm_compile.program.placement import R, S
 from ilm_compile.program.trace import trace
 from tests.program.execute import Apply, trace_and_compare
+from tests.proof.small import INPUTS
 from tests.support.layouts import placed
-from tests.verify.small import INPUTS
 
 
 class Square(Function):

@@ -6,10 +6,10 @@ from torch import nn
 
 import ilm_compile
 from ilm_compile.errors import ProgramError, TraceError, VerificationError
-from ilm_compile.passes.parameters import replace_parameters
 from ilm_compile.program.trace import trace
+from ilm_compile.proof import static
+from ilm_compile.rewrite.parameters import replace_parameters
 from ilm_compile.runtime.shard import Shard
-from ilm_compile.verify import static
 from tests.program.training import LM, VOCAB, WIDTH, assert_trains_equal, tokens
 
 MASK = torch.arange(WIDTH)[:, None] % 2

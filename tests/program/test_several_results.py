@@ -12,15 +12,15 @@ import ilm_compile
 from ilm_compile.errors import ProgramError
 from ilm_compile.kernels import add_rms_norm
 from ilm_compile.passes import lower
-from ilm_compile.passes.cut_points import crossing_bytes
 from ilm_compile.program.check import check_structure
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.diff import diff
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
 from ilm_compile.program.values import is_tuple, shapes_of
-from ilm_compile.verify.exact import exact
-from ilm_compile.verify.values import check_values
+from ilm_compile.proof.exact import exact
+from ilm_compile.proof.values import check_values
+from ilm_compile.rewrite.cut_points import crossing_bytes
 from tests.program.execute import run_model, run_program
 from tests.support.layouts import placed
 

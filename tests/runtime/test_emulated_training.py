@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from ilm_compile.program.plan import Plan
+from ilm_compile.proof.emulate import Step, emulate
+from ilm_compile.proof.emulated_rank import EPSILON, LEARNING_RATE
 from ilm_compile.schedule import Action, Schedule, build, check, insert_comms
-from ilm_compile.verify.emulate import Step, emulate
-from ilm_compile.verify.emulated_rank import EPSILON, LEARNING_RATE
 from tests.runtime.handmade import ROWS, lower_by_hand, make_batch, make_model
 
 MAX_NORM = 0.03

@@ -16,7 +16,7 @@ from ilm_compile.errors import PlacementError
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
 from ilm_compile.program.placement import Placement, S, join_shards, rows_of, split_shards
-from ilm_compile.verify.threads import run_ranks
+from ilm_compile.proof.threads import run_ranks
 
 TOKENS, HIDDEN, FFN, EXPERTS, BOUND = 16, 6, 8, 4, 1e-12
 AXIS = "ep"

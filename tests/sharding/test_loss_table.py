@@ -14,9 +14,9 @@ from ilm_compile import PlanError
 from ilm_compile.compile import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.program import Program
+from ilm_compile.proof.emulate import emulate
 from ilm_compile.runtime.batch import BatchLayout
 from ilm_compile.runtime.mesh import Axis
-from ilm_compile.verify.emulate import emulate
 from tests.sharding.losses import EQUAL, SEQ, WIDTH, batch, check, counted, flat, make, rows_of
 from tests.support.world import World
 

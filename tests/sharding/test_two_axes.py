@@ -17,12 +17,12 @@ from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.layout import Layout
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.values import map_tensors
+from ilm_compile.proof.numbers import gather, scatter
+from ilm_compile.proof.threads import run_ranks
 from ilm_compile.sharding import Strategy
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.other_axes import STANDS_FOR
 from ilm_compile.sharding.strategy import Call, global_call, plain_placements, strategies
-from ilm_compile.verify.numbers import gather, scatter
-from ilm_compile.verify.threads import run_ranks
 from tests.sharding.proof import (
     WITHOUT_GRADIENT,
     all_strategies,

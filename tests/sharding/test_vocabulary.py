@@ -11,9 +11,9 @@ from ilm_compile import partition
 from ilm_compile.compile import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.collectives import redistribute
-from ilm_compile.verify.compare import compare
-from ilm_compile.verify.emulate import emulate
-from ilm_compile.verify.reference import random_batch, single_device_step
+from ilm_compile.proof.compare import compare
+from ilm_compile.proof.emulate import emulate
+from ilm_compile.proof.reference import random_batch, single_device_step
 
 VOCAB, HIDDEN, ROWS, SEQ = 32, 8, 2, 6
 EXAMPLE = {name: ((ROWS, SEQ), torch.int64) for name in ("input_ids", "labels")}

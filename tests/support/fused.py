@@ -17,8 +17,8 @@ from ilm_compile.program.copy import copy_program
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
-from ilm_compile.verify import zoo as small
-from ilm_compile.verify.promote import promoted_float32
+from ilm_compile.proof import zoo as small
+from ilm_compile.proof.promote import promoted_float32
 from tests.support import zoo
 
 INPUTS = {name: ((2, 16), torch.int64) for name in ("input_ids", "labels")}

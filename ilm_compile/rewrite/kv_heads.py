@@ -1,0 +1,72 @@
+"""More tensor-parallel ranks than key-value heads: repeat the heads so that each rank has one.
+
+With tp=8 and 4 key-value heads, each head is repeated twice, next to itself: the query heads that
+rank r holds then find their key and value head on rank r. The repeated values are what HF's
+`repeat_kv` makes, cut by the search to the part a rank needs; the gradient of a repeated head is
+the sum over its copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import lcm
+
+from torch import fx
+
+from ilm_compile.errors import PlanError
+from ilm_compile.program.program import Program
+from ilm_compile.rewrite.edit import insert_before
+from ilm_compile.sharding.rules_attention import HEAD_DIM
+from ilm_compile.sharding.strategy import aten, tensor_inputs
+
+
+def fit_heads(
+    program: Program,
+    axis: str,
+    size: int,
+    *,
+    name: str,
+    instead: str | None = None,
+    pays: Callable[[fx.Node, int], bool] = lambda node, repeats: True,
+) -> None:
+    """Make every attention in `program` divisible by heads over `size` ranks of `axis`.
+
+    name: the pass that wants it. An attention whose query heads `size` does not divide is left
+    alone, or, where `instead` says what else can be done, refused with a `PlanError`. `pays`:
+    whether its heads are worth so many repeats.
+    """
+    for node in list(program.calls()):
+        if node.target not in HEAD_DIM or size == 1:
+            continue
+        dim = HEAD_DIM[node.target] % node.meta["val"].dim()
+        query, key, value = tensor_inputs(node)[:3]
+        heads, kv_heads = (int(n.meta["val"].shape[dim]) for n in (query, key))
+        if heads % size:
+            if instead is not None:
+                usable = [n for n in range(1, heads + 1) if heads % n == 0]
+                raise PlanError(
+                    f"{name}: {axis}={size} does not divide the {heads} attention heads of "
+                    f"{program.where(node)}; use one of {axis}={usable}{instead}"
+                )
+            continue
+        repeats = lcm(kv_heads, size) // kv_heads
+        if repeats > 1 and pays(node, repeats):
+            copies = {v: _repeat(program, v, node, dim, repeats) for v in {key: 0, value: 0}}
+            node.args = (query, copies[key], copies[value], *node.args[3:])
+            program.decisions.append(
+                f"{name}: each of the {kv_heads} key-value heads of "
+                f"{program.source(node).module_path} is repeated {repeats} times for {axis}={size}"
+            )
+
+
+def _repeat(program: Program, value: fx.Node, user: fx.Node, dim: int, repeats: int) -> fx.Node:
+    shape = list(value.meta["val"].shape)
+    expanded = [*shape[: dim + 1], repeats, *shape[dim + 1 :]]
+    merged = [*shape[:dim], shape[dim] * repeats, *shape[dim + 1 :]]
+    for target, argument in (
+        (aten.unsqueeze.default, dim + 1),
+        (aten.expand.default, expanded),
+        (aten.reshape.default, merged),
+    ):
+        value = insert_before(program, user, target, value, argument)
+    return value
