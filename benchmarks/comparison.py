@@ -9,7 +9,7 @@ from statistics import median
 
 from benchmarks.common import launch
 from benchmarks.plan_run import RankRun, Row, Settings, Timeline, run_plan
-from ilm_compile.compile import make_schedule
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.program.plan import Plan
 from ilm_compile.schedule.timeline import timeline
 

@@ -19,9 +19,9 @@ from torch.distributed import pipelining
 from torch.nn import functional
 
 from benchmarks.common import random_batch
-from ilm_compile.compile import make_plan, make_schedule, partition
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import internlm2_tiny
+from ilm_compile.partitioning import make_plan, make_schedule, partition
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import Boundary, LoweredProgram, Stage
 from ilm_compile.runtime import Mesh, Parallel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -214,7 +214,7 @@ def make_trial(name: str, plan: dict[str, Any]) -> Trial:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = case.build().float().train()
-    traced = trace(model, example_inputs=case.inputs, plan=settled)
+    traced = replace(trace(model, example_inputs=case.inputs), plan=settled)
     program = copy_program(traced)
     run_passes(program, standard_passes(settled))
     return Trial(traced, program, schedule_of(settled), model, dp)

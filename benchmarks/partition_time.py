@@ -27,14 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import ilm_compile.compile
+import ilm_compile.partitioning
 from benchmarks.common import RESULTS, make_console, make_model, save_json
 from ilm_compile.passes import shard
 
 SEQ = 4096
 # What is timed on its own: part -> where `partition` finds the function.
 PARTS: dict[str, tuple[Any, str]] = {
-    "trace": (ilm_compile.compile, "trace"),
+    "trace": (ilm_compile.partitioning, "trace"),
     "solve": (shard, "solve"),
     "apply": (shard.Shard, "apply"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ilm_compile
 from benchmarks.common import make_model, random_batch
 from benchmarks.observe import Observer
-from ilm_compile.compile import make_plan
+from ilm_compile.partitioning import make_plan
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import adamw
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.common import RESULTS, save_json
-from ilm_compile.compile import partition
+from ilm_compile.partitioning import partition
 from ilm_compile.program.trace import trace
 from tests.support.coverage import (
     EXAMPLE,

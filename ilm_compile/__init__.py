@@ -2,9 +2,6 @@
 
 from ilm_compile import models as models
 from ilm_compile import passes as passes
-from ilm_compile.compile import make_plan as make_plan
-from ilm_compile.compile import parallelize as parallelize
-from ilm_compile.compile import partition as partition
 from ilm_compile.config import Config as Config
 from ilm_compile.config import ConfigError as ConfigError
 from ilm_compile.config import load_config as load_config
@@ -18,8 +15,13 @@ from ilm_compile.errors import ScheduleError as ScheduleError
 from ilm_compile.errors import TraceError as TraceError
 from ilm_compile.errors import VerificationError as VerificationError
 from ilm_compile.models import MODEL_INITIALIZER as MODEL_INITIALIZER
+from ilm_compile.partitioning import compile as compile
+from ilm_compile.partitioning import make_plan as make_plan
+from ilm_compile.partitioning import parallelize as parallelize
+from ilm_compile.partitioning import partition as partition
 from ilm_compile.program.plan import Plan as Plan
 from ilm_compile.program.program import Program as Program
+from ilm_compile.program.trace import trace as trace
 from ilm_compile.prove import verify as verify
 from ilm_compile.runtime import Parallel as Parallel
 from ilm_compile.runtime import Trainer as Trainer

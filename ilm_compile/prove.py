@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ilm_compile.compile import make_plan
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.passes import Pass, lower, run_passes, standard_passes
-from ilm_compile.passes.master_weights import master_passes
+from ilm_compile.partitioning import make_plan
+from ilm_compile.passes import Pass, lower, run_passes
+from ilm_compile.passes.standard import plan_passes, with_passes
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
@@ -54,7 +54,7 @@ def verify(
     *,
     example_inputs: ExampleInputs | None = None,
     loss_fn: LossFn | None = None,
-    passes: Sequence[Pass] = (),
+    passes: Sequence[Pass | str] = (),
     plan: Plan | None = None,
     tolerance: float = 1e-10,
     shapes: Shapes = (),
@@ -107,7 +107,7 @@ class _Options:
     model: nn.Module
     dp: int
     loss_fn: LossFn | None
-    passes: Sequence[Pass]
+    passes: Sequence[Pass | str]
     tolerance: float
 
 
@@ -127,15 +127,16 @@ def _prove_shape(
     with proof.check("types") as note:
         settled = make_plan(plan, **keywords)
         settled = settled if like is None else plan_like(like, settled)
+        settled = with_passes(settled, options.passes, ())
         with _casts_of(model):
-            traced = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=settled)
+            traced = trace(model, example_inputs=example_inputs, loss_fn=loss_fn)
+        traced.plan = settled
         before = len(traced.warnings)
-        check_loss(traced, model, loss_fn, num_slices=settled.num_microbatches * dp)
+        check_loss(traced, num_slices=settled.num_microbatches * dp)
         is_additive = len(traced.warnings) == before  # no term that is per micro-batch by nature
         program = copy_program(traced)
-        passes = [*options.passes, *master_passes(program)]
-        every = [*standard_passes(settled), *passes]
-        run_passes(program, every if like is None else passes_like(like, every))
+        every = passes_like(like, plan_passes(program, options.passes))
+        run_passes(program, every, disable=settled.disable)
         check_values(program)
         check_variables(traced, program)
         check_dtypes(traced, program)
@@ -149,7 +150,7 @@ def _prove_shape(
     if proof.failures:
         return None
     proof.warnings += traced.warnings
-    subject = Subject(traced, program, model, dp, passes=passes)
+    subject = Subject(traced, program, model, dp, passes=options.passes)
     with proof.check("capture") as note:
         slices = subject.num_slices if is_additive else 1
         note(_capture(proof, subject, loss_fn, slices, options.tolerance))

@@ -77,8 +77,10 @@ def plan_like(first: Program, plan: Plan) -> Plan:
     return plan.replace(constraints=placed)
 
 
-def passes_like(first: Program, passes: Sequence[Pass]) -> list[Pass]:
-    """The passes that put each parameter into the stage where `first` has it."""
+def passes_like(first: Program | None, passes: Sequence[Pass]) -> list[Pass]:
+    """The passes that put each parameter into the stage where `first`, if any, has it."""
+    if first is None:
+        return list(passes)
     return [replace(p, like=first) if isinstance(p, PipelineSplit) else p for p in passes]
 
 

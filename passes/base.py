@@ -9,7 +9,7 @@ so a pass does not log, does not time itself and does not check what it wrote.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
 from ilm_compile.cost import HARDWARE
@@ -43,6 +43,16 @@ class Pass(ABC):
     ensures: ClassVar[frozenset[str]] = frozenset()
     numerics: ClassVar[Literal["preserving", "changing"]] = "preserving"
     tolerance: ClassVar[float] = 0.0
+
+    def __str__(self) -> str:
+        """The pass as a plan has it: its name, and the options that are not the default."""
+        options = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.default is MISSING or getattr(self, f.name) != f.default
+        }
+        written = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{self.name}{{{written}}}" if written else self.name
 
     @abstractmethod
     def apply(self, program: Program) -> None:

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 
 from ilm_compile.errors import PlanError, ProgramError
 from ilm_compile.passes.base import Pass
+from ilm_compile.passes.text import pass_types
 from ilm_compile.program.check import check_structure
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program
@@ -193,12 +193,6 @@ def _run(step: Pass, program: Program, validator: Validator) -> None:
 
 
 def _unmet(step: Pass, fact: str) -> str:
-    known = sorted({kind.__name__ for kind in _subclasses(Pass) if fact in kind.ensures})
+    known = sorted({kind.__name__ for kind in pass_types() if fact in kind.ensures})
     hint = f"add {' or '.join(known)}" if known else "no known pass does; trace() the model first"
     return f"passes: {step.name} requires {fact!r}, which no pass of the list ensures; {hint}"
-
-
-def _subclasses(kind: Any) -> Iterator[type[Pass]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -15,9 +16,12 @@ from ilm_compile.passes.expert_parallel import ExpertParallel
 from ilm_compile.passes.fuse_kernels import FuseKernels
 from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
+from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.passes.pipeline_split import PipelineSplit
 from ilm_compile.passes.tensor_parallel import TensorParallel
+from ilm_compile.passes.text import read_pass
 from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Program
 
 
 def can_run_triton() -> bool:
@@ -51,6 +55,29 @@ def settle_kernels(plan: Plan, device: torch.device) -> Plan:
 
 
 CASTS: dict[str, type[Pass]] = {"bfloat16": CastBF16, "float16": CastFP16}
+
+
+def plan_passes(program: Program, passes: Sequence[Pass | str] = ()) -> list[Pass]:
+    """Return every pass that the plan of `program` and `passes` ask for on this program."""
+    own = extra_passes(program.plan, passes)
+    return [*standard_passes(program.plan), *own, *master_passes(program)]
+
+
+def extra_passes(plan: Plan, passes: Sequence[Pass | str]) -> list[Pass]:
+    """Return the user's `passes` and those that `plan` names, a name that both have once."""
+    given = [read_pass(each) for each in passes]
+    names = {each.name for each in given}
+    return [each for each in map(read_pass, plan.passes) if each.name not in names] + given
+
+
+def with_passes(plan: Plan, passes: Sequence[Pass | str], disable: Collection[str]) -> Plan:
+    """Return `plan` with these written down in it."""
+    if isinstance(disable, str):
+        raise PlanError(f"passes: disable must be a collection of names, got {disable!r}")
+    return plan.replace(
+        passes=tuple(map(str, extra_passes(plan, passes))),
+        disable=tuple(sorted({*plan.disable, *disable})),
+    )
 
 
 def standard_passes(plan: Plan) -> list[Pass]:

@@ -7,7 +7,7 @@ import torch
 
 import ilm_compile
 from ilm_compile import BatchError, models
-from ilm_compile.compile import make_schedule
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.proof.emulate import emulate
 from tests.support.models import random_tokens, randomize_

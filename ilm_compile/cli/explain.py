@@ -6,9 +6,10 @@ Runs in one process and computes nothing: ilm-compile explain internlm2_7b --tp 
 import argparse
 
 from ilm_compile.cli.job import Job, add_job_arguments, read_job
-from ilm_compile.compile import partition
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.passes import order_passes, run_passes, standard_passes
+from ilm_compile.partitioning import partition
+from ilm_compile.passes import order_passes, run_passes
+from ilm_compile.passes.standard import plan_passes
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
 
@@ -38,10 +39,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _partition_until(last: str, job: Job) -> Program:
     """Trace, then run the passes up to the one named `last`."""
-    program = trace(
-        job.model, example_inputs=job.example_inputs, loss_fn=job.loss_fn, plan=job.plan
-    )
-    passes = order_passes(standard_passes(job.plan), program.facts)
+    program = trace(job.model, example_inputs=job.example_inputs, loss_fn=job.loss_fn)
+    program.plan = job.plan
+    passes = order_passes(plan_passes(program), program.facts)
     names = [TRACE, *(step.name for step in passes)]
     if last not in names:
         raise IlmCompileError(

@@ -5,8 +5,8 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from ilm_compile.compile import make_plan
 from ilm_compile.errors import PlanError
+from ilm_compile.partitioning import make_plan
 from ilm_compile.program.plan import Plan
 
 

@@ -41,6 +41,8 @@ class Plan:
         None  # rows are sent to their experts, or tokens gathered; None: by cost
     )
     constraints: tuple[tuple[str, str], ...] = ()  # parameter (or glob) to placement, "S(0)"
+    passes: tuple[str, ...] = ()  # of the user, beside those of the plan: "soft-cap{cap=30.0}"
+    disable: tuple[str, ...] = ()  # names of passes to leave out
     checkpoint: bool | float = False  # fraction of the blocks that recompute their activations
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
     zero: int = 1  # 1: shard gradients and optimizer state over dp, 3: parameters too
@@ -50,6 +52,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constraints", _read_constraints(self.constraints))
+        for name in ("passes", "disable"):
+            object.__setattr__(self, name, _read_texts(name, getattr(self, name)))
         for name in ("tp", "cp", "ep", "pp", "num_chunks", "num_microbatches"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -122,6 +126,13 @@ class Plan:
         if unknown := sorted(set(changes) - set(known)):
             raise PlanError(f"plan: unknown option {unknown}, known are {known}")
         return replace(self, **changes)
+
+
+def _read_texts(name: str, given: Any) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else tuple(given)
+    if isinstance(given, str) or not all(isinstance(text, str) for text in texts):
+        raise PlanError(f"plan: {name} must be a collection of texts, got {given!r}")
+    return texts
 
 
 def _read_constraints(given: Any) -> tuple[tuple[str, str], ...]:

@@ -16,7 +16,7 @@ and per program in the fields below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -155,6 +155,8 @@ class Program:
     pass_log: list[str] = field(default_factory=list)
     parameter_maps: list[ParameterMap] = field(default_factory=list)  # of passes, in order
     initializer: Callable[..., Tensor] | None = None  # of parameters on the meta device
+    # Traces the same model and loss with other inputs; the model must be what it was.
+    retrace: Callable[[Mapping[str, Input]], Program] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)  # of the model, that are no tensors
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice

@@ -11,6 +11,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from ilm_compile.program.lookups import find_lookups
 from ilm_compile.program.loss import normalize_loss
 from ilm_compile.program.normalize import normalize
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Program, Variable
+from ilm_compile.program.program import Input, Program, Variable
 from ilm_compile.program.recurrent import UnrolledRecurrence
 from ilm_compile.program.regions import find_regions
 from ilm_compile.program.users_line import is_users_file
@@ -49,7 +50,6 @@ def trace(
     *,
     example_inputs: ExampleInputs | None = None,
     loss_fn: LossFn | None = None,
-    plan: Plan | None = None,
 ) -> Program:
     """Return the program of one micro-batch of `model`, forward pass and loss.
 
@@ -95,7 +95,7 @@ def trace(
     graph_module, output_names = normalize(exported, variables, list(inputs), recorded[-1])
     program = Program(
         graph_module=graph_module,
-        plan=plan or Plan(),
+        plan=Plan(),
         inputs=inputs,
         variables=variables,
         regions=[],
@@ -103,6 +103,7 @@ def trace(
         output_names=output_names,
         initializer=getattr(model, "initial_parameter", None),
         arguments=arguments,
+        retrace=partial(_retrace, model, arguments, loss_fn),
     )
     program.decisions += dict.fromkeys(decided)
     program.warnings += [*known.decided, *loan.changed]
@@ -125,6 +126,16 @@ def trace(
     program.lookups = tuple(find_lookups(program))
     program.facts.add("traced")
     return program
+
+
+def _retrace(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    loss_fn: LossFn | None,
+    inputs: Mapping[str, Input],
+) -> Program:
+    tensors = {name: (spec.shape, spec.dtype) for name, spec in inputs.items()}
+    return trace(model, example_inputs={**tensors, **arguments}, loss_fn=loss_fn)
 
 
 class _WithLoss(nn.Module):

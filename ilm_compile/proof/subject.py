@@ -10,7 +10,8 @@ from math import prod
 from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.passes import Pass, lower, order_passes, run_passes, standard_passes
+from ilm_compile.passes import Pass, lower, order_passes, run_passes
+from ilm_compile.passes.standard import plan_passes
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.plan import Plan
@@ -56,7 +57,7 @@ class Subject:
     model: nn.Module | None = None
     dp: int = 1
     schedule: Schedule | None = None
-    passes: Sequence[Pass] = ()
+    passes: Sequence[Pass | str] = ()
     buffers: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,7 +173,7 @@ class Subject:
             program = copy_program(self.traced)
             program.plan = plan
             try:
-                run_passes(program, [*standard_passes(plan), *self.passes])
+                run_passes(program, plan_passes(program, self.passes), disable=plan.disable)
                 lowered = lower(exact(program))
                 with float64_default():
                     steps = emulate(lowered, schedule_of(plan), tensors, [part], dp=self.dp)
@@ -187,8 +188,8 @@ class Subject:
         """Yield what the program was after each of its passes, by the pass's name."""
         program = copy_program(self.traced)
         program.plan = self.program.plan
-        every = [*standard_passes(program.plan), *self.passes]
-        for step in order_passes(every, program.facts):
+        every = order_passes(plan_passes(program, self.passes), program.facts)
+        for step in (step for step in every if step.name not in program.plan.disable):
             run_passes(program, [step])
             yield step.name, copy_program(program)
 

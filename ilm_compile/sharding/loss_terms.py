@@ -11,15 +11,14 @@ its nature. All else is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from torch import fx, nn
+from torch import fx
 
 from ilm_compile.errors import IlmCompileError, PlanError
 from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
 from ilm_compile.program.slices import Use, average_sums, count_in_batch, sources
-from ilm_compile.program.trace import LossFn, trace
 from ilm_compile.sharding.batch_axis import (
     AVERAGE,
     SAME,
@@ -58,17 +57,15 @@ class Terms:
     sums: dict[Use, int] = field(default_factory=dict)
 
 
-def check_loss(
-    program: Program, model: nn.Module, loss_fn: LossFn | None, *, num_slices: int
-) -> None:
+def check_loss(program: Program, *, num_slices: int) -> None:
     """Make the loss the average of that of its slices, or refuse it; warn of terms beside it.
 
-    program: `model` and `loss_fn` as traced, before any pass. They are traced with other numbers of
-    rows too where one trace does not tell. Raises `PlanError`, with the user's line.
+    program: as traced, before any pass. It is traced with other numbers of rows too where one trace
+    does not tell. Raises `PlanError`, with the user's line.
     """
     if num_slices == 1 or is_plain(program):
         return
-    found = loss_terms(program, model, loss_fn)
+    found = loss_terms(program)
     if found.main:
         raise PlanError(
             f"plan: a batch cut into {num_slices} micro-batches (num_microbatches times "
@@ -86,12 +83,13 @@ def check_loss(
         program.warnings.append(f"{each} {why}{more}")
 
 
-def loss_terms(program: Program, model: nn.Module, loss_fn: LossFn | None) -> Terms:
+def loss_terms(program: Program) -> Terms:
     """Return the terms of the loss of `program`, from traces with two numbers of rows."""
 
     def traced(rows: int) -> Program:
-        inputs = {n: ((rows, *i.shape[1:]), i.dtype) for n, i in program.inputs.items()}
-        return trace(model, example_inputs={**inputs, **program.arguments}, loss_fn=loss_fn)
+        assert program.retrace is not None
+        shapes = {n: replace(i, shape=(rows, *i.shape[1:])) for n, i in program.inputs.items()}
+        return program.retrace(shapes)
 
     given = next(iter(program.inputs.values())).shape[0]
     rows = given if given > 1 else ALONE

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ilm_compile.compile import make_plan, parallelize
 from ilm_compile.config import Config
 from ilm_compile.convert import load_weights
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import MODEL_INITIALIZER
+from ilm_compile.partitioning import make_plan, parallelize
 from ilm_compile.program.trace import ExampleInputs, LossFn
 from ilm_compile.runtime import Parallel
 from ilm_compile.runtime.data import IGNORED_LABEL

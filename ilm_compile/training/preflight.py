@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ilm_compile.compile import make_plan, partition
 from ilm_compile.config import Config
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.convert import open_weights
 from ilm_compile.cost.memory import static_bytes_per_parameter
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.partitioning import make_plan, partition
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.checkpoint.storage import open_storage
 from ilm_compile.runtime.data import BatchNumbers, BatchRamp

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from benchmarks.common import make_model
 from benchmarks.partition_time import measure, show
-from ilm_compile import compile as front_door
+from ilm_compile import partitioning as front_door
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from torch.utils.flop_counter import FlopCounterMode
 
 import ilm_compile.kernels.attention  # noqa: F401  registers torch.ops.ilm.attention
-from ilm_compile.compile import partition
 from ilm_compile.cost import backward_flops, forward_flops, model_flops
 from ilm_compile.models import internlm2_tiny
+from ilm_compile.partitioning import partition
 from ilm_compile.program.gradients import gradient_nodes
 from tests.cost.graphs import (
     BATCH,

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from ilm_compile import models, verify
 from ilm_compile.errors import TraceError
 from ilm_compile.program.dropout import seeded_dropout
-from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input
 from ilm_compile.program.trace import trace
 from tests.program.execute import trace_and_compare
@@ -205,10 +204,9 @@ def test_dropout_of_nothing_is_no_node() -> None:
     assert not program.graph.find_nodes(op="call_function", target=seeded_dropout)
 
 
-def test_program_keeps_the_plan_and_the_initial_values() -> None:
-    model, plan = models.internlm2_tiny(**FIELDS), Plan(tp=2)
-    program = trace(model, plan=plan)
-    assert program.plan is plan
+def test_program_keeps_the_initial_values() -> None:
+    model = models.internlm2_tiny(**FIELDS)
+    program = trace(model)
     assert program.facts == {"traced"}
     assert program.initializer == model.initial_parameter
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ilm_compile
-from ilm_compile.compile import make_schedule
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.proof.emulate import emulate
 from ilm_compile.proof.promote import promoted_float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def make_trial(name: str, **plan: Any) -> Trial:
     """A trial of mutants; with a dtype the program is compiled from the float32 model."""
     settled = Plan(num_microbatches=2).replace(**plan)
     model = make_model(name).float() if settled.dtype else make_model(name)
-    traced = trace(model, example_inputs=INPUTS, plan=settled)
+    traced = replace(trace(model, example_inputs=INPUTS), plan=settled)
     program = copy_program(traced)
     run_passes(program, standard_passes(settled))
     return Trial(traced, program, schedule_of(settled), model)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ilm_compile.compile import make_schedule
 from ilm_compile.errors import PlacementError, ProgramError, ScheduleError
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.proof.compare import compare
 from ilm_compile.proof.emulate import emulate

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ilm_compile
-from ilm_compile.compile import make_schedule
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.proof import zoo
 from ilm_compile.proof.emulate import emulate

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ilm_compile.compile import make_schedule
 from ilm_compile.errors import ProgramError
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.trace import trace
 from ilm_compile.proof.compare import compare

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilm_compile.compile import parallelize
 from ilm_compile.models import internlm2_tiny
+from ilm_compile.partitioning import parallelize
 from ilm_compile.runtime import LossScaler, Parallel, Trainer
 
 VOCAB, SEQ, ROWS, MICROBATCHES = 32, 16, 2, 2

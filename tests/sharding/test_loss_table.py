@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import ilm_compile
 from ilm_compile import PlanError
-from ilm_compile.compile import make_schedule
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.program import Program
 from ilm_compile.proof.emulate import emulate

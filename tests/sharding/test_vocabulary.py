@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ilm_compile import partition
-from ilm_compile.compile import make_schedule
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.proof.compare import compare

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 from torch import nn
 
-from ilm_compile import compile as front_door
+from ilm_compile import partitioning as front_door
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.program import Program
 
@@ -22,11 +21,10 @@ def traced_once() -> Iterator[None]:
     trace = front_door.trace
 
     def remembered(model: nn.Module, **keywords: Any) -> Program:
-        plan = keywords.pop("plan")
         if id(model) not in traced:
             traced[id(model)] = (keywords, trace(model, **keywords))
         assert traced[id(model)][0] == keywords
-        return replace(copy_program(traced[id(model)][1]), plan=plan)
+        return copy_program(traced[id(model)][1])
 
     with mock.patch.object(front_door, "trace", remembered):
         yield

@@ -16,12 +16,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ilm_compile import compile as front_door
-from ilm_compile.compile import make_schedule, partition
+from ilm_compile import partitioning as front_door
 from ilm_compile.cost import forward_flops
 from ilm_compile.errors import IlmCompileError, TraceError
+from ilm_compile.partitioning import make_schedule, partition
 from ilm_compile.passes import lower
-from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Program
 from ilm_compile.proof.compare import compare
 from ilm_compile.proof.emulate import emulate
@@ -89,7 +88,7 @@ def _cover(result: Coverage, model: nn.Module, sizes: Sequence[int]) -> None:
     with promoted_float32(), traced_once():
         expected = single_device_step(small_model(result.architecture), batch)
         result.outcome = "wrong"  # unless proven otherwise
-        traced = front_door.trace(model, example_inputs=EXAMPLE, loss_fn=None, plan=Plan())
+        traced = front_door.trace(model, example_inputs=EXAMPLE, loss_fn=None)
         result.nodes = len(list(traced.calls()))
         for tp in sizes:
             program = partition(model, example_inputs=EXAMPLE, tp=tp)

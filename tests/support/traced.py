@@ -10,9 +10,8 @@ from unittest import mock
 
 from torch import nn
 
-from ilm_compile import compile as front_door
+from ilm_compile import partitioning as front_door
 from ilm_compile.program.copy import copy_program
-from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
 
@@ -26,12 +25,10 @@ def traced_once(key: Hashable) -> Iterator[None]:
     key: all that the model, its inputs and its loss are made from.
     """
 
-    def kept(model: nn.Module, *, plan: Plan, **keywords: Any) -> Program:
+    def kept(model: nn.Module, **keywords: Any) -> Program:
         if key not in _kept:
-            _kept[key] = trace(model, plan=plan, **keywords)
-        program = copy_program(_kept[key])
-        program.plan = plan
-        return program
+            _kept[key] = trace(model, **keywords)
+        return copy_program(_kept[key])
 
     with mock.patch.object(front_door, "trace", kept):
         yield

@@ -1,8 +1,12 @@
-"""The front door: `partition` a model in one process, `parallelize` it under torchrun."""
+"""The front door: `partition` a model in one process, `parallelize` it under torchrun.
+
+`partition` is `trace` and `compile`, for those who have many plans for one model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,8 @@ from torch import nn
 from ilm_compile.cost import forward_flops_by_region, model_flops
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
-from ilm_compile.passes import standard_passes as standard_passes
-from ilm_compile.passes.master_weights import master_passes
-from ilm_compile.passes.standard import settle_kernels
+from ilm_compile.passes.standard import plan_passes, settle_kernels, with_passes
+from ilm_compile.program.copy import copy_program
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
@@ -26,7 +29,6 @@ from ilm_compile.schedule import build, check
 from ilm_compile.shapes import (
     Shapes,
     check_alike,
-    example_of,
     passes_like,
     plan_like,
     read_shapes,
@@ -72,7 +74,7 @@ def partition(
     *,
     example_inputs: ExampleInputs | None = None,
     loss_fn: LossFn | None = None,
-    passes: Sequence[Pass] = (),
+    passes: Sequence[Pass | str] = (),
     disable: Collection[str] = (),
     callback: Callable[[PassReport], None] | None = None,
     validate: str | None = "types",
@@ -86,64 +88,79 @@ def partition(
     sequence_parallel, cp_attention, embed_split_hidden, dispatch, constraints (name or glob to
     Shard(dim)), checkpoint, dtype (torch.bfloat16 or torch.float16), zero, seed, kernels ("triton":
     fused ops, which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this
-    machine can run them). `passes` are run beside the standard ones, in the order their
-    requirements give, without those named in `disable`, each checked as `validate` says ("types",
-    "numerics" or None: see `run_passes`); `example_inputs` and `loss_fn` as in `trace`. Parameters
-    in bfloat16 or float16 are trained as float32 (see `MasterWeights`). Raises `TraceError` if the
+    machine can run them). `passes`, themselves or as a plan has them in text, are run beside the
+    standard ones, in the order their requirements give, without those named in `disable`, each
+    checked as `validate` says ("types", "numerics" or None: see `run_passes`); `example_inputs`
+    and `loss_fn` as in `trace`. Parameters in bfloat16 or float16 are trained as float32
+    (see `MasterWeights`). Raises `TraceError` if the
     model cannot be captured and `PlanError` or `ScheduleError` if the plan does not fit it.
     """
-    return _partition(
-        model,
-        make_plan(plan, **keywords),
-        example_inputs=example_inputs,
-        loss_fn=loss_fn,
-        passes=passes,
-        disable=disable,
-        callback=callback,
-        validate=validate,
-    )
+    program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn)
+    how = Rewriting(passes, disable, callback, validate)
+    return _compile(program, make_plan(plan, **keywords), how)
 
 
-def partition_like(
-    first: Program,
-    model: nn.Module,
-    inputs: Mapping[str, Input],
+def compile(
+    program: Program,
+    plan: Plan | str | Path | None = None,
     *,
-    plan: Plan,
-    example_inputs: ExampleInputs | None = None,
+    passes: Sequence[Pass | str] = (),
+    disable: Collection[str] = (),
+    callback: Callable[[PassReport], None] | None = None,
+    validate: str | None = "types",
     **keywords: Any,
 ) -> Program:
-    """Return the program of `model` on other `inputs` that holds its parameters as `first` does.
+    """Return what `trace` made, partitioned; `program` stays as it is, and serves the next plan.
 
-    Traced anew, for sizes are baked into a graph. Keywords as for `partition`, those that made
-    `first`. Raises `PlanError` if the two cannot share their parameters.
+    Keywords as for `partition`. The model that was traced must not have changed: where a loss does
+    not tell what it averages over, it is traced again with other numbers of rows. Raises
+    `PlanError` if the plan does not fit, or if `program` has been partitioned.
     """
-    given = example_of(inputs, first)
-    own = plan_like(first, plan)
-    program = _partition(model, own, example_inputs=given, like=first, **keywords)
+    if done := sorted(program.facts - {"traced"}):
+        raise PlanError(
+            f"compile: expected a program as trace() made it, got one that is {', '.join(done)}; "
+            "trace the model, and compile that for each plan"
+        )
+    how = Rewriting(passes, disable, callback, validate)
+    return _compile(copy_program(program), make_plan(plan, **keywords), how)
+
+
+def compile_like(
+    first: Program, inputs: Mapping[str, Input], *, plan: Plan, how: Rewriting
+) -> Program:
+    """Return the program of other `inputs` that holds its parameters as `first` does.
+
+    Traced anew, for sizes are baked into a graph. `plan` and `how` are those of `first`. Raises
+    `PlanError` if the two cannot share their parameters.
+    """
+    assert first.retrace is not None
+    program = _compile(first.retrace(inputs), plan_like(first, plan), how, like=first)
     check_alike(first, program)
     return program
 
 
-def _partition(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    example_inputs: ExampleInputs | None = None,
-    loss_fn: LossFn | None = None,
-    passes: Sequence[Pass] = (),
-    disable: Collection[str] = (),
-    callback: Callable[[PassReport], None] | None = None,
-    validate: str | None = "types",
-    like: Program | None = None,
-) -> Program:
-    program = trace(model, example_inputs=example_inputs, loss_fn=loss_fn, plan=plan)
-    check_loss(program, model, loss_fn, num_slices=plan.num_microbatches * (plan.dp or 1))
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """The keywords of `partition` that a plan has not: see there."""
+
+    passes: Sequence[Pass | str] = ()
+    disable: Collection[str] = ()
+    callback: Callable[[PassReport], None] | None = None
+    validate: str | None = "types"
+
+
+def _compile(program: Program, plan: Plan, how: Rewriting, like: Program | None = None) -> Program:
+    program.plan = plan = with_passes(plan, how.passes, how.disable)
+    check_loss(program, num_slices=plan.num_microbatches * (plan.dp or 1))
     program.flops = model_flops(program.graph)
     forward = forward_flops_by_region(program.graph)
-    every = [*standard_passes(plan), *passes, *master_passes(program)]
-    every = every if like is None else passes_like(like, every)
-    run_passes(program, every, disable=disable, callback=callback, validate=validate)
+    run_passes(
+        program,
+        passes_like(like, plan_passes(program, how.passes)),
+        disable=plan.disable,
+        callback=how.callback,
+        validate=how.validate,
+    )
     marked = [index for index, region in enumerate(program.regions) if region.recompute]
     program.recomputed_flops = sum(forward[index] for index in marked)
     return program
@@ -172,7 +189,8 @@ def parallelize(
     plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
     # What does not fit is refused before ranks wait for each other.
     plan = settle_kernels(fit_world(plan), choose_device())
-    program = partition(model, plan=plan, **keywords)
+    how = Rewriting(**{n: keywords.pop(n) for n in Rewriting.__slots__ if n in keywords})
+    program = _compile(trace(model, **keywords), plan, how)
     mesh = Mesh.create(plan, timeout=timeout)
 
     # Each rank compiles for itself; one that found another program would wait for others in vain.
@@ -180,7 +198,7 @@ def parallelize(
 
     def of_shape(inputs: dict[str, Input]) -> Shape:
         def compile_it() -> Compiled:
-            made = partition_like(program, model, inputs, plan=plan, **keywords)
+            made = compile_like(program, inputs, plan=plan, how=how)
             return Compiled(lower(made), made.flops, made.flops + made.recomputed_flops)
 
         return Shape(inputs, compile_it)
@@ -198,5 +216,6 @@ def parallelize(
 
 
 def _plan_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Take the plan's fields out of `keywords`."""
-    return {name: keywords.pop(name) for name in Plan.__dataclass_fields__ if name in keywords}
+    """Take the plan's fields out of `keywords`, but those that `Rewriting` has too."""
+    names = set(Plan.__dataclass_fields__) - set(Rewriting.__slots__)
+    return {name: keywords.pop(name) for name in names if name in keywords}
