@@ -1,0 +1,197 @@
+"""Where a model is cut into stages and what it recomputes, chosen together.
+
+A stage must fit into its rank's memory, and the first stages hold more micro-batches than the last:
+what is recomputed there makes them slower, so they should have less to do. Cuts are moved as long
+as the simulated step gets shorter; for each place of the cuts every rank recomputes as little as
+makes it fit, first what frees the most bytes per second. (The same question is asked by AdaPipe,
+Sun et al. 2024, and answered there for a 1F1B pipeline by dynamic programming.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+
+from ilm_compile.rewrite.balance import balance
+from ilm_compile.schedule import Schedule, StageTimes, simulate
+from ilm_compile.schedule.memory import Moment, RankMoments, rank_moments
+
+_BETTER = 1 - 1e-9  # of a step time, so that rounding moves no cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What lies between two places where a stage may begin.
+
+    Seconds and bytes are of one micro-batch on one rank, but `static`: what is held all the time.
+    `saved` is kept for the backward, `kept` if the region is recomputed; `sent` crosses its end.
+    """
+
+    region: int
+    can_recompute: bool
+    forward: float
+    backward: float
+    weight: float
+    static: float
+    saved: float
+    kept: float
+    sent: float  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageChoice:
+    """cuts: the units at which the 2nd, 3rd, ... stage begins; recomputed: regions.
+
+    seconds: of the simulated step. peaks: bytes of each rank. too_much: bytes by which the fullest
+    rank does not fit, all that can be recomputed.
+    """
+
+    cuts: tuple[int, ...]
+    recomputed: frozenset[int]
+    seconds: float
+    peaks: tuple[float, ...]
+    too_much: float = 0.0
+
+    @property
+    def order(self) -> tuple[float, float, tuple[int, ...]]:
+        """The better, the smaller."""
+        return (self.too_much, self.seconds, self.cuts)
+
+
+class Chooser:
+    """Chooses for `units` under one schedule and so many bytes per rank.
+
+    make_schedule: the schedule with a number of micro-batches; `num_microbatches` are run. Of more
+    than a pipeline needs to be full, the rest is added at the pace of the busiest rank.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        make_schedule: Callable[[int], Schedule],
+        *,
+        num_microbatches: int,
+        memory: float,
+    ) -> None:
+        self.units, self.memory = units, memory
+        whole = make_schedule(1)
+        enough = 3 * whole.num_stages
+        enough += -enough % whole.num_ranks
+        self.simulated = min(num_microbatches, enough)
+        self.rest = num_microbatches - self.simulated
+        self.schedule = make_schedule(self.simulated)
+        self.ranks = rank_moments(self.schedule)
+        self._seen: dict[tuple[int, ...], StageChoice] = {}
+
+    def best(self) -> StageChoice:
+        """Return the best choice found from balanced stages on, by moving runs of cuts."""
+        plain = [unit.forward + unit.backward + unit.weight for unit in self.units]
+        repeated = [t + u.forward * u.can_recompute for t, u in zip(plain, self.units, strict=True)]
+        stages = self.schedule.num_stages
+        starts = {tuple(balance(costs, stages)) for costs in (plain, repeated)}
+        starts |= {tuple(balance([u.static or 1e-9 for u in self.units], stages))}
+        found = min(map(self.at, sorted(starts)), key=lambda choice: choice.order)
+        while True:
+            near = min(map(self.at, self._near(found.cuts)), key=lambda choice: choice.order)
+            if not _is_better(near, found):
+                return found
+            found = near
+
+    def at(self, cuts: tuple[int, ...]) -> StageChoice:
+        """Return what is best to recompute with stages that begin at these units."""
+        if cuts not in self._seen:
+            self._seen[cuts] = self._fitted(cuts)
+        return self._seen[cuts]
+
+    def with_recompute(self, cuts: tuple[int, ...], recomputed: frozenset[int]) -> StageChoice:
+        """Return what a choice made elsewhere comes to."""
+        spans = self._spans(cuts)
+        peaks = tuple(self._peak(rank, spans, recomputed)[0] for rank in self.ranks)
+        times = [self._times(span, recomputed) for span in spans]
+        result = simulate(self.schedule, times)
+        return StageChoice(
+            cuts=cuts,
+            recomputed=recomputed,
+            seconds=result.cost + self.rest * max(result.busy) / self.simulated,
+            peaks=peaks,
+            too_much=max(0.0, *(peak - self.memory for peak in peaks)),
+        )
+
+    def _near(self, cuts: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Return the cuts with a run of them moved by one unit either way."""
+        found = []
+        for first in range(len(cuts)):
+            for last in range(first + 1, len(cuts) + 1):
+                for step in (-1, 1):
+                    moved = (*cuts[:first], *(c + step for c in cuts[first:last]), *cuts[last:])
+                    edges = (0, *moved, len(self.units))
+                    if all(a < b for a, b in pairwise(edges)):
+                        found.append(moved)
+        return found or [cuts]
+
+    def _fitted(self, cuts: tuple[int, ...]) -> StageChoice:
+        spans = self._spans(cuts)
+        chosen: frozenset[int] = frozenset()
+        for rank in self.ranks:
+            chosen = self._fit(rank, spans, chosen)
+        return self.with_recompute(cuts, chosen)
+
+    def _fit(
+        self, rank: RankMoments, spans: Sequence[range], chosen: frozenset[int]
+    ) -> frozenset[int]:
+        """Return `chosen` and the regions of a rank that it must recompute as well."""
+        while True:
+            peak, moment = self._peak(rank, spans, chosen)
+            if peak <= self.memory:
+                return chosen
+            gain: dict[int, float] = {}
+            seconds: dict[int, float] = {}
+            for alive, stage in zip(moment.alive, rank.stages, strict=True):
+                for unit in (self.units[i] for i in spans[stage]):
+                    if unit.can_recompute and unit.region not in chosen:
+                        bytes_freed = alive * (unit.saved - unit.kept)
+                        gain[unit.region] = gain.get(unit.region, 0.0) + bytes_freed
+                        seconds[unit.region] = seconds.get(unit.region, 0.0) + unit.forward
+            worth = {r: gain[r] / seconds[r] if seconds[r] else inf for r in gain if gain[r] > 0}
+            if not worth:
+                return chosen
+            chosen |= {max(worth, key=lambda region: (worth[region], -region))}
+
+    def _peak(
+        self, rank: RankMoments, spans: Sequence[range], chosen: frozenset[int]
+    ) -> tuple[float, Moment]:
+        kept, working = [0.0] * len(spans), [0.0] * len(spans)
+        static = 0.0
+        for stage in rank.stages:
+            again: dict[int, float] = {}
+            for unit in (self.units[i] for i in spans[stage]):
+                static += unit.static
+                if unit.region in chosen:
+                    kept[stage] += unit.kept
+                    again[unit.region] = again.get(unit.region, 0.0) + unit.saved
+                else:
+                    kept[stage] += unit.saved
+            working[stage] = max(again.values(), default=0.0)
+        peak, moment = rank.peak(kept, working)
+        return static + peak, moment
+
+    def _times(self, span: range, chosen: frozenset[int]) -> StageTimes:
+        units = [self.units[i] for i in span]
+        again = sum(unit.forward for unit in units if unit.region in chosen)
+        return StageTimes(
+            forward=sum(unit.forward for unit in units),
+            backward=sum(unit.backward for unit in units) + again,
+            weight=sum(unit.weight for unit in units),
+            message=units[-1].sent,
+        )
+
+    def _spans(self, cuts: tuple[int, ...]) -> list[range]:
+        return [range(a, b) for a, b in pairwise((0, *cuts, len(self.units)))]
+
+
+def _is_better(one: StageChoice, other: StageChoice) -> bool:
+    if one.too_much != other.too_much:
+        return one.too_much < other.too_much
+    return one.seconds < other.seconds * _BETTER
