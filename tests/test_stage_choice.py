@@ -1,6 +1,6 @@
 """Cuts and recompute chosen together: within memory, and no worse than any other choice tried."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -100,9 +100,7 @@ def test_no_other_cuts_are_better(schedule: str, memory: float) -> None:
 def test_last_stage_recomputes_less_than_the_first() -> None:
     found = chooser(memory=44).best()
     stages = [0, *found.cuts, BLOCKS + 1]
-    counts = [
-        len(found.recomputed & set(range(a, b))) for a, b in zip(stages, stages[1:], strict=False)
-    ]
+    counts = [len(found.recomputed & set(range(a, b))) for a, b in pairwise(stages)]
     assert counts[0] > 0
     assert counts[-1] == 0
 

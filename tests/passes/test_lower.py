@@ -1,6 +1,7 @@
 """Lowered programs compute what the model computes: loss and every gradient, in any division."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -207,7 +208,7 @@ def test_tied_parameter_has_two_owners() -> None:
 
 
 def test_parameters_are_rank_local_and_on_meta() -> None:
-    program = trace(internlm2_tiny(), plan=Plan(tp=2))
+    program = replace(trace(internlm2_tiny()), plan=Plan(tp=2))
     run_passes(program, [TensorParallel(size=2), PipelineSplit(num_stages=2)])
     checked = 0
     for stage in lower(program).stages:

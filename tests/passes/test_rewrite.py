@@ -60,7 +60,8 @@ def decoder(*, tp: int = 1, stages: int = 1) -> Program:
 
 @cache
 def _decoder(tp: int, stages: int) -> Program:
-    program = trace(internlm2_tiny(num_layers=2, **SIZES), plan=Plan(tp=tp))
+    program = trace(internlm2_tiny(num_layers=2, **SIZES))
+    program.plan = Plan(tp=tp)
     passes: list[Pass] = [TensorParallel(size=tp)] if tp > 1 else []
     passes += [PipelineSplit(num_stages=stages)] if stages > 1 else []
     run_passes(program, passes)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.support.tiny_model import TinyTransformer
 
 
 def sharded() -> Program:
-    program = trace(TinyTransformer(num_blocks=2), plan=Plan(tp=2, pp=2))
+    program = replace(trace(TinyTransformer(num_blocks=2)), plan=Plan(tp=2, pp=2))
     run_passes(
         program,
         [

@@ -61,7 +61,9 @@ def test_blocks_alike_are_one_table() -> None:
 
 
 def test_blocks_that_differ_have_a_table_each() -> None:
-    program = trace(models.internlm2_tiny(**FIELDS), example_inputs=INPUTS, plan=Plan(tp=TP))
+    program = replace(
+        trace(models.internlm2_tiny(**FIELDS), example_inputs=INPUTS), plan=Plan(tp=TP)
+    )
     run_passes(program, [TensorParallel(size=TP, sequence_parallel=False)])
     program.variables["layers.1.attention.wo.weight"].layout = program.variables[
         "norm.weight"

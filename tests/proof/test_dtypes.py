@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ BF16 = {"tp": 2, "dtype": "bfloat16"}
 
 def compiled(model: nn.Module, **plan: object) -> tuple[Program, Program]:
     settled = Plan(num_microbatches=2).replace(**plan)
-    traced = trace(model.float(), example_inputs=INPUTS, plan=settled)
+    traced = replace(trace(model.float(), example_inputs=INPUTS), plan=settled)
     program = copy_program(traced)
     run_passes(program, standard_passes(settled))
     return traced, program
@@ -119,7 +121,7 @@ def test_another_window_is_refused_whatever_the_length_of_rows():
 
 def test_master_weights_are_accepted_and_a_cast_to_another_dtype_is_not():
     settled = Plan(tp=2, num_microbatches=2)
-    traced = trace(make_model("internlm2").bfloat16(), example_inputs=INPUTS, plan=settled)
+    traced = replace(trace(make_model("internlm2").bfloat16(), example_inputs=INPUTS), plan=settled)
     program = copy_program(traced)
     run_passes(program, [*standard_passes(settled), MasterWeights()])
     check_variables(traced, program)

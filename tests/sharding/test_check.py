@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.support.layouts import tp
 
 
 def sharded(sequence_parallel=False):
-    program = trace(internlm2_tiny(num_layers=1), plan=Plan(tp=2))
+    program = replace(trace(internlm2_tiny(num_layers=1)), plan=Plan(tp=2))
     run_passes(program, [TensorParallel(size=2, sequence_parallel=sequence_parallel)])
     return program
 
@@ -98,7 +99,7 @@ def test_a_wrong_shard_dimension_of_a_parameter_is_refused():
 
 
 def over_two_axes():
-    program = trace(internlm2_tiny(num_layers=1), plan=Plan(tp=2, cp=2))
+    program = replace(trace(internlm2_tiny(num_layers=1)), plan=Plan(tp=2, cp=2))
     run_passes(program, [TensorParallel(size=2), ContextParallel(size=2, attention="heads")])
     return program
 
@@ -135,7 +136,7 @@ def test_an_exchange_of_heads_in_the_wrong_direction_is_refused():
 
 
 def by_queries():
-    program = trace(internlm2_tiny(num_layers=1), plan=Plan(cp=2))
+    program = replace(trace(internlm2_tiny(num_layers=1)), plan=Plan(cp=2))
     run_passes(program, [TensorParallel(size=1), ContextParallel(size=2, attention="queries")])
     return program
 
