@@ -23,7 +23,7 @@ from ilm_compile.program.plan import Plan
 from ilm_compile.program.trace import trace
 from ilm_compile.proof import zoo
 from ilm_compile.proof.mutations import Trial
-from ilm_compile.proof.subject import schedule_of
+from ilm_compile.schedule import schedule_of
 from tests.support.zoo import small_model
 
 ROWS, SEQ, LONG = 2, 24, 264

@@ -3,7 +3,7 @@
 Reads a CSV file with the columns
 
 id                  names the row; no two are equal
-schedule            one of SCHEDULES
+schedule            a name that a plan takes
 p, m, chunks        ranks, micro-batches, stages per rank
 t_f, t_b, t_w       milliseconds one micro-batch takes on one rank: forward, gradient of the input,
                     gradients of the weights; each of the rank's chunks takes its equal share
@@ -26,16 +26,7 @@ from pathlib import Path
 
 from ilm_compile.errors import ScheduleError
 from ilm_compile.files import write_text
-from ilm_compile.schedule import (
-    SPLIT_BUILDERS,
-    Schedule,
-    StageTimes,
-    build,
-    build_split,
-    simulate,
-)
-
-SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", *SPLIT_BUILDERS)
+from ilm_compile.schedule import Schedule, StageTimes, build, known_schedules, simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +55,8 @@ def _name(text: str) -> str:
 
 
 def _schedule(text: str) -> str:
-    if text not in SCHEDULES:
-        raise ValueError(f"one of {', '.join(SCHEDULES)}")
+    if text not in known_schedules():
+        raise ValueError(f"one of {', '.join(known_schedules())}")
     return text
 
 
@@ -151,9 +142,8 @@ def build_all(path: Path, rows: Sequence[Row]) -> dict[tuple[str, int, int, int]
     for row in rows:
         if row.sizes in schedules:
             continue
-        builder = build_split if row.schedule in SPLIT_BUILDERS else build
         try:
-            schedules[row.sizes] = builder(
+            schedules[row.sizes] = build(
                 row.schedule, pp=row.p, num_microbatches=row.m, num_chunks=row.chunks
             )
         except ScheduleError as error:

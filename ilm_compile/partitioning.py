@@ -25,7 +25,7 @@ from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.runtime.forms import Compiled, Shape
 from ilm_compile.runtime.mesh import choose_device, fit_world
-from ilm_compile.schedule import build, check
+from ilm_compile.schedule import check, schedule_of
 from ilm_compile.shapes import (
     Shapes,
     check_alike,
@@ -35,6 +35,7 @@ from ilm_compile.shapes import (
 )
 from ilm_compile.sharding.loss_terms import check_loss
 
+make_schedule = schedule_of
 DTYPE_NAMES = {None: None, torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -55,18 +56,8 @@ def make_plan(plan: Plan | str | Path | None = None, **keywords: Any) -> Plan:
         changed = changed.replace(num_microbatches=changed.pp)
     if plan is None and "schedule" not in given and changed.num_chunks > 1:
         changed = changed.replace(schedule="interleaved_1f1b")
-    check(make_schedule(changed))
+    check(schedule_of(changed))
     return changed
-
-
-def make_schedule(plan: Plan) -> Any:
-    """Return the pipeline schedule of `plan`. Raises `ScheduleError` for counts that do not fit."""
-    return build(
-        plan.schedule,
-        pp=plan.pp,
-        num_microbatches=plan.num_microbatches,
-        num_chunks=plan.num_chunks,
-    )
 
 
 def partition(
@@ -205,7 +196,7 @@ def parallelize(
 
     return Parallel(
         lower(program),
-        make_schedule(plan),
+        schedule_of(plan),
         mesh,
         model,
         initializer=program.initializer,

@@ -18,10 +18,12 @@ from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
 from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.passes.pipeline_split import PipelineSplit
+from ilm_compile.passes.split_backward import SplitBackward
 from ilm_compile.passes.tensor_parallel import TensorParallel
 from ilm_compile.passes.text import read_pass
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
+from ilm_compile.schedule import schedule_of
 
 
 def can_run_triton() -> bool:
@@ -104,6 +106,8 @@ def standard_passes(plan: Plan) -> list[Pass]:
     passes += [
         ActivationCheckpoint(fraction=plan.checkpoint),
         PipelineSplit(num_stages=plan.num_stages, hardware=plan.hardware),
-        Interleave(pp=plan.pp, num_chunks=plan.num_chunks),
+        Interleave(pp=plan.pp, num_chunks=plan.num_chunks, schedule=plan.schedule),
     ]
+    if schedule_of(plan).splits_backwards:
+        passes.append(SplitBackward())
     return passes

@@ -8,6 +8,7 @@ from pathlib import Path
 from ilm_compile.errors import PlanError
 from ilm_compile.partitioning import make_plan
 from ilm_compile.program.plan import Plan
+from ilm_compile.schedule import known_schedules
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--plan", type=Path, metavar="FILE", help="JSON to start from")
     for name in ("tp", "cp", "ep", "pp", "num-chunks", "num-microbatches"):
         plan.add_argument(f"--{name}", type=int, metavar="N")
-    plan.add_argument("--schedule", help="1f1b, gpipe or interleaved_1f1b")
+    plan.add_argument("--schedule", help=", ".join(known_schedules()))
     plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
     plan.add_argument("--cp-attention", help="heads or queries: how cp divides attention")
     plan.add_argument("--embed-split-hidden", action=argparse.BooleanOptionalAction)

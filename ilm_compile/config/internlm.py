@@ -30,13 +30,17 @@ _SEQUENCE_PARALLEL = {
     **{"msp": True, "megatron": True, "fsp": True, "flash-attn": True},
 }
 _BY_SEQUENCE = ("isp", "fstp", "intern")  # the ranks share sequences, and weights are gathered
-_SCHEDULES = {"1f1b": None}
+_SCHEDULES = {"1f1b": None, "zbh1": "zb_h1", "zbv": "zb_v"}
 
 
-def _schedule(value: Any) -> Any:
-    """Their names of schedules are written in either case."""
+def _schedule(value: Any, config: Table) -> dict[str, Any]:
+    """Their names of schedules are written in either case, and ZBV sets the number of chunks."""
     instead = "write parallel.schedule, see schedules by name"
-    return choice(_SCHEDULES, instead)(value.lower() if isinstance(value, str) else value)
+    name = choice(_SCHEDULES, instead)(value.lower() if isinstance(value, str) else value)
+    found = {} if name is None else {"parallel.schedule": name}
+    if name == "zb_v" and config.find("model.num_chunks") is None:
+        found["parallel.num_chunks"] = 2
+    return found
 
 
 def _dtype(value: Any, config: Table) -> dict[str, Any]:
@@ -228,7 +232,9 @@ _PARALLEL: dict[str, Fate] = {
     "block_0_full_weight": Ignored("weights are not gathered by hand", (False, True)),
     "pipeline.size": To("parallel.pipeline"),
     "pipeline.interleaved_overlap": Ignored("sends always overlap with computing", (True,)),
-    "pipeline.mode": To("parallel.schedule", _schedule),
+    "pipeline.mode": Spread(
+        _schedule, "`parallel.schedule`", ("parallel.schedule", "parallel.num_chunks")
+    ),
     "pipeline.zero_bubble": Only((False,), "write parallel.schedule", ("parallel.schedule",)),
     **dict.fromkeys(
         ("weight", "weight.size"),

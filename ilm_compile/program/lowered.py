@@ -48,7 +48,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class LoweredProgram:
-    """A program ready to run: stage s runs on pipeline rank s % pp."""
+    """A program ready to run; the schedule says on which pipeline rank each stage runs."""
 
     plan: Plan
     inputs: dict[str, Input]

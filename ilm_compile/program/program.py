@@ -10,6 +10,7 @@ loss. What passes learn is kept where it belongs: per node in ``node.meta``
 * ``source``     `Source`: module path and the user's file and line
 * ``region``     index into `Program.regions`
 * ``stage``      pipeline stage, or absent before the split
+* ``leaves_weight``  set on a product whose weight gradient is left to W actions
 
 and per program in the fields below.
 """
@@ -159,6 +160,7 @@ class Program:
     retrace: Callable[[Mapping[str, Input]], Program] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)  # of the model, that are no tensors
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
+    stage_ranks: tuple[int, ...] = ()  # the pipeline rank of each stage, once placed
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice
     recomputed_flops: int = 0  # of one micro-batch, what activation checkpointing computes twice
 
@@ -184,6 +186,10 @@ class Program:
     def axis_names(self) -> list[str]:
         """The mesh axes to speak of: those of more than one rank, or the first."""
         return [axis.name for axis in self.plan.mesh_axes] or [*self.plan.axes][:1]
+
+    def rank_of(self, stage: int) -> int:
+        """Return the pipeline rank that runs a stage."""
+        return self.stage_ranks[stage] if self.stage_ranks else stage % self.plan.pp
 
     def source(self, node: fx.Node) -> Source:
         """Return where `node` comes from."""

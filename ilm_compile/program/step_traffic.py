@@ -35,16 +35,21 @@ def predicted_traffic(program: Program) -> tuple[dict[str, Traffic], ...]:
     stages = stage_of(program)
     for node, messages in collectives(program).items():
         for message in messages:
-            sent = steps[stages[node] % plan.pp].setdefault(message.kind, Traffic())
+            sent = steps[program.rank_of(stages[node])].setdefault(message.kind, Traffic())
             sent.add(message.num_bytes * plan.num_microbatches, plan.num_microbatches)
-    received = [tuple(boundaries.values()) for boundaries in stage_boundaries(program)]
-    for rank, step in enumerate(steps):
+    for step in steps:
         step["p2p"] = Traffic()
-        for stage in range(rank, len(received), plan.pp) if plan.pp > 1 else ():
-            values = [b for b in received[stage] if b.requires_grad]  # whose gradients go back
-            values += received[stage + 1] if stage + 1 < len(received) else ()
-            num_bytes = sum(map(_boundary_bytes, values)) * plan.num_microbatches
-            step["p2p"].add(num_bytes, calls=0)
+    for stage, boundaries in enumerate(stage_boundaries(program)):
+        if stage == 0 or program.rank_of(stage - 1) == program.rank_of(stage):
+            continue  # nothing is received, or handed over in memory
+        values = [*boundaries.values()]
+        gradients = [b for b in values if b.requires_grad]
+        for rank, crossing in (
+            (program.rank_of(stage - 1), values),
+            (program.rank_of(stage), gradients),
+        ):
+            num_bytes = sum(map(_boundary_bytes, crossing)) * plan.num_microbatches
+            steps[rank]["p2p"].add(num_bytes, calls=0)
     return steps
 
 
@@ -77,12 +82,12 @@ def _run_again(program: Program, wanted: set[fx.Node]) -> Iterator[fx.Node]:
         nodes = list(group)
         if not program.regions[region].recompute or wanted.isdisjoint(nodes):
             continue
-        while nodes and not _keeps(nodes[-1], graph_gradients, program.plan.axes):
+        while nodes and not keeps(nodes[-1], graph_gradients, program.plan.axes):
             nodes.pop()
         yield from nodes
 
 
-def _keeps(node: fx.Node, gradients: set[fx.Node], sizes: Sizes) -> bool:
+def keeps(node: fx.Node, gradients: set[fx.Node], sizes: Sizes) -> bool:
     """Whether autograd keeps a tensor for the backward of `node`; found out by running it."""
     if node not in gradients:
         return False

@@ -26,12 +26,23 @@ def vocab_embedding(weight: Tensor, indices: Tensor, padding_idx: int, axis: str
     weight: (vocab / size, hidden); indices: any shape, the same on all ranks; the result,
     (*indices.shape, hidden), has placement P.
     """
-    first = communicator(axis).rank * weight.shape[0]
-    local = indices - first
-    absent = (local < 0) | (local >= weight.shape[0])
-    local_padding = padding_idx - first if 0 <= padding_idx - first < weight.shape[0] else None
-    rows = F.embedding(local.masked_fill(absent, 0), weight, padding_idx=local_padding)
+    local, absent, padding = local_rows(indices, weight.shape[0], padding_idx, axis)
+    rows = F.embedding(local, weight, padding_idx=padding if padding >= 0 else None)
     return rows.masked_fill(absent.unsqueeze(-1), 0.0)
+
+
+def local_rows(
+    indices: Tensor, rows: int, padding_idx: int, axis: str
+) -> tuple[Tensor, Tensor, int]:
+    """Return where `indices` lie in the `rows` of this rank, which do not, and the padding's row.
+
+    Row 0 stands for those that do not lie here, -1 for a padding row that does not.
+    """
+    first = communicator(axis).rank * rows
+    local = indices - first
+    absent = (local < 0) | (local >= rows)
+    padding = padding_idx - first
+    return local.masked_fill(absent, 0), absent, padding if 0 <= padding < rows else -1
 
 
 class _VocabCrossEntropy(torch.autograd.Function):

@@ -130,6 +130,10 @@ class WatchedSync:
         self._is_deferred = False
         self._times += 1
 
+    def reduce(self) -> None:
+        self.resume()
+        self._reduced.update(self._backwards.keys())
+
     def release(self) -> None:
         """Nothing is sharded."""
 

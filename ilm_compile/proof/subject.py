@@ -29,20 +29,10 @@ from ilm_compile.proof.pieces import Piece, pieces
 from ilm_compile.proof.promote import float64_default
 from ilm_compile.proof.regions import Found, Trial
 from ilm_compile.proof.weights import buffer_values, tensors_for
-from ilm_compile.schedule import Schedule, build
+from ilm_compile.schedule import Schedule, schedule_of
 
 STEPS = 2
 MOST_REPLICAS = 2  # of a step that had to be made smaller: each runs the same graph
-
-
-def schedule_of(plan: Plan) -> Schedule:
-    """Return the schedule that `plan` names."""
-    return build(
-        plan.schedule,
-        pp=plan.pp,
-        num_microbatches=plan.num_microbatches,
-        num_chunks=plan.num_chunks,
-    )
 
 
 @dataclass

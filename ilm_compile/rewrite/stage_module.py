@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ilm_compile.program.program import Program
+from ilm_compile.program.weight_parts import PRODUCTS, recompute_contexts
 from ilm_compile.rewrite.parameter_free import is_random
 
 
@@ -29,7 +30,13 @@ class Recomputed(nn.Module):
         self.is_random = is_random
 
     def forward(self, *args: Tensor) -> Any:
-        return checkpoint(self.body, *args, use_reentrant=False, preserve_rng_state=self.is_random)
+        return checkpoint(
+            self.body,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=self.is_random,
+            context_fn=recompute_contexts,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +163,9 @@ def _region(
                     owned.append(str(source.target))
                     _register(root, owned[-1], _storage(program, owned[-1]))
                 values[source] = body.node_copy(source)
-        values[node] = body.node_copy(node, values.__getitem__)
+        values[node] = copied = body.node_copy(node, values.__getitem__)
+        if node.meta.get("leaves_weight"):
+            copied.target = PRODUCTS[node.target].leave  # type: ignore[index]
     body.output(tuple(values[node] for node in outputs))
     return fx.GraphModule(root, body, name), owned
 

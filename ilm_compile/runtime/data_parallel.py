@@ -3,7 +3,8 @@
 Each region of a stage is sharded on its own, so that its communication overlaps the compute of its
 neighbours. What regions share, and the rest of the stage, is sharded with the stage. Gradients are
 summed over dp, not averaged, because the loss is normalised by the global batch; they are reduced
-once a step, in the last backward of each stage. What FSDP2 cannot shard, every rank holds whole.
+once a step, in the last backward of each stage or after its last weight part. What FSDP2 cannot
+shard, every rank holds whole.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,10 @@ class GradientSync(Protocol):
         """The next backward is the stage's last of this step: it reduces and shards."""
         ...
 
+    def reduce(self) -> None:
+        """The gradients of this step are complete: reduce and shard them, without a backward."""
+        ...
+
     def release(self) -> None:
         """Give back the full parameters that no backward has given back: the step is over."""
         ...
@@ -137,9 +142,23 @@ class ShardedSync:
         self._root.set_is_last_backward(True)
         self._root.set_reshard_after_backward(True)
 
+    def reduce(self) -> None:
+        self.resume()
+        reduce_gradients(self._root)
+
     def release(self) -> None:
         for module in self._modules:
             module.reshard()
+
+
+def reduce_gradients(root: FSDPModule) -> None:
+    """Do what FSDP2 does at the end of a backward, for all that is sharded within `root`.
+
+    FSDP2 offers no way to ask for it. torch.distributed.pipelining calls the same private method
+    where it reduces after its weight parts (`_PipelineStageBase.perform_reduce_grad`).
+    """
+    state: Any = fully_shard.state(root)  # type: ignore[attr-defined]
+    state._root_post_backward_final_callback()
 
 
 def _tensor_ids(module: nn.Module) -> set[int]:

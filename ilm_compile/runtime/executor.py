@@ -15,7 +15,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ilm_compile.errors import ScheduleError
 from ilm_compile.program.lowered import Stage
 from ilm_compile.runtime.data_parallel import GradientSync
 from ilm_compile.runtime.guard.activity import ACTIVITY
@@ -64,7 +63,9 @@ class Executor:
         self.channel: Channel = channel or ProcessGroupChannel(mesh.pp.group, mesh.device)
         self._syncs = syncs or {}
         self._runners = {
-            stage.index: StageRunner(stage, schedule.num_microbatches)
+            stage.index: StageRunner(
+                stage, schedule.num_microbatches, splits_backwards=schedule.splits_backwards
+            )
             for stage in stages
             if schedule.stage_to_rank[stage.index] == rank
         }
@@ -116,7 +117,8 @@ class Executor:
     def _compile(self, schedule: Schedule, rank: int, *, training: bool = True) -> list[Step]:
         """The functions that run this rank's row of `schedule`."""
         row = schedule.actions[rank] if schedule.actions else ()
-        last_backward = {a.stage: a for a in row if a.kind is Kind.B}
+        # Of a stage, after which its gradients are complete, or during which they can be reduced.
+        last = {a.stage: a for a in row if a.kind in (Kind.B, Kind.W)}
         steps: list[Step] = []
         if training:
             steps += [(f"defer {stage}", sync.defer) for stage, sync in self._syncs.items()]
@@ -127,9 +129,14 @@ class Executor:
                 steps.append((" ".join(map(str, actions)), self.channel.transfer(messages)))
                 continue
             for action in actions:
-                if action == last_backward.get(action.stage) and action.stage in self._syncs:
-                    steps.append((f"sync {action.stage}", self._syncs[action.stage].resume))
-                steps += self._compute(action, schedule, training=training)
+                computes = self._compute(action, schedule, training=training)
+                sync = self._syncs.get(action.stage)
+                if sync is None or action != last.get(action.stage):
+                    steps += computes
+                elif action.kind is Kind.B:
+                    steps += [(f"sync {action.stage}", sync.resume), *computes]
+                else:
+                    steps += [*computes, (f"sync {action.stage}", sync.reduce)]
         # In training it is what no gradient flows through that is still whole.
         steps += [(f"release {stage}", sync.release) for stage, sync in self._syncs.items()]
         return steps
@@ -140,19 +147,15 @@ class Executor:
         functions = {
             Kind.F: runner.forward if training else runner.infer,
             Kind.B: runner.backward,
+            Kind.W: runner.weights,
         }
-        if action.kind not in functions:
-            raise ScheduleError(
-                f"executor: cannot run {action}; expected forwards and whole backwards (F, B), "
-                "choose a schedule that does not split the weight part off"
-            )
         steps: list[Step] = []
         if schedule.receives(action):
             mailbox = runner.received if action.kind is Kind.F else runner.output_grads
             steps.append((f"wait {action}", partial(mailbox.wait, action.microbatch)))
         steps.append((str(action), partial(functions[action.kind], action.microbatch)))
-        step = +1 if action.kind is Kind.F else -1
-        neighbour = self._runners.get(action.stage + step)
+        to = {Kind.F: +1, Kind.B: -1}
+        neighbour = self._runners.get(action.stage + to[action.kind]) if action.kind in to else None
         if neighbour is not None and not schedule.sends(action):
             hand = partial(_hand_over, runner, neighbour, action)
             steps.append((f"hand over {action}", hand))
@@ -181,7 +184,7 @@ class Executor:
 
 def _named(text: str, step: Callable[[], None]) -> Callable[[], None]:
     """`step` under a name that a person can read in a profiler's trace."""
-    name = re.sub(r"^(\d+)([FB])(\d+)$", _spell_out, text)
+    name = re.sub(r"^(\d+)([FBW])(\d+)$", _spell_out, text)
 
     def run() -> None:
         with torch.profiler.record_function(name):
@@ -192,7 +195,7 @@ def _named(text: str, step: Callable[[], None]) -> Callable[[], None]:
 
 def _spell_out(action: re.Match[str]) -> str:
     stage, kind, microbatch = action.groups()
-    word = {"F": "forward", "B": "backward"}[kind]
+    word = {"F": "forward", "B": "backward", "W": "weights"}[kind]
     return f"{action[0]} stage {stage} {word} micro-batch {microbatch}"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ilm_compile.program.lowered import Stage
+from ilm_compile.program.weight_parts import WeightParts
 from ilm_compile.runtime.p2p import Mailbox
 
 
@@ -21,9 +22,12 @@ class StageRunner:
     """Runs `stage` on micro-batches. `sync` is its data-parallel gradient sync, if any.
 
     received, output_grads: what a forward and a backward need; sent, input_grads: their results.
+    splits_backwards: a backward leaves to `weights` what it can of the weights' gradients.
     """
 
-    def __init__(self, stage: Stage, num_microbatches: int) -> None:
+    def __init__(
+        self, stage: Stage, num_microbatches: int, *, splits_backwards: bool = False
+    ) -> None:
         self.stage = stage
         self.is_last = not stage.sent
         self.received = Mailbox(num_microbatches)
@@ -34,11 +38,13 @@ class StageRunner:
         self.outputs: list[tuple[Tensor, ...]] = []
         self._module = stage.module
         self._num_microbatches = num_microbatches
+        self._splits_backwards = splits_backwards
         self._received_with_grad = [i for i, b in enumerate(stage.received) if b.requires_grad]
         self._sent_with_grad = [i for i, b in enumerate(stage.sent) if b.requires_grad]
         self._inputs: list[tuple[Tensor, ...]] = []
         self._leaves: list[list[Tensor]] = []
         self._edges: list[list[GradientEdge | None]] = []
+        self._parts: list[WeightParts | None] = []
 
     def start(
         self,
@@ -53,6 +59,7 @@ class StageRunner:
         self._inputs = [tuple(column[m] for column in columns) for m in range(count)]
         self._leaves = [[] for _ in range(count)]
         self._edges = [[] for _ in range(count)]
+        self._parts = [None] * count
         self._loss_gradient = loss_gradient
         self._keep_outputs = keep_outputs
         self.losses = [None] * count
@@ -64,7 +71,12 @@ class StageRunner:
         """Run the module, remembering what the backward needs."""
         received = self.received.take(microbatch)
         leaves = [received[i].requires_grad_() for i in self._received_with_grad]
-        outputs = self._run(microbatch, received)
+        if self._splits_backwards:
+            self._parts[microbatch] = parts = WeightParts()
+            with parts.collect():
+                outputs = self._run(microbatch, received)
+        else:
+            outputs = self._run(microbatch, received)
         self._leaves[microbatch] = leaves
         wanted = outputs[:1] if self.is_last else [outputs[i] for i in self._sent_with_grad]
         self._edges[microbatch] = [
@@ -76,7 +88,7 @@ class StageRunner:
         self._run(microbatch, self.received.take(microbatch))
 
     def backward(self, microbatch: int) -> None:
-        """Add to the parameters' gradients, and find those of the received tensors."""
+        """Find the gradients of the received tensors, and add to the parameters' gradients."""
         edges, self._edges[microbatch] = self._edges[microbatch], []
         leaves, self._leaves[microbatch] = self._leaves[microbatch], []
         if self.is_last:
@@ -93,6 +105,12 @@ class StageRunner:
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous()
             for leaf in leaves
         ]
+
+    def weights(self, microbatch: int) -> None:
+        """Add to the parameters' gradients what the backward has left for later."""
+        parts, self._parts[microbatch] = self._parts[microbatch], None
+        assert parts is not None
+        parts.run()
 
     def _run(self, microbatch: int, received: list[Tensor]) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self._module(*self._inputs[microbatch], *received)

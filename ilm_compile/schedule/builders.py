@@ -1,18 +1,22 @@
-"""The schedules by name. Stage s lives on rank s % pp; a rank holds `num_chunks` stages.
+"""The schedules by name. Stage s lives on rank s % pp, or where its placement says; a rank holds
+`num_chunks` stages. Those that split the backward are in `ilm_compile.schedule.split`.
 
-All three run the forwards and the backwards of a rank in one fixed order and differ only in how
-many forwards a rank runs before its first backward: all of them (gpipe), or just enough to keep
+All three here run the forwards and the backwards of a rank in one fixed order and differ only in
+how many forwards a rank runs before its first backward: all of them (gpipe), or just enough to keep
 the ranks behind it busy (1f1b, interleaved_1f1b).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Protocol, TypeVar
 
 from ilm_compile.errors import ScheduleError
+from ilm_compile.program.plan import Plan
 from ilm_compile.schedule.actions import Action, Kind
 from ilm_compile.schedule.comms import insert_comms
 from ilm_compile.schedule.schedule import Schedule
+
+Placement = Callable[[int, int], int]
 
 
 class Builder(Protocol):
@@ -25,15 +29,27 @@ class Builder(Protocol):
 
 BuilderT = TypeVar("BuilderT", bound=Builder)
 _BUILDERS: dict[str, Builder] = {}
+_PLACEMENTS: dict[str, Placement] = {}
 
 
-def register_schedule(name: str) -> Callable[[BuilderT], BuilderT]:
-    """Make the decorated builder available as `build(name, ...)`."""
+def looped(stage: int, pp: int) -> int:
+    """The rank of a stage, if the stages go round the ranks."""
+    return stage % pp
+
+
+def register_schedule(
+    name: str, *, placement: Placement = looped
+) -> Callable[[BuilderT], BuilderT]:
+    """Make the decorated builder available as `build(name, ...)`, and in a `Plan`.
+
+    placement: the rank of a stage, given that and pp.
+    """
     if name in _BUILDERS:
         raise ScheduleError(f"schedule {name!r} is already registered; choose another name")
 
     def register(builder: BuilderT) -> BuilderT:
         _BUILDERS[name] = builder
+        _PLACEMENTS[name] = placement
         return builder
 
     return register
@@ -41,19 +57,38 @@ def register_schedule(name: str) -> Callable[[BuilderT], BuilderT]:
 
 def build(name: str, *, pp: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """The named schedule with its sends and receives; `check` proves that it can run."""
-    return build_from(
-        _BUILDERS, name, pp=pp, num_microbatches=num_microbatches, num_chunks=num_chunks
-    )
-
-
-def build_from(builders: Mapping[str, Builder], name: str, **sizes: int) -> Schedule:
-    """`build` with a table of builders; sizes: the arguments of a `Builder`."""
-    if name not in builders:
-        raise ScheduleError(f"unknown schedule {name!r}; known: {', '.join(sorted(builders))}")
+    _check_known(name)
+    sizes = {"pp": pp, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     for option, size in sizes.items():
         if size < 1:
             raise ScheduleError(f"schedule {name!r}: {option} must be at least 1, got {size}")
-    return insert_comms(Schedule.from_rows(name, builders[name](**sizes)))
+    return insert_comms(Schedule.from_rows(name, _BUILDERS[name](**sizes)))
+
+
+def schedule_of(plan: Plan) -> Schedule:
+    """The schedule that `plan` names. Raises `ScheduleError` for counts that do not fit it."""
+    return build(
+        plan.schedule,
+        pp=plan.pp,
+        num_microbatches=plan.num_microbatches,
+        num_chunks=plan.num_chunks,
+    )
+
+
+def stage_ranks(name: str, *, pp: int, num_stages: int) -> tuple[int, ...]:
+    """The rank on which the named schedule runs each stage."""
+    _check_known(name)
+    return tuple(_PLACEMENTS[name](stage, pp) for stage in range(num_stages))
+
+
+def known_schedules() -> list[str]:
+    """The names that `build` and a `Plan` take."""
+    return sorted(_BUILDERS)
+
+
+def _check_known(name: str) -> None:
+    if name not in _BUILDERS:
+        raise ScheduleError(f"unknown schedule {name!r}; known: {', '.join(known_schedules())}")
 
 
 @register_schedule("gpipe")

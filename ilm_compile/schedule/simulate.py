@@ -99,7 +99,7 @@ class Simulation:
 
         The unit is that of `peak_in_flight`, which is the highest of these numbers.
         """
-        frees = Kind.W if _is_split(self.schedule) else Kind.B
+        frees = Kind.W if self.schedule.splits_backwards else Kind.B
         events = [
             (self.spans[a].start, 1) if a.kind is Kind.F else (self.spans[a].stop, -1)
             for a in self._computes[rank]
@@ -172,7 +172,7 @@ def _needed(schedule: Schedule, action: Action, overlap: bool) -> Action | None:
 
 def _durations(schedule: Schedule, times: Sequence[StageTimes]) -> dict[Kind, list[float]]:
     """For each kind, how long it takes in each stage."""
-    is_split = _is_split(schedule)
+    is_split = schedule.splits_backwards
     return {
         Kind.F: [t.forward for t in times],
         Kind.B: [t.backward if is_split else t.backward + t.weight for t in times],
@@ -182,7 +182,3 @@ def _durations(schedule: Schedule, times: Sequence[StageTimes]) -> dict[Kind, li
         Kind.RECV_F: [0.0] * len(times),
         Kind.RECV_B: [0.0] * len(times),
     }
-
-
-def _is_split(schedule: Schedule) -> bool:
-    return any(action.kind is Kind.W for row in schedule.actions for action in row)

@@ -1,8 +1,4 @@
-"""Schedules with a split backward: B gives the gradient of the input, W later that of the weights.
-
-They can be built, checked, drawn and simulated. They are not among the schedules of a `Plan`, since
-the executor runs whole backwards only; so they have a table of their own.
-"""
+"""Schedules with a split backward: B for the gradient of the input, W later for the weights'."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,21 +6,19 @@ from collections.abc import Iterable, Sequence
 from ilm_compile.errors import ScheduleError
 from ilm_compile.schedule.actions import Action, Kind
 from ilm_compile.schedule.builders import (
-    Builder,
-    build_from,
     compute_order,
     one_forward_one_backward,
+    register_schedule,
 )
-from ilm_compile.schedule.schedule import Schedule
 
 
-def build_split(name: str, *, pp: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
-    """The named schedule of `SPLIT_BUILDERS` with its sends and receives."""
-    return build_from(
-        SPLIT_BUILDERS, name, pp=pp, num_microbatches=num_microbatches, num_chunks=num_chunks
-    )
+def down_and_up(stage: int, pp: int) -> int:
+    """The rank of a stage, if the stages go down the ranks and up again: stage 2 pp - 1 on 0."""
+    way = stage % (2 * pp)
+    return min(way, 2 * pp - 1 - way)
 
 
+@register_schedule("zb_h1")
 def _zb_h1(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
     """1F1B whose ranks keep weight parts for the end (Qi et al., 2023, arXiv 2401.10241, 2.1).
 
@@ -33,6 +27,7 @@ def _zb_h1(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Seque
     return _handcrafted("zb_h1", 1, pp, num_microbatches, num_chunks)
 
 
+@register_schedule("zb_h2")
 def _zb_h2(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
     """Twice the forwards of `zb_h1` before the first backward (arXiv 2401.10241, section 2.2).
 
@@ -68,6 +63,7 @@ def _with_weights(row: Iterable[Action], *, delay: int) -> list[Action]:
     return [*done, *owed]
 
 
+@register_schedule("zb_v", placement=down_and_up)
 def _zb_v(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
     """Two stages per rank, down the ranks and up again (arXiv 2401.10241, section 6).
 
@@ -100,6 +96,3 @@ def _zb_v(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequen
             row.append(Action(stages[way], Kind(kind), count[text]))
             count[text] += 1
         yield [action for action in row if action.microbatch < num_microbatches]
-
-
-SPLIT_BUILDERS: dict[str, Builder] = {"zb_h1": _zb_h1, "zb_h2": _zb_h2, "zb_v": _zb_v}

@@ -159,7 +159,7 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
         ({"model": {"is_reward": True}}, "for a reward head"),
         ({"parallel": {"tensor": {"mode": "2D"}}}, "write mtp, msp, fsp or isp"),
         ({"parallel": {"weight": {"size": "all"}}}, "write parallel.zero = 3"),
-        ({"parallel": {"pipeline": {"mode": "ZBH1"}}}, "write parallel.schedule"),
+        ({"parallel": {"pipeline": {"mode": "VHALF"}}}, "write parallel.schedule"),
         ({"data": {"use_packed_dataset": False}}, "rows are always packed"),
         ({"data": {"max_length_per_sample": 8}}, "a sample is cut at data.seq_len"),
         ({"hf": {"cfg": "m"}}, "call ilm_compile.parallelize on the Hugging Face model"),
@@ -236,7 +236,7 @@ def test_what_has_no_effect_beside_another_key_is_told() -> None:
          "parallel", "sequence_parallel", True),
         ({"parallel": {"weight": {"size": 2}}}, "parallel.zero=1",
          "parallel", "zero", 1),
-        ({"parallel": {"pipeline": {"mode": "ZBV"}}}, "parallel.schedule=gpipe",
+        ({"parallel": {"pipeline": {"mode": "VHALF"}}}, "parallel.schedule=gpipe",
          "parallel", "schedule", "gpipe"),
         ({"parallel": {"tensor": {"size": 4, "mode": "msp"}}}, "parallel.tensor=2",
          "parallel", "tensor", 2),
@@ -264,10 +264,20 @@ def test_what_the_command_line_settles_is_no_fault_of_the_file(
 
 
 def test_a_set_settles_no_more_than_it_says() -> None:
-    order = {"tensor": {"mode": "2D"}, "pipeline": {"mode": "ZBV"}}
+    order = {"tensor": {"mode": "2D"}, "pipeline": {"mode": "VHALF"}}
     text = fault("parallel.sequence_parallel=true", parallel=order)
     assert "pipeline.mode" in text
     assert "tensor.mode" not in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "schedule", "chunks"), [("1F1B", None, 1), ("ZBH1", "zb_h1", 1), ("zbv", "zb_v", 2)]
+)
+def test_the_mode_of_a_pipeline_names_a_schedule(
+    mode: str, schedule: str | None, chunks: int
+) -> None:
+    parallel = config(parallel={"pipeline": {"size": 2, "mode": mode}}).parallel
+    assert (parallel.schedule, parallel.num_chunks) == (schedule, chunks)
 
 
 def test_a_wrong_set_is_refused_over_a_right_file() -> None:

@@ -19,7 +19,7 @@ from ilm_compile.proof.mutations import Trial
 from ilm_compile.proof.promote import promoted_float32
 from ilm_compile.proof.reference import random_batch
 from ilm_compile.proof.report import Report
-from ilm_compile.proof.subject import schedule_of
+from ilm_compile.schedule import schedule_of
 
 ROWS = 2
 INPUTS = {name: ((ROWS, zoo.SEQ), torch.int64) for name in ("input_ids", "labels")}

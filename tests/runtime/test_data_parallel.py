@@ -29,19 +29,26 @@ def test_regions_that_share_a_parameter_belong_to_the_stage() -> None:
     assert set(last.names) == {"embed", "scale", "frozen"}
 
 
-def sum_over_ranks(rank: int, dtype: torch.dtype) -> float:
-    """Two micro-batches on each rank, reduced once; the gradient of a weight that sees 1 + rank."""
+def sum_over_ranks(rank: int, dtype: torch.dtype, zero: int = 1, late: bool = False) -> float:
+    """Two micro-batches on each rank, reduced once; the gradient of a weight that sees 1 + rank.
+
+    late: after the last backward, not in it.
+    """
     mesh = Mesh.create(Plan()).device_mesh
     assert mesh is not None
     module = nn.Linear(1, 1, bias=False, dtype=dtype)
-    shard(module, mesh["dp"], zero=1)
+    shard(module, mesh["dp"], zero=zero)
     (weight,) = module.parameters()
-    sync = ShardedSync(module, zero=1)
+    sync = ShardedSync(module, zero=zero)
     x = torch.full((1, 1), 1.0 + rank, dtype=dtype)
     sync.defer()
     module(x).sum().backward()
-    sync.resume()
+    if not late:
+        sync.resume()
     module(x).sum().backward()
+    if late:
+        assert weight.grad is None
+        sync.reduce()
     assert isinstance(weight.grad, DTensor)
     return weight.grad.full_tensor().item()
 
@@ -51,6 +58,12 @@ def test_gradients_are_summed_over_ranks_and_microbatches(
     world2: World, dtype: torch.dtype
 ) -> None:
     assert world2.run(sum_over_ranks, dtype) == [6.0, 6.0]
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_gradients_can_be_reduced_after_the_last_backward(world2: World, zero: int) -> None:
+    """By a private method of FSDP2: a torch that changes it fails here."""
+    assert world2.run(sum_over_ranks, torch.float32, zero, True) == [6.0, 6.0]
 
 
 def variable(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, trained: bool) -> Variable:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ilm_compile.errors import ScheduleError
 from ilm_compile.program.lowered import Boundary, Stage
 from ilm_compile.program.plan import Plan
+from ilm_compile.program.weight_parts import PRODUCTS
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.runtime.executor import Executor
 from ilm_compile.schedule import Action, Schedule, build, check, insert_comms
@@ -78,12 +78,33 @@ def test_stages_on_one_rank_hand_over_in_memory() -> None:
     assert stages[1].module.weight.grad.tolist() == [5.0, 7.0, 9.0]
 
 
-def test_a_split_backward_is_refused() -> None:
-    schedule = schedule_of("0F0 0B0 0W0")
-    module = nn.Identity()
-    stage = Stage(0, module, (), (), (), ("loss",), {})
-    with pytest.raises(ScheduleError, match="cannot run 0W0; expected forwards and whole"):
-        Executor((stage,), schedule, Mesh.create(Plan()))
+class Product(nn.Module):
+    """A stage of one product, as `lower` writes it for a schedule with weight parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (PRODUCTS[torch.ops.aten.linear.default].leave(x, self.weight).sum(),)
+
+
+def test_the_gradient_of_a_weight_comes_with_the_weight_part_of_its_micro_batch() -> None:
+    schedule = schedule_of("0F0 0F1 0B0 0B1 0W1 0W0")
+    stage = Stage(0, Product(), ("x",), (), (), ("loss",), {})
+    executor = Executor((stage,), schedule, Mesh.create(Plan()))
+    executor.record_timeline = True
+    seen: list[tuple[str, list[float]]] = []
+
+    def note(weight: Tensor) -> None:
+        assert weight.grad is not None
+        seen.append((executor.timeline[-1][0], weight.grad.flatten().tolist()))
+
+    stage.module.weight.register_post_accumulate_grad_hook(note)
+    x = [torch.tensor([[1.0, 2.0]]), torch.tensor([[30.0, 40.0]])]
+    executor.run({"x": x}, loss_gradient=1.0)
+    # As the action before it ends.
+    assert seen == [("0B1", [30.0, 40.0]), ("0W1", [31.0, 42.0])]
 
 
 def send_unused(rank: int) -> Any:

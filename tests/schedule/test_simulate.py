@@ -6,12 +6,10 @@ import pytest
 
 from ilm_compile.errors import ScheduleError
 from ilm_compile.schedule import (
-    SPLIT_BUILDERS,
     Action,
     Schedule,
     StageTimes,
     build,
-    build_split,
     forward_only,
     peak_in_flight,
     simulate,
@@ -33,8 +31,7 @@ overlaps = pytest.mark.parametrize("overlap", [True, False])
 
 
 def schedule(name: str, pp: int, m: int, chunks: int = 1) -> Schedule:
-    builder = build_split if name in SPLIT_BUILDERS else build
-    return builder(name, pp=pp, num_microbatches=m, num_chunks=chunks)
+    return build(name, pp=pp, num_microbatches=m, num_chunks=chunks)
 
 
 def uneven(num_stages: int) -> list[StageTimes]:

@@ -138,8 +138,10 @@ def module_of(parameter: str) -> str:
 def live_microbatches(row: tuple[Action, ...], sizes: Mapping[int, int]) -> dict[int, int]:
     """How many micro-batches of each stage wait for their backward when most bytes do.
 
-    sizes: bytes that one micro-batch of each stage keeps.
+    sizes: bytes that one micro-batch of each stage keeps; until the weight part, where the row has
+    those, though some are free before.
     """
+    frees = Kind.W if any(action.kind is Kind.W for action in row) else Kind.B
     live: Counter[int] = Counter()
     most, fullest = -1, dict(live)
     for action in row:
@@ -148,7 +150,7 @@ def live_microbatches(row: tuple[Action, ...], sizes: Mapping[int, int]) -> dict
         total = sum(count * sizes.get(stage, 0) for stage, count in live.items())
         if total > most:
             most, fullest = total, dict(live)
-        if action.kind is Kind.B:
+        if action.kind is frees:
             live[action.stage] -= 1
     return fullest
 

@@ -10,6 +10,7 @@ INK, MUTED, LINE = "#1f2933", "#66727f", "#d9dee4"
 # Distinguishable in grey and for the colour-blind: Okabe and Ito's blue and orange, toned down.
 FORWARD = ("#4878a8", "#8fb4d4", "#2d4f73", "#b9d3e8")
 BACKWARD = ("#e08a3c", "#f2bd8b", "#a85f1d", "#f8dabb")
+WEIGHTS = ("#6aa56a", "#a9cfa9", "#3f733f", "#cfe5cf")
 # Average width of a character of these fonts, as a share of its size; measured on digits.
 _CHARACTER = 0.58
 

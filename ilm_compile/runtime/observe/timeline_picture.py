@@ -13,6 +13,7 @@ from ilm_compile.runtime.observe.svg import (
     INK,
     LINE,
     MUTED,
+    WEIGHTS,
     Picture,
     text_width,
     ticks,
@@ -25,8 +26,13 @@ Spans = Mapping[Action, tuple[float, float]]  # start and end of each compute ac
 RIGHT, ROW, GAP, TOP = 20.0, 24.0, 6.0, 84.0
 WIDTH, WIDEST = 1200.0, 4000.0
 SIZE, SMALL = 11.0, 8.5  # of labels
-_DARK = {FORWARD[0], FORWARD[2], BACKWARD[2]} | {color for _, color in PHASES.values()}
-_COLORS = {Kind.F: FORWARD, Kind.B: BACKWARD}
+_DARK = {FORWARD[0], FORWARD[2], BACKWARD[2], WEIGHTS[2]} | {color for _, color in PHASES.values()}
+# What a kind is called, and the shades of its chunks.
+_LOOKS = {
+    Kind.F: ("forward", FORWARD),
+    Kind.B: ("backward", BACKWARD),
+    Kind.W: ("weights", WEIGHTS),
+}
 _REDUCTION = PHASES["gradients"][1]
 
 
@@ -39,7 +45,7 @@ class Row:
 
 
 def compute_rows(schedule: Schedule) -> list[list[Action]]:
-    """The forwards and backwards of each pipeline rank in their order."""
+    """The computes of each pipeline rank in their order."""
     return [[action for action in row if action.is_compute] for row in schedule.actions]
 
 
@@ -61,7 +67,8 @@ def draw_timelines(
     """An SVG of `schedule` as planned, in forwards of one stage, above `measured`, in seconds.
 
     dp: data-parallel ranks; above 1 the last backward of each stage is marked, which reduces its
-    gradients. As wide as it takes to write the micro-batch into a planned forward.
+    gradients, or the last weight part, after which they are. As wide as it takes to write the
+    micro-batch into a planned forward.
     """
     rows = compute_rows(schedule)
     ranks = ranks or [Row(f"rank {rank}") for rank in range(len(rows))]
@@ -75,7 +82,7 @@ def draw_timelines(
     picture = Picture(width, TOP + 2 * panel)
     picture.text(left, 26, f"Pipeline of {title}", size=16, bold=True)
     _legend(picture, left, 46, schedule, ranks, dp)
-    reduces = frozenset(_last_backwards(rows)) if dp > 1 else frozenset[Action]()
+    reduces = frozenset(_last_gradients(rows)) if dp > 1 else frozenset[Action]()
     for top, name, spans, unit in (
         (TOP, "planned", planned, "forwards of one stage"),
         (TOP + panel, "measured", measured, "ms"),
@@ -94,10 +101,10 @@ def draw_timelines(
     return picture.render()
 
 
-def _last_backwards(rows: Sequence[Sequence[Action]]) -> Iterable[Action]:
-    """The last backward of each stage."""
-    backwards = [action for row in rows for action in row if action.kind is Kind.B]
-    return {action.stage: action for action in backwards}.values()
+def _last_gradients(rows: Sequence[Sequence[Action]]) -> Iterable[Action]:
+    """The last action of each stage that adds to gradients."""
+    gradients = [action for row in rows for action in row if action.kind is not Kind.F]
+    return {action.stage: action for action in gradients}.values()
 
 
 @dataclass
@@ -184,7 +191,7 @@ class _Panel:
 
 
 def _color(action: Action, schedule: Schedule) -> str:
-    shades = _COLORS.get(action.kind, BACKWARD)
+    shades = _LOOKS[action.kind][1]
     return shades[(action.stage // schedule.num_ranks) % len(shades)]
 
 
@@ -194,17 +201,20 @@ def _legend(
     num_chunks = -(-schedule.num_stages // schedule.num_ranks)
     entries = [
         (shades[chunk % len(shades)], f"{word}{f', chunk {chunk}' if num_chunks > 1 else ''}")
-        for word, shades in (("forward", FORWARD), ("backward", BACKWARD))
+        for kind, (word, shades) in _LOOKS.items()
+        if kind is not Kind.W or schedule.splits_backwards
         for chunk in range(num_chunks)
     ]
     x = _entries(picture, left, y, entries)
     words = "2F0: stage 2, forward, micro-batch 0; a number alone: the micro-batch"
+    if x + text_width(words, 12) > picture.width:
+        words = words.partition(";")[0]
     picture.text(x, y, words, fill=MUTED)
     seen = {name for rank in ranks for name in rank.phases}
     after = [(color, word) for name, (word, color) in PHASES.items() if name in seen]
     x = _entries(picture, left, y + 20, after)
     if dp > 1:
-        _entries(picture, x, y + 20, [(_REDUCTION, "under a backward: it reduces over dp")])
+        _entries(picture, x, y + 20, [(_REDUCTION, "below an action: it reduces over dp")])
 
 
 def _entries(picture: Picture, x: float, y: float, entries: Sequence[tuple[str, str]]) -> float:

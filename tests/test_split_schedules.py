@@ -1,0 +1,121 @@
+"""Schedules that split the backward train the same model, and run no block more often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+import ilm_compile
+from ilm_compile.compile import make_schedule
+from ilm_compile.passes import lower
+from ilm_compile.program.lowered import LoweredProgram
+from ilm_compile.proof.emulate import Step, emulate
+from ilm_compile.proof.reference import single_device_step
+from tests.support.equality import (
+    EXAMPLE,
+    ROWS,
+    Case,
+    assert_equal,
+    compare,
+    make_batch,
+    make_model,
+)
+from tests.support.promote import promoted_float32
+from tests.support.traced import traced_once
+
+MICRO_BATCHES = 5
+CHUNKS = {"zb_h1": 1, "zb_h2": 1, "zb_v": 2}
+WHOLE = {1: "1f1b", 2: "gpipe"}  # schedules of as many chunks whose backwards are whole
+
+
+@cache
+def lowered(name: str, dtype: torch.dtype = torch.float64, **plan: Any) -> LoweredProgram:
+    with promoted_float32(), traced_once((name, dtype)):
+        model = make_model(name).to(dtype)
+        given = {"num_microbatches": MICRO_BATCHES, **plan}
+        return lower(ilm_compile.partition(model, example_inputs=EXAMPLE, **given))
+
+
+def step(name: str, schedule: str, dtype: torch.dtype = torch.float64, **plan: Any) -> Step:
+    """One emulated step. The schedules of one number of chunks run one program."""
+    chunks = CHUNKS.get(schedule, 2 if schedule == "gpipe" else 1)
+    marked = "zb_v" if chunks == 2 else "zb_h1"
+    program = lowered(name, dtype, schedule=marked, num_chunks=chunks, **plan)
+    other = make_schedule(program.plan.replace(schedule=schedule))
+    batch = make_batch(ROWS * MICRO_BATCHES)
+    [found] = emulate(program, other, make_model(name).to(dtype), [batch], max_norm=None)
+    return found
+
+
+@cache
+def reference(name: str) -> Step:
+    return single_device_step(make_model(name), make_batch(ROWS * MICRO_BATCHES))
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("schedule", CHUNKS)
+def test_equals_the_single_device_model(schedule, checkpoint, tp, pp):
+    found = step("internlm2", schedule, pp=pp, tp=tp, checkpoint=checkpoint)
+    expected = reference("internlm2")
+    errors = compare(found.loss, expected.loss, found.gradients, expected.gradients)
+    assert errors.loss <= 1e-10, errors
+    assert errors.gradient <= 1e-10, errors
+
+
+@pytest.mark.parametrize("checkpoint", [False, 0.5])
+@pytest.mark.parametrize("schedule", CHUNKS)
+def test_has_the_bits_of_whole_backwards(schedule, checkpoint):
+    """In float32, in a pure pipeline; the tied embedding of GPT-2 is added up over its stages."""
+    for name in ("internlm2", "gpt2"):
+        plan = {"pp": 2, "checkpoint": checkpoint}
+        whole = step(name, WHOLE[CHUNKS[schedule]], torch.float32, **plan)
+        split = step(name, schedule, torch.float32, **plan)
+        assert split.loss.equal(whole.loss)
+        assert split.gradients.keys() == whole.gradients.keys()
+        wrong = [n for n, g in whole.gradients.items() if not g.equal(split.gradients[n])]
+        assert not wrong
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("schedule", CHUNKS)
+def test_no_block_runs_more_often_than_with_whole_backwards(schedule, checkpoint):
+    """Once for each micro-batch, and once more where it is recomputed."""
+    program = lowered(
+        "internlm2", schedule=schedule, num_chunks=CHUNKS[schedule], pp=2, checkpoint=checkpoint
+    )
+    runs: Counter[str] = Counter()
+
+    def count(module: torch.nn.Module, _: object) -> None:
+        first, *_ = [*(name for name, _ in module.named_parameters()), ""]
+        if first.startswith("layers."):  # a stage has layers_0
+            runs["_".join(first.split(".")[:2])] += 1
+
+    with register_module_forward_pre_hook(count):
+        batch = make_batch(ROWS * MICRO_BATCHES)
+        emulate(program, make_schedule(program.plan), make_model("internlm2"), [batch])
+    regions = [name for stage in program.stages for name, _ in stage.module.named_children()]
+    times = MICRO_BATCHES * (2 if checkpoint else 1)
+    assert runs == {name: times * n for name, n in Counter(regions).items() if "layers" in name}
+
+
+REAL = [
+    Case("internlm2", {"pp": 2, "schedule": "zb_h1", "num_microbatches": 3}, dp=2),
+    Case(
+        "gpt2",
+        {"pp": 2, "num_chunks": 2, "schedule": "zb_v", "zero": 3, "checkpoint": 0.5},
+        dp=2,
+    ),
+    Case("internlm2", {"pp": 2, "tp": 2, "num_chunks": 2, "schedule": "zb_v", "checkpoint": 0.5}),
+]
+
+
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_real_processes_equal_the_single_device_model(case, world4):
+    assert_equal(world4, case, 1e-10)
