@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,8 +16,10 @@ import ilm_compile
 from ilm_compile.compile import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import LoweredProgram
+from ilm_compile.program.weight_parts import WeightParts
 from ilm_compile.proof.emulate import Step, emulate
 from ilm_compile.proof.reference import single_device_step
+from tests.proof.small import verify
 from tests.support.equality import (
     EXAMPLE,
     ROWS,
@@ -103,6 +107,31 @@ def test_no_block_runs_more_often_than_with_whole_backwards(schedule, checkpoint
     regions = [name for stage in program.stages for name, _ in stage.module.named_children()]
     times = MICRO_BATCHES * (2 if checkpoint else 1)
     assert runs == {name: times * n for name, n in Counter(regions).items() if "layers" in name}
+
+
+def nothing(parts: WeightParts) -> None:
+    """Leave out what a micro-batch has left."""
+
+
+def twice(parts: WeightParts) -> None:
+    again = copy(parts)
+    RUN(again)
+    RUN(parts)
+
+
+def without_the_last(parts: WeightParts) -> None:
+    RUN(replace(parts, _parts=parts._parts[:-1]))
+
+
+RUN = WeightParts.run
+
+
+@pytest.mark.parametrize("fault", [nothing, twice, without_the_last])
+def test_a_wrong_weight_part_fails_the_proof(fault, monkeypatch):
+    monkeypatch.setattr(WeightParts, "run", fault)
+    report = verify("internlm2", pp=2, schedule="zb_h1", num_microbatches=2)
+    assert not report.ok
+    assert "gradient" in str(report.failures)
 
 
 REAL = [

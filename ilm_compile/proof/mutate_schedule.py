@@ -127,15 +127,15 @@ def duplicate(schedule: Schedule) -> Iterator[Place]:
             yield f"{action} on rank {rank}", _with_row(schedule, rank, twice)
 
 
-def backward_first(schedule: Schedule) -> Iterator[Place]:
-    """The backward of a micro-batch before its forward."""
+def exchanged(schedule: Schedule, first: Kind, second: Kind) -> Iterator[Place]:
+    """Two kinds of action of a micro-batch in the other order."""
     for rank, row in enumerate(schedule.actions):
         for action in row:
-            if action.kind is Kind.F:
-                backward = replace(action, kind=Kind.B)
+            other = replace(action, kind=second)
+            if action.kind is first and other in row:
                 yield (
-                    f"{backward} before {action} on rank {rank}",
-                    _with_row(schedule, rank, _swapped(row, action, backward)),
+                    f"{other} before {action} on rank {rank}",
+                    _with_row(schedule, rank, _swapped(row, action, other)),
                 )
 
 
@@ -151,5 +151,6 @@ KINDS: dict[str, Callable[[Schedule], Iterator[Place]]] = {
     "post receives late": late_receives,
     "swap messages at one end": swap_messages,
     "duplicate an action": duplicate,
-    "backward before forward": backward_first,
+    "backward before forward": lambda s: exchanged(s, Kind.F, Kind.B),
+    "weight part before backward": lambda s: exchanged(s, Kind.B, Kind.W),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import mutation_cases
-from ilm_compile.errors import ProgramError
+from ilm_compile.errors import ProgramError, ScheduleError
 from ilm_compile.proof import mutate_program, mutate_schedule
 from ilm_compile.proof.mutations import (
     Trial,
@@ -18,7 +18,7 @@ from ilm_compile.proof.mutations import (
     schedule_mutants,
     spread,
 )
-from ilm_compile.schedule import build
+from ilm_compile.schedule import build, check
 from tests.proof.small import make_trial
 
 HARMLESS = {
@@ -122,6 +122,16 @@ def test_faults_of_schedules_are_caught_or_harmless():
     assert "schedule" in {v.first() for v in verdicts}
 
 
+def test_a_weight_part_that_is_lost_doubled_or_early_is_refused():
+    schedule = build("zb_h1", pp=2, num_microbatches=2)
+    kinds = ("drop a compute", "duplicate an action", "weight part before backward")
+    wrong = [m for m in schedule_mutants(schedule) if m.kind in kinds and "W" in m.what]
+    assert {mutant.kind for mutant in wrong} == set(kinds)
+    for mutant in wrong:
+        with pytest.raises(ScheduleError, match=r"\dW\d"):
+            check(mutant.make(None, schedule)[1])
+
+
 def test_a_recompute_boundary_that_is_lost_changes_nothing():
     trial = trial_of("split")
     mutants = list(program_mutants(trial.program, limit=1))
@@ -168,12 +178,13 @@ def _books(program):
 
 
 def test_every_schedule_fault_changes_the_schedule():
-    schedule = build("interleaved_1f1b", pp=2, num_chunks=2, num_microbatches=4)
     count = Counter()
-    for mutant in schedule_mutants(schedule):
-        _, changed = mutant.make(None, schedule)
-        assert changed.actions != schedule.actions, mutant
-        count[mutant.kind] += 1
+    for name in ("interleaved_1f1b", "zb_v"):
+        schedule = build(name, pp=2, num_chunks=2, num_microbatches=4)
+        for mutant in schedule_mutants(schedule):
+            _, changed = mutant.make(None, schedule)
+            assert changed.actions != schedule.actions, mutant
+            count[mutant.kind] += 1
     assert set(count) == set(mutate_schedule.KINDS)
 
 

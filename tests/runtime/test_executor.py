@@ -102,9 +102,12 @@ def test_the_gradient_of_a_weight_comes_with_the_weight_part_of_its_micro_batch(
 
     stage.module.weight.register_post_accumulate_grad_hook(note)
     x = [torch.tensor([[1.0, 2.0]]), torch.tensor([[30.0, 40.0]])]
-    executor.run({"x": x}, loss_gradient=1.0)
+    executor.annotate = True
+    with torch.profiler.profile() as profile:
+        executor.run({"x": x}, loss_gradient=1.0)
     # As the action before it ends.
     assert seen == [("0B1", [30.0, 40.0]), ("0W1", [31.0, 42.0])]
+    assert "0W1 stage 0 weights micro-batch 1" in {event.name for event in profile.events()}
 
 
 def send_unused(rank: int) -> Any:

@@ -23,7 +23,7 @@ from ilm_compile.runtime.observe.memory_picture import draw_memory, format_bytes
 from ilm_compile.runtime.observe.phases import PHASES
 from ilm_compile.runtime.observe.places import rank_words
 from ilm_compile.runtime.observe.saved import SavedBytes
-from ilm_compile.runtime.observe.svg import ticks
+from ilm_compile.runtime.observe.svg import WEIGHTS, ticks
 from ilm_compile.runtime.observe.timeline_picture import (
     Row,
     bubble,
@@ -159,6 +159,22 @@ def test_rows_tell_ranks_stages_and_what_came_after_the_schedule() -> None:
     assert "reduces over dp" not in draw_timelines(schedule, spans, title="step")
 
 
+def test_weight_parts_have_a_color_and_the_last_of_a_stage_reduces() -> None:
+    schedule = build("zb_v", pp=2, num_microbatches=3, num_chunks=2)
+    every = [action for row in compute_rows(schedule) for action in row]
+    spans = {action: (i, i + 1.0) for i, action in enumerate(every)}
+    svg = draw_timelines(schedule, spans, title="step", dp=2)
+    assert [t for t in texts(svg) if t.startswith("weights")] == [
+        "weights, chunk 0",
+        "weights, chunk 1",
+    ]
+    # a legend, and three weight parts of each of two stages in both panels
+    assert [svg.count(color) for color in WEIGHTS[:2]] == [1 + 2 * 2 * 3] * 2
+    assert svg.count(PHASES["gradients"][1]) == 1 + 2 * 4
+    whole = draw_timelines(build("1f1b", pp=1, num_microbatches=1), spans, title="step")
+    assert "weights" not in whole
+
+
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
@@ -260,6 +276,11 @@ def test_the_fullest_moment_weighs_stages_by_their_bytes() -> None:
     row = tuple(Action.parse(text) for text in "0F0 0F1 0B0 0B1 1F0 1F1 1B0 1B1".split())
     assert live_microbatches(row, {0: 5, 1: 3}) == {0: 2}
     assert {k: v for k, v in live_microbatches(row, {0: 3, 1: 5}).items() if v} == {1: 2}
+
+
+def test_a_micro_batch_is_live_until_its_weight_part() -> None:
+    row = tuple(Action.parse(text) for text in "0F0 0B0 0F1 0B1 0W0 0F2 0B2 0W1 0W2".split())
+    assert live_microbatches(row, {0: 1}) == {0: 2}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ FAULTS = {
         (without(RANK0, "0B1"), f"{RANK1} 0B1"),
         "0B1 is on rank 1 but stage 0 lives on rank 0; move it there",
     ),
+    "weight part twice": (("0F0 0B0 0W0 0F1 0B1 0W1 0W0",), "rank 0 runs 0W0 twice; keep one"),
+    "missing weight part": (("0F0 0B0 0W0 0F1 0B1",), "rank 0 never runs 0W1; add it"),
     "weight part without backward": (("0F0 0W0 0F1 0W1",), "rank 0 never runs 0B0"),
     "backward before forward": (
         (RANK0, swapped(RANK1, "1F1", "1B1")),
