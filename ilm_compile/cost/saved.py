@@ -1,0 +1,172 @@
+"""What a forward pass keeps for its backward, asked of autograd itself, call by call.
+
+Each distinct call of a graph is run once on tensors without data, and what autograd packs is looked
+at: an input, a result, or memory of the call's own. There is no table of ops to keep. Memory that
+several calls save, or views of it, counts once; parameters and inputs, alive anyway, do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from ilm_compile.cost.nodes import tensor_bytes
+from ilm_compile.program.communicator import shape_communicators
+from ilm_compile.program.gradients import gradient_nodes
+from ilm_compile.program.program import Program
+from ilm_compile.program.values import is_tuple, tensors_of
+
+_GETITEM = "getitem"
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Memory that is alive between forward and backward.
+
+    place: which result of `node` it is, or below 0 what the call made for itself.
+    """
+
+    node: fx.Node
+    place: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What a call saves: inputs and results by number, and bytes of its own.
+
+    views: for each result the input of whose memory it is, or None.
+    """
+
+    inputs: tuple[int, ...]
+    results: tuple[int, ...]
+    own: tuple[int, ...]
+    views: tuple[int | None, ...]
+
+
+class SavedMemory:
+    """What each call of `program` saves, of one micro-batch on one rank.
+
+    As autograd does it on a CPU, whose attention saves what the flash kernels of a GPU do. Regions
+    that are marked for recompute are taken as if they were not: see `inputs_of`.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._differentiable = gradient_nodes(program.graph)
+        self._sources: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = {}
+        self._trials: dict[Hashable, _Trial] = {}
+        self._of: dict[fx.Node, tuple[Storage, ...]] = {}
+        with shape_communicators(program.plan.axes):
+            for node in program.calls():
+                self._of[node] = tuple(self._saved(node))
+
+    def of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
+        """Return what these calls save together, in order."""
+        return {storage: None for node in calls for storage in self._of[node]}
+
+    def inputs_of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
+        """Return what these calls are given by others: what a recompute of them keeps."""
+        inside = set(calls)
+        given = (n for node in inside for n in node.all_input_nodes if n not in inside)
+        return {s: None for n in given for s in self._storages(n)}
+
+    def _saved(self, node: fx.Node) -> Iterator[Storage]:
+        inputs = node.all_input_nodes
+        if getattr(node.target, "__name__", "") == _GETITEM and is_tuple(inputs[0]):
+            self._sources[node, 0] = (inputs[0], int(node.args[1]))  # type: ignore[call-overload]
+            return
+        trial = self._trial(node)
+        for place, source in enumerate(trial.views):
+            if source is not None:
+                self._sources[node, place] = (inputs[source], 0)
+        for number in trial.inputs:
+            yield from self._storages(inputs[number])
+        for place in trial.results:
+            yield from self._storage(node, place)
+        yield from (Storage(node, -1 - place, size) for place, size in enumerate(trial.own))
+
+    def _storages(self, node: fx.Node) -> Iterator[Storage]:
+        for place in range(len(tensors_of(node.meta.get("val")))):
+            yield from self._storage(node, place)
+
+    def _storage(self, node: fx.Node, place: int) -> Iterator[Storage]:
+        """Yield the memory of one result, unless it is alive anyway."""
+        while (node, place) in self._sources:
+            node, place = self._sources[node, place]
+        if node.op == "call_function":
+            yield Storage(node, place, tensor_bytes(tensors_of(node.meta["val"])[place]))
+
+    def _trial(self, node: fx.Node) -> _Trial:
+        key = self._key(node)
+        if key not in self._trials:
+            self._trials[key] = _try(node, self._differentiable)
+        return self._trials[key]
+
+    def _key(self, node: fx.Node) -> Hashable:
+        """Return all that a trial depends on."""
+        numbers = {n: i for i, n in enumerate(node.all_input_nodes)}
+
+        def described(n: fx.Node) -> str:
+            forms = [(t.shape, t.stride(), t.dtype) for t in tensors_of(n.meta.get("val"))]
+            return f"<{numbers[n]} {forms} {n in self._differentiable}>"
+
+        arguments = fx.node.map_arg((node.args, node.kwargs), described)
+        return node.target, repr(arguments), node in self._differentiable
+
+
+def _try(node: fx.Node, differentiable: set[fx.Node]) -> _Trial:
+    """Run the call on tensors without data and look at what is saved."""
+    target: Any = node.target
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [_stand_in(n, n in differentiable) for n in node.all_input_nodes]
+        by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda value: _on_cpu(by_node.get(value, value))
+        )
+        packed: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            packed.append(tensor)
+            return tensor
+
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+            results = tensors_of(target(*args, **kwargs))
+        numbers = {_memory(value): i for i, value in enumerate(inputs) if isinstance(value, Tensor)}
+        places = {_memory(value): i for i, value in enumerate(results)}
+        saved = {_memory(tensor): tensor for tensor in packed if node in differentiable}
+        return _Trial(
+            inputs=tuple(numbers[m] for m in saved if m in numbers),
+            results=tuple(places[m] for m in saved if m in places and m not in numbers),
+            own=tuple(
+                tensor.untyped_storage().nbytes()
+                for m, tensor in saved.items()
+                if m not in numbers and m not in places
+            ),
+            views=tuple(numbers.get(_memory(value)) for value in results),
+        )
+
+
+def _stand_in(node: fx.Node, is_differentiable: bool) -> Any:
+    """Return what a node holds, without data."""
+    found = [
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(
+            is_differentiable and t.is_floating_point()
+        )
+        for t in tensors_of(node.meta.get("val"))
+    ]
+    return tuple(found) if is_tuple(node) else found[0] if found else node.meta.get("val")
+
+
+def _on_cpu(value: Any) -> Any:
+    return _CPU if isinstance(value, torch.device) else value
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
