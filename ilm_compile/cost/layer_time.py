@@ -136,7 +136,7 @@ def _products(sizes: ModelSizes, plan: StepPlan, rate: _Rates) -> float:
     rows = tokens * sizes.top_k * plan.ep / sizes.experts  # of one expert, all in balance
     return (
         rate.multiply(tokens, sizes.qkv / tp, hidden)
-        + rate.multiply(tokens, hidden, hidden / tp)
+        + rate.multiply(tokens, hidden, sizes.width / tp)
         + rate.multiply(rows, up * width, hidden, held)
         + rate.multiply(rows, hidden, width, held)
     )
@@ -148,11 +148,11 @@ def _attention(
     """The scores and the weighted values: forward, backward."""
     sequences, seq = plan.micro_batch / (plan.tp * plan.cp), plan.seq
     if software.fused_attention:
-        forward = 2 * sequences * seq * seq * sizes.hidden * rate.attention
+        forward = 2 * sequences * seq * seq * sizes.width * rate.attention
         return forward, ATTENTION_BACKWARD * forward
     heads = sequences * sizes.heads
     scores = 2 * heads * seq * seq * software.scores_traffic * rate.byte
-    forward = 2 * rate.multiply(seq, seq, sizes.hidden / sizes.heads, heads) + scores
+    forward = 2 * rate.multiply(seq, seq, sizes.width / sizes.heads, heads) + scores
     return forward, 2 * forward
 
 
@@ -160,7 +160,7 @@ def _traffic(sizes: ModelSizes, plan: StepPlan, rate: _Rates, software: Software
     """What the rest of a layer reads and writes."""
     whole = 8 * sizes.hidden / (plan.tp if plan.sequence_parallel else 1)
     up = (sizes.ffn_matrices - 1) * sizes.ffn * sizes.top_k
-    values = plan.tokens * (whole + (4 * sizes.hidden + 3 * up) / plan.tp)
+    values = plan.tokens * (whole + (4 * sizes.width + 3 * up) / plan.tp)
     return 2 * values * software.layer_traffic * rate.byte
 
 
@@ -181,7 +181,7 @@ def _other_axes(sizes: ModelSizes, plan: StepPlan, hardware: Hardware) -> float:
     seconds = 0.0
     num_bytes = 2 * plan.tokens * sizes.hidden / plan.tp
     if plan.cp > 1:
-        columns = (sizes.qkv + sizes.hidden) / sizes.hidden
+        columns = (sizes.qkv + sizes.width) / sizes.hidden
         held = num_bytes * columns * plan.cp
         seconds += collective_time("all_to_all", held, plan.cp, hardware, stride=plan.tp)
     if plan.ep > 1:

@@ -14,7 +14,8 @@ class ModelSizes:
     """The sizes of a decoder-only language model.
 
     ffn_matrices: 3 for a gated feed-forward block (SwiGLU), 2 for a plain one. experts: how many of
-    those blocks a layer has, of which each token uses `top_k`; 1 and 1 for a dense model.
+    those blocks a layer has, of which each token uses `top_k`; 1 and 1 for a dense model. head_dim:
+    0 where a head has its share of `hidden`.
     """
 
     hidden: int
@@ -26,6 +27,7 @@ class ModelSizes:
     ffn_matrices: int = 3
     experts: int = 1
     top_k: int = 1
+    head_dim: int = 0
     tied: bool = False
 
     def __post_init__(self) -> None:
@@ -36,14 +38,19 @@ class ModelSizes:
             )
 
     @property
+    def width(self) -> int:
+        """The columns of all query heads."""
+        return self.heads * self.head_dim if self.head_dim else self.hidden
+
+    @property
     def qkv(self) -> int:
         """The columns of the query, key and value products together."""
-        return self.hidden + 2 * self.hidden * self.kv_heads // self.heads
+        return self.width + 2 * self.width * self.kv_heads // self.heads
 
     @property
     def attention_parameters(self) -> int:
         """Of one layer: its attention and its two norms."""
-        return self.hidden * (self.qkv + self.hidden + 2)
+        return self.hidden * (self.qkv + self.width + 2)
 
     @property
     def expert_parameters(self) -> int:
@@ -73,8 +80,8 @@ class ModelSizes:
         is what MFU is made of.
         """
         used = self.top_k * self.ffn_matrices * self.hidden * self.ffn
-        weights = self.layers * (self.hidden * (self.qkv + self.hidden) + used)
-        attention = self.layers * self.hidden * seq
+        weights = self.layers * (self.hidden * (self.qkv + self.width) + used)
+        attention = self.layers * self.width * seq
         return 6.0 * (weights + self.vocabulary_parameters + attention)
 
 
@@ -139,5 +146,5 @@ def stage_layers(layers: int, pp: int) -> StageLayers:
 def _check_positive(sizes: ModelSizes, what: str) -> None:
     for field in fields(sizes):
         value = getattr(sizes, field.name)
-        if value < (0 if field.name == "tied" else 1):
+        if value < (0 if field.name in ("tied", "head_dim") else 1):
             raise PlanError(f"cost: {field.name}={value} of {what}; expected at least 1")

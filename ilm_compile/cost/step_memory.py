@@ -9,9 +9,9 @@ from ilm_compile.cost.layer_time import layer_parameters
 from ilm_compile.cost.pipeline_time import Pipeline, form
 from ilm_compile.cost.sizes import ModelSizes, StepPlan, stage_layers
 
-# 16-bit values of a layer that its backward needs: of hidden size, of key and value together for
-# as many heads as queries, of the feed-forward width by its number of matrices.
-KEPT_HIDDEN, KEPT_KEYS, KEPT_FFN = 6, 2, {2: 2, 3: 4}
+# 16-bit values of a layer that its backward needs, beside four of hidden size and two of all query
+# heads: of all key heads, and of the feed-forward width by its number of matrices.
+KEPT_KEYS, KEPT_FFN = 2, {2: 2, 3: 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +92,9 @@ def _rank(sizes: ModelSizes, plan: StepPlan, software: Software, rank: int) -> S
 
 def _layer_activations(sizes: ModelSizes, plan: StepPlan, software: Software) -> float:
     """Of one micro-batch in one layer, nothing computed again."""
-    hidden = sizes.hidden
+    hidden, width = sizes.hidden, sizes.width
     whole = 2 * hidden * (1 + software.dropout / 2)  # the inputs of two norms, masks
-    inside = (KEPT_HIDDEN - 2) * hidden + KEPT_KEYS * hidden * sizes.kv_heads / sizes.heads
+    inside = 2 * hidden + 2 * width + KEPT_KEYS * width * sizes.kv_heads / sizes.heads
     inside += KEPT_FFN.get(sizes.ffn_matrices, 4) * sizes.ffn * sizes.top_k
     if not plan.sequence_parallel:
         # the inputs of the products, which every rank has whole
