@@ -7,7 +7,7 @@ hold together. Formulas: ring algorithms, bytes as in NVIDIA/nccl-tests (doc/PER
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, log2
 
 from ilm_compile.cost.hardware import Hardware
 from ilm_compile.errors import PlanError
@@ -35,9 +35,10 @@ def collective_time(
     `stride` is the distance between neighbours of the group in global ranks: 1 if the group fills
     nodes, 8 if each member is on another node of 8. A group that spans nodes works in two levels,
     as NCCL does: inside each node, and between nodes on the share of one device. The two run at the
-    same time on different pieces, so the slower one counts. (An all-reduce of 4 GiB on 32 H200 has
-    a measured bus bandwidth of 365 GB/s; this formula gives 413.) Nothing is added for running
-    beside compute. Raises `PlanError` as `collective_bytes` does.
+    same time on different pieces, so the slower one counts; between nodes the latency is that of a
+    tree. (An all-reduce of 4 GiB on 32 H200 has a measured bus bandwidth of 365 GB/s; this formula
+    gives 413.) Nothing is added for running beside compute. Raises `PlanError` as
+    `collective_bytes` does.
     """
     if collective_bytes(kind, num_bytes, size) == 0:
         return 0.0
@@ -51,6 +52,6 @@ def collective_time(
         transfer = link.transfer_s(collective_bytes(kind, held, inside))
     if nodes > 1:
         sent = collective_bytes(kind, num_bytes / inside, nodes)
-        latency += hardware.network.latency_s
+        latency += hardware.network.latency_s * max(1.0, log2(nodes))
         transfer = max(transfer, hardware.network.transfer_s(sent))
     return latency + transfer

@@ -3,20 +3,24 @@
 A figure is what the datasheet says; what a program can use of it is the figure times an efficiency.
 Sources: bf16 peak, memory and NIC figures and the memory efficiency of 0.8 are those of
 ai-dynamo/aiconfigurator (src/aiconfigurator/systems/*.yaml), the float32 and float64 peaks those of
-NVIDIA's datasheets (float32 without TF32, as torch's default). A compute efficiency of 0.8 and 5 us
-per kernel fit NVIDIA's measured bf16 GEMMs (m >= 1024) within 7-11 % on average. Between nodes: one
-NIC per GPU at 0.8 of its line rate, and the latency of one network step of NCCL's Simple protocol
-(NVIDIA/nccl, src/graph/tuning.cc).
+NVIDIA's datasheets (float32 without TF32, as torch's default), as are all figures of the A100 40GB,
+of the A800 (an A100 with two thirds of its NVLinks), the HGX B200 and the GB200 NVL72, whose memory
+is as nvidia-smi reports it and whose links are taken to be the H100's at twice the bandwidth. A
+compute efficiency of 0.8 and 5 us per kernel fit NVIDIA's measured bf16 GEMMs (m >= 1024) within
+7-11 % on average. Between nodes: one NIC per GPU at 0.8 of its line rate, and the latency of one
+network step of NCCL's Simple protocol (NVIDIA/nccl, src/graph/tuning.cc).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from ilm_compile.cost.links import A100, GLOO, H100, H200, Link, Links, interpolate, link
+from ilm_compile.cost.constants import AMPERE, HOPPER, Efficiency
+from ilm_compile.cost.links import A100, GLOO, H100, H200, Link, Links, faster, interpolate, link
 from ilm_compile.errors import PlanError
 
 GB = 1e9
@@ -29,7 +33,8 @@ class Hardware:
 
     Units: FLOP/s, bytes/s, bytes, seconds. `kernel_overhead_s` is added to every kernel,
     `reserved_bytes` is the memory that CUDA, NCCL and the allocator take from the program. `links`
-    are inside a node, `network` is from one device to a device of another node.
+    are inside a node, `network` is from one device to a device of another node, which has a NIC of
+    `nic_bytes_per_s`. `efficiency` is that of whole steps, `compute_efficiency` of a kernel alone.
     """
 
     name: str
@@ -40,7 +45,9 @@ class Hardware:
     kernel_overhead_s: float
     links: Links = field(hash=False, repr=False)
     network: Link
+    nic_bytes_per_s: float
     gpus_per_node: int
+    efficiency: Efficiency
     compute_efficiency: float = 0.8
     memory_efficiency: float = 0.8
 
@@ -61,15 +68,31 @@ class Hardware:
         """The bytes of memory a program can fill."""
         return self.memory_bytes - self.reserved_bytes
 
+    @classmethod
+    def from_toml(cls, path: Path) -> Hardware:
+        """Return the machine that a file describes: see `ilm_compile.cost.hardware_file`."""
+        from ilm_compile.cost.hardware_file import read_hardware
+
+        return read_hardware(path)
+
     def link(self, kind: str, size: int) -> Link:
         """Return the link of collective `kind` among `size` devices of one node."""
         return interpolate(self.links[kind], size)
 
 
 def _gpu(
-    name: str, tflops: tuple[float, float, float], hbm: float, gib: int, links: Links, nic: float
+    name: str,
+    tflops: tuple[float, float, float],
+    hbm: float,
+    gib: int,
+    links: Links,
+    nic: float,
+    efficiency: Efficiency,
+    *,
+    fp8: float | None = None,
+    gpus_per_node: int = 8,
 ) -> Hardware:
-    """One of 8 SXM GPUs. `tflops` in 16 bits, float32, float64; `hbm`, `nic` in 1e9 bytes/s."""
+    """A GPU. `tflops` in 16 bits, float32, float64; `hbm`, `nic` in 1e9 bytes/s."""
     half, single, double = (1e12 * peak for peak in tflops)
     return Hardware(
         name=name,
@@ -78,6 +101,7 @@ def _gpu(
             torch.float16: half,
             torch.float32: single,
             torch.float64: double,
+            **({torch.float8_e4m3fn: 1e12 * fp8} if fp8 else {}),
         },
         memory_bandwidth=hbm * GB,
         memory_bytes=gib * GIB,
@@ -85,7 +109,9 @@ def _gpu(
         kernel_overhead_s=5e-6,
         links=links,
         network=link(14, 0.8 * nic),
-        gpus_per_node=8,
+        nic_bytes_per_s=nic * GB,
+        gpus_per_node=gpus_per_node,
+        efficiency=efficiency,
     )
 
 
@@ -106,7 +132,9 @@ _CPU = Hardware(
     kernel_overhead_s=2e-6,
     links=GLOO,
     network=link(200, 0.125),
+    nic_bytes_per_s=0.125 * GB,
     gpus_per_node=8,
+    efficiency=Efficiency(matmul=1.0, attention=0.5),
     # the figures are what programs reached
     compute_efficiency=1.0,
     memory_efficiency=1.0,
@@ -115,9 +143,32 @@ _CPU = Hardware(
 HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware
     for hardware in (
-        _gpu("a100-80g", (312, 19.5, 19.5), 2039, 80, A100, nic=25),
-        _gpu("h100", (989, 67, 67), 3350, 80, H100, nic=50),
-        _gpu("h200", (989, 67, 67), 4800, 141, H200, nic=50),
+        _gpu("a100-40g", (312, 19.5, 19.5), 1555, 40, A100, 25, AMPERE),
+        _gpu("a100-80g", (312, 19.5, 19.5), 2039, 80, A100, 25, AMPERE),
+        _gpu("a800", (312, 19.5, 19.5), 2039, 80, faster(A100, 2 / 3), 25, AMPERE),
+        _gpu("h100", (989, 67, 67), 3350, 80, H100, 50, HOPPER, fp8=1979),
+        _gpu("h200", (989, 67, 67), 4800, 141, H200, 50, HOPPER, fp8=1979),
+        _gpu("b200", (2250, 75, 37), 7700, 179, faster(H100, 2), 50, HOPPER, fp8=4500),
+        _gpu(
+            *("gb200", (2500, 80, 40), 8000, 185, faster(H100, 2), 50, HOPPER),
+            fp8=5000,
+            gpus_per_node=72,
+        ),
         _CPU,
     )
 }
+
+
+def hardware_named(name: str) -> Hardware:
+    """Return a row of `HARDWARE`, or what the TOML file of that path describes.
+
+    Raises `PlanError` naming the rows if it is neither.
+    """
+    if name in HARDWARE:
+        return HARDWARE[name]
+    if name.endswith(".toml"):
+        return Hardware.from_toml(Path(name))
+    raise PlanError(
+        f"cost: unknown hardware {name!r}; known are {', '.join(HARDWARE)}, or the path of a "
+        ".toml file"
+    )

@@ -48,6 +48,8 @@ def link(latency_us: float, gb_per_s: float, ns_per_sqrt_byte: float = 0.0) -> L
 
 def interpolate(by_size: BySize, size: int) -> Link:
     """Return the link of `size` ranks: linear between the measured sizes, flat outside."""
+    if size in by_size:
+        return by_size[size]
     sizes = sorted(by_size)
 
     def coefficient(name: str) -> float:
@@ -67,6 +69,21 @@ def _fit(*figures: tuple[float, float, float]) -> BySize:
 def _links(rows: Links, p2p: Link) -> Links:
     # broadcast was not measured; like the all-gather it is one pass around the ring
     return {**rows, "broadcast": rows["all_gather"], "p2p": {2: p2p}}
+
+
+def faster(links: Links, factor: float) -> Links:
+    """Return the links at `factor` times the bandwidth, with the same latency."""
+    return {
+        kind: {
+            size: Link(
+                latency_s=one.latency_s,
+                s_per_byte=one.s_per_byte / factor,
+                s_per_sqrt_byte=one.s_per_sqrt_byte / factor,
+            )
+            for size, one in by_size.items()
+        }
+        for kind, by_size in links.items()
+    }
 
 
 A100 = _links(

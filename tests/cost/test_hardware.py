@@ -15,7 +15,8 @@ def hardware(request: pytest.FixtureRequest) -> Hardware:
 
 
 def test_known_machines() -> None:
-    assert set(HARDWARE) == {"a100-80g", "h100", "h200", "cpu"}
+    gpus = {"a100-40g", "a100-80g", "a800", "h100", "h200", "b200", "gb200"}
+    assert set(HARDWARE) == gpus | {"cpu"}
     assert all(name == hardware.name for name, hardware in HARDWARE.items())
 
 

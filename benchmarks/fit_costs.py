@@ -1,0 +1,160 @@
+"""Fit the constants of `ilm_compile.cost.constants` to published steps: `python -m
+benchmarks.fit_costs ROWS.csv`.
+
+Prints the constants, and the errors on rows that were not fitted: on each fifth of the rows in
+turn, and on each source in turn. Least squares on the logarithm of the time, robust against the few
+rows that no formula explains; bounds are what the physics allows. Deterministic.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import least_squares
+
+from benchmarks.step_errors import Errors, error_table, regret
+from benchmarks.step_rows import Step, read_rows, read_step
+from ilm_compile.cost.constants import AMPERE, HOPPER, SOFTWARE
+from ilm_compile.cost.step_time import step_time
+
+ROBUST = 0.06  # beyond this error, in logarithms, a row counts less
+PRIOR = 0.02  # how strongly a constant is held at where it starts
+FOLDS = 5
+
+MEGATRON = ("megatron", "megatron-deepspeed")
+FUSED = ("ilm_compile", "llm-foundry", "torchtitan", "internevo")
+ALL = (*MEGATRON, *FUSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A field of the rows `owners` (software, or generations of devices), which share its value."""
+
+    field: str
+    owners: tuple[str, ...]
+    start: float
+    low: float
+    high: float
+
+
+CONSTANTS = (
+    Constant("matmul", ("ampere",), 0.80, 0.60, 0.95),
+    Constant("matmul", ("hopper",), 0.65, 0.45, 0.90),
+    Constant("attention", ("ampere",), 0.40, 0.15, 0.70),
+    Constant("attention", ("hopper",), 0.30, 0.10, 0.60),
+    Constant("tile_bandwidth", ALL, 1.5, 0.5, 4.0),
+    Constant("scores_traffic", ALL, 5.0, 2.0, 12.0),
+    Constant("layer_traffic", ("megatron-deepspeed",), 0.8, 0.3, 3.0),
+    Constant("layer_traffic", ("megatron",), 0.8, 0.3, 3.0),
+    Constant("layer_traffic", ("ilm_compile", "llm-foundry"), 1.2, 0.3, 3.0),
+    Constant("layer_traffic", ("internevo", "torchtitan"), 1.2, 0.3, 3.0),
+    Constant("loss_traffic", ("megatron-deepspeed",), 20.0, 4.0, 80.0),
+    Constant("loss_traffic", ("megatron",), 10.0, 4.0, 40.0),
+    Constant("loss_traffic", FUSED, 10.0, 4.0, 40.0),
+    Constant("gradient_bytes", ALL, 6.0, 2.0, 16.0),
+    Constant("host_layer_s", ("megatron-deepspeed",), 1e-3, 2e-4, 3e-3),
+    Constant("host_backward", ALL, 0.5, 0.1, 2.0),
+    Constant("host_tp", ALL, 0.3, 0.01, 1.0),
+    Constant("host_microbatch_s", ALL, 2e-3, 5e-4, 2e-2),
+    Constant("host_step_s", ALL, 5e-3, 1e-3, 3e-2),
+    Constant("tp_wait_s", ALL, 5e-5, 5e-6, 3e-4),
+    Constant("exposed", ALL, 0.3, 0.02, 1.0),
+    Constant("network", ("megatron-deepspeed",), 0.3, 0.1, 1.0),
+    Constant("network", ("megatron", "llm-foundry", "torchtitan", "ilm_compile"), 0.6, 0.1, 1.0),
+    Constant("network", ("internevo",), 0.6, 0.1, 1.0),
+    Constant("network_latency_s", ALL, 3e-5, 5e-6, 2e-4),
+    Constant("jitter", ALL, 5e-3, 5e-4, 3e-2),
+)
+GENERATIONS = {"ampere": AMPERE, "hopper": HOPPER}
+
+
+def apply(values: Sequence[float], steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps with `values` for `CONSTANTS` in their software and hardware."""
+    given: dict[str, dict[str, float]] = {}
+    for constant, value in zip(CONSTANTS, values, strict=True):
+        for owner in constant.owners:
+            given.setdefault(owner, {})[constant.field] = value
+    software = {name: replace(row, **given.get(name, {})) for name, row in SOFTWARE.items()}
+    efficiency = {row: replace(row, **given[name]) for name, row in GENERATIONS.items()}
+    for step in steps:
+        yield replace(
+            step,
+            software=software[step.software.name],
+            hardware=replace(step.hardware, efficiency=efficiency[step.hardware.efficiency]),
+        )
+
+
+def predict(steps: Iterable[Step]) -> list[float]:
+    """The seconds of each step."""
+    return [step_time(s.sizes, s.plan, s.hardware, s.software).total for s in steps]
+
+
+def fit(steps: Sequence[Step]) -> list[float]:
+    """The values of `CONSTANTS` that explain the measured seconds best."""
+    start, low, high = (
+        np.log([getattr(constant, name) for constant in CONSTANTS])
+        for name in ("start", "low", "high")
+    )
+    measured = np.log([step.seconds for step in steps])
+
+    def residuals(point: np.ndarray) -> np.ndarray:
+        predicted = np.log(predict(apply(np.exp(point), steps)))
+        return np.concatenate([predicted - measured, PRIOR * (point - start)])
+
+    found = least_squares(
+        residuals,
+        start,
+        bounds=(low, high),
+        loss="soft_l1",
+        f_scale=ROBUST,
+        diff_step=1e-3,
+        max_nfev=40,
+    )
+    return [float(f"{value:.3g}") for value in np.exp(found.x)]
+
+
+def unfitted(steps: Sequence[Step], groups: Mapping[str, Sequence[int]]) -> list[float]:
+    """The seconds of each step, by constants fitted without the group that it is in."""
+    predicted = [0.0] * len(steps)
+    for members in groups.values():
+        values = fit([step for i, step in enumerate(steps) if i not in set(members)])
+        seconds = predict(apply(values, [steps[i] for i in members]))
+        for i, value in zip(members, seconds, strict=True):
+            predicted[i] = value
+    return predicted
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--held-out", action="store_true", help="errors on rows not fitted, too")
+    options = parser.parse_args(arguments)
+    steps = [step for step in map(read_step, read_rows(options.rows)) if step.seconds]
+    console = Console()
+    values = fit(steps)
+    table = Table("constant", "of", "value", "bounds", title="Constants")
+    for constant, value in zip(CONSTANTS, values, strict=True):
+        bounds = f"{constant.low:g} to {constant.high:g}"
+        table.add_row(constant.field, ", ".join(constant.owners), f"{value:g}", bounds)
+    console.print(table)
+    fitted = predict(apply(values, steps))
+    console.print(error_table("all rows fitted", Errors(steps, fitted)))
+    console.print(f"regret {regret(steps, fitted):.1%}")
+    if options.held_out:
+        folds = {str(n): range(n, len(steps), FOLDS) for n in range(FOLDS)}
+        console.print(error_table("each fifth unfitted", Errors(steps, unfitted(steps, folds))))
+        sources: dict[str, list[int]] = {}
+        for i, step in enumerate(steps):
+            sources.setdefault(step.source, []).append(i)
+        console.print(error_table("each source unfitted", Errors(steps, unfitted(steps, sources))))
+
+
+if __name__ == "__main__":
+    main()

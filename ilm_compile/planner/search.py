@@ -1,0 +1,133 @@
+"""The search: every mesh, micro-batch and schedule, with as little recompute as fits, by time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ilm_compile.cost.constants import Software, software_named
+from ilm_compile.cost.hardware import Hardware
+from ilm_compile.cost.layer_time import PRECISIONS
+from ilm_compile.cost.sizes import ModelSizes, StepPlan
+from ilm_compile.cost.step_memory import StepMemory, step_memory
+from ilm_compile.cost.step_time import step_time
+from ilm_compile.errors import PlanError
+from ilm_compile.planner.candidate import Candidate
+from ilm_compile.planner.space import Question, Rejected, ladder, plans, shapes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """What a search found: the plans that fit, fastest first, and what was rejected, and why."""
+
+    question: Question
+    candidates: tuple[Candidate, ...]
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest. Raises `PlanError` if nothing fits, naming what comes nearest."""
+        if not self.candidates:
+            asked = self.question
+            nearest = min(
+                (r for r in self.rejected if r.reason.startswith("needs")),
+                key=lambda r: float(r.reason.split()[1]),
+                default=None,
+            )
+            raise PlanError(
+                f"search: no plan on {asked.gpus} x {asked.hardware.name} fits "
+                f"{asked.memory_bytes / GIB:.1f} GiB"
+                + (f"; nearest is {nearest.what}: {nearest.reason}" if nearest else "")
+                + "; use more devices, a shorter sequence or more memory"
+            )
+        return self.candidates[0]
+
+    def why_not(self) -> list[Rejected]:
+        """Return a line for each mesh but the best plan's: its fastest plan, or why none."""
+        best, seen = self.best, set()
+        lines = []
+        for candidate in self.candidates:
+            plan = candidate.plan
+            mesh = (plan.tp, plan.cp, plan.ep, plan.pp)
+            if mesh not in seen and candidate is not best:
+                lines.append(Rejected(candidate.name, candidate.slower_than(best)))
+            seen.add(mesh)
+        return [*lines, *self.rejected]
+
+
+def search(
+    sizes: ModelSizes,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    tokens_per_batch: int,
+    seq: int,
+    memory: float | None = None,
+    precision: str = "bf16",
+    software: Software | None = None,
+) -> Search:
+    """Return the plans for a step of `tokens_per_batch` on `gpus` devices, fastest first.
+
+    memory: bytes that a rank may fill; None: what the hardware leaves to a program. software: whose
+    constants; None: this package's. The same arguments give the same result, in the same order.
+    Raises `PlanError` for a batch of no whole number of sequences, or a precision that is unknown.
+    """
+    if tokens_per_batch < seq or tokens_per_batch % seq:
+        raise PlanError(
+            f"search: tokens_per_batch={tokens_per_batch} is not a multiple of seq={seq}; use "
+            f"{max(1, round(tokens_per_batch / seq)) * seq}"
+        )
+    if precision not in PRECISIONS:
+        raise PlanError(f"search: precision={precision!r}; known are {', '.join(PRECISIONS)}")
+    question = Question(
+        sizes=sizes,
+        gpus=gpus,
+        hardware=hardware,
+        sequences=tokens_per_batch // seq,
+        seq=seq,
+        memory_bytes=hardware.usable_bytes if memory is None else memory,
+        software=software or software_named("ilm_compile"),
+        precision=precision,
+    )
+    rejected: list[Rejected] = []
+    candidates: list[Candidate] = []
+    for shape in shapes(question, rejected):
+        found = [_fitting(question, plan) for plan in plans(question, shape)]
+        fitting = [fits for fits in found if fits[1].total <= question.memory_bytes]
+        candidates += [_candidate(question, *fits) for fits in fitting]
+        if not fitting:
+            plan, memory_use = min(found, key=lambda fits: fits[1].total)
+            least = f"zero={plan.zero} micro-batch={plan.micro_batch:g}, recompute of all layers"
+            tp, cp, ep, pp, dp = shape
+            rejected.append(
+                Rejected(
+                    f"tp={tp} cp={cp} ep={ep} pp={pp} dp={dp // ep}",
+                    f"needs {memory_use.total / GIB:.1f} GiB of "
+                    f"{question.memory_bytes / GIB:.1f} GiB with {least}",
+                )
+            )
+    candidates.sort(key=lambda one: (one.time.total, one.name))
+    return Search(question=question, candidates=tuple(candidates), rejected=tuple(rejected))
+
+
+def _fitting(question: Question, plan: StepPlan) -> tuple[StepPlan, StepMemory]:
+    """The plan with the least recompute that fits, or with the most."""
+    for step in ladder(plan):
+        memory = step_memory(question.sizes, step, question.software)
+        if memory.total <= question.memory_bytes:
+            break
+    return step, memory
+
+
+def _candidate(question: Question, plan: StepPlan, memory: StepMemory) -> Candidate:
+    time = step_time(question.sizes, plan, question.hardware, question.software)
+    tokens = question.sequences * question.seq
+    peak = question.gpus * question.hardware.peak_flops[PRECISIONS[question.precision]]
+    return Candidate(
+        plan=plan,
+        time=time,
+        memory=memory,
+        tokens_per_second_per_gpu=tokens / time.total / question.gpus,
+        mfu=question.sizes.token_flops(question.seq) * tokens / time.total / peak,
+    )
