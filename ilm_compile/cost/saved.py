@@ -80,7 +80,7 @@ class SavedMemory:
     def _saved(self, node: fx.Node) -> Iterator[Storage]:
         inputs = node.all_input_nodes
         if getattr(node.target, "__name__", "") == _GETITEM and is_tuple(inputs[0]):
-            self._sources[node, 0] = (inputs[0], int(node.args[1]))  # type: ignore[call-overload]
+            self._sources[node, 0] = (inputs[0], int(node.args[1]))  # type: ignore[arg-type]
             return
         trial = self._trial(node)
         for place, source in enumerate(trial.views):
@@ -127,9 +127,8 @@ def _try(node: fx.Node, differentiable: set[fx.Node]) -> _Trial:
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [_stand_in(n, n in differentiable) for n in node.all_input_nodes]
         by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda value: _on_cpu(by_node.get(value, value))
-        )
+        given: Any = (node.args, node.kwargs)
+        args, kwargs = fx.node.map_aggregate(given, lambda v: _on_cpu(by_node.get(v, v)))  # type: ignore[arg-type]
         packed: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
