@@ -52,10 +52,9 @@ class PipelineSplit(Pass):
         for node in clones:
             node.meta["clone"] = True
         calls = [node for node in program.calls() if node not in clones]
-        cost = step_seconds(program, HARDWARE[self.hardware])
-        seconds = [cost[node] for node in calls]
+        seconds = self._seconds(program, calls)
         if self.like is None:
-            cuts = self._choose_cuts(program, calls, seconds)
+            cuts = self.choose_cuts(program, calls, seconds)
         else:
             cuts = cuts_like(self.like, calls, self.num_stages)
         starts = [0, *cuts, len(calls)]
@@ -64,9 +63,21 @@ class PipelineSplit(Pass):
                 node.meta["stage"] = stage
         self._explain(program, calls, seconds, starts, len(clones))
 
-    def _choose_cuts(
+    def choose_cuts(
+        self, program: Program, calls: Sequence[fx.Node], seconds: list[float]
+    ) -> list[int]:
+        """Return the positions in `calls` at which the 2nd, 3rd, ... stage begins.
+
+        seconds: of each call; what is chosen may change them.
+        """
+        edges = [0, *self.candidates(program, calls, seconds)]
+        units = np.add.reduceat(seconds, edges).tolist() if seconds else []
+        return [edges[unit] for unit in balance(units, self.num_stages)]
+
+    def candidates(
         self, program: Program, calls: Sequence[fx.Node], seconds: Sequence[float]
     ) -> list[int]:
+        """Return where a stage may begin. Raises `PlanError` if there are too few places."""
         candidates = cut_points(program, calls, seconds)
         if self.num_stages > len(candidates) + 1:
             raise PlanError(
@@ -75,9 +86,11 @@ class PipelineSplit(Pass):
                 "(places that only the residual stream crosses); use at most "
                 f"{len(candidates) + 1} stages, or a deeper model"
             )
-        edges = [0, *candidates]
-        units = np.add.reduceat(seconds, edges).tolist() if seconds else []
-        return [edges[unit] for unit in balance(units, self.num_stages)]
+        return candidates
+
+    def _seconds(self, program: Program, calls: Sequence[fx.Node]) -> list[float]:
+        cost = step_seconds(program, HARDWARE[self.hardware])
+        return [cost[node] for node in calls]
 
     def _explain(
         self,

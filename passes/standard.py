@@ -19,9 +19,10 @@ from ilm_compile.passes.interleave import Interleave
 from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.passes.pipeline_split import PipelineSplit
 from ilm_compile.passes.split_backward import SplitBackward
+from ilm_compile.passes.stage_choice import ChooseStages
 from ilm_compile.passes.tensor_parallel import TensorParallel
 from ilm_compile.passes.text import read_pass
-from ilm_compile.program.plan import Plan
+from ilm_compile.program.plan import AUTO, Plan
 from ilm_compile.program.program import Program
 from ilm_compile.schedule import schedule_of
 
@@ -103,9 +104,24 @@ def standard_passes(plan: Plan) -> list[Pass]:
         passes += [FuseKernels(), FuseResidual()]
     if plan.dtype:
         passes.append(CASTS[plan.dtype]())
+    if plan.checkpoint == AUTO:
+        passes.append(
+            ChooseStages(
+                num_stages=plan.num_stages,
+                hardware=plan.hardware,
+                pp=plan.pp,
+                num_chunks=plan.num_chunks,
+                num_microbatches=plan.num_microbatches,
+                schedule=plan.schedule,
+                memory=plan.memory_bytes,
+            )
+        )
+    else:
+        passes += [
+            ActivationCheckpoint(fraction=float(plan.checkpoint)),
+            PipelineSplit(num_stages=plan.num_stages, hardware=plan.hardware),
+        ]
     passes += [
-        ActivationCheckpoint(fraction=plan.checkpoint),
-        PipelineSplit(num_stages=plan.num_stages, hardware=plan.hardware),
         Interleave(pp=plan.pp, num_chunks=plan.num_chunks, schedule=plan.schedule),
     ]
     if schedule_of(plan).splits_backwards:

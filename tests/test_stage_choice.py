@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from ilm_compile.rewrite.balance import balance
-from ilm_compile.rewrite.stage_choice import Chooser, StageChoice, Unit
+from ilm_compile.rewrite.stage_choice import Chooser, Part, StageChoice, Unit
 from ilm_compile.schedule import build, peak_in_flight
 from ilm_compile.schedule.memory import rank_moments
 
@@ -14,18 +14,19 @@ HEAD = 3.0  # seconds, as long as three blocks
 
 
 def units(head: float = HEAD) -> list[Unit]:
-    block = {"forward": 1.0, "backward": 1.0, "weight": 1.0, "static": 10.0, "sent": 0.1}
-    blocks = [
-        Unit(region=i, can_recompute=True, saved=4.0, kept=1.0, **block) for i in range(BLOCKS)
-    ]
-    last = Unit(
-        **{**block, "forward": head, "backward": head, "weight": head},
-        region=BLOCKS,
-        can_recompute=False,
-        saved=2.0,
-        kept=2.0,
-    )
-    return [*blocks, last]
+    def unit(region: int, seconds: float, saved: float, kept: float) -> Unit:
+        part = Part(
+            region=region,
+            can_recompute=region < BLOCKS,
+            forward=seconds,
+            backward=seconds,
+            weight=seconds,
+            saved=saved,
+            kept=kept,
+        )
+        return Unit(parts=(part,), static=10.0, sent=0.1)
+
+    return [*(unit(i, 1.0, 4.0, 1.0) for i in range(BLOCKS)), unit(BLOCKS, head, 2.0, 2.0)]
 
 
 def chooser(

@@ -93,6 +93,7 @@ class Config:
             dispatch=parallel.dispatch,
             constraints=tuple(parallel.constraints.items()),
             checkpoint=parallel.checkpoint,
+            memory=parallel.memory,
             dtype=None if train.dtype == "float32" else train.dtype,
             zero=parallel.zero,
             kernels=train.kernels,

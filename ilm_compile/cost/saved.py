@@ -7,7 +7,7 @@ several calls save, or views of it, counts once; parameters and inputs, alive an
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ _GETITEM = "getitem"
 _CPU = torch.device("cpu")
 
 
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """Memory that is alive between forward and backward.
@@ -42,13 +45,14 @@ class Storage:
 class _Trial:
     """What a call saves: inputs and results by number, and bytes of its own.
 
-    views: for each result the input of whose memory it is, or None.
+    views: for each result the input of whose memory it is, or None. forms: of the results.
     """
 
     inputs: tuple[int, ...]
     results: tuple[int, ...]
     own: tuple[int, ...]
     views: tuple[int | None, ...]
+    forms: tuple[Form, ...]
 
 
 class SavedMemory:
@@ -62,10 +66,15 @@ class SavedMemory:
         self._differentiable = gradient_nodes(program.graph)
         self._sources: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = {}
         self._trials: dict[Hashable, _Trial] = {}
+        # Strides as they are here: a rewrite may have changed what a later view is made of.
+        self._forms: dict[fx.Node, tuple[Form, ...]] = {}
         self._of: dict[fx.Node, tuple[Storage, ...]] = {}
         with shape_communicators(program.plan.axes):
-            for node in program.calls():
-                self._of[node] = tuple(self._saved(node))
+            for node in program.graph.nodes:
+                if node.op == "call_function":
+                    self._of[node] = tuple(self._saved(node))
+                elif node.op != "output":
+                    self._forms[node] = tuple(map(_form, tensors_of(node.meta.get("val"))))
 
     def of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
         """Return what these calls save together, in order."""
@@ -80,9 +89,12 @@ class SavedMemory:
     def _saved(self, node: fx.Node) -> Iterator[Storage]:
         inputs = node.all_input_nodes
         if getattr(node.target, "__name__", "") == _GETITEM and is_tuple(inputs[0]):
-            self._sources[node, 0] = (inputs[0], int(node.args[1]))  # type: ignore[arg-type]
+            place = int(node.args[1])  # type: ignore[arg-type]
+            self._sources[node, 0] = (inputs[0], place)
+            self._forms[node] = (self._forms[inputs[0]][place],)
             return
         trial = self._trial(node)
+        self._forms[node] = trial.forms
         for place, source in enumerate(trial.views):
             if source is not None:
                 self._sources[node, place] = (inputs[source], 0)
@@ -106,7 +118,7 @@ class SavedMemory:
     def _trial(self, node: fx.Node) -> _Trial:
         key = self._key(node)
         if key not in self._trials:
-            self._trials[key] = _try(node, self._differentiable)
+            self._trials[key] = _try(node, self._differentiable, self._forms)
         return self._trials[key]
 
     def _key(self, node: fx.Node) -> Hashable:
@@ -114,18 +126,19 @@ class SavedMemory:
         numbers = {n: i for i, n in enumerate(node.all_input_nodes)}
 
         def described(n: fx.Node) -> str:
-            forms = [(t.shape, t.stride(), t.dtype) for t in tensors_of(n.meta.get("val"))]
-            return f"<{numbers[n]} {forms} {n in self._differentiable}>"
+            return f"<{numbers[n]} {self._forms[n]} {n in self._differentiable}>"
 
         arguments = fx.node.map_arg((node.args, node.kwargs), described)
         return node.target, repr(arguments), node in self._differentiable
 
 
-def _try(node: fx.Node, differentiable: set[fx.Node]) -> _Trial:
+def _try(
+    node: fx.Node, differentiable: set[fx.Node], forms: Mapping[fx.Node, tuple[Form, ...]]
+) -> _Trial:
     """Run the call on tensors without data and look at what is saved."""
     target: Any = node.target
     with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_stand_in(n, n in differentiable) for n in node.all_input_nodes]
+        inputs = [_stand_in(n, forms[n], n in differentiable) for n in node.all_input_nodes]
         by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
         given: Any = (node.args, node.kwargs)
         args, kwargs = fx.node.map_aggregate(given, lambda v: _on_cpu(by_node.get(v, v)))  # type: ignore[arg-type]
@@ -149,18 +162,23 @@ def _try(node: fx.Node, differentiable: set[fx.Node]) -> _Trial:
                 if m not in numbers and m not in places
             ),
             views=tuple(numbers.get(_memory(value)) for value in results),
+            forms=tuple(map(_form, results)),
         )
 
 
-def _stand_in(node: fx.Node, is_differentiable: bool) -> Any:
+def _stand_in(node: fx.Node, forms: tuple[Form, ...], is_differentiable: bool) -> Any:
     """Return what a node holds, without data."""
     found = [
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(
-            is_differentiable and t.is_floating_point()
+        torch.empty_strided(shape, stride, dtype=dtype).requires_grad_(
+            is_differentiable and dtype.is_floating_point
         )
-        for t in tensors_of(node.meta.get("val"))
+        for shape, stride, dtype in forms
     ]
     return tuple(found) if is_tuple(node) else found[0] if found else node.meta.get("val")
+
+
+def _form(tensor: Tensor) -> Form:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _on_cpu(value: Any) -> Any:

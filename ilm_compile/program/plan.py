@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.byte_sizes import read_bytes
 from ilm_compile.program.layout import AXES, MeshAxis, Sizes
 from ilm_compile.program.placement import I, Placement, S
 
+AUTO = "auto"
 DTYPES = (None, "bfloat16", "float16")
 ATTENTION_WAYS = (None, "heads", "queries")
 KERNELS = ("auto", "triton", "torch")
@@ -43,7 +45,9 @@ class Plan:
     constraints: tuple[tuple[str, str], ...] = ()  # parameter (or glob) to placement, "S(0)"
     passes: tuple[str, ...] = ()  # of the user, beside those of the plan: "soft-cap{cap=30.0}"
     disable: tuple[str, ...] = ()  # names of passes to leave out
-    checkpoint: bool | float = False  # fraction of the blocks that recompute their activations
+    # Fraction of the blocks that recompute their activations; "auto": as few as make it fit.
+    checkpoint: bool | float | str = False
+    memory: str | int | None = None  # with checkpoint="auto": what a rank may fill, as "80GiB"
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
     zero: int = 1  # 1: shard gradients and optimizer state over dp, 3: parameters too
     kernels: str = "auto"  # fused ops: "triton", "torch" (none); "auto": where CUDA and triton are
@@ -60,10 +64,16 @@ class Plan:
                 raise PlanError(f"plan: {name} must be a positive integer, got {value!r}")
         if self.dp is not None and (not isinstance(self.dp, int) or self.dp < 1):
             raise PlanError(f"plan: dp must be None or a positive integer, got {self.dp!r}")
-        if not 0 <= self.checkpoint <= 1:
+        is_number = isinstance(self.checkpoint, (bool, int, float))
+        if self.checkpoint != AUTO and not (is_number and 0 <= float(self.checkpoint) <= 1):
             raise PlanError(
-                "plan: checkpoint must be False, True or a fraction in [0, 1], got "
+                'plan: checkpoint must be False, True, a fraction in [0, 1] or "auto", got '
                 f"{self.checkpoint!r}"
+            )
+        if self.memory_bytes is not None and self.checkpoint != AUTO:
+            raise PlanError(
+                f'plan: memory={self.memory!r} is what checkpoint="auto" keeps to, got '
+                f"checkpoint={self.checkpoint!r}; write both, or neither"
             )
         if self.dtype not in DTYPES:
             raise PlanError(f"plan: dtype must be one of {DTYPES}, got {self.dtype!r}")
@@ -99,6 +109,11 @@ class Plan:
     def axis(self, name: str) -> MeshAxis:
         """One axis that graphs know."""
         return MeshAxis.of(name, self.axes)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What a rank may fill, None for what the hardware has."""
+        return None if self.memory is None else read_bytes(self.memory, "plan: memory")
 
     @property
     def ranks_per_replica(self) -> int:

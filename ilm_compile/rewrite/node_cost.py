@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -17,6 +17,7 @@ from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.sharded_reductions import FUNCTIONS
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
+from ilm_compile.program.weight_parts import PRODUCTS
 
 # Bytes that a python function of the graph reads and writes; ops are known to `ilm_compile.cost`.
 _MOVED: dict[Any, Callable[[fx.Node], int]] = {
@@ -27,22 +28,43 @@ _MOVED: dict[Any, Callable[[fx.Node], int]] = {
 }
 
 
-def step_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, float]:
-    """Return the seconds each call takes per micro-batch, backward included, on one device.
+class NodeSeconds(NamedTuple):
+    """What one call takes per micro-batch on one device.
 
-    A node that gradients flow through runs forward and backward; in a recomputed region, forward
-    once more.
+    weight: the part of its backward that is for the gradient of a weight, of a product.
     """
+
+    forward: float
+    backward: float = 0.0
+    weight: float = 0.0
+
+
+def node_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, NodeSeconds]:
+    """Return the seconds of each call; the backward of those that gradients flow through."""
     differentiable = gradient_nodes(program.graph)
     result = {}
     for node in program.calls():
         forward = _seconds(program, node, hardware, backward=False)
-        result[node] = forward
-        if node in differentiable:
-            result[node] += _seconds(program, node, hardware, backward=True)
-        if program.regions[node.meta["region"]].recompute:
-            result[node] += forward
+        if node not in differentiable:
+            result[node] = NodeSeconds(forward)
+            continue
+        backward = _seconds(program, node, hardware, backward=True)
+        product = PRODUCTS.get(node.target)  # type: ignore[arg-type]
+        # A product's two gradients are as much work as each other.
+        weight = backward / 2 if product is not None else 0.0
+        result[node] = NodeSeconds(forward, backward - weight, weight)
     return result
+
+
+def step_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, float]:
+    """Return the seconds each call takes per micro-batch, backward included, on one device.
+
+    In a recomputed region it runs forward once more.
+    """
+    return {
+        node: sum(each) + each.forward * program.regions[node.meta["region"]].recompute
+        for node, each in node_seconds(program, hardware).items()
+    }
 
 
 def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: bool) -> float:

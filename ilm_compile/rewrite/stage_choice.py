@@ -9,7 +9,7 @@ Sun et al. 2024, and answered there for a 1F1B pipeline by dynamic programming.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -22,11 +22,10 @@ _BETTER = 1 - 1e-9  # of a step time, so that rounding moves no cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """What lies between two places where a stage may begin.
+class Part:
+    """What a unit has of one region; seconds and bytes are of one micro-batch on one rank.
 
-    Seconds and bytes are of one micro-batch on one rank, but `static`: what is held all the time.
-    `saved` is kept for the backward, `kept` if the region is recomputed; `sent` crosses its end.
+    saved: bytes kept for the backward; kept: those if the region is recomputed.
     """
 
     region: int
@@ -34,10 +33,30 @@ class Unit:
     forward: float
     backward: float
     weight: float
-    static: float
     saved: float
     kept: float
-    sent: float  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What lies between two places where a stage may begin.
+
+    static: bytes that are held all the time; sent: seconds that a message from its end takes.
+    """
+
+    parts: tuple[Part, ...]
+    static: float
+    sent: float
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return sum(part.forward + part.backward + part.weight for part in self.parts)
+
+    @property
+    def repeatable(self) -> float:
+        """The forward of what can be recomputed."""
+        return sum(part.forward for part in self.parts if part.can_recompute)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +106,8 @@ class Chooser:
 
     def best(self) -> StageChoice:
         """Return the best choice found from balanced stages on, by moving runs of cuts."""
-        plain = [unit.forward + unit.backward + unit.weight for unit in self.units]
-        repeated = [t + u.forward * u.can_recompute for t, u in zip(plain, self.units, strict=True)]
+        plain = [unit.seconds for unit in self.units]
+        repeated = [unit.seconds + unit.repeatable for unit in self.units]
         stages = self.schedule.num_stages
         starts = {tuple(balance(costs, stages)) for costs in (plain, repeated)}
         starts |= {tuple(balance([u.static or 1e-9 for u in self.units], stages))}
@@ -149,11 +168,11 @@ class Chooser:
             gain: dict[int, float] = {}
             seconds: dict[int, float] = {}
             for alive, stage in zip(moment.alive, rank.stages, strict=True):
-                for unit in (self.units[i] for i in spans[stage]):
-                    if unit.can_recompute and unit.region not in chosen:
-                        bytes_freed = alive * (unit.saved - unit.kept)
-                        gain[unit.region] = gain.get(unit.region, 0.0) + bytes_freed
-                        seconds[unit.region] = seconds.get(unit.region, 0.0) + unit.forward
+                for part in self._parts(spans[stage]):
+                    if part.can_recompute and part.region not in chosen:
+                        freed = alive * (part.saved - part.kept)
+                        gain[part.region] = gain.get(part.region, 0.0) + freed
+                        seconds[part.region] = seconds.get(part.region, 0.0) + part.forward
             worth = {r: gain[r] / seconds[r] if seconds[r] else inf for r in gain if gain[r] > 0}
             if not worth:
                 return chosen
@@ -166,26 +185,29 @@ class Chooser:
         static = 0.0
         for stage in rank.stages:
             again: dict[int, float] = {}
-            for unit in (self.units[i] for i in spans[stage]):
-                static += unit.static
-                if unit.region in chosen:
-                    kept[stage] += unit.kept
-                    again[unit.region] = again.get(unit.region, 0.0) + unit.saved
+            static += sum(self.units[i].static for i in spans[stage])
+            for part in self._parts(spans[stage]):
+                if part.region in chosen:
+                    kept[stage] += part.kept
+                    again[part.region] = again.get(part.region, 0.0) + part.saved
                 else:
-                    kept[stage] += unit.saved
+                    kept[stage] += part.saved
             working[stage] = max(again.values(), default=0.0)
         peak, moment = rank.peak(kept, working)
         return static + peak, moment
 
     def _times(self, span: range, chosen: frozenset[int]) -> StageTimes:
-        units = [self.units[i] for i in span]
-        again = sum(unit.forward for unit in units if unit.region in chosen)
+        parts = list(self._parts(span))
+        again = sum(part.forward for part in parts if part.region in chosen)
         return StageTimes(
-            forward=sum(unit.forward for unit in units),
-            backward=sum(unit.backward for unit in units) + again,
-            weight=sum(unit.weight for unit in units),
-            message=units[-1].sent,
+            forward=sum(part.forward for part in parts),
+            backward=sum(part.backward for part in parts) + again,
+            weight=sum(part.weight for part in parts),
+            message=self.units[span[-1]].sent,
         )
+
+    def _parts(self, span: range) -> Iterator[Part]:
+        return (part for i in span for part in self.units[i].parts)
 
     def _spans(self, cuts: tuple[int, ...]) -> list[range]:
         return [range(a, b) for a, b in pairwise((0, *cuts, len(self.units)))]

@@ -1,0 +1,78 @@
+"""A program as `ilm_compile.rewrite.stage_choice` sees it: units with their seconds and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from math import prod
+
+from torch import fx
+
+from ilm_compile.cost import Hardware, collective_time, static_bytes_per_parameter
+from ilm_compile.cost.saved import SavedMemory, Storage
+from ilm_compile.program.layout import TOKEN_AXES
+from ilm_compile.program.program import Program
+from ilm_compile.rewrite.cut_points import crossing_bytes
+from ilm_compile.rewrite.node_cost import node_seconds
+from ilm_compile.rewrite.stage_choice import Part, Unit
+
+
+def stage_units(
+    program: Program, calls: Sequence[fx.Node], edges: Sequence[int], hardware: Hardware
+) -> list[Unit]:
+    """Return what lies between these positions in `calls`, the first being 0.
+
+    Memory that two units save counts for the first, a parameter for each unit that uses it.
+    """
+    plan = program.plan
+    seconds = node_seconds(program, hardware)
+    saved = SavedMemory(program)
+    crossing = [*crossing_bytes(calls), 0.0]
+    shared = (plan.dp or 1) * prod(plan.axes[axis] for axis in TOKEN_AXES)
+    stride = (plan.dp or 1) * prod(plan.axes.values())
+    counted: set[Storage] = set()
+    units = []
+    for start, end in pairwise([*edges, len(calls)]):
+        parts = []
+        for region, group in groupby(calls[start:end], lambda node: int(node.meta["region"])):
+            nodes = list(group)
+            times = [seconds[node] for node in nodes]
+            parts.append(
+                Part(
+                    region=region,
+                    can_recompute=program.regions[region].is_block,
+                    forward=sum(time.forward for time in times),
+                    backward=sum(time.backward for time in times),
+                    weight=sum(time.weight for time in times),
+                    saved=_new_bytes(saved.of(nodes), counted),
+                    kept=_new_bytes(saved.inputs_of(nodes), counted),
+                )
+            )
+            counted |= {*saved.of(nodes), *saved.inputs_of(nodes)}
+        units.append(
+            Unit(
+                parts=tuple(parts),
+                static=_static_bytes(program, calls[start:end], shared),
+                sent=collective_time("p2p", crossing[end], 2, hardware, stride=stride),
+            )
+        )
+    return units
+
+
+def _new_bytes(found: dict[Storage, None], counted: set[Storage]) -> float:
+    return float(sum(storage.num_bytes for storage in found if storage not in counted))
+
+
+def _static_bytes(program: Program, calls: Sequence[fx.Node], shared: int) -> float:
+    """Return the bytes of the parameters of these calls, of gradients and optimizer, per rank."""
+    used = {n for call in calls for n in call.all_input_nodes if n.op == "get_attr"}
+    values = {
+        str(n.target): n.meta["val"] for n in used if program.variables[str(n.target)].requires_grad
+    }
+    return float(
+        sum(
+            value.numel()
+            * static_bytes_per_parameter(value.dtype, dp=shared, zero=program.plan.zero)
+            for value in values.values()
+        )
+    )
