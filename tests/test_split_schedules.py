@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import cache
@@ -13,7 +14,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import ilm_compile
-from ilm_compile.compile import make_schedule
+from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.weight_parts import WeightParts
@@ -38,21 +39,22 @@ WHOLE = {1: "1f1b", 2: "gpipe"}  # schedules of as many chunks whose backwards a
 
 
 @cache
-def lowered(name: str, dtype: torch.dtype = torch.float64, **plan: Any) -> LoweredProgram:
-    with promoted_float32(), traced_once((name, dtype)):
-        model = make_model(name).to(dtype)
+def lowered(name: str, stored: torch.dtype = torch.float64, **plan: Any) -> LoweredProgram:
+    casts = promoted_float32() if stored == torch.float64 else nullcontext()
+    with casts, traced_once((name, stored)):
+        model = make_model(name).to(stored)
         given = {"num_microbatches": MICRO_BATCHES, **plan}
         return lower(ilm_compile.partition(model, example_inputs=EXAMPLE, **given))
 
 
-def step(name: str, schedule: str, dtype: torch.dtype = torch.float64, **plan: Any) -> Step:
+def step(name: str, schedule: str, stored: torch.dtype = torch.float64, **plan: Any) -> Step:
     """One emulated step. The schedules of one number of chunks run one program."""
     chunks = CHUNKS.get(schedule, 2 if schedule == "gpipe" else 1)
     marked = "zb_v" if chunks == 2 else "zb_h1"
-    program = lowered(name, dtype, schedule=marked, num_chunks=chunks, **plan)
+    program = lowered(name, stored, schedule=marked, num_chunks=chunks, **plan)
     other = make_schedule(program.plan.replace(schedule=schedule))
     batch = make_batch(ROWS * MICRO_BATCHES)
-    [found] = emulate(program, other, make_model(name).to(dtype), [batch], max_norm=None)
+    [found] = emulate(program, other, make_model(name).to(stored), [batch], max_norm=None)
     return found
 
 
@@ -73,18 +75,38 @@ def test_equals_the_single_device_model(schedule, checkpoint, tp, pp):
     assert errors.gradient <= 1e-10, errors
 
 
-@pytest.mark.parametrize("checkpoint", [False, 0.5])
-@pytest.mark.parametrize("schedule", CHUNKS)
-def test_has_the_bits_of_whole_backwards(schedule, checkpoint):
-    """In float32, in a pure pipeline; the tied embedding of GPT-2 is added up over its stages."""
-    for name in ("internlm2", "gpt2"):
-        plan = {"pp": 2, "checkpoint": checkpoint}
-        whole = step(name, WHOLE[CHUNKS[schedule]], torch.float32, **plan)
-        split = step(name, schedule, torch.float32, **plan)
-        assert split.loss.equal(whole.loss)
-        assert split.gradients.keys() == whole.gradients.keys()
-        wrong = [n for n, g in whole.gradients.items() if not g.equal(split.gradients[n])]
-        assert not wrong
+@pytest.mark.parametrize(
+    ("schedule", "plan"),
+    [
+        ("zb_h1", {}),
+        ("zb_h2", {"checkpoint": 0.5}),
+        ("zb_v", {"checkpoint": 0.5}),
+        ("zb_h1", {"checkpoint": 0.5, "dtype": torch.bfloat16}),
+        ("zb_v", {"tp": 2, "dtype": torch.bfloat16}),
+    ],
+)
+@pytest.mark.parametrize("name", ["internlm2", "gpt2"])
+def test_has_the_bits_of_whole_backwards(name, schedule, plan):
+    """In float32; the tied embedding of GPT-2 is added up over its stages."""
+    whole = step(name, WHOLE[CHUNKS[schedule]], torch.float32, pp=2, **plan)
+    split = step(name, schedule, torch.float32, pp=2, **plan)
+    assert split.loss.equal(whole.loss)
+    assert split.gradients.keys() == whole.gradients.keys()
+    assert not [n for n, g in whole.gradients.items() if not g.equal(split.gradients[n])]
+
+
+def test_stages_without_a_trained_product_have_nothing_left_to_do():
+    model = make_model("internlm2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    found = {}
+    for schedule in ("1f1b", "zb_h1"):
+        with promoted_float32():
+            program = ilm_compile.partition(model, example_inputs=EXAMPLE, pp=2, schedule=schedule)
+        batch = make_batch(ROWS * 2)
+        [found[schedule]] = emulate(lower(program), make_schedule(program.plan), model, [batch])
+    assert found["zb_h1"].gradients
+    assert all(g.equal(found["1f1b"].gradients[n]) for n, g in found["zb_h1"].gradients.items())
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -141,6 +163,8 @@ REAL = [
         {"pp": 2, "num_chunks": 2, "schedule": "zb_v", "zero": 3, "checkpoint": 0.5},
         dp=2,
     ),
+    Case("internlm2", {"pp": 2, "cp": 2, "schedule": "zb_h1", "checkpoint": 0.5}),
+    Case("experts", {"pp": 2, "ep": 2, "schedule": "zb_h1", "dispatch": True}),
     Case("internlm2", {"pp": 2, "tp": 2, "num_chunks": 2, "schedule": "zb_v", "checkpoint": 0.5}),
 ]
 

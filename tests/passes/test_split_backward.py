@@ -1,5 +1,8 @@
 """Which products leave their weight gradient, and what becomes of them in a stage."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,15 +138,19 @@ def test_a_weight_waits_for_its_part_and_then_has_the_same_gradient(block):
 
 
 def test_what_a_product_keeps_is_free_after_its_part():
-    layer, x = nn.Linear(WIDTH, WIDTH), torch.randn(2, WIDTH)
-    kept = []
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
     parts = WeightParts()
-    with parts.collect(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: x):
-        y = PRODUCTS[torch.ops.aten.linear.default].leave(x, layer.weight, layer.bias)
+    with parts.collect():
+        memory = np.ones((2, WIDTH), dtype=np.float32)
+        x, kept = torch.from_numpy(memory), weakref.ref(memory)
+        y = PRODUCTS[torch.ops.aten.linear.default].leave(x, weight)
+    del x, memory
     y.sum().backward()
-    assert (len(parts), layer.weight.grad) == (1, None)
+    del y
+    assert (len(parts), weight.grad) == (1, None)
+    assert kept() is not None
     parts.run()
-    assert (len(parts), layer.weight.grad.shape) == (0, layer.weight.shape)
+    assert (len(parts), kept()) == (0, None)
 
 
 def weights(*shape):
