@@ -5,11 +5,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ilm_compile.cli import convert, demo, evaluate, explain, prepare_data, train, verify
+from ilm_compile.cli import (
+    convert,
+    demo,
+    evaluate,
+    explain,
+    prepare_data,
+    search,
+    train,
+    verify,
+)
 from ilm_compile.errors import IlmCompileError
 
 COMMANDS = {
     "demo": demo,
+    "plan": search,
     "explain": explain,
     "verify": verify,
     "train": train,

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ilm_compile.cost.constants import Software, software_named
-from ilm_compile.cost.hardware import Hardware
+from ilm_compile.cost.hardware import HARDWARE, Hardware, hardware_named
 from ilm_compile.cost.layer_time import PRECISIONS
 from ilm_compile.cost.sizes import ModelSizes, StepPlan
 from ilm_compile.cost.step_memory import StepMemory, step_memory
 from ilm_compile.cost.step_time import step_time
 from ilm_compile.errors import PlanError
 from ilm_compile.planner.candidate import Candidate
+from ilm_compile.planner.model_sizes import sizes_of
 from ilm_compile.planner.space import Question, Rejected, ladder, plans, shapes
+from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Program
 
 GIB = 2**30
 
@@ -43,6 +46,12 @@ class Search:
             )
         return self.candidates[0]
 
+    @property
+    def plan(self) -> Plan:
+        """The fastest as `partition` and `parallelize` take it."""
+        plan, name = self.best.to_plan(), self.question.hardware.name
+        return plan.replace(hardware=name) if name in HARDWARE else plan
+
     def why_not(self) -> list[Rejected]:
         """Return a line for each mesh but the best plan's: its fastest plan, or why none."""
         best, seen = self.best, set()
@@ -57,9 +66,9 @@ class Search:
 
 
 def search(
-    sizes: ModelSizes,
+    model: ModelSizes | Program,
     gpus: int,
-    hardware: Hardware,
+    hardware: Hardware | str,
     *,
     tokens_per_batch: int,
     seq: int,
@@ -69,10 +78,15 @@ def search(
 ) -> Search:
     """Return the plans for a step of `tokens_per_batch` on `gpus` devices, fastest first.
 
-    memory: bytes that a rank may fill; None: what the hardware leaves to a program. software: whose
-    constants; None: this package's. The same arguments give the same result, in the same order.
-    Raises `PlanError` for a batch of no whole number of sequences, or a precision that is unknown.
+    model: its sizes, or what `trace` made of it. hardware: itself, a name of `HARDWARE` or the path
+    of a TOML file. memory: bytes that a rank may fill; None: what the hardware leaves to a program.
+    software: whose constants; None: this package's. The same arguments give the same result, in the
+    same order. Raises `PlanError` for a batch of no whole number of sequences, a precision or
+    hardware that is unknown, a program whose sizes cannot be read.
     """
+    sizes = sizes_of(model) if isinstance(model, Program) else model
+    if isinstance(hardware, str):
+        hardware = hardware_named(hardware)
     if tokens_per_batch < seq or tokens_per_batch % seq:
         raise PlanError(
             f"search: tokens_per_batch={tokens_per_batch} is not a multiple of seq={seq}; use "

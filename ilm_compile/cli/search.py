@@ -1,0 +1,139 @@
+"""Find the fastest plan of a model on a number of devices, predicted, and say why not another.
+
+ilm-compile plan internlm2_7b --gpus 64 --hardware h100 --tokens-per-batch 4M --seq 4096
+Nothing is run. The plan is written as JSON, which the other commands take as --plan.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ilm_compile.cli.model import add_model_argument, is_config, load_model
+from ilm_compile.config import load_config
+from ilm_compile.cost.hardware import HARDWARE
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.files import write_text
+from ilm_compile.planner import Candidate, Search, search
+from ilm_compile.program.program import Program
+from ilm_compile.program.trace import trace
+from ilm_compile.training.model import input_spec, loss_function
+
+BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+BYTES = {
+    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9},
+    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+}
+TRACED_TOKENS = 128  # sizes do not depend on them
+WIDTH = 140  # of the table, whatever a terminal makes of it
+LINES = 20  # of those why not, without --all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_model_argument(parser)
+    parser.add_argument("--gpus", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--hardware", default="h100", help=f"{', '.join(HARDWARE)}, or a .toml file (h100)"
+    )
+    parser.add_argument(
+        "--tokens-per-batch", required=True, metavar="N", help="of one step; 4M is 4 * 2**20"
+    )
+    parser.add_argument("--seq", type=int, required=True, metavar="N", help="tokens of a sequence")
+    parser.add_argument(
+        "--memory", metavar="N", help="that a rank may fill, such as 80GiB; else the hardware's"
+    )
+    parser.add_argument("--precision", default="bf16", help="bf16, fp16 or fp32 (bf16)")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="plans shown (10)")
+    parser.add_argument("--all", action="store_true", help="every reason why not")
+    parser.add_argument("--output", type=Path, default=Path("plan.json"), metavar="FILE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Search, print, and write the fastest plan."""
+    tokens = number("--tokens-per-batch", options.tokens_per_batch, BINARY)
+    memory = None if options.memory is None else number("--memory", options.memory, BYTES)
+    found = search(
+        _traced(options.model),
+        options.gpus,
+        options.hardware,
+        tokens_per_batch=tokens,
+        seq=options.seq,
+        memory=memory,
+        precision=options.precision,
+    )
+    plan = found.plan
+    console = Console(width=max(Console().width, WIDTH), soft_wrap=True)
+    console.print(_table(found, options.top))
+    lines = found.why_not()
+    shown = lines if options.all else lines[:LINES]
+    console.print("\nWhy not:")
+    for line in shown:
+        console.print(f"  {line.what}: {line.reason}", markup=False, highlight=False)
+    if len(shown) < len(lines):
+        console.print(f"  and {len(lines) - len(shown)} more: --all")
+    write_text(options.output, plan.to_json() + "\n")
+    console.print(f"\n{options.output}: {found.best.name}", markup=False, highlight=False)
+
+
+def number(option: str, text: str, units: Mapping[str, int]) -> int:
+    """Return the number of a text such as 4M; raises `IlmCompileError` for another."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2] not in units or not float(match[1]):
+        known = ", ".join(unit for unit in units if unit)
+        raise IlmCompileError(
+            f"{option}: expected a number above 0 and one of {known}, got {text!r}"
+        )
+    return round(float(match[1]) * units[match[2]])
+
+
+def _traced(name: str) -> Program:
+    if is_config(name):
+        config = load_config(name)
+        inputs, loss_fn = input_spec(config), loss_function(config)
+        return trace(load_model(name), example_inputs=inputs, loss_fn=loss_fn)
+    shape = (1, TRACED_TOKENS)
+    inputs = {"input_ids": (shape, torch.int64), "labels": (shape, torch.int64)}
+    return trace(load_model(name), example_inputs=inputs)
+
+
+def _table(found: Search, top: int) -> Table:
+    asked = found.question
+    sizes = asked.sizes
+    table = Table(
+        title=f"{sizes.parameters / 1e9:.3g}B parameters on {asked.gpus} x {asked.hardware.name}, "
+        f"{asked.sequences} sequences of {asked.seq} tokens: {len(found.candidates)} plans fit "
+        f"{asked.memory_bytes / 2**30:.1f} GiB",
+        box=SIMPLE_HEAD,
+    )
+    columns = ("tp", "cp", "ep", "pp", "dp", "zero", "micro-batches", "schedule", "recompute")
+    figures = ("s a step", "tokens/s/GPU", "MFU", "GiB", "bubble", "exposed")
+    for name in (*columns, *figures):
+        table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
+    for candidate in found.candidates[:top]:
+        table.add_row(*_row(candidate))
+    return table
+
+
+def _row(candidate: Candidate) -> list[str]:
+    plan, time = candidate.plan, candidate.time
+    schedule = plan.schedule if plan.pp > 1 else ""
+    again = "" if plan.recompute == "none" else f"{plan.recompute_share:.0%}"
+    return [
+        *(str(size) for size in (plan.tp, plan.cp, plan.ep, plan.pp, plan.dp // plan.ep)),
+        str(plan.zero),
+        f"{plan.num_microbatches:g} of {plan.micro_batch * plan.ep:g}",
+        schedule + (f" x{plan.chunks}" if plan.chunks > 1 else ""),
+        again,
+        f"{time.total:.3f}",
+        f"{candidate.tokens_per_second_per_gpu:,.0f}",
+        f"{candidate.mfu:.1%}",
+        f"{candidate.memory.total / 2**30:.1f}",
+        f"{time.bubble / time.total:.1%}",
+        f"{time.exposed / time.total:.1%}",
+    ]
