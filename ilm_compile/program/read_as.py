@@ -1,0 +1,48 @@
+"""Which parameters a stage casts wherever it uses them: it may be given them cast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ilm_compile.program.boundaries import stage_of
+from ilm_compile.program.program import Program
+
+aten = torch.ops.aten
+
+
+def read_as(program: Program) -> list[dict[str, torch.dtype]]:
+    """Return, for each stage, its parameters that every use casts to one smaller dtype, and that.
+
+    A parameter that is also used as it is, on the same stage, is not among them.
+    """
+    placed = stage_of(program)
+    uses: list[dict[str, set[Any]]] = [{} for _ in range(max(placed.values(), default=0) + 1)]
+    for node, stage in placed.items():
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                uses[stage].setdefault(str(source.target), set()).add(_cast_to(node))
+    for node in program.outputs:
+        uses[-1].pop(str(node.target), None)
+    return [
+        {n: next(iter(dtypes)) for n, dtypes in stage.items() if _is_smaller(program, n, dtypes)}
+        for stage in uses
+    ]
+
+
+def _cast_to(node: fx.Node) -> Any:
+    """Return the dtype that a plain cast gives; None for any other call."""
+    is_cast = node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs
+    return node.args[1] if is_cast else None
+
+
+def _is_smaller(program: Program, name: str, dtypes: set[Any]) -> bool:
+    variable = program.variables[name]
+    return (
+        variable.is_parameter
+        and len(dtypes) == 1
+        and None not in dtypes
+        and all(dtype.itemsize < variable.dtype.itemsize for dtype in dtypes)
+    )
