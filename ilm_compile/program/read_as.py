@@ -32,8 +32,20 @@ def read_as(program: Program) -> list[dict[str, torch.dtype]]:
     ]
 
 
+def cast_weights(program: Program) -> set[fx.Node]:
+    """Return the casts that do nothing, since their stage is given the parameter cast."""
+    dtypes = read_as(program)
+    return {
+        node
+        for node, stage in stage_of(program).items()
+        if _cast_to(node) is not None
+        and (source := node.all_input_nodes[0]).op == "get_attr"
+        and source.target in dtypes[stage]
+    }
+
+
 def _cast_to(node: fx.Node) -> Any:
-    """Return the dtype that a plain cast gives; None for any other call."""
+    """Return the dtype that a call casts to and does nothing else; None for other calls."""
     is_cast = node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs
     return node.args[1] if is_cast else None
 
