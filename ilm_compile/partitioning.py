@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ilm_compile.cost import forward_flops_by_region, model_flops
+from ilm_compile.cost import forward_flops_by_region, model_flops, saved_bytes
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes.standard import plan_passes, settle_kernels, with_passes
@@ -154,6 +154,7 @@ def _compile(program: Program, plan: Plan, how: Rewriting, like: Program | None 
     )
     marked = [index for index, region in enumerate(program.regions) if region.recompute]
     program.recomputed_flops = sum(forward[index] for index in marked)
+    program.saved_bytes = saved_bytes
     return program
 
 

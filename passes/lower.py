@@ -15,6 +15,7 @@ from ilm_compile.program.boundaries import stage_boundaries, stage_of
 from ilm_compile.program.layout import TOKEN_AXES, layout_of, sharded_over
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.program import Program
+from ilm_compile.program.read_as import read_as
 from ilm_compile.rewrite.stage_module import Segment, build_stage
 
 
@@ -27,6 +28,7 @@ def lower(program: Program) -> LoweredProgram:
     _check_token_axes(program)
     placed = stage_of(program)
     received = stage_boundaries(program)
+    cast_weights = read_as(program)
     outputs: list[fx.Node] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
     stages = []
     for index, boundaries in enumerate(received):
@@ -43,6 +45,7 @@ def lower(program: Program) -> LoweredProgram:
                 sent=() if sent is None else tuple(sent.values()),
                 outputs=program.output_names if sent is None else (),
                 variables=variables,
+                read_as=cast_weights[index],
             )
         )
     lowered = LoweredProgram(

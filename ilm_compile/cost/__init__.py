@@ -11,3 +11,4 @@ from ilm_compile.cost.hardware import Hardware as Hardware
 from ilm_compile.cost.memory import static_bytes_per_parameter as static_bytes_per_parameter
 from ilm_compile.cost.roofline import node_bytes as node_bytes
 from ilm_compile.cost.roofline import node_time as node_time
+from ilm_compile.cost.saved_bytes import saved_bytes as saved_bytes

@@ -2,7 +2,8 @@
 
 Each distinct call of a graph is run once on tensors without data, and what autograd packs is looked
 at: an input, a result, or memory of the call's own. There is no table of ops to keep. Memory that
-several calls save, or views of it, counts once; parameters and inputs, alive anyway, do not count.
+several calls save, or views of it, counts once; inputs and parameters, those that a stage is given
+cast among them, are alive anyway and do not count.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from ilm_compile.cost.nodes import tensor_bytes
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program
+from ilm_compile.program.read_as import cast_weights
 from ilm_compile.program.values import is_tuple, tensors_of
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
 
 _GETITEM = "getitem"
 _CPU = torch.device("cpu")
-
-
-Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +65,15 @@ class SavedMemory:
 
     def __init__(self, program: Program) -> None:
         self._differentiable = gradient_nodes(program.graph)
+        self._weights = cast_weights(program)
         self._sources: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = {}
         self._trials: dict[Hashable, _Trial] = {}
-        # Strides as they are here: a rewrite may have changed what a later view is made of.
+        # As the calls give them: strides, which decide what is copied, differ without a device.
         self._forms: dict[fx.Node, tuple[Form, ...]] = {}
         self._of: dict[fx.Node, tuple[Storage, ...]] = {}
         with shape_communicators(program.plan.axes):
-            for node in program.graph.nodes:
-                if node.op == "call_function":
-                    self._of[node] = tuple(self._saved(node))
-                elif node.op != "output":
-                    self._forms[node] = tuple(map(_form, tensors_of(node.meta.get("val"))))
+            for node in program.calls():
+                self._of[node] = tuple(self._saved(node))
 
     def of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
         """Return what these calls save together, in order."""
@@ -91,7 +90,7 @@ class SavedMemory:
         if getattr(node.target, "__name__", "") == _GETITEM and is_tuple(inputs[0]):
             place = int(node.args[1])  # type: ignore[arg-type]
             self._sources[node, 0] = (inputs[0], place)
-            self._forms[node] = (self._forms[inputs[0]][place],)
+            self._forms[node] = (self._forms_of(inputs[0])[place],)
             return
         trial = self._trial(node)
         self._forms[node] = trial.forms
@@ -112,28 +111,32 @@ class SavedMemory:
         """Yield the memory of one result, unless it is alive anyway."""
         while (node, place) in self._sources:
             node, place = self._sources[node, place]
-        if node.op == "call_function":
+        if node.op == "call_function" and node not in self._weights:
             yield Storage(node, place, tensor_bytes(tensors_of(node.meta["val"])[place]))
 
     def _trial(self, node: fx.Node) -> _Trial:
         key = self._key(node)
         if key not in self._trials:
-            self._trials[key] = _try(node, self._differentiable, self._forms)
+            forms = {source: self._forms_of(source) for source in node.all_input_nodes}
+            self._trials[key] = _try(node, forms, self._differentiable)
         return self._trials[key]
+
+    def _forms_of(self, node: fx.Node) -> tuple[Form, ...]:
+        return self._forms.get(node) or tuple(map(_form, tensors_of(node.meta.get("val"))))
 
     def _key(self, node: fx.Node) -> Hashable:
         """Return all that a trial depends on."""
         numbers = {n: i for i, n in enumerate(node.all_input_nodes)}
 
         def described(n: fx.Node) -> str:
-            return f"<{numbers[n]} {self._forms[n]} {n in self._differentiable}>"
+            return f"<{numbers[n]} {self._forms_of(n)} {n in self._differentiable}>"
 
         arguments = fx.node.map_arg((node.args, node.kwargs), described)
         return node.target, repr(arguments), node in self._differentiable
 
 
 def _try(
-    node: fx.Node, differentiable: set[fx.Node], forms: Mapping[fx.Node, tuple[Form, ...]]
+    node: fx.Node, forms: Mapping[fx.Node, tuple[Form, ...]], differentiable: set[fx.Node]
 ) -> _Trial:
     """Run the call on tensors without data and look at what is saved."""
     target: Any = node.target
@@ -166,19 +169,19 @@ def _try(
         )
 
 
+def _form(tensor: Tensor) -> Form:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _stand_in(node: fx.Node, forms: tuple[Form, ...], is_differentiable: bool) -> Any:
     """Return what a node holds, without data."""
     found = [
-        torch.empty_strided(shape, stride, dtype=dtype).requires_grad_(
+        torch.empty_strided(shape, strides, dtype=dtype).requires_grad_(
             is_differentiable and dtype.is_floating_point
         )
-        for shape, stride, dtype in forms
+        for shape, strides, dtype in forms
     ]
     return tuple(found) if is_tuple(node) else found[0] if found else node.meta.get("val")
-
-
-def _form(tensor: Tensor) -> Form:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _on_cpu(value: Any) -> Any:

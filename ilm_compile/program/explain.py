@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import groupby
 
 from torch import fx
 
@@ -17,7 +18,8 @@ HEADINGS = ("collective", "type", "forward", "backward", "because")
 
 
 def explain(program: Program) -> str:
-    """Return the plan, each pass's decisions, what a step sends, and a table per distinct block.
+    """Return the plan, each pass's decisions, what a step sends and keeps, and a table per distinct
+    block.
 
     A block's tables list the parameters with their placement, and the collectives with the bytes
     that each rank sends per micro-batch, forward and backward.
@@ -27,6 +29,9 @@ def explain(program: Program) -> str:
     lines += [f"! {sentence}" for sentence in program.warnings]
     lines += ["", "bytes that each rank sends per step, predicted:"]
     lines += _table(_step_rows(program))
+    if program.saved_bytes is not None:
+        lines += ["", "bytes that a micro-batch keeps for its backward on each rank, predicted:"]
+        lines += _table(_saved_rows(program, program.saved_bytes(program)))
     tables = _tables(program)
     for regions in _alike(program, tables):
         parameters, sent = tables[regions[0]]
@@ -53,6 +58,19 @@ def _step_rows(program: Program) -> list[Row]:
         for rank, step in enumerate(steps)
     ]
     return [("", *kinds), *rows]
+
+
+def _saved_rows(program: Program, saved: dict[tuple[int, int], int]) -> list[Row]:
+    """Return a row for each run of regions of one stage that keep as much."""
+    rows: list[Row] = [("", "of each", "of the stage")]
+    for stage in dict.fromkeys(stage for stage, _ in saved):
+        own = [(region, size) for (at, region), size in saved.items() if at == stage]
+        total = f"{sum(size for _, size in own):,} B"
+        for size, group in groupby(own, lambda each: each[1]):
+            title = _title(program, [region for region, _ in group])
+            rows.append((title, f"{size:,} B" if size else "-", total))
+            total = ""
+    return rows
 
 
 def _total(traffic: Traffic) -> str:

@@ -6,7 +6,7 @@ and anything that fills these fields can be run by it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ class Stage:
     ``outputs``, whose first entry is the loss. Its children are the regions, in order. `variables`
     maps the user's name of each parameter and buffer used here to its attribute path in `module`;
     the tensors are rank-local and on the meta device until the runtime materialises them.
+    `read_as` gives the dtype of those parameters that the module casts to it wherever it uses them:
+    it may be given them in that dtype instead.
     """
 
     index: int
@@ -44,6 +46,7 @@ class Stage:
     sent: tuple[Boundary, ...]
     outputs: tuple[str, ...]
     variables: dict[str, str]
+    read_as: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

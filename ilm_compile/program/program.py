@@ -127,6 +127,10 @@ class Region:
     recompute: bool = False
 
 
+# Of a program: by stage and region, the bytes that one micro-batch keeps on one rank.
+SavedBytes = Callable[["Program"], dict[tuple[int, int], int]]
+
+
 class Reasons(Protocol):
     """Knows why a parameter got its placement."""
 
@@ -161,6 +165,7 @@ class Program:
     arguments: dict[str, Any] = field(default_factory=dict)  # of the model, that are no tensors
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     stage_ranks: tuple[int, ...] = ()  # the pipeline rank of each stage, once placed
+    saved_bytes: SavedBytes | None = None  # what a micro-batch keeps for its backward
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice
     recomputed_flops: int = 0  # of one micro-batch, what activation checkpointing computes twice
 

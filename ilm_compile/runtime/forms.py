@@ -129,6 +129,8 @@ def dress(running: Stage, other: Stage, number: int, device: torch.device) -> Dr
 
     Raises `PlanError` if they are not made alike.
     """
+    if unlike := running.read_as.items() ^ other.read_as.items():
+        raise _unlike(running, sorted({name for name, _ in unlike}))
     ours, theirs = (_graphs(stage.module) for stage in (running, other))
     if running.module is other.module:
         for module in ours.values():

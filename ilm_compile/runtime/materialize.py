@@ -26,7 +26,7 @@ def fill(
 
     A tensor that several modules share stays shared. The user's own tensors are copied.
     """
-    places = _places(stage.module)
+    places = places_of(stage.module)
     for name in names:
         meta = resolve(stage, name)
         if not meta.is_meta:
@@ -104,7 +104,7 @@ def code_of(graph_module: fx.GraphModule) -> Callable[..., Any]:
     return code
 
 
-def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def places_of(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Where each tensor is held, by its identity."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module, attribute, tensor in _tensors(root):

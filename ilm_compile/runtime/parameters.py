@@ -8,6 +8,7 @@ name twice: only the first, the leader, is public, and the others follow it befo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
 from ilm_compile.runtime.expert_storage import HAS_MESHES, warn_of_whole_experts
 from ilm_compile.runtime.initial_values import InitialValues
+from ilm_compile.runtime.low_weights import gather_low, lower, refresh
 from ilm_compile.runtime.materialize import fill, finish, local_value, resolve
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.shard import Shard, stored_part
@@ -41,6 +43,7 @@ class Parameters:
         self.syncs: dict[int, GradientSync] = {}
         self.shards: dict[str, Shard] = {}
         self._followers: dict[str, list[Shard]] = {}
+        self._lowered: list[Shard] = []  # whose leaf is a copy in the dtype to compute in
         for stage in lowered.stages:
             if schedule.stage_to_rank[stage.index] != mesh.pp.rank:
                 continue
@@ -59,12 +62,17 @@ class Parameters:
                         },
                         expert_mesh=mesh.experts.mesh and mesh.experts.mesh["dp"],
                     )
+                    low = {n: stage.read_as[n] for n in unit.names if n in stage.read_as}
+                    gather_low(unit.module, stage, low)
             finish(stage, mesh.device)
             if mesh.fsdp.size > 1 and mesh.dense.mesh is not None:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:
                 leaf = resolve(stage, name)
                 own = Shard.of(lowered.variables[name], stage.index, leaf, mesh)
+                if name in stage.read_as and not own.is_dp_sharded:
+                    own = replace(own, leaf=lower(stage, name, stage.read_as[name]))
+                    self._lowered.append(own)
                 if name in self.shards:
                     self._followers.setdefault(name, []).append(own)
                 else:
@@ -99,11 +107,12 @@ class Parameters:
         )
 
     def follow(self) -> None:
-        """Give the second copies on this rank the values of the first."""
+        """Give the second copies on this rank, and those in another dtype, the trained values."""
         with torch.no_grad():
             for name, followers in self._followers.items():
                 for follower in followers:
                     follower.local.copy_(self.shards[name].local)
+        refresh((shard.leaf, shard.local) for shard in self._lowered)
 
     def collect_gradients(self, *, scale: float = 1.0) -> None:
         """Add what the backward left on the leaves to the public gradients, tied ones summed.

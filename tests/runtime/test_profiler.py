@@ -318,7 +318,7 @@ def test_tensors_are_counted_once_and_parameters_not() -> None:
             return self.body(x.view(2, 5).view(10), self.weight) + (x * x).sum()
 
     class FakeStage:
-        index, module = 3, Wrapper()
+        index, module, batch_inputs = 3, Wrapper(), ()
 
     saved = SavedBytes([FakeStage()])  # type: ignore[list-item]
     saved.start()

@@ -19,7 +19,7 @@ class SavedBytes:
 
     bytes: by stage index and region name (a child of the stage's module, "" for what lies between
     them). Counted are the storages that autograd saves, each once, in the region that saves it
-    first; parameters are not. A region that is recomputed keeps its inputs only.
+    first; parameters, buffers and the batch are not. A region that is recomputed keeps its inputs.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -49,17 +49,18 @@ class SavedBytes:
         self._hooks, self._handles = None, []
 
     def _on_call(self, module: nn.Module, function: Any, argument: Any) -> None:
-        hook = module.register_forward_pre_hook(lambda module, args: function(argument))
+        hook = module.register_forward_pre_hook(lambda module, args: function(argument, args))
         self._handles.append(hook)
 
-    def _enter_stage(self, stage: Stage) -> None:
+    def _enter_stage(self, stage: Stage, args: tuple[Tensor, ...]) -> None:
         if stage.index not in self.bytes:
             self._stage = stage
             self.bytes[stage.index] = {}
-            self._seen = set()
-            self._enter_region("")
+            batch = args[: len(stage.batch_inputs)]
+            self._seen = {tensor.untyped_storage().data_ptr() for tensor in batch}
+            self._enter_region("", args)
 
-    def _enter_region(self, name: str) -> None:
+    def _enter_region(self, name: str, args: tuple[Tensor, ...]) -> None:
         if self._stage is not None:
             self._region = name
             self._parameters = set(_storages(self._stage.module))
@@ -78,8 +79,8 @@ class SavedBytes:
 
 
 def _storages(module: nn.Module) -> Iterator[int]:
-    """The addresses of the parameters, those that are gathered for the moment among them."""
+    """The addresses of buffers and parameters, those gathered for the moment among them."""
     with torch.no_grad():
-        for parameter in module.parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        for held in (*module.parameters(), *module.buffers()):
+            local = held.to_local() if isinstance(held, DTensor) else held
             yield local.untyped_storage().data_ptr()
