@@ -90,7 +90,8 @@ def measure_all(axis: str, model: str, done: set[tuple[str, str, str]]) -> Itera
 
 def summary(rows: Sequence[Row]) -> str:
     """Return the largest errors of each axis and plan in Markdown, and what is not equal."""
-    lines = ["| plan | models | equal | loss | gradients | weights |", "| --- " + "| ---: " * 5 + "|"]
+    lines = ["| plan | models | equal | loss | gradients | weights |"]
+    lines.append("| --- " + "| ---: " * 5 + "|")
     for axis, plan in dict.fromkeys((row.axis, row.plan) for row in rows):
         these = [row for row in rows if (row.axis, row.plan) == (axis, plan)]
         ran = [row for row in these if not row.failure]
