@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -12,17 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from ilm_compile import models, partition
 from ilm_compile.cost import HARDWARE, node_time
 from ilm_compile.errors import PlanError
+from ilm_compile.kernels.attention_blocks import KERNELS
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.plan import Plan
-from ilm_compile.sharding.rules_attention import LOCAL_FORMS
+from ilm_compile.program.query_attention import FORMS
 from tests.support.equality import hf_gpt2, hf_llama
 
 SEQ = 32
 LONG = (16384, 16388)
-WAYS = {"heads": "by heads", "queries": "by queries, head and tail on each rank"}
+WAYS = {
+    "heads": "by heads",
+    "queries": "by queries, head and tail on each rank",
+    "ring": "in a ring, head and tail on each rank",
+}
 
 
 def example(seq: int = SEQ, rows: int = 2):
@@ -133,9 +141,9 @@ REFUSED = {
         "cp_attention='heads' needs cp > 1, got cp=1",
     ),
     "another word": (
-        {"cp": 2, "cp_attention": "ring"},
+        {"cp": 2, "cp_attention": "rings"},
         lambda: hf_gpt2(3),
-        "cp_attention must be one of (None, 'heads', 'queries'), got 'ring'",
+        "cp_attention must be one of (None, 'heads', 'queries', 'ring'), got 'rings'",
     ),
 }
 
@@ -154,10 +162,10 @@ def test_what_cannot_be_is_refused_with_numbers(plan, make, message):
         divided(make(), **plan)
 
 
-def counted_flops(seq: int, size: int) -> list[int]:
+def counted_flops(seq: int, size: int, attention: str) -> list[int]:
     """The FLOPs that each rank's local attention does, counted as it runs."""
-    program = divided(hf_gpt2(3), seq=seq, cp=size)
-    node = next(node for node in program.calls() if node.target in LOCAL_FORMS)
+    program = divided(hf_gpt2(3), seq=seq, cp=size, cp_attention=attention)
+    node = next(node for node in program.calls() if node.target in FORMS)
     tensors = iter([torch.randn(n.meta["val"].shape) for n in node.all_input_nodes])
     args = torch.fx.node.map_arg(node.args, lambda _: next(tensors))
     found = []
@@ -165,27 +173,44 @@ def counted_flops(seq: int, size: int) -> list[int]:
         here = ShapeCommunicator(size)
         here.rank = rank
         counter = FlopCounterMode(display=False)  # which knows products, and not all fused ops
-        with communicators(cp=here), sdpa_kernel(SDPBackend.MATH), counter:
+        with communicators(cp=here), sdpa_kernel(SDPBackend.MATH), counter, blocks() as scores:
             node.target(*args, **node.kwargs)
-        found.append(counter.get_total_flops())
+        found.append(counter.get_total_flops() + sum(scores))
     return found
 
 
-def test_head_and_tail_pieces_give_every_rank_the_same_work():
-    folded, once = counted_flops(32, 4), counted_flops(36, 4)  # 36 tokens are no 8 pieces
+@contextmanager
+def blocks() -> Iterator[list[int]]:
+    """Within it, what each block of a ring does is listed: into the op no counter looks."""
+    counted: list[int] = []
+    run, backward = KERNELS["cpu"]
+
+    def counting(q, k, v, *rest):
+        counted.append(4 * q.numel() * k.shape[-2])
+        return run(q, k, v, *rest)
+
+    with mock.patch.dict(KERNELS, cpu=(counting, backward)):
+        yield counted
+
+
+@pytest.mark.parametrize("attention", ["queries", "ring"])
+def test_head_and_tail_pieces_give_every_rank_the_same_work(attention):
+    """36 tokens are no 8 pieces."""
+    folded, once = (counted_flops(seq, 4, attention) for seq in (32, 36))
     assert folded == [folded[0]] * 4
     assert folded[0] > 0
     assert [n // once[0] for n in once] == [1, 2, 3, 4]
     assert max(once) / (sum(once) / 4) == 1.6
 
 
-def test_the_cost_model_counts_the_slowest_rank():
-    program = divided(hf_gpt2(3), seq=4096, cp=4)
-    node = next(node for node in program.calls() if node.target in LOCAL_FORMS)
-    assert node.args[5] == str(S(2, folded=True))
+@pytest.mark.parametrize("attention", ["queries", "ring"])
+def test_the_cost_model_counts_the_slowest_rank(attention):
+    program = divided(hf_gpt2(3), seq=4096, cp=4, cp_attention=attention)
+    node = next(node for node in program.calls() if node.target in FORMS)
+    assert node.args[-3] == str(S(2, folded=True))
     hardware = HARDWARE["h100"]
     latency = hardware.kernel_overhead_s
     balanced = node_time(node, hardware, dtype=torch.bfloat16) - latency
-    node.args = (*node.args[:5], str(S(2)), *node.args[6:])
+    node.args = (*node.args[:-3], str(S(2)), *node.args[-2:])
     slowest = node_time(node, hardware, dtype=torch.bfloat16) - latency
     assert slowest / balanced == pytest.approx(7 / 4, rel=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from math import prod
 from typing import Any
 
@@ -27,6 +29,15 @@ def cases(model: str, axis: str) -> dict[int, list[Case]]:
     for sizes in SIZES:
         found.setdefault(prod(sizes), []).append(case(model, axis, sizes))
     return found
+
+
+def each_once(models: Sequence[str], plans: Sequence[dict[str, Any]], world: int) -> list[Case]:
+    """Return a case of each plan, under one model after the other, and dp filling the world."""
+    pairs = zip(cycle(models), plans, strict=False)
+    sizes = [prod(plan.get(axis, 1) for axis in ("cp", "ep", "tp", "pp")) for plan in plans]
+    return [
+        Case(model, plan, world // size) for (model, plan), size in zip(pairs, sizes, strict=True)
+    ]
 
 
 def case(model: str, axis: str, sizes: tuple[int, ...]) -> Case:
