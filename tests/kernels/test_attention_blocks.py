@@ -97,7 +97,7 @@ CALLS = {"plain": False, "causal": True}
 @pytest.mark.parametrize("causal", CALLS.values(), ids=list(CALLS))
 def test_the_kernel_of_cuda_is_called_as_torch_declares_it(causal):
     """Shapes alone: no device is needed."""
-    capability = mock.patch.object(blocks, "_capability", lambda device: (8, 0))
+    capability = mock.patch.object(blocks, "_capability", return_value=(8, 0))
     with FakeTensorMode(allow_non_fake_inputs=True), capability:
         q = torch.empty(2, 4, 16, 8, dtype=torch.bfloat16, device="cuda")
         k, v = (torch.empty(2, 2, 16, 8, dtype=torch.bfloat16, device="cuda") for _ in "kv")
