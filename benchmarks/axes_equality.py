@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.common import RESULTS, save_json
 from tests.support.axes import MODELS, cases
-from tests.support.equality import Case, run_cases
+from tests.support.equality import Case
 from tests.support.training import train_and_compare
 from tests.support.world import World, WorldError
 
@@ -71,12 +71,12 @@ def measure(axis: str, case: Case, world: World) -> Row:
     """Return what one case in `world` finds."""
     names = axis, case.model, name_of(case)
     try:
-        [(_, errors, _)] = world.run(run_cases, [case], timeout=TIMEOUT)[0]
-        weights, _ = world.run(train_and_compare, case, STEPS, timeout=TIMEOUT)[0]
+        found = world.run(train_and_compare, case, STEPS, timeout=TIMEOUT)[0]
     except WorldError as error:
         last = [line for line in str(error).splitlines() if line.strip()][-1]
         return Row(*names, failure=last[:400])
-    return Row(*names, errors.loss, errors.gradient, errors.worst, weights)
+    first = found.first
+    return Row(*names, first.loss, first.gradient, first.worst, found.weights)
 
 
 def measure_all(axis: str, model: str, done: set[tuple[str, str, str]]) -> Iterator[Row]:
@@ -112,7 +112,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "axes_equality.json")
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="models of the table")
+    known = [model for models in MODELS.values() for model in models]
+    parser.add_argument("--only", nargs="+", choices=known, metavar="MODEL", help="some models")
     parser.add_argument("--again", action="store_true", help="measure what failed once more")
     return parser.parse_args(arguments)
 
