@@ -27,7 +27,7 @@ from ilm_compile.program.placement import Placement, R, S
 from ilm_compile.program.plan import ATTENTION_WAYS
 from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import FORMS, parts_of
-from ilm_compile.rewrite.kv_heads import fit_heads
+from ilm_compile.rewrite.kv_heads import fit_heads, share_heads
 from ilm_compile.sharding import Restrictions, Solution
 from ilm_compile.sharding.rules_attention import HEAD_DIM, TOKEN_DIM
 from ilm_compile.sharding.strategy import Strategy, tensor_inputs
@@ -70,6 +70,8 @@ class ContextParallel(Shard):
                 f"{self.name}: cp_attention={self.attention!r}, but cp={self.size} does not divide "
                 f"the {uneven[0]} tokens of an attention; make them a multiple of {self.size}"
             )
+        if self.attention == "ring":
+            share_heads(program, self.name)
         if not by_queries:
             how: dict[str, Any] = {"pays": partial(_heads_pay, step=self)}
             if self.attention == "heads":

@@ -101,6 +101,13 @@ def test_keys_are_gathered_before_they_are_repeated():
     assert gathered == {2 * SEQ * kv_heads * head_dim}
 
 
+def test_a_ring_sends_heads_before_they_are_repeated():
+    program = divided(hf_llama(), cp=2, cp_attention="ring")
+    shapes = {tuple(n.args[1].meta["val"].shape) for n in program.calls() if n.target in FORMS}
+    assert shapes == {(2, 4, SEQ // 2, 8)}  # rows, heads, tokens, head size
+    assert sum("before they are repeated" in decision for decision in program.decisions) == 4
+
+
 def is_move(node, name: str) -> bool:
     kinds = tuple(Placement.parse(str(node.kwargs.get(key, "I"))).kind for key in ("src", "dst"))
     return node.target is redistribute and TRANSITIONS[kinds][0] == name
