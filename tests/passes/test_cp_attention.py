@@ -46,12 +46,17 @@ def how(program) -> str:
     return text.removeprefix("context-parallel: attention is computed ")
 
 
-@pytest.mark.parametrize(("kv_heads", "way"), [(32, "heads"), (2, "queries")])
-def test_the_cheaper_way_is_taken(kv_heads, way):
-    """Keys and values of few heads are cheaper to gather than queries of many to exchange."""
+@pytest.mark.parametrize(
+    ("kv_heads", "seq", "way"), [(32, 4096, "heads"), (2, 4096, "queries"), (32, 65536, "ring")]
+)
+def test_the_cheapest_way_is_taken(kv_heads, seq, way):
+    """Keys and values of few heads are cheaper to gather than queries of many to exchange.
+
+    On long rows a rank has enough to do with one part of the keys while the next one comes.
+    """
     with torch.device("meta"):
         model = models.internlm2_7b(num_layers=1, num_kv_attention_heads=kv_heads)
-    program = partition(model, example_inputs=example(4096, rows=1), cp=4)
+    program = partition(model, example_inputs=example(seq, rows=1), cp=4)
     assert how(program).startswith(WAYS[way] + " (1), the cheapest way")
 
 
@@ -60,6 +65,16 @@ def test_either_way_can_be_forced(way):
     program = divided(models.internlm2_tiny(num_layers=2), cp=2, cp_attention=way)
     assert how(program) == f"{WAYS[way]} (2), as asked for"
     assert Plan.from_json(program.plan.to_json()).cp_attention == way
+
+
+@pytest.mark.parametrize(("way", "kept"), [("queries", 4), ("ring", 2)])
+def test_what_is_kept_of_keys_and_values_is_told(way, kept):
+    """Of 2 rows of 32 tokens, 4 heads of 8 numbers, keys and values, 4 bytes each."""
+    program = divided(hf_llama(), cp=2, cp_attention=way)
+    (text,) = (d for d in program.decisions if "keeps" in d)
+    heads = 2 if way == "queries" else 1  # repeated by the model, once they are gathered
+    whole = heads * 2 * SEQ * 4 * 8 * 2 * 4 / 2**20
+    assert f"a rank keeps {whole * kept / 4:.4g} MiB for backward, of the {whole:.4g} MiB" in text
 
 
 def test_heads_that_do_not_divide_are_no_reason_for_whole_attention():
