@@ -14,17 +14,15 @@ FILE keeps what was measured: a further run goes on with what is missing in it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, save_json
+from benchmarks.common import RESULTS, read_rows, save_json
 from tests.support.axes import MODELS, cases
 from tests.support.equality import Case
 from tests.support.training import train_and_compare
@@ -121,7 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     torch.set_num_threads(1)
-    rows = [Row(**saved) for saved in _read(options.output)]
+    rows = [Row(**saved) for saved in read_rows(options.output)]
     rows = [row for row in rows if row.is_equal or not options.again]
     done = {(row.axis, row.model, row.plan) for row in rows}
     for axis, models in MODELS.items():
@@ -136,10 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save_json(options.output, {"steps": STEPS, "rows": list(map(asdict, rows))})
     print(summary(rows))
     return 0 if all(row.is_equal for row in rows) else 1
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 if __name__ == "__main__":
