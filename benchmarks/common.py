@@ -104,6 +104,11 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(whole, indent=2, default=asdict) + "\n")
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The "rows" that were saved there, none if nothing was: for a benchmark that goes on."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def _main_module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec is not None else Path(sys.argv[0]).name

@@ -1,4 +1,4 @@
-"""Which models shard, and how well: `python -m benchmarks.sharding_table`.
+"""Which models shard, and how well: `python -m benchmarks.sharding_table [--output FILE]`.
 
 Small models of each architecture in float64, with casts to float32 promoted, against the plain
 model on one device, in real processes over gloo. What the columns say:
@@ -9,6 +9,8 @@ repeated           the share of weight bytes and of matrix-product FLOPs that ev
                    of norms and biases falls as they grow
 tp=2 and so on     largest relative error of the loss / of any gradient; ep: of mixtures of experts
 
+FILE keeps what was measured: a further run goes on with what is missing in it.
+
 InternLM3 is transformers' own mapping of its configuration to the Llama class, with 2 key-value
 heads. Every other architecture of transformers: `python -m benchmarks.coverage`.
 """
@@ -18,10 +20,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, save_json
+from benchmarks.common import RESULTS, read_rows, save_json
 from ilm_compile.partitioning import partition
 from ilm_compile.program.trace import trace
 from tests.support.coverage import (
@@ -36,6 +40,7 @@ from tests.support.zoo import EXPERTS_LISTED, LISTED, listed_model
 
 LAYERS = 2
 SHARES_AT = 4
+TIMEOUT = 900.0  # seconds of one model under one plan
 PLANS: dict[str, tuple[int, dict[str, int]]] = {
     "tp=2": (2, {"tp": 2}),
     "tp=4": (4, {"tp": 4}),
@@ -56,6 +61,11 @@ class Row:
     flops: float
     errors: dict[str, Errors]
 
+    @staticmethod
+    def read(saved: dict[str, Any]) -> Row:
+        """Return the row that was saved as JSON."""
+        return Row(**{**saved, "errors": {n: Errors(**e) for n, e in saved["errors"].items()}})
+
 
 def measure(name: str, worlds: dict[int, World]) -> Row:
     """Return the row of one listed model."""
@@ -67,7 +77,8 @@ def measure(name: str, worlds: dict[int, World]) -> Row:
     for plan, (size, keywords) in PLANS.items():
         if "ep" in keywords and name not in EXPERTS:
             continue
-        [(_, found, _)] = worlds[size].run(run_cases, [Case(name, keywords)])[0]
+        run = worlds[size].run(run_cases, [Case(name, keywords)], timeout=TIMEOUT)
+        [(_, found, _)] = run[0]
         errors[plan] = found
     nodes = len(list(traced.calls()))
     shares = repeated_weights(program), repeated_flops(traced, program)
@@ -92,19 +103,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", action="append", help="a model; may be repeated")
+    known = [*LISTED, *EXPERTS_LISTED]
+    parser.add_argument("--only", action="append", choices=known, help="may be repeated")
+    parser.add_argument("--output", type=Path, default=RESULTS / "sharding_table.json")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(1)
+    rows = [Row.read(saved) for saved in read_rows(options.output)]
+    done = {row.model for row in rows}
     with World(2) as two, World(4) as four:
-        names = options.only or LISTED | EXPERTS_LISTED
-        rows = [measure(name, {2: two, 4: four}) for name in names]
+        for name in options.only or LISTED | EXPERTS_LISTED:
+            if name not in done:
+                rows.append(measure(name, {2: two, 4: four}))
+                content = {"tp_of_shares": SHARES_AT, "layers": LAYERS, "rows": rows}
+                save_json(options.output, content)
     print(table(rows))
-    content = {"tp_of_shares": SHARES_AT, "layers": LAYERS, "models": rows}
-    save_json(RESULTS / "sharding_table.json", content)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def queries(
         for start, stop in runs_of(tokens, num_tokens):
             runs.append((row * num_tokens + start, row * num_tokens + stop, here))
             here += stop - start
-    for rows, document in documents(k, cu_seqlens):
+    for rows, document in documents(batch, num_tokens, cu_seqlens):
         for start, stop, first in runs:
             begin, end = max(start, document.start), min(stop, document.stop)
             if begin < end:
@@ -80,16 +80,18 @@ def queries(
                 yield rows, asked, slice(document.start, end)
 
 
-def documents(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice]]:
-    """Rows and tokens of `fold(x)` of each document; all rows at once where each is one document.
+def documents(
+    batch: int, num_tokens: int, cu_seqlens: Tensor | None
+) -> Iterator[tuple[slice, slice]]:
+    """Rows and tokens of each document, as `fold` lays them; all rows where each is one document.
 
     Raises IlmCompileError for boundaries that do not begin at 0, fall, or pass the last token.
     """
     if cu_seqlens is None:
-        yield slice(None), slice(0, x.shape[1])
+        yield slice(None), slice(0, num_tokens)
         return
-    rows = 1 if cu_seqlens.dim() == 1 else x.shape[0]
-    num_tokens = x.shape[0] * x.shape[1] // rows
+    rows = 1 if cu_seqlens.dim() == 1 else batch
+    num_tokens = batch * num_tokens // rows
     for row, bounds in enumerate(cu_seqlens.reshape(rows, -1).tolist()):
         if bounds[0] != 0 or sorted(bounds) != bounds or bounds[-1] > num_tokens:
             raise IlmCompileError(

@@ -56,3 +56,10 @@ def world4() -> Iterator[World]:
     """Four gloo processes, kept for the tests of one module."""
     with World(4) as world:
         yield world
+
+
+@pytest.fixture
+def world8() -> Iterator[World]:
+    """Eight gloo processes, for one test."""
+    with World(8) as world:
+        yield world

@@ -27,6 +27,7 @@ PLANS = {
         {"tp": 2, "embed_split_hidden": True, "checkpoint": True},
         {"tp": 2, "dtype": torch.bfloat16},
         {"pp": 2, "num_microbatches": 4},
+        {"cp": 2, "cp_attention": "ring", "checkpoint": 0.5},
     ],
     4: [
         {"tp": 2, "pp": 2, "num_microbatches": 3},

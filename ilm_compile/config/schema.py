@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ilm_compile.config.options import option
-from ilm_compile.program.plan import DTYPES, KERNELS
+from ilm_compile.program.plan import ATTENTION_WAYS, DTYPES, KERNELS
 
 COMPUTE_DTYPES = ("float32", *(name for name in DTYPES if name is not None))
 CONTENTS = ("model", "optimizer", "trainer", "sampler", "random", "all")
@@ -46,7 +46,7 @@ class ParallelOptions:
     context: int = option(1, "ranks that share every sequence", low=1)
     expert: int = option(1, "ranks that share a micro-batch, and divide the experts", low=1)
     context_attention: str | None = option(
-        None, "attention over context ranks; by cost if left out", choices=("heads", "queries")
+        None, "attention over context ranks; by cost if left out", choices=ATTENTION_WAYS[1:]
     )
     pipeline: int = option(1, "ranks that hold consecutive layers", low=1)
     num_chunks: int = option(1, "pipeline stages on each rank", low=1)

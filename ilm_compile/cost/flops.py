@@ -22,7 +22,7 @@ from torch import fx
 from ilm_compile.cost.nodes import op_name
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import Placement
-from ilm_compile.program.query_attention import slowest_share
+from ilm_compile.program.query_attention import parts_of, slowest_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ def _attention(num_heads: int, queries: int, keys: int, dims: int, causal: bool)
 
 
 def _ilm_attention(node: fx.Node) -> int:
-    (batch, queries, heads, dim), k, v = (_shape(argument) for argument in node.args[:3])
-    return _attention(batch * heads, queries, k[1], dim + v[3], causal=True)
+    (batch, queries, heads, dim), dims = _shape(node.args[0]), _shape(node.args[2])
+    return _attention(batch * heads, queries, _keys(node), dim + dims[3], causal=True)
 
 
 def _sdpa(node: fx.Node) -> int:
@@ -84,18 +84,23 @@ def _sdpa(node: fx.Node) -> int:
 
 
 def _queries(node: fx.Node) -> int:
-    """Causal, for a share of the queries: the mean over the ranks (see `slowest_rank`)."""
-    (*batch, queries, dim), k, v = (_shape(argument) for argument in node.args[:3])
-    return _attention(prod(batch), queries, k[-2], dim + v[-1], causal=True)
+    """For a share of the queries: the mean over the ranks (see `slowest_rank`)."""
+    (*batch, queries, dim), dims = _shape(node.args[0]), _shape(node.args[2])
+    causal = bool(node.args[4])
+    return _attention(prod(batch), queries, _keys(node), dim + dims[-1], causal=causal)
+
+
+def _keys(node: fx.Node) -> int:
+    """The keys of a causal attention, those included that are on other ranks."""
+    return _shape(node.args[1])[QUERY_DIM.get(op_name(node), 1)] * parts_of(node)
 
 
 def slowest_rank(node: fx.Node) -> float:
     """Return the FLOPs of the rank that has most of a node, against the mean."""
-    if op_name(node) not in QUERY_DIM:
+    if op_name(node) not in QUERY_DIM or node.args[4] is False:  # not causal
         return 1.0
-    dim = QUERY_DIM[op_name(node)]
-    queries, keys = (_shape(argument)[dim] for argument in node.args[:2])
-    return slowest_share(Placement.parse(str(node.args[5])), keys, keys // queries)
+    queries, keys = _shape(node.args[0])[QUERY_DIM[op_name(node)]], _keys(node)
+    return slowest_share(Placement.parse(str(node.args[-3])), keys, keys // queries)
 
 
 QUERY_DIM = {"ilm::query_attention": 1, "ilm::query_dot_product_attention": -2}

@@ -8,7 +8,7 @@ emulation, shapes alone while a program is compiled.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -48,6 +48,13 @@ class Communicator(Protocol):
         """
         ...
 
+    def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start to send `xs` to the next rank, the last one's to the first.
+
+        Returns what waits for, and returns, those of the rank before, of the same shapes.
+        """
+        ...
+
 
 class ShapeCommunicator:
     """Stands for `size` ranks of which none exists: results have the right shape and no values."""
@@ -69,6 +76,9 @@ class ShapeCommunicator:
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return torch.empty_like(x)  # counts have no values here either: as many rows as were sent
+
+    def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: [torch.empty_like(x) for x in xs]
 
 
 _process: dict[str, Communicator] = {}

@@ -20,7 +20,7 @@ from ilm_compile.program.placement import I, Placement, S
 
 AUTO = "auto"
 DTYPES = (None, "bfloat16", "float16")
-ATTENTION_WAYS = (None, "heads", "queries")
+ATTENTION_WAYS = (None, "heads", "queries", "ring")
 KERNELS = ("auto", "triton", "torch")
 
 
@@ -37,7 +37,7 @@ class Plan:
     num_microbatches: int = 1  # per data-parallel rank and optimizer step
     schedule: str = "1f1b"
     sequence_parallel: bool | None = None  # None: decided by cost
-    cp_attention: str | None = None  # how cp divides attention: "heads", "queries"; None: by cost
+    cp_attention: str | None = None  # "heads", "queries" or "ring"; None: by cost
     embed_split_hidden: bool | None = None  # embedding sharded by hidden size; None: by cost
     dispatch: bool | None = (
         None  # rows are sent to their experts, or tokens gathered; None: by cost

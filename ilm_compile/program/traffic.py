@@ -20,6 +20,7 @@ from ilm_compile.program.expert_rows import SENT as SENT_ROUTES
 from ilm_compile.program.expert_rows import route, route_of
 from ilm_compile.program.layout import Sizes
 from ilm_compile.program.placement import Placement
+from ilm_compile.program.query_attention import parts_of
 from ilm_compile.program.sharded_reductions import (
     sharded_amax,
     sharded_amin,
@@ -87,6 +88,8 @@ def traffic(node: fx.Node, sizes: Sizes, *, has_gradient: bool = True) -> list[M
         return [m for move, back in moves for m in _messages(move, full, size, back, shards)]
     if node.target is route:
         return _routed(node, sizes[str(node.kwargs["axis"])], has_gradient)
+    if parts_of(node) > 1:
+        return _shifted(node, parts_of(node), has_gradient)
     if node.target not in INSIDE:
         return []
     size = sizes[str(node.args[-1])]
@@ -105,6 +108,13 @@ def _routed(node: fx.Node, size: int, has_gradient: bool) -> list[Message]:
     sent = sent_bytes("all_to_all", _bytes(node.meta["val"]) * size, size)
     is_real = has_gradient and node.meta["val"].is_floating_point()
     return [Message("all_to_all", sent, back) for back in (False, True)[: 1 + is_real]]
+
+
+def _shifted(node: fx.Node, size: int, has_gradient: bool) -> list[Message]:
+    """Keys and values go to all other ranks; in backward again, and their gradients home too."""
+    held = sum(_bytes(value.meta["val"]) for value in node.args[1:3])  # type: ignore[union-attr, misc]
+    hops = [Message("shift", held, False)] * (size - 1)
+    return hops + [Message("shift", held, True)] * (2 * size - 1) * has_gradient
 
 
 def _cross_entropy(node: fx.Node) -> tuple[list[int], ...]:

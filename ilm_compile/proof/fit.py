@@ -16,6 +16,7 @@ from torch import fx
 from ilm_compile.cost.flops import forward_flops
 from ilm_compile.errors import PlanError
 from ilm_compile.program.program import Program
+from ilm_compile.program.query_attention import parts_of
 from ilm_compile.program.values import tensors_of
 from ilm_compile.proof.depth import without_repeats
 from ilm_compile.proof.inputs import lookups
@@ -67,7 +68,7 @@ def _scores(node: fx.Node) -> int:
     """Return the number of attention scores, which the op makes inside."""
     q, k = (source.meta["val"].shape for source in node.all_input_nodes[:2])
     token = -2 if "dot_product" in str(node.target) else 1
-    return int(math.prod(q[:-1]) * k[token])
+    return int(math.prod(q[:-1]) * k[token]) * parts_of(node)
 
 
 @dataclass(frozen=True, slots=True)

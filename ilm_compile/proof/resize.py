@@ -233,10 +233,10 @@ def _moved(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dim
 
 
 def _queries(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
-    """The placement of the queries, on the axis that is the last argument."""
-    place, axis = Placement.parse(str(node.args[5])), str(node.args[6])
+    """The placement of the queries, third from the end, on the axis that is the last argument."""
+    place, axis = Placement.parse(str(node.args[-3])), str(node.args[-1])
     parts = layout_of(node).parts_before(axis, run.axes)
-    _argument(node, 5, str(run.placement(place, inputs[0][0], parts)))
+    _argument(node, len(node.args) - 3, str(run.placement(place, inputs[0][0], parts)))
 
 
 def _dropout(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:

@@ -95,6 +95,11 @@ class ThreadCommunicator:
         assert came == received, f"rank {self.rank} expected {received} rows, {came} came"
         return torch.cat(mine)
 
+    def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Return what returns the `xs` of the rank before."""
+        came = self.group.exchange(self.rank, list(xs))[self.rank - 1]
+        return lambda: came
+
 
 class AxisGroups:
     """Where the threads of one mesh meet: a group for the ranks that differ on given axes alone.

@@ -3,7 +3,7 @@
 With tp=8 and 4 key-value heads, each head is repeated twice, next to itself: the query heads that
 rank r holds then find their key and value head on rank r. The repeated values are what HF's
 `repeat_kv` makes, cut by the search to the part a rank needs; the gradient of a repeated head is
-the sum over its copies.
+the sum over its copies. `share_heads` is the other way: heads that a model repeats itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 from ilm_compile.errors import PlanError
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.edit import insert_before
-from ilm_compile.sharding.rules_attention import HEAD_DIM
+from ilm_compile.sharding.rules_attention import HEAD_DIM, SDPA
 from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 
@@ -57,6 +57,38 @@ def fit_heads(
                 f"{name}: each of the {kv_heads} key-value heads of "
                 f"{program.source(node).module_path} is repeated {repeats} times for {axis}={size}"
             )
+
+
+def share_heads(program: Program, name: str) -> None:
+    """Have attention read key-value heads as they are where a model repeats them for its queries.
+
+    For a pass, `name`, after which they are sent: the repeats need not be.
+    """
+    for node in [n for n in program.calls() if n.target is SDPA]:
+        found = [_repeated(value) for value in tensor_inputs(node)[1:3]]
+        if None not in found:
+            node.args = (node.args[0], *found, *node.args[3:])
+            node.kwargs = {**node.kwargs, "enable_gqa": True}
+            program.decisions.append(
+                f"{name}: the key-value heads of {program.source(node).module_path} are sent "
+                "before they are repeated"
+            )
+    program.graph.eliminate_dead_code()
+
+
+def _repeated(value: fx.Node) -> fx.Node | None:
+    """Return what `value` (batch, heads, tokens, head size) repeats, each head next to itself."""
+    chain = []
+    for target in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default):
+        if value.target is not target or not isinstance(value.args[0], fx.Node):
+            return None
+        chain.append(tuple(value.meta["val"].shape))
+        value = value.args[0]
+    (merged, expanded, _), shape = chain, tuple(value.meta["val"].shape)
+    if len(shape) != 4 or expanded != (*shape[:2], expanded[2], *shape[2:]):
+        return None
+    is_same = chain[2] == (*shape[:2], 1, *shape[2:])
+    return value if is_same and merged == (shape[0], shape[1] * expanded[2], *shape[2:]) else None
 
 
 def _repeat(program: Program, value: fx.Node, user: fx.Node, dim: int, repeats: int) -> fx.Node:

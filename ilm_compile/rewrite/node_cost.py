@@ -9,12 +9,14 @@ from torch import fx
 
 from ilm_compile.cost import Hardware, collective_time, node_time
 from ilm_compile.cost.nodes import value_bytes
+from ilm_compile.cost.ring import ring_time
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
 from ilm_compile.program.expert_rows import FUNCTIONS as EXPERT_ROWS
 from ilm_compile.program.expert_rows import SENT, route, route_of
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
+from ilm_compile.program.query_attention import has_mask, parts_of
 from ilm_compile.program.sharded_reductions import FUNCTIONS
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.program.weight_parts import PRODUCTS
@@ -73,7 +75,24 @@ def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: b
     if node.target in _MOVED:
         moved = _MOVED[node.target](node)
         return moved / hardware.usable_bandwidth + hardware.kernel_overhead_s
-    return node_time(node, hardware, backward=backward)
+    seconds = node_time(node, hardware, backward=backward)
+    return _ring_seconds(node, seconds, hardware, backward=backward)
+
+
+def _ring_seconds(node: fx.Node, seconds: float, hardware: Hardware, *, backward: bool) -> float:
+    """Return the seconds of an attention that takes `seconds`, its messages with it."""
+    if parts_of(node) == 1:
+        return seconds
+    q, k, v = (value.meta["val"] for value in node.args[:3])  # type: ignore[union-attr]
+    return ring_time(
+        seconds,
+        (q.shape, k.shape, v.shape),
+        itemsize=k.element_size(),
+        is_masked=has_mask(node),
+        size=parts_of(node),
+        hardware=hardware,
+        backward=backward,
+    )
 
 
 def _collective_seconds(

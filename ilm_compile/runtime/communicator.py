@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -82,6 +82,32 @@ class ProcessGroupCommunicator:
         self.stats.setdefault("all_to_all", Traffic()).add(away * x[:1].nbytes)
         return result
 
+    def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        sent = [x.contiguous() for x in xs]  # kept until they have arrived
+        found = [torch.empty_like(x) for x in sent]
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(operation, x, group=self.group, group_peer=peer, tag=tag)
+                for tag, pair in enumerate(zip(sent, found, strict=True))
+                for operation, x, peer in zip(
+                    (dist.isend, dist.irecv), pair, (after, before), strict=True
+                )
+            ]
+        )
+        self.stats.setdefault("shift", Traffic()).add(sum(x.nbytes for x in sent))
+
+        def wait() -> list[Tensor]:
+            start = time.perf_counter()
+            for work in works:
+                work.wait()
+            sent.clear()
+            if self.waits is not None:
+                self.waits.append((start, time.perf_counter()))
+            return found
+
+        return wait
+
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         start = time.perf_counter()
         collective(*args, group=self.group)
@@ -116,6 +142,9 @@ class SingleCommunicator:
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return x.clone()
+
+    def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: [x.clone() for x in xs]
 
 
 def communicator_over(group: dist.ProcessGroup | None) -> MeasuredCommunicator:

@@ -40,7 +40,7 @@ STANDS_FOR: dict[Any, Spelling] = {
     sharded_nll_loss: lambda args: (aten.nll_loss_nd.default, (*args[:2], None, *args[2:4])),
     partial_mean: _plain(aten.mean.dim),
     QUERY_ATTENTION: lambda args: (ATTENTION, args[:5]),
-    QUERY_SDPA: lambda args: (SDPA, (*args[:3], None, 0.0, True)),
+    QUERY_SDPA: lambda args: (SDPA, (*args[:4], 0.0, args[4])),
     partial_loss: lambda args: (getattr(aten, args[0]).default, args[1:3]),
     **{form: _plain(op) for op, form in {**REDUCED, **SOFTMAXES}.items()},
 }

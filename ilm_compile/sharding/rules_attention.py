@@ -1,8 +1,8 @@
-"""Rules of attention: by heads, by batch, or by queries with every key on every rank.
+"""Rules of attention: by heads, by batch, or by queries: over every key, or in a ring.
 
 By queries causal attention depends on where a rank's queries stand: it becomes an op that reads
 that from the axis (`ilm_compile.program.query_attention`). A mask that is a tensor is cut with the
-queries, and then the op stays as it is.
+queries, and then the op stays as it is. In a ring the keys are cut as the queries are, and travel.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ import torch
 
 from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
 from ilm_compile.program.placement import Placement, R, S
-from ilm_compile.program.query_attention import slowest_share  # registers the ops
+from ilm_compile.program.query_attention import FORMS, slowest_share
 from ilm_compile.sharding.rules_math import aligned
 from ilm_compile.sharding.sharded_forms import LocalCall
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 ilm = torch.ops.ilm
 SDPA, ATTENTION = aten.scaled_dot_product_attention.default, ilm.attention.default
-QUERY_SDPA, QUERY_ATTENTION = (
-    ilm.query_dot_product_attention.default,
-    ilm.query_attention.default,
-)
-LOCAL_FORMS = (QUERY_SDPA, QUERY_ATTENTION)
+QUERY_SDPA, QUERY_ATTENTION = FORMS
 
 # The dimension of the query and of the key that counts heads, and the one that counts tokens.
 HEAD_DIM: dict[Any, int] = {ATTENTION: 2, SDPA: -3}
@@ -42,6 +38,7 @@ def attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     for out in wanted:
         if out.is_shard and out.dim == 1 and call.named("tokens") is None:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
+            yield Strategy((out, out, out, *(R for _ in boundaries)), out)
 
 
 @rule(SDPA)
@@ -54,21 +51,29 @@ def scaled_dot_product_attention(call: Call, wanted: frozenset[Placement]) -> It
         return
     last = len(call.shape) - 2
     for dim in range(last):
-        masks = (aligned(shape, call.shape, S(dim)) for shape in call.shapes[3:])
+        masks = [aligned(shape, call.shape, S(dim)) for shape in call.shapes[3:]]
         yield Strategy((S(dim), S(dim), S(dim), *masks), S(dim))
     if is_causal(call) and call.shapes[0][last] != call.shapes[1][last]:
         return
     for out in wanted:
         if out.is_shard and out.dim == last:
-            masks = (aligned(shape, call.shape, out) for shape in call.shapes[3:])
+            masks = [aligned(shape, call.shape, out) for shape in call.shapes[3:]]
             yield Strategy((out, R, R, *masks), out)
+            if len(call.shape) == 4 and call.shapes[0][last] == call.shapes[1][last]:
+                yield Strategy((out, out, out, *masks), out)
 
 
 @rule(QUERY_ATTENTION, QUERY_SDPA)
 def by_queries(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """The queries are sharded by construction."""
-    placement = Placement.parse(call.args[5])
-    yield Strategy((placement, *(R for _ in call.shapes[1:])), placement)
+    """The queries are sharded by construction, and keys that travel; a mask as the queries."""
+    placement, parts = Placement.parse(call.args[-3]), call.args[-2]
+    keys = placement if parts > 1 else R
+    masks = call.shapes[3:]
+    if call.target is QUERY_SDPA:
+        rest = [aligned(shape, call.shape, placement) for shape in masks]
+    else:
+        rest = [R for _ in masks]
+    yield Strategy((placement, keys, keys, *rest), placement)
 
 
 def is_causal(call: Call) -> bool:
@@ -82,6 +87,13 @@ def is_by_queries(call: Call, strategy: Strategy) -> bool:
     return placement.is_shard and placement.dim == TOKEN_DIM[call.target] % len(call.shape)
 
 
+def way(call: Call, strategy: Strategy) -> str:
+    """Return how an attention is divided, as `cp_attention` names it; "heads" for any other way."""
+    if not is_by_queries(call, strategy):
+        return "heads"
+    return "ring" if strategy.inputs[1].is_shard else "queries"
+
+
 def slowest(call: Call, strategy: Strategy) -> float:
     """Return the work of the rank that has most of it, against the mean.
 
@@ -93,15 +105,21 @@ def slowest(call: Call, strategy: Strategy) -> float:
     return slowest_share(strategy.inputs[0], length, call.size)
 
 
+def has_mask(call: Call) -> bool:
+    """Whether an attention has a mask that is a tensor."""
+    return call.target is SDPA and len(call.shapes) > 3
+
+
 def _local(call: Call, strategy: Strategy, axis: str) -> LocalCall:
-    if not is_causal(call) or not is_by_queries(call, strategy):
+    how, causal = way(call, strategy), is_causal(call)
+    if how == "heads" or (how == "queries" and not causal):
         return call.target, call.args, call.kwargs
-    scale, placement = call.named("scale"), str(strategy.output)
+    cut = str(strategy.output), call.size if how == "ring" else 1, axis
+    scale = call.named("scale")
     if call.target is ATTENTION:
-        cu_seqlens = call.named("cu_seqlens")
-        return QUERY_ATTENTION, (*call.args[:3], cu_seqlens, scale, placement, axis), {}
-    grouped = bool(call.named("enable_gqa"))
-    return QUERY_SDPA, (*call.args[:3], scale, grouped, placement, axis), {}
+        return QUERY_ATTENTION, (*call.args[:3], call.named("cu_seqlens"), scale, *cut), {}
+    mask, grouped = call.named("attn_mask"), bool(call.named("enable_gqa"))
+    return QUERY_SDPA, (*call.args[:3], mask, causal, scale, grouped, *cut), {}
 
 
 LOCAL: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {ATTENTION: _local, SDPA: _local}

@@ -16,7 +16,7 @@ pairs' sums tied to both choices) is the usual relaxation of a pairwise model, a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
+from ilm_compile.cost.ring import ring_time
 from ilm_compile.errors import PlanError
 from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.gradients import gradient_nodes
@@ -36,12 +37,20 @@ from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.folding import cut_once, one_fold
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
-from ilm_compile.sharding.rules_attention import TOKEN_DIM, is_by_queries, is_causal, slowest
+from ilm_compile.sharding.rules_attention import (
+    TOKEN_DIM,
+    has_mask,
+    is_by_queries,
+    is_causal,
+    slowest,
+    way,
+)
 from ilm_compile.sharding.rules_experts import offsets_of, routing
 from ilm_compile.sharding.rules_select import is_expert_weight
 from ilm_compile.sharding.rules_views import VIEWS
 from ilm_compile.sharding.sharded_forms import exchanged
 from ilm_compile.sharding.strategy import (
+    Call,
     Strategy,
     aten,
     global_call,
@@ -207,11 +216,14 @@ class Search:
         call = global_call(node, self.axis)
         shards = self.size if any(p.cuts for p in (*option.inputs, option.output)) else 1
         directions = (False, True) if node in self.gradients else (False,)
-        times = (
+        times: Iterable[float] = (
             node_time(node, self.hardware, shards=shards, dtype=DTYPE, backward=backward)
+            * slowest(call, option)
             for backward in directions
         )
-        seconds = sum(times) * slowest(call, option)
+        if node.target in TOKEN_DIM and way(call, option) == "ring":
+            times = self._ring(call, option, times)
+        seconds = sum(times)
         seconds += sum(map(self._exchange, exchanged(call, option)[: len(directions)]))
         flops = forward_flops(node)
         # Sums are made whole where they arise: in low precision, partial ones drift apart.
@@ -220,6 +232,20 @@ class Search:
         if self.axis.name in TOKEN_AXES and node in self.weighted:
             repeated += _elements(node) / self.elements_total
         return len(nodes) * (seconds + kept_partial), len(nodes) * repeated * (shards == 1)
+
+    def _ring(self, call: Call, option: Strategy, times: Iterable[float]) -> Iterator[float]:
+        """Yield the seconds of an attention's directions, which take `times`, with its messages."""
+        held = zip(option.inputs[:3], call.shapes, strict=False)
+        shapes = [placement.local_shape(shape, self.size) for placement, shape in held]
+        for backward, seconds in enumerate(times):
+            yield ring_time(
+                *(seconds, shapes),
+                itemsize=DTYPE.itemsize,
+                is_masked=has_mask(call),
+                size=self.size,
+                hardware=self.hardware,
+                backward=bool(backward),
+            )
 
     def _exchange(self, numbers: int) -> float:
         """Return the seconds of reducing `numbers` inside an op, but for the latency.

@@ -14,7 +14,7 @@ from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
-from ilm_compile.sharding.rules_attention import is_by_queries
+from ilm_compile.sharding.rules_attention import way
 from ilm_compile.sharding.strategy import Call, Strategy
 
 ELEMENT_BYTES = 2  # of a floating-point value, as plans are made for bf16
@@ -30,8 +30,9 @@ class Restrictions:
     `dispatch`: True, rows are sent to the ranks that have their experts; False, tokens are gathered
     instead. `rows`: whether the axis may split the rows of a micro-batch, as data parallelism does.
     `parameters` fixes placements at rest, by parameter name or glob pattern. `attention`: attention
-    is sharded by "heads", by "queries", or as is cheaper (None). `folded`: the sizes of dimensions
-    that count tokens, to be cut in head and tail pieces if causal attention is sharded by queries.
+    is divided by "heads", by "queries", in a "ring", or as is cheapest (None). `folded`: the sizes
+    of dimensions that count tokens, to be cut in head and tail pieces if queries of causal
+    attention are sharded.
     `name`: of the pass, in errors.
     """
 
@@ -47,11 +48,12 @@ class Restrictions:
         """Return the options left for an attention. Raises `PlanError` if none is."""
         if self.attention is None:
             return options
-        left = [o for o in options if is_by_queries(call, o) == (self.attention == "queries")]
+        left = [o for o in options if way(call, o) == self.attention]
         if not left:
             raise PlanError(
                 f"{self.name}: the attention at {where}, queries {call.shapes[0]} and keys "
-                f"{call.shapes[1]}, cannot be sharded by {self.attention}; leave the choice open"
+                f"{call.shapes[1]}, cannot be divided in the way {self.attention!r}; leave the "
+                "choice open"
             )
         return left
 

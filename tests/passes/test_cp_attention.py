@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -12,17 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from ilm_compile import models, partition
 from ilm_compile.cost import HARDWARE, node_time
 from ilm_compile.errors import PlanError
+from ilm_compile.kernels.attention_blocks import KERNELS
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.plan import Plan
-from ilm_compile.sharding.rules_attention import LOCAL_FORMS
+from ilm_compile.program.query_attention import FORMS
 from tests.support.equality import hf_gpt2, hf_llama
 
 SEQ = 32
 LONG = (16384, 16388)
-WAYS = {"heads": "by heads", "queries": "by queries, head and tail on each rank"}
+WAYS = {
+    "heads": "by heads",
+    "queries": "by queries, head and tail on each rank",
+    "ring": "in a ring, head and tail on each rank",
+}
 
 
 def example(seq: int = SEQ, rows: int = 2):
@@ -38,12 +46,17 @@ def how(program) -> str:
     return text.removeprefix("context-parallel: attention is computed ")
 
 
-@pytest.mark.parametrize(("kv_heads", "way"), [(32, "heads"), (2, "queries")])
-def test_the_cheaper_way_is_taken(kv_heads, way):
-    """Keys and values of few heads are cheaper to gather than queries of many to exchange."""
+@pytest.mark.parametrize(
+    ("kv_heads", "seq", "way"), [(32, 4096, "heads"), (2, 4096, "queries"), (32, 65536, "ring")]
+)
+def test_the_cheapest_way_is_taken(kv_heads, seq, way):
+    """Keys and values of few heads are cheaper to gather than queries of many to exchange.
+
+    On long rows a rank has enough to do with one part of the keys while the next one comes.
+    """
     with torch.device("meta"):
         model = models.internlm2_7b(num_layers=1, num_kv_attention_heads=kv_heads)
-    program = partition(model, example_inputs=example(4096, rows=1), cp=4)
+    program = partition(model, example_inputs=example(seq, rows=1), cp=4)
     assert how(program).startswith(WAYS[way] + " (1), the cheapest way")
 
 
@@ -52,6 +65,16 @@ def test_either_way_can_be_forced(way):
     program = divided(models.internlm2_tiny(num_layers=2), cp=2, cp_attention=way)
     assert how(program) == f"{WAYS[way]} (2), as asked for"
     assert Plan.from_json(program.plan.to_json()).cp_attention == way
+
+
+@pytest.mark.parametrize(("way", "kept"), [("queries", 4), ("ring", 2)])
+def test_what_is_kept_of_keys_and_values_is_told(way, kept):
+    """Of 2 rows of 32 tokens, 4 heads of 8 numbers, keys and values, 4 bytes each."""
+    program = divided(hf_llama(), cp=2, cp_attention=way)
+    (text,) = (d for d in program.decisions if "keeps" in d)
+    heads = 2 if way == "queries" else 1  # repeated by the model, once they are gathered
+    whole = heads * 2 * SEQ * 4 * 8 * 2 * 4 / 2**20
+    assert f"a rank keeps {whole * kept / 4:.4g} MiB for backward, of the {whole:.4g} MiB" in text
 
 
 def test_heads_that_do_not_divide_are_no_reason_for_whole_attention():
@@ -91,6 +114,13 @@ def test_keys_are_gathered_before_they_are_repeated():
     gathered = {node.meta["val"].numel() for node in program.calls() if is_move(node, "all_gather")}
     kv_heads, head_dim = 4, 8
     assert gathered == {2 * SEQ * kv_heads * head_dim}
+
+
+def test_a_ring_sends_heads_before_they_are_repeated():
+    program = divided(hf_llama(), cp=2, cp_attention="ring")
+    shapes = {tuple(n.args[1].meta["val"].shape) for n in program.calls() if n.target in FORMS}
+    assert shapes == {(2, 4, SEQ // 2, 8)}  # rows, heads, tokens, head size
+    assert sum("before they are repeated" in decision for decision in program.decisions) == 4
 
 
 def is_move(node, name: str) -> bool:
@@ -133,9 +163,9 @@ REFUSED = {
         "cp_attention='heads' needs cp > 1, got cp=1",
     ),
     "another word": (
-        {"cp": 2, "cp_attention": "ring"},
+        {"cp": 2, "cp_attention": "rings"},
         lambda: hf_gpt2(3),
-        "cp_attention must be one of (None, 'heads', 'queries'), got 'ring'",
+        "cp_attention must be one of (None, 'heads', 'queries', 'ring'), got 'rings'",
     ),
 }
 
@@ -154,10 +184,10 @@ def test_what_cannot_be_is_refused_with_numbers(plan, make, message):
         divided(make(), **plan)
 
 
-def counted_flops(seq: int, size: int) -> list[int]:
+def counted_flops(seq: int, size: int, attention: str) -> list[int]:
     """The FLOPs that each rank's local attention does, counted as it runs."""
-    program = divided(hf_gpt2(3), seq=seq, cp=size)
-    node = next(node for node in program.calls() if node.target in LOCAL_FORMS)
+    program = divided(hf_gpt2(3), seq=seq, cp=size, cp_attention=attention)
+    node = next(node for node in program.calls() if node.target in FORMS)
     tensors = iter([torch.randn(n.meta["val"].shape) for n in node.all_input_nodes])
     args = torch.fx.node.map_arg(node.args, lambda _: next(tensors))
     found = []
@@ -165,27 +195,44 @@ def counted_flops(seq: int, size: int) -> list[int]:
         here = ShapeCommunicator(size)
         here.rank = rank
         counter = FlopCounterMode(display=False)  # which knows products, and not all fused ops
-        with communicators(cp=here), sdpa_kernel(SDPBackend.MATH), counter:
+        with communicators(cp=here), sdpa_kernel(SDPBackend.MATH), counter, blocks() as scores:
             node.target(*args, **node.kwargs)
-        found.append(counter.get_total_flops())
+        found.append(counter.get_total_flops() + sum(scores))
     return found
 
 
-def test_head_and_tail_pieces_give_every_rank_the_same_work():
-    folded, once = counted_flops(32, 4), counted_flops(36, 4)  # 36 tokens are no 8 pieces
+@contextmanager
+def blocks() -> Iterator[list[int]]:
+    """Within it, what each block of a ring does is listed: into the op no counter looks."""
+    counted: list[int] = []
+    run, backward = KERNELS["cpu"]
+
+    def counting(q, k, v, *rest):
+        counted.append(4 * q.numel() * k.shape[-2])
+        return run(q, k, v, *rest)
+
+    with mock.patch.dict(KERNELS, cpu=(counting, backward)):
+        yield counted
+
+
+@pytest.mark.parametrize("attention", ["queries", "ring"])
+def test_head_and_tail_pieces_give_every_rank_the_same_work(attention):
+    """36 tokens are no 8 pieces."""
+    folded, once = (counted_flops(seq, 4, attention) for seq in (32, 36))
     assert folded == [folded[0]] * 4
     assert folded[0] > 0
     assert [n // once[0] for n in once] == [1, 2, 3, 4]
     assert max(once) / (sum(once) / 4) == 1.6
 
 
-def test_the_cost_model_counts_the_slowest_rank():
-    program = divided(hf_gpt2(3), seq=4096, cp=4)
-    node = next(node for node in program.calls() if node.target in LOCAL_FORMS)
-    assert node.args[5] == str(S(2, folded=True))
+@pytest.mark.parametrize("attention", ["queries", "ring"])
+def test_the_cost_model_counts_the_slowest_rank(attention):
+    program = divided(hf_gpt2(3), seq=4096, cp=4, cp_attention=attention)
+    node = next(node for node in program.calls() if node.target in FORMS)
+    assert node.args[-3] == str(S(2, folded=True))
     hardware = HARDWARE["h100"]
     latency = hardware.kernel_overhead_s
     balanced = node_time(node, hardware, dtype=torch.bfloat16) - latency
-    node.args = (*node.args[:5], str(S(2)), *node.args[6:])
+    node.args = (*node.args[:-3], str(S(2)), *node.args[-2:])
     slowest = node_time(node, hardware, dtype=torch.bfloat16) - latency
     assert slowest / balanced == pytest.approx(7 / 4, rel=1e-3)

@@ -42,10 +42,28 @@ def test_exchanged_rows_come_in_rank_order(world2: World, sent: list[list[int]])
         assert (calls, num_bytes, waits) == (1, away * 3 * 4, 1)
 
 
+def shift(rank: int) -> tuple[list[torch.Tensor], int, int, int]:
+    them = everyone()
+    them.waits = []
+    xs = [rows_of(rank).t(), torch.tensor([rank])]  # not contiguous, and of another shape
+    found = them.shift(xs)()
+    counted = them.stats["shift"]
+    return found, counted.calls, counted.num_bytes, len(them.waits)
+
+
+def test_what_is_shifted_comes_from_the_rank_before(world4: World) -> None:
+    for rank, ((rows, number), calls, num_bytes, waits) in enumerate(world4.run(shift)):
+        before = (rank - 1) % 4
+        assert torch.equal(rows, rows_of(before).t())
+        assert number.item() == before
+        assert (calls, num_bytes, waits) == (1, ROWS * 3 * 4 + 8, 1)
+
+
 def test_an_axis_of_one_rank_keeps_its_rows_and_sends_nothing() -> None:
     alone = communicator_over(None)
     x = rows_of(0)
     result = alone.exchange(x, [ROWS], [ROWS])
     assert torch.equal(result, x)
     assert result is not x
+    assert torch.equal(alone.shift([x])()[0], x)
     assert alone.stats == {}

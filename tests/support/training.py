@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,45 +11,55 @@ from torch.distributed.tensor import DTensor
 
 import ilm_compile
 from ilm_compile.runtime.optimizer import adamw
-from tests.support.equality import SEQ, Case, make_batch, make_model, reference
+from tests.support.equality import SEQ, Case, Errors, compare, make_batch, make_model, reference
 from tests.support.promote import promoted_float32
 from tests.support.traced import traced_once
 
 
-def train_and_compare(rank: int, case: Case, num_steps: int) -> tuple[float, float]:
-    """Return the largest relative difference of a weight after the steps, and of tied copies.
+class Trained(NamedTuple):
+    """Relative differences; 0 but for `copies` on ranks other than 0, which see no full values."""
 
-    The first is 0 on ranks other than 0, which do not see the full weights.
-    """
+    weights: float  # the largest of a weight after the steps
+    copies: float  # of tied copies of a weight
+    first: Errors  # of the first step's loss and gradients
+
+
+def train_and_compare(rank: int, case: Case, num_steps: int) -> Trained:
+    """Return how far some optimizer steps under a plan are from those on one device."""
     with promoted_float32():
         model = make_model(case.model)
         example = {name: ((2, SEQ), torch.int64) for name in ("input_ids", "labels")}
-        with traced_once(case.model):
+        with traced_once((case.model, case.packed)):
             parallel = ilm_compile.parallelize(model, example_inputs=example, **case.plan)
         trainer = ilm_compile.Trainer(
             parallel, optimizer=adamw(parallel.named_parameters(), lr=1e-3), max_grad_norm=1.0
         )
         optimizer = adamw(model.named_parameters(), lr=1e-3)
+        first = Errors(0.0, 0.0, "")
         batch = make_batch(2 * parallel.plan.num_microbatches * case.dp)
         for step in range(num_steps):
             shifted = {**batch, "input_ids": (batch["input_ids"] + step) % 512}
             trainer.zero_grad()
-            trainer.execute_schedule(shifted)
+            loss = trainer.execute_schedule(shifted)
+            gradients = parallel.full_gradients() if step == 0 else {}
             trainer.step()
-            _reference_step(model, optimizer, shifted)
+            if rank == 0:
+                right, wanted = reference(model, shifted)
+                if step == 0:
+                    first = compare(loss, right, gradients, wanted)
+                _reference_step(model, optimizer, wanted)
         trained = parallel.full_state_dict()
     copies = _tied_difference(dict(parallel.named_parameters()))
     expected = model.state_dict()
     differences = [
         float((trained[n] - w).norm() / w.norm()) for n, w in expected.items() if n in trained
     ]
-    return max(differences, default=0.0), copies
+    return Trained(max(differences, default=0.0), copies, first)
 
 
 def _reference_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, gradients: dict[str, Tensor]
 ) -> None:
-    _, gradients = reference(model, batch)
     for name, parameter in model.named_parameters():
         parameter.grad = gradients.get(name)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

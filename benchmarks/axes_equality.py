@@ -1,0 +1,143 @@
+"""Whether plans train as one device does: `python -m benchmarks.axes_equality --output FILE`.
+
+Small dense models under context parallelism and mixtures of experts under expert parallelism, alone
+and beside tensor, pipeline and data parallelism, each in real processes over gloo, in float64 with
+casts to float32 promoted and with micro-batches of unequal numbers of targets. Against the model on
+one device:
+
+loss, gradients    largest relative error in one step, of the loss, of any parameter's gradient
+weights            of any weight after ten AdamW steps with gradient clipping
+
+FILE keeps what was measured: a further run goes on with what is missing in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import RESULTS, read_rows, save_json
+from tests.support.axes import MODELS, cases
+from tests.support.equality import Case
+from tests.support.training import train_and_compare
+from tests.support.world import World, WorldError
+
+STEPS = 10
+BOUND = 1e-10
+WEIGHTS_BOUND = 1e-8
+TIMEOUT = 600.0  # seconds of one case
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model under one plan: relative errors, or why there are none."""
+
+    axis: str
+    model: str
+    plan: str
+    loss: float = 0.0
+    gradient: float = 0.0
+    worst: str = ""
+    weights: float = 0.0
+    failure: str = ""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the plan trains as one device does."""
+        is_close = max(self.loss, self.gradient) <= BOUND and self.weights <= WEIGHTS_BOUND
+        return is_close and not self.failure
+
+    def __str__(self) -> str:
+        if self.failure:
+            return self.failure
+        return f"{self.loss:.0e} / {self.gradient:.0e} / {self.weights:.0e}"
+
+
+def name_of(case: Case) -> str:
+    """Return the sizes of a case's axes as the table has them."""
+    sizes = {n: size for n, size in case.plan.items() if n != "num_microbatches"}
+    return " x ".join(f"{n}={size}" for n, size in {**sizes, "dp": case.dp}.items() if size > 1)
+
+
+def measure(axis: str, case: Case, world: World) -> Row:
+    """Return what one case in `world` finds."""
+    names = axis, case.model, name_of(case)
+    try:
+        found = world.run(train_and_compare, case, STEPS, timeout=TIMEOUT)[0]
+    except WorldError as error:
+        last = [line for line in str(error).splitlines() if line.strip()][-1]
+        return Row(*names, failure=last[:400])
+    first = found.first
+    return Row(*names, first.loss, first.gradient, first.worst, found.weights)
+
+
+def measure_all(axis: str, model: str, done: set[tuple[str, str, str]]) -> Iterator[Row]:
+    """Yield the rows of `model` that are not `done`; its processes trace it once for all plans."""
+    for size, of_size in cases(model, axis).items():
+        left = [each for each in of_size if (axis, model, name_of(each)) not in done]
+        if left:
+            with World(size) as world:
+                yield from (measure(axis, each, world) for each in left)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return the largest errors of each axis and plan in Markdown, and what is not equal."""
+    lines = ["| plan | models | equal | loss | gradients | weights |"]
+    lines.append("| --- " + "| ---: " * 5 + "|")
+    for axis, plan in dict.fromkeys((row.axis, row.plan) for row in rows):
+        these = [row for row in rows if (row.axis, row.plan) == (axis, plan)]
+        ran = [row for row in these if not row.failure]
+        worst = (
+            f"{max((getattr(row, name) for row in ran), default=0.0):.0e}"
+            for name in ("loss", "gradient", "weights")
+        )
+        counts = (str(len(these)), str(sum(row.is_equal for row in these)))
+        lines.append(f"| {' | '.join((plan, *counts, *worst))} |")
+    lines += [f"{r.model}, {r.plan}: {r}" for r in rows if not r.is_equal]
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.axes_equality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "axes_equality.json")
+    known = [model for models in MODELS.values() for model in models]
+    parser.add_argument("--only", nargs="+", choices=known, metavar="MODEL", help="some models")
+    parser.add_argument("--again", action="store_true", help="measure what failed once more")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    torch.set_num_threads(1)
+    rows = [Row(**saved) for saved in read_rows(options.output)]
+    rows = [row for row in rows if row.is_equal or not options.again]
+    done = {(row.axis, row.model, row.plan) for row in rows}
+    for axis, models in MODELS.items():
+        for model in models:
+            if options.only and model not in options.only:
+                continue
+            start = time.perf_counter()
+            for row in measure_all(axis, model, done):
+                seconds, start = time.perf_counter() - start, time.perf_counter()
+                print(f"{row.model}, {row.plan}: {row} ({seconds:.0f} s)", flush=True)
+                rows.append(row)
+                save_json(options.output, {"steps": STEPS, "rows": list(map(asdict, rows))})
+    print(summary(rows))
+    return 0 if all(row.is_equal for row in rows) else 1
+
+
+if __name__ == "__main__":
+    # What ranks are sent is pickled under the name of its module, which must not be "__main__".
+    from benchmarks.axes_equality import main as run
+
+    sys.exit(run())
