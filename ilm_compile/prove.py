@@ -145,7 +145,7 @@ def _prove_shape(
         if like is not None:
             check_alike(like, program)
             for running, other in zip(lower(like).stages, stages, strict=True):
-                dress(running, other, 1, torch.device("cpu"))
+                dress(running, other, 1, torch.device("cpu"), bound={})
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:
         return None

@@ -1,4 +1,4 @@
-"""Gives a stage its tensors: rank-local initial values, on this rank's device."""
+"""Gives a stage its tensors, on this rank's device, and its graphs whom they talk to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.program.bound import BoundCommunicator, bind_axes
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
+
+Bound = Mapping[str, BoundCommunicator]  # by axis
 
 
 def fill(
@@ -49,8 +52,8 @@ def local_value(variable: Variable, values: InitialValues, mesh: Mesh) -> Tensor
     return torch.empty(part.shape, dtype=part.dtype, device=mesh.device).copy_(part)
 
 
-def finish(stage: Stage, device: torch.device) -> None:
-    """Move constants to `device` and bind to it what the graphs create. All must be filled."""
+def finish(stage: Stage, device: torch.device, bound: Bound) -> None:
+    """Move constants to `device`, and bind the graphs: see `bind_graph`. All must be filled."""
     for module, attribute, tensor in _tensors(stage.module):
         if tensor.is_meta:
             raise ProgramError(
@@ -60,7 +63,7 @@ def finish(stage: Stage, device: torch.device) -> None:
         if tensor.device != device:
             setattr(module, attribute, tensor.to(device))
     for graph_module in graph_modules(stage.module):
-        bind_device(graph_module, device)
+        bind_graph(graph_module, device, bound)
 
 
 def resolve(stage: Stage, name: str) -> Tensor:
@@ -122,14 +125,19 @@ def _tensors(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def bind_device(graph_module: fx.GraphModule, device: torch.device) -> None:
-    """Give every op that creates a tensor from numbers alone (arange, full) the device."""
-    if device.type == "cpu":
-        return
-    for node in graph_module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and _creates(node.target):
-            node.kwargs = {**node.kwargs, "device": device}
-    recompile(graph_module)
+def bind_graph(graph_module: fx.GraphModule, device: torch.device, bound: Bound) -> None:
+    """Give what names a mesh axis its communicator, and what creates tensors its device.
+
+    Those that create from numbers alone (arange, full) would do so on the CPU.
+    """
+    changed = bind_axes(graph_module, bound)
+    if device.type != "cpu":
+        changed = True
+        for node in graph_module.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and _creates(node.target):
+                node.kwargs = {**node.kwargs, "device": device}
+    if changed:
+        recompile(graph_module)
 
 
 def _creates(op: torch._ops.OpOverload) -> bool:

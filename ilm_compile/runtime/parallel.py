@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.bound import bind
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.parameter_map import (
     ParameterMap,
@@ -81,10 +82,10 @@ class Parallel:
         self.check_ids_on_device = False
         self.inputs = lowered.inputs  # of one micro-batch, by name
         self.communicators = mesh.graph_communicators()  # by axis
-        mesh.bind(self.communicators)
+        self._bound = bind(self.communicators)
         self._variables = lowered.variables
         self._maps = lowered.parameter_maps
-        self._parameters = Parameters(lowered, schedule, mesh, values)
+        self._parameters = Parameters(lowered, schedule, mesh, values, self._bound)
         self._is_complete = True  # the batch of the last run
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
         self._has_outputs = schedule.stage_to_rank[lowered.stages[-1].index] == mesh.pp.rank
@@ -181,7 +182,6 @@ class Parallel:
         is_last: False if another run takes further rows of the same batch; gradients are complete,
         and seen by hooks, after the last.
         """
-        self.mesh.bind(self.communicators)
         self._parameters.follow()
         if len(self._forms) > 1:
             self.form.wear()
@@ -347,6 +347,7 @@ class Parallel:
             self.mesh,
             self._parameters.syncs,
             channel=self.form.executor.channel if number else None,
+            bound=self._bound,
             training=self._is_training,
         )
 

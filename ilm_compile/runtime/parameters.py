@@ -18,7 +18,7 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
 from ilm_compile.runtime.expert_storage import HAS_MESHES, warn_of_whole_experts
 from ilm_compile.runtime.initial_values import InitialValues
-from ilm_compile.runtime.materialize import fill, finish, local_value, resolve
+from ilm_compile.runtime.materialize import Bound, fill, finish, local_value, resolve
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.shard import Shard, stored_part
 from ilm_compile.schedule import Schedule
@@ -28,7 +28,12 @@ class Parameters:
     """The shards of this rank by variable name. `syncs`: gradient syncs by stage, when dp > 1."""
 
     def __init__(
-        self, lowered: LoweredProgram, schedule: Schedule, mesh: Mesh, values: InitialValues
+        self,
+        lowered: LoweredProgram,
+        schedule: Schedule,
+        mesh: Mesh,
+        values: InitialValues,
+        bound: Bound,
     ) -> None:
         self._mesh = mesh
         whole = replicated(lowered.variables)
@@ -59,7 +64,7 @@ class Parameters:
                         },
                         expert_mesh=mesh.experts.mesh and mesh.experts.mesh["dp"],
                     )
-            finish(stage, mesh.device)
+            finish(stage, mesh.device, bound)
             if mesh.fsdp.size > 1 and mesh.dense.mesh is not None:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:

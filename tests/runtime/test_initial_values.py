@@ -149,7 +149,7 @@ def test_materialising_copies_and_keeps_sharing() -> None:
     (stage,) = lowered.stages
     values = InitialValues(model, seed=1)
     fill(stage, stage.variables, lowered.variables, values, Mesh.create(Plan()))
-    finish(stage, torch.device("cpu"))
+    finish(stage, torch.device("cpu"), bound={})
     module = stage.module
     assert module.prologue.embed is module.epilogue.head
     assert torch.equal(module.prologue.embed, model.embed)
@@ -161,7 +161,7 @@ def test_materialising_copies_and_keeps_sharing() -> None:
 def test_a_tensor_left_on_meta_is_refused() -> None:
     (stage,) = lower_by_hand(Plan()).stages
     with pytest.raises(ProgramError, match="embed of _Prologue in stage 0 got no value"):
-        finish(stage, torch.device("cpu"))
+        finish(stage, torch.device("cpu"), bound={})
 
 
 def test_a_model_of_another_shape_is_refused() -> None:
