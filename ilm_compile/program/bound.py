@@ -47,31 +47,27 @@ def bind(axes: Mapping[str, Communicator]) -> dict[str, BoundCommunicator]:
     return {axis: BoundCommunicator(axis, real) for axis, real in axes.items()}
 
 
-def bind_axes(graph_module: fx.GraphModule, bound: Mapping[str, BoundCommunicator]) -> bool:
+def bind_axes(graph_module: fx.GraphModule, bound: Mapping[str, BoundCommunicator]) -> None:
     """Name `bound` in every call that names an axis, in a graph that is bound already anew.
 
-    Returns whether any does; the caller recompiles.
+    The caller recompiles.
     """
-    changed = False
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
         names = _parameters(node.target)
         if "axes" in names:  # it may need several
             node.update_kwarg("axes", {axis: each.name for axis, each in bound.items()})
-            changed = True
         if "axis" not in names:
             continue
         position = names.index("axis")
         given = node.args[position] if position < len(node.args) else node.kwargs.get("axis")
         axis = node.meta.setdefault(_AXIS, given)
         if axis in bound:
-            changed = True
             if position < len(node.args):
                 node.update_arg(position, bound[axis].name)
             else:
                 node.update_kwarg("axis", bound[axis].name)
-    return changed
 
 
 @cache

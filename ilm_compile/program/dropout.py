@@ -19,13 +19,14 @@ from ilm_compile.program.communicator import communicator
 from ilm_compile.program.layout import Layout, Place
 
 SEED = "dropout_seed"  # the placeholder that receives the seed of a micro-batch
+SALT = 3  # position among the arguments of `seeded_dropout`
 aten = torch.ops.aten
 
 
 torch.library.define(
     "ilm::dropout_mask",
-    "(Tensor x, Tensor seed, float probability, int salt, str layout, int[] sizes, int[] ranks)"
-    " -> Tensor",
+    "(Tensor x, Tensor seed, float probability, Tensor salt, str layout, int[] sizes,"
+    " int[] ranks) -> Tensor",
 )
 
 
@@ -33,7 +34,7 @@ def seeded_dropout(
     x: Tensor,
     seed: Tensor,
     probability: float,
-    salt: int,
+    salt: int | Tensor,
     layout: str,
     axes: Mapping[str, str] | None = None,
 ) -> Tensor:
@@ -46,7 +47,9 @@ def seeded_dropout(
     cut = [axis for axis, placement in Layout.parse(layout).placed if placement.is_shard]
     found = [communicator(axes[axis] if axes else axis) for axis in cut]
     sizes, ranks = [each.size for each in found], [each.rank for each in found]
-    kept = torch.ops.ilm.dropout_mask(x.detach(), seed, probability, salt, layout, sizes, ranks)
+    kept = torch.ops.ilm.dropout_mask(
+        x.detach(), seed, probability, torch.as_tensor(salt, device="cpu"), layout, sizes, ranks
+    )
     result: Tensor = x * kept / (1 - probability) if probability < 1 else x * 0.0
     return result
 
@@ -55,7 +58,7 @@ def _kept(
     x: Tensor,
     seed: Tensor,
     probability: float,
-    salt: int,
+    salt: Tensor,
     layout: str,
     sizes: Sequence[int],
     ranks: Sequence[int],
@@ -64,7 +67,7 @@ def _kept(
     whole = Layout.parse(layout)
     cut = [axis for axis, placement in whole.placed if placement.is_shard]
     place = Place(dict(zip(cut, sizes, strict=True)), dict(zip(cut, ranks, strict=True)))
-    generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), salt)) % 2**63)
+    generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), int(salt))) % 2**63)
     shape = whole.global_shape(x.shape, place.sizes)
     # Not in the default dtype, under which other numbers would be drawn.
     drawn = torch.rand(shape, generator=generator, device=x.device, dtype=torch.float32)

@@ -18,7 +18,7 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replicated, shard, units
 from ilm_compile.runtime.expert_storage import HAS_MESHES, warn_of_whole_experts
 from ilm_compile.runtime.initial_values import InitialValues
-from ilm_compile.runtime.materialize import Bound, fill, finish, local_value, resolve
+from ilm_compile.runtime.materialize import Binding, fill, finish, local_value, resolve
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.shard import Shard, stored_part
 from ilm_compile.schedule import Schedule
@@ -33,7 +33,7 @@ class Parameters:
         schedule: Schedule,
         mesh: Mesh,
         values: InitialValues,
-        bound: Bound,
+        binding: Binding,
     ) -> None:
         self._mesh = mesh
         whole = replicated(lowered.variables)
@@ -64,7 +64,7 @@ class Parameters:
                         },
                         expert_mesh=mesh.experts.mesh and mesh.experts.mesh["dp"],
                     )
-            finish(stage, mesh.device, bound)
+            finish(stage, binding)
             if mesh.fsdp.size > 1 and mesh.dense.mesh is not None:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:
