@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
+from argparse import ArgumentParser
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import ilm_compile
+from ilm_compile.cli.plan import add_plan_arguments, read_plan
 from ilm_compile.errors import PlanError
 from ilm_compile.program.expert_rows import grouped_product
+from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Source
 from ilm_compile.proof import zoo
-from ilm_compile.runtime import compiled
+from ilm_compile.runtime import Trainer, compiled
+from ilm_compile.runtime.observe import Logger
 from tests.support.equality import Case, assert_equal
 from tests.support.world import World
 
@@ -151,6 +157,15 @@ def test_equal_blocks_are_compiled_once_and_evaluation_once_more(
     assert_alike(step(parallel), step(eager), 0.0)
 
 
+def test_a_run_says_once_what_was_compiled() -> None:
+    parallel, text = parallel_of(BACKEND), io.StringIO()
+    trainer = Trainer(parallel, hooks=[Logger(console=Console(file=text, width=250))])
+    trainer.fit([batch()] * 2, 2, progress=False)
+    first, *told, last = text.getvalue().splitlines()
+    assert told == [f"compile: {each}" for each in parallel.compilations]
+    assert (first.split()[:2], last.split()[:2]) == (["step", "1/2"], ["step", "2/2"])
+
+
 def test_inductor_trains_alike() -> None:
     if compiled.missing_for(compiled.INDUCTOR, torch.device("cpu")):
         pytest.skip("needs a C++ compiler")
@@ -199,6 +214,14 @@ def test_what_cannot_be_compiled_runs_as_written_and_names_the_line() -> None:
     assert [str(each.message) for each in warned] == [f"compile: {compilation}"]
     message = "layers_0: runs as written, torch.compile cannot take it at node grouped_product "
     assert str(compilation).startswith(f"{message}(layers.0.mlp, model.py:7): ")
+
+
+@pytest.mark.parametrize(("option", "expected"), [("--compile", True), ("--no-compile", False)])
+def test_the_command_line_has_it(option: str, expected: bool) -> None:
+    parser = ArgumentParser()
+    add_plan_arguments(parser)
+    assert read_plan(parser.parse_args([option]), Plan(compile=BACKEND)).compile is expected
+    assert read_plan(parser.parse_args([]), Plan(compile=BACKEND)).compile == BACKEND
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "", 1])

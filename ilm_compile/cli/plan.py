@@ -24,13 +24,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--dispatch", action=argparse.BooleanOptionalAction)
     plan.add_argument("--checkpoint", type=float, metavar="FRACTION", help="of the blocks")
     plan.add_argument("--kernels", help="auto, triton or torch: fused ops, or none")
-    plan.add_argument(
-        "--compile",
-        nargs="?",
-        const=True,
-        metavar="BACKEND",
-        help="torch.compile of each region, by Inductor or another backend",
-    )
+    plan.add_argument("--compile", action=argparse.BooleanOptionalAction)
     plan.add_argument("--dtype", help="of matmuls and attention: bfloat16, float16")
 
 
