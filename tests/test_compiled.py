@@ -20,6 +20,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.program.expert_rows import grouped_product
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Source
+from ilm_compile.program.weight_parts import PRODUCTS
 from ilm_compile.proof import zoo
 from ilm_compile.runtime import Trainer, compiled
 from ilm_compile.runtime.observe import Logger
@@ -214,6 +215,20 @@ def test_what_cannot_be_compiled_runs_as_written_and_names_the_line() -> None:
     assert [str(each.message) for each in warned] == [f"compile: {compilation}"]
     message = "layers_0: runs as written, torch.compile cannot take it at node grouped_product "
     assert str(compilation).startswith(f"{message}(layers.0.mlp, model.py:7): ")
+
+
+def test_what_leaves_weights_to_later_is_not_compiled_and_says_so() -> None:
+    graph = fx.Graph()
+    given = [graph.placeholder(name) for name in ("x", "weight")]
+    product = graph.call_function(PRODUCTS[torch.ops.aten.linear.default].leave, tuple(given))
+    product.meta["leaves_weight"] = True
+    graph.output((product,))
+    module, compiler = fx.GraphModule(nn.Module(), graph), compiled.RegionCompiler(BACKEND)
+    written = type(module).forward
+    with pytest.warns(UserWarning, match="layers_0: runs as written, for its products leave"):
+        assert compiler.code(module, "layers_0", written) is written
+    assert compiler.code(module, "layers_1", written) is written
+    assert [each.regions for each in compiler.compilations] == [["layers_0", "layers_1"]]
 
 
 @pytest.mark.parametrize(("option", "expected"), [("--compile", True), ("--no-compile", False)])

@@ -29,6 +29,10 @@ INDUCTOR = "inductor"
 # The random numbers of eager torch. And no order of its own for collectives that are independent
 # of each other: a rank that keeps another part of a value could find another order.
 _OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False}
+LEAVES_WEIGHTS = (
+    "for its products leave the gradients of their weights to W actions, and a compiled backward "
+    "is one piece; choose a schedule that does not split it"
+)
 _TRACED = FUNCTIONS - {operator.getitem}
 
 Backend = Callable[[fx.GraphModule, list[Any]], Any]
@@ -79,6 +83,8 @@ class RegionCompiler:
     def code(self, graph_module: fx.GraphModule, name: str, written: Code) -> Code:
         """What runs the graph instead of `written`, both as methods: the module comes first."""
         if not _is_traceable(graph_module.graph):
+            if any(node.meta.get("leaves_weight") for node in graph_module.graph.nodes):
+                self._note(LEAVES_WEIGHTS, name)
             return written
         lifted, paths, salts, origins = _lift(graph_module)
         key = lifted.code, *_types(graph_module)
@@ -111,6 +117,14 @@ class RegionCompiler:
             return result
 
         return forward
+
+    def _note(self, problem: str, name: str) -> None:
+        """Note a region that is not even tried, and warn of the first with this problem."""
+        if problem not in self._known:
+            self._known[problem] = Compilation(_never, [name], problem=problem)
+            warnings.warn(f"compile: {self._known[problem]}", stacklevel=2)
+        elif name not in self._known[problem].regions:
+            self._known[problem].regions.append(name)
 
     def _compile(self, lifted: fx.GraphModule, key: object) -> Code:
         def backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -180,6 +194,10 @@ def _failures() -> type[Exception]:
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a region that is not compiled was run as if it were")
 
 
 def _is_traceable(graph: fx.Graph) -> bool:

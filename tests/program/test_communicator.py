@@ -19,6 +19,8 @@ from ilm_compile.program.communicator import (
 )
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.vocab import vocab_embedding
+from ilm_compile.program.weight_parts import PRODUCTS
 from ilm_compile.runtime.communicator import SingleCommunicator
 
 two, four = ShapeCommunicator(2), ShapeCommunicator(4)
@@ -104,9 +106,10 @@ CALLS = {
     "by name": (redistribute, (), {"src": "P", "dst": "R", "axis": "tp"}),
     "inside an op": (
         torch.ops.ilm.query_dot_product_attention.default,
-        (torch.ones(1, 4, 2), torch.ones(1, 4, 2), None, False, "S(1)", "tp"),
+        (torch.ones(4, 2), torch.ones(4, 2), None, False, "S(1)", "tp"),
         {},
     ),
+    "left to a W": (PRODUCTS[vocab_embedding].leave, (torch.tensor([1, 2]), -1, "tp"), {}),
     "several": (seeded_dropout, (torch.tensor(3), 0.5, 0, "tp: S(0)"), {}),
 }
 
@@ -115,7 +118,7 @@ CALLS = {
 def test_a_bound_graph_reaches_its_own_ranks_whatever_the_thread_has(call: str) -> None:
     target, args, kwargs = CALLS[call]
     graph_module = calling(target, *args, **kwargs)
-    x = torch.arange(2.0).view(1, 1, 2)
+    x = torch.arange(1.0, 3.0).view(1, 2)
     with communicators(tp=SingleRank(4, 1)):
         expected = graph_module(x)
     bound = bind({"tp": SingleRank(2, 0)})
