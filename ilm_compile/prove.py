@@ -37,6 +37,7 @@ from ilm_compile.proof.subject import Subject
 from ilm_compile.proof.values import check_values
 from ilm_compile.proof.weights import tensors_for
 from ilm_compile.runtime.forms import dress
+from ilm_compile.runtime.materialize import Binding
 from ilm_compile.shapes import (
     Shapes,
     check_alike,
@@ -145,7 +146,7 @@ def _prove_shape(
         if like is not None:
             check_alike(like, program)
             for running, other in zip(lower(like).stages, stages, strict=True):
-                dress(running, other, 1, torch.device("cpu"))
+                dress(running, other, 1, Binding(torch.device("cpu")))
         note(f"{len(list(program.calls()))} nodes, {len(program.pass_log)} passes, the schedule")
     if proof.failures:
         return None

@@ -27,6 +27,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--memory", metavar="BYTES", help="that --checkpoint auto keeps to: 80GiB")
     plan.add_argument("--kernels", help="auto, triton or torch: fused ops, or none")
+    plan.add_argument("--compile", action=argparse.BooleanOptionalAction)
     plan.add_argument("--dtype", help="of matmuls and attention: bfloat16, float16")
 
 

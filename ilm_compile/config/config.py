@@ -97,6 +97,7 @@ class Config:
             dtype=None if train.dtype == "float32" else train.dtype,
             zero=parallel.zero,
             kernels=train.kernels,
+            compile=train.compile,
             seed=train.seed,
         )
 

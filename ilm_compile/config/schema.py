@@ -30,6 +30,9 @@ class TrainOptions:
         "float32", "of matmuls and attention; parameters are float32", choices=COMPUTE_DTYPES
     )
     kernels: str = option("auto", "fused Triton kernels, or none; auto: on CUDA", choices=KERNELS)
+    compile: bool | str = option(
+        False, "torch.compile of each block; true: by Inductor, or another backend by name"
+    )
     tf32: bool = option(False, "float32 matmuls in TF32 on GPUs that have it")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: off", low=0)
     max_skips: int = option(100, "steps in a row without finite gradients that end it", low=1)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import PlacementError
-from ilm_compile.program.communicator import Communicator, communicator
+from ilm_compile.program.bound import BoundCommunicator, fresh, real
+from ilm_compile.program.communicator import Communicator, ShapeCommunicator, communicator
 from ilm_compile.program.placement import Placement, S, join_shards, split_shards
 
 Move = Callable[[Tensor, Communicator, Placement, Placement], Tensor]
@@ -88,16 +89,50 @@ WIRE: dict[Move, str] = {
 }
 
 
+torch.library.define(
+    "ilm::redistribute", "(Tensor x, str src, str dst, str axis, bool backward) -> Tensor"
+)
+
+
+def _move(
+    x: Tensor, comm: Communicator, src: Placement, dst: Placement, *, backward: bool
+) -> Tensor:
+    """Move `x` from `src` to `dst`, backward a gradient the other way; of a bound graph as one op.
+
+    Every rank then has the same graph, whatever it does inside with its part.
+    """
+    _, ahead, back = TRANSITIONS[src.kind, dst.kind]
+    move = back if backward else ahead
+    if isinstance(comm, BoundCommunicator) and move is not _identity:
+        result: Tensor = torch.ops.ilm.redistribute(x, str(src), str(dst), comm.name, backward)
+        return result
+    return move(x, comm, dst, src) if backward else move(x, comm, src, dst)
+
+
+def _run(x: Tensor, src: str, dst: str, axis: str, backward: bool) -> Tensor:
+    ends = Placement.parse(src), Placement.parse(dst)
+    return fresh(_move(x, real(axis), *ends, backward=backward), x)
+
+
+def _run_fake(x: Tensor, src: str, dst: str, axis: str, backward: bool) -> Tensor:
+    ends = Placement.parse(src), Placement.parse(dst)
+    shapes = ShapeCommunicator(real(axis).size)
+    return x.new_empty(_move(x, shapes, *ends, backward=backward).shape)
+
+
+torch.library.impl("ilm::redistribute", ("cpu", "cuda"), _run)
+torch.library.register_fake("ilm::redistribute", _run_fake)
+
+
 class _Redistribute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
         ctx.move = comm, src, dst
-        return TRANSITIONS[src.kind, dst.kind][1](x, comm, src, dst)
+        return _move(x, comm, src, dst, backward=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        comm, src, dst = ctx.move
-        return TRANSITIONS[src.kind, dst.kind][2](grad, comm, dst, src), None, None, None
+        return _move(grad, *ctx.move, backward=True), None, None, None
 
 
 def redistribute(x: Tensor, src: str, dst: str, axis: str) -> Tensor:

@@ -1,8 +1,9 @@
 """How graph code reaches the other ranks of a mesh axis.
 
-A collective in the graph names its axis only ("tp"). Which `Communicator` stands behind the name is
-decided by whoever runs the graph: torch.distributed in training, threads in the one-process
-emulation, shapes alone while a program is compiled.
+While a program is compiled, a collective in its graph names its axis only ("tp"), and whoever runs
+the graph decides in its own thread what `Communicator` stands behind the name: shapes alone, or
+threads. A stage that is materialised is bound to its communicators, each by a name of its own:
+`ilm_compile.program.bound`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -81,18 +83,9 @@ class ShapeCommunicator:
         return lambda: [torch.empty_like(x) for x in xs]
 
 
-_process: dict[str, Communicator] = {}
+# By a name that is no axis: see `ilm_compile.program.bound`.
+named: WeakValueDictionary[str, Communicator] = WeakValueDictionary()
 _thread = threading.local()
-
-
-def set_communicators(axes: Mapping[str, Communicator]) -> None:
-    """Make `axes` the communicators of this whole process.
-
-    Process-wide, not per thread: on CUDA, autograd recomputes checkpointed regions in threads of
-    its own.
-    """
-    _process.clear()
-    _process.update(axes)
 
 
 def shape_communicators(sizes: Mapping[str, int]) -> AbstractContextManager[None]:
@@ -102,7 +95,7 @@ def shape_communicators(sizes: Mapping[str, int]) -> AbstractContextManager[None
 
 @contextmanager
 def communicators(**axes: Communicator) -> Iterator[None]:
-    """Use `axes` in this thread until the block ends (the emulation runs one rank per thread)."""
+    """Use `axes` in this thread until the block ends, for graphs that are bound to none."""
     previous = getattr(_thread, "axes", None)
     _thread.axes = axes
     try:
@@ -112,8 +105,10 @@ def communicators(**axes: Communicator) -> Iterator[None]:
 
 
 def communicator(axis: str) -> Communicator:
-    """Return the communicator that stands behind mesh axis `axis` here and now."""
-    axes: Mapping[str, Communicator] = getattr(_thread, "axes", None) or _process
+    """Return what stands behind `axis`: a name that a graph was bound to, or an axis, here."""
+    if (found := named.get(axis)) is not None:
+        return found
+    axes: Mapping[str, Communicator] = getattr(_thread, "axes", None) or {}
     try:
         return axes[axis]
     except KeyError:

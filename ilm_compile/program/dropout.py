@@ -8,40 +8,78 @@ whole tensor; each rank uses its shard of it. Recomputing a block draws the same
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.program.bound import fresh
 from ilm_compile.program.communicator import communicator
 from ilm_compile.program.layout import Layout, Place
 
 SEED = "dropout_seed"  # the placeholder that receives the seed of a micro-batch
+SALT = 3  # position among the arguments of `seeded_dropout`
 aten = torch.ops.aten
 
 
-def seeded_dropout(x: Tensor, seed: Tensor, probability: float, salt: int, layout: str) -> Tensor:
+torch.library.define(
+    "ilm::dropout_mask",
+    "(Tensor x, Tensor seed, float probability, Tensor salt, str layout, int[] sizes,"
+    " int[] ranks) -> Tensor",
+)
+
+
+def seeded_dropout(
+    x: Tensor,
+    seed: Tensor,
+    probability: float,
+    salt: int | Tensor,
+    layout: str,
+    axes: Mapping[str, str] | None = None,
+) -> Tensor:
     """Return `x` with elements zeroed with `probability` and the others scaled to keep the mean.
 
     x: rank-local, placed as `layout` says. seed: int64 scalar on the CPU, of the
-    micro-batch; `salt` tells the dropouts of a model apart.
+    micro-batch; `salt` tells the dropouts of a model apart. axes: the communicators of a bound
+    graph, by axis.
     """
-    kept = _kept(x, seed, probability, salt, Layout.parse(layout))
-    return x * kept / (1 - probability) if probability < 1 else x * 0.0
+    cut = [axis for axis, placement in Layout.parse(layout).placed if placement.is_shard]
+    found = [communicator(axes[axis] if axes else axis) for axis in cut]
+    sizes, ranks = [each.size for each in found], [each.rank for each in found]
+    kept = torch.ops.ilm.dropout_mask(
+        x.detach(), seed, probability, torch.as_tensor(salt, device="cpu"), layout, sizes, ranks
+    )
+    result: Tensor = x * kept / (1 - probability) if probability < 1 else x * 0.0
+    return result
 
 
-def _kept(x: Tensor, seed: Tensor, probability: float, salt: int, layout: Layout) -> Tensor:
-    """Return this rank's part of the mask."""
-    if x.is_meta:
-        return torch.empty_like(x, dtype=torch.bool)
-    axes = {axis: communicator(axis) for axis, placement in layout.placed if placement.is_shard}
-    sizes = {axis: each.size for axis, each in axes.items()}
-    generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), salt)) % 2**63)
-    shape = layout.global_shape(x.shape, sizes)
+def _kept(
+    x: Tensor,
+    seed: Tensor,
+    probability: float,
+    salt: Tensor,
+    layout: str,
+    sizes: Sequence[int],
+    ranks: Sequence[int],
+) -> Tensor:
+    """Return this rank's part of the mask. sizes, ranks: of the axes that cut `x`, in order."""
+    whole = Layout.parse(layout)
+    cut = [axis for axis, placement in whole.placed if placement.is_shard]
+    place = Place(dict(zip(cut, sizes, strict=True)), dict(zip(cut, ranks, strict=True)))
+    generator = torch.Generator(device=x.device).manual_seed(hash((int(seed), int(salt))) % 2**63)
+    shape = whole.global_shape(x.shape, place.sizes)
     # Not in the default dtype, under which other numbers would be drawn.
     drawn = torch.rand(shape, generator=generator, device=x.device, dtype=torch.float32)
-    kept = drawn >= probability
-    return layout.cut(kept, Place(sizes, {axis: each.rank for axis, each in axes.items()}))
+    return fresh(whole.cut(drawn >= probability, place), x)
+
+
+def _kept_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+torch.library.impl("ilm::dropout_mask", ("cpu", "cuda"), _kept)
+torch.library.register_fake("ilm::dropout_mask", _kept_fake)
 
 
 def attention_probabilities(

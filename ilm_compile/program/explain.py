@@ -46,6 +46,7 @@ def _plan(program: Program) -> str:
     axes = [f"{axis}={n}" for axis, n in plan.axes.items() if n > 1 or axis == "tp"]
     parts = [*axes, f"pp={plan.pp}", f"num_chunks={plan.num_chunks}"]
     parts += [f"num_microbatches={plan.num_microbatches}", f"schedule={plan.schedule}"]
+    parts += [f"compile={plan.compile}"] if plan.compile else []
     shapes = ", ".join(f"{name} {list(i.shape)}" for name, i in program.inputs.items())
     return f"{' '.join(parts)}; one micro-batch is {shapes}"
 

@@ -13,6 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ilm_compile.errors import PlanError
 from ilm_compile.program.byte_sizes import read_bytes
 from ilm_compile.program.layout import AXES, MeshAxis, Sizes
@@ -51,6 +53,7 @@ class Plan:
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
     zero: int = 1  # 1: shard gradients and optimizer state over dp, 3: parameters too
     kernels: str = "auto"  # fused ops: "triton", "torch" (none); "auto": where CUDA and triton are
+    compile: bool | str = False  # torch.compile of each region; True: by Inductor, or a backend
     hardware: str = "h100"  # whose costs decide between placements and between cuts
     seed: int = 1024  # of the initial weights, when the model is on the meta device
 
@@ -79,6 +82,7 @@ class Plan:
             raise PlanError(f"plan: dtype must be one of {DTYPES}, got {self.dtype!r}")
         if self.kernels not in KERNELS:
             raise PlanError(f"plan: kernels must be one of {KERNELS}, got {self.kernels!r}")
+        _check_backend(self.compile)
         if self.cp_attention not in ATTENTION_WAYS:
             raise PlanError(
                 f"plan: cp_attention must be one of {ATTENTION_WAYS}, got {self.cp_attention!r}"
@@ -148,6 +152,17 @@ def _read_texts(name: str, given: Any) -> tuple[str, ...]:
     if isinstance(given, str) or not all(isinstance(text, str) for text in texts):
         raise PlanError(f"plan: {name} must be a collection of texts, got {given!r}")
     return texts
+
+
+def _check_backend(compile: Any) -> None:
+    if isinstance(compile, bool):
+        return
+    if not isinstance(compile, str) or compile not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise PlanError(
+            "plan: compile must be True, False or a backend of torch.compile "
+            f"({known}), got {compile!r}"
+        )
 
 
 def _read_constraints(given: Any) -> tuple[tuple[str, str], ...]:

@@ -149,6 +149,27 @@ def sharded_argmax(x: Tensor, dim: int, keepdim: bool, axis: str) -> Tensor:
     return -comm.all_reduce(-where, op="max")
 
 
+torch.library.define("ilm::outside", "(Tensor index, int size, int dim) -> Tensor")
+
+
+def _outside(index: Tensor, size: int, dim: int) -> Tensor:
+    """Which indices lie outside `size`: none on the CPU, where they raise as in torch."""
+    unknown = (index < 0) | (index >= size)
+    if unknown.device.type == "cpu" and unknown.any():
+        raise IlmCompileError(
+            f"gather: expected indices in [0, {size}) along dimension {dim}; got "
+            f"{int(index[unknown][0])} ({int(unknown.sum())} such); check the labels against the "
+            "model's vocabulary"
+        )
+    return unknown
+
+
+torch.library.impl("ilm::outside", ("cpu", "cuda"), _outside)
+torch.library.register_fake(
+    "ilm::outside", lambda index, size, dim: index.new_empty(index.shape, dtype=torch.bool)
+)
+
+
 def sharded_gather(x: Tensor, dim: int, index: Tensor, axis: str) -> Tensor:
     """Return this rank's part of `torch.gather` along the sharded `dim`; the rest is zero.
 
@@ -157,13 +178,7 @@ def sharded_gather(x: Tensor, dim: int, index: Tensor, axis: str) -> Tensor:
     """
     comm = communicator(axis)
     width = x.shape[dim]
-    unknown = (index < 0) | (index >= width * comm.size)
-    if unknown.device.type == "cpu" and unknown.any():
-        raise IlmCompileError(
-            f"gather: expected indices in [0, {width * comm.size}) along dimension {dim}; got "
-            f"{int(index[unknown][0])} ({int(unknown.sum())} such); check the labels against the "
-            "model's vocabulary"
-        )
+    unknown = torch.ops.ilm.outside(index, width * comm.size, dim)
     local = index - width * comm.rank
     absent = (local < 0) | (local >= width)
     picked = x.gather(dim, local.masked_fill(absent, 0)).masked_fill(absent, 0.0)

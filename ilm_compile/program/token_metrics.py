@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ilm_compile.program.communicator import communicator
+from ilm_compile.program.communicator import Communicator
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,16 @@ class TokenMetrics:
 
 @torch.no_grad()
 def token_metrics(
-    logits: Tensor, target: Tensor, *, ignore_index: int, axis: str | None
+    logits: Tensor, target: Tensor, *, ignore_index: int, comm: Communicator | None
 ) -> TokenMetrics:
     """Return the metrics of logits (N, classes) and class numbers (N,).
 
-    axis: the mesh axis over which the classes are sharded, each rank holding (N, classes / size);
-    None if they are whole. Extra memory: a float32 copy of 16-bit logits.
+    comm: the ranks over which the classes are sharded, each holding (N, classes / size); None if
+    they are whole. Extra memory: a float32 copy of 16-bit logits.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     width = logits.shape[-1]
-    first = 0 if axis is None else communicator(axis).rank * width
+    first = 0 if comm is None else comm.rank * width
     counted = target != ignore_index
     local = target - first
     here = (local >= 0) & (local < width) & counted
@@ -48,8 +48,7 @@ def token_metrics(
     top, best = logits.max(-1)
     best = best + first
     log_sum = logits.logsumexp(-1)
-    if axis is not None:
-        comm = communicator(axis)
+    if comm is not None:
         highest = comm.all_reduce(top, op="max")
         # Of equal logits the first counts, so the smallest class number among the ranks.
         absent = torch.iinfo(best.dtype).max

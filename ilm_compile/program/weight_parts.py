@@ -8,6 +8,7 @@ weight included. Otherwise such a product is the op that it stands for.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -146,6 +147,8 @@ class Product:
 
         name = getattr(self.op, "_opname", "") or self.op.__name__
         leave.__name__ = leave.__qualname__ = f"{name}_leaving_weight"
+        if inspect.isfunction(self.op):  # its names are asked for when a graph is bound
+            leave.__signature__ = inspect.signature(self.op)  # type: ignore[attr-defined]
         return leave
 
     def apply(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.dropout import SALT, seeded_dropout
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
 from ilm_compile.proof.pieces import Piece, Slice
-
-SALT = 3  # position among the arguments of `seeded_dropout`
 
 
 def signature(

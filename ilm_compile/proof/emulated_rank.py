@@ -103,9 +103,6 @@ class ThreadMesh(Mesh):
         group = self.meetings.pipeline(pp_ranks, self.number)
         return ThreadCommunicator(group, pp_ranks.index(self.pp.rank))
 
-    def bind(self, axes: Mapping[str, Communicator]) -> None:
-        """Its thread is bound by whoever runs it."""
-
 
 class WatchedSync:
     """Stands for the reduction of a stage's gradients over dp, and watches when it would happen."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx, nn
 
 from ilm_compile.errors import PlanError
@@ -19,7 +18,7 @@ from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.program import Input, Lookup
 from ilm_compile.runtime.data_parallel import GradientSync
 from ilm_compile.runtime.executor import Executor
-from ilm_compile.runtime.materialize import bind_device, code_of, own_class, recompile
+from ilm_compile.runtime.materialize import Binding, code_of, own_class, recompile
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
 from ilm_compile.runtime.p2p import Channel
@@ -80,6 +79,7 @@ def make_form(
     syncs: Mapping[int, GradientSync],
     *,
     channel: Channel | None,
+    binding: Binding,
     training: bool,
 ) -> Form:
     """What runs a program on the modules of `running`, which are this rank's of the first, 0.
@@ -93,7 +93,7 @@ def make_form(
     for first, other in zip(running, graphs, strict=True):
         if number and not training:
             set_training(other.module, False)
-        dressed += dress(first, other, number, mesh.device)
+        dressed += dress(first, other, number, binding)
     step_inputs = StepInputs.of(
         lowered,
         graphs,
@@ -124,7 +124,7 @@ def stages_of(lowered: LoweredProgram, schedule: Schedule, mesh: Mesh) -> list[S
     return [s for s in lowered.stages if schedule.stage_to_rank[s.index] == mesh.pp.rank]
 
 
-def dress(running: Stage, other: Stage, number: int, device: torch.device) -> Dressed:
+def dress(running: Stage, other: Stage, number: int, binding: Binding) -> Dressed:
     """Pairs of the graph modules of two stages; constants of the other are kept by the running one.
 
     Raises `PlanError` if they are not made alike.
@@ -144,7 +144,7 @@ def dress(running: Stage, other: Stage, number: int, device: torch.device) -> Dr
             if not value.is_meta:
                 node.target = f"_shape{number}_{str(node.target).replace('.', '_')}"
                 for module in (ours[name], source):
-                    module.register_buffer(node.target, value.to(device), persistent=False)
+                    module.register_buffer(node.target, value.to(binding.device), persistent=False)
                 continue
             try:
                 own = _tensor(ours[name], str(node.target))
@@ -153,7 +153,7 @@ def dress(running: Stage, other: Stage, number: int, device: torch.device) -> Dr
             if own.shape != value.shape:
                 raise _unlike(running, [f"{name}.{node.target}"])
         recompile(source)
-        bind_device(source, device)
+    binding.apply(other.module)
     return [(ours[name], theirs[name]) for name in ours]
 
 

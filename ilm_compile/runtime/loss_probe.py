@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.communicator import communicator
 from ilm_compile.program.layout import Layout, layout_of
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.lowered import Stage
@@ -64,15 +65,15 @@ def _observed(node: fx.Node, record: Record) -> Callable[..., Tensor]:
     original: Callable[..., Tensor] = node.target  # type: ignore[assignment]
     is_sharded = original is vocab_cross_entropy
     if is_sharded:
-        ignore_index, axis = int(node.args[3]), str(node.args[5])  # type: ignore[arg-type]
+        ignore_index, comm = int(node.args[3]), communicator(str(node.args[5]))  # type: ignore[arg-type]
     else:
-        ignore_index, axis = cross_entropy_arguments(node)[2], None
+        ignore_index, comm = cross_entropy_arguments(node)[2], None
     layout = layout_of(node.args[1])  # type: ignore[arg-type]
 
     def observed_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flat = logits.movedim(1, -1).flatten(0, -2)
         metrics = token_metrics(
-            flat.detach(), target.flatten(), ignore_index=ignore_index, axis=axis
+            flat.detach(), target.flatten(), ignore_index=ignore_index, comm=comm
         )
         record(metrics, layout, target.shape)
         return original(logits, target, *args, **kwargs)

@@ -1,18 +1,48 @@
-"""Gives a stage its tensors: rank-local initial values, on this rank's device."""
+"""Gives a stage its tensors, on this rank's device, and binds its graphs to this rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.program.bound import BoundCommunicator, bind_axes
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.program import Variable
+from ilm_compile.runtime.compiled import RegionCompiler
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What the graphs of this rank are bound to.
+
+    axes: whom a call that names a mesh axis talks to. compiler: what compiles each graph, if any.
+    """
+
+    device: torch.device
+    axes: Mapping[str, BoundCommunicator] = field(default_factory=dict)
+    compiler: RegionCompiler | None = None
+
+    def apply(self, module: nn.Module) -> None:
+        """Bind every graph of `module`; what creates tensors from numbers alone gets the device."""
+        for name, graph_module in module.named_modules():
+            if not isinstance(graph_module, fx.GraphModule) or _calls_modules(graph_module):
+                continue  # what calls regions has nothing to bind, and recompiles all it calls
+            bind_axes(graph_module, self.axes)
+            for node in graph_module.graph.nodes if self.device.type != "cpu" else ():
+                if isinstance(node.target, torch._ops.OpOverload) and _creates(node.target):
+                    node.kwargs = {**node.kwargs, "device": self.device}
+            if self.compiler is not None:
+                compile_it = partial(self.compiler.code, name=name.removesuffix(".body"))
+                own_class(graph_module).compile_code = staticmethod(compile_it)
+            recompile(graph_module)
 
 
 def fill(
@@ -49,18 +79,17 @@ def local_value(variable: Variable, values: InitialValues, mesh: Mesh) -> Tensor
     return torch.empty(part.shape, dtype=part.dtype, device=mesh.device).copy_(part)
 
 
-def finish(stage: Stage, device: torch.device) -> None:
-    """Move constants to `device` and bind to it what the graphs create. All must be filled."""
+def finish(stage: Stage, binding: Binding) -> None:
+    """Move constants to the device and bind the graphs. All must be filled."""
     for module, attribute, tensor in _tensors(stage.module):
         if tensor.is_meta:
             raise ProgramError(
                 f"materialize: {attribute} of {type(module).__name__} in stage {stage.index} got "
                 "no value; every tensor of a stage must be among its variables"
             )
-        if tensor.device != device:
-            setattr(module, attribute, tensor.to(device))
-    for graph_module in graph_modules(stage.module):
-        bind_device(graph_module, device)
+        if tensor.device != binding.device:
+            setattr(module, attribute, tensor.to(binding.device))
+    binding.apply(stage.module)
 
 
 def resolve(stage: Stage, name: str) -> Tensor:
@@ -87,6 +116,8 @@ def recompile(graph_module: fx.GraphModule) -> None:
         graph_module.recompile()
     finally:
         graph_module.__class__ = wrapped
+    if (compile_code := getattr(own, "compile_code", None)) is not None:
+        own.forward = compile_code(graph_module, written=own.forward)
     own.written_code = own.forward
 
 
@@ -122,14 +153,8 @@ def _tensors(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def bind_device(graph_module: fx.GraphModule, device: torch.device) -> None:
-    """Give every op that creates a tensor from numbers alone (arange, full) the device."""
-    if device.type == "cpu":
-        return
-    for node in graph_module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and _creates(node.target):
-            node.kwargs = {**node.kwargs, "device": device}
-    recompile(graph_module)
+def _calls_modules(graph_module: fx.GraphModule) -> bool:
+    return bool(graph_module.graph.find_nodes(op="call_module"))
 
 
 def _creates(op: torch._ops.OpOverload) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ilm_compile.errors import PlanError
-from ilm_compile.program.communicator import Communicator, set_communicators
+from ilm_compile.program.communicator import Communicator
 from ilm_compile.program.layout import AXES, EXPERT_AXIS, Layout, Place
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.alike import differences
@@ -139,10 +139,6 @@ class Mesh:
         """The given pipeline ranks at this rank's (fsdp, tp): see `pipeline_group`."""
         group = self.pipeline_group(pp_ranks)
         return None if group is None else communicator_over(group)
-
-    def bind(self, axes: Mapping[str, Communicator]) -> None:
-        """Let the graphs of this rank reach the other ranks through `axes`."""
-        set_communicators(axes)
 
     def rank_at(self, pp: int, fsdp: int, tp: int) -> int:
         """The global rank at these coordinates; fsdp counts (dp, ep, cp), cp fastest."""

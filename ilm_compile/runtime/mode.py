@@ -23,7 +23,7 @@ _DROPOUT: dict[Any, tuple[int, str, object]] = {
     aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
     seeded_dropout: (2, "probability", 0.0),
 }
-_TRAINING_ARGUMENTS = "training_arguments"  # in node.meta: (args, kwargs) as they were traced
+_TRAINED_WITH = "trained_with"  # in node.meta: the argument as it was traced
 
 
 def set_training(module: nn.Module, training: bool) -> None:
@@ -31,13 +31,12 @@ def set_training(module: nn.Module, training: bool) -> None:
     for graph_module in graph_modules(module):
         nodes = [node for node in graph_module.graph.nodes if node.target in _DROPOUT]
         for node in nodes:
-            args, kwargs = node.meta.setdefault(_TRAINING_ARGUMENTS, (node.args, node.kwargs))
-            if not training:
-                position, name, value = _DROPOUT[node.target]
-                if len(args) > position:
-                    args = (*args[:position], value, *args[position + 1 :])
-                elif name in kwargs:
-                    kwargs = {**kwargs, name: value}
-            node.args, node.kwargs = args, kwargs
+            position, name, value = _DROPOUT[node.target]
+            if position < len(node.args):
+                traced = node.meta.setdefault(_TRAINED_WITH, node.args[position])
+                node.update_arg(position, traced if training else value)
+            elif name in node.kwargs:
+                traced = node.meta.setdefault(_TRAINED_WITH, node.kwargs[name])
+                node.update_kwarg(name, traced if training else value)
         if nodes:
             recompile(graph_module)

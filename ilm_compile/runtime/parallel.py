@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.program.bound import bind
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.parameter_map import (
     ParameterMap,
@@ -26,11 +27,13 @@ from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
 from ilm_compile.runtime.batch import Batch, BatchLayout, says_local
+from ilm_compile.runtime.compiled import Compilation, compiler_for
 from ilm_compile.runtime.executor import StepResult
 from ilm_compile.runtime.forms import Compiled, Form, Shape, make_form, stages_of
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.intake import Intake
+from ilm_compile.runtime.materialize import Binding
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.mode import set_training
 from ilm_compile.runtime.parameters import Parameters
@@ -81,10 +84,12 @@ class Parallel:
         self.check_ids_on_device = False
         self.inputs = lowered.inputs  # of one micro-batch, by name
         self.communicators = mesh.graph_communicators()  # by axis
-        mesh.bind(self.communicators)
+        self._binding = Binding(
+            mesh.device, bind(self.communicators), compiler_for(lowered.plan.compile, mesh)
+        )
         self._variables = lowered.variables
         self._maps = lowered.parameter_maps
-        self._parameters = Parameters(lowered, schedule, mesh, values)
+        self._parameters = Parameters(lowered, schedule, mesh, values, self._binding)
         self._is_complete = True  # the batch of the last run
         self._losses: list[Tensor] = []  # of this rank, that the gradients come from
         self._has_outputs = schedule.stage_to_rank[lowered.stages[-1].index] == mesh.pp.rank
@@ -181,7 +186,6 @@ class Parallel:
         is_last: False if another run takes further rows of the same batch; gradients are complete,
         and seen by hooks, after the last.
         """
-        self.mesh.bind(self.communicators)
         self._parameters.follow()
         if len(self._forms) > 1:
             self.form.wear()
@@ -334,6 +338,12 @@ class Parallel:
         return {**sent, "p2p": Traffic(num_bytes=self.executor.channel.bytes_sent)}
 
     @property
+    def compilations(self) -> tuple[Compilation, ...]:
+        """What torch.compile has made of this rank's regions; none without ``compile=True``."""
+        compiler = self._binding.compiler
+        return () if compiler is None else compiler.compilations
+
+    @property
     def output_names(self) -> tuple[str, ...]:
         """The outputs of the last stage, without the loss."""
         return self.form.output_names
@@ -347,6 +357,7 @@ class Parallel:
             self.mesh,
             self._parameters.syncs,
             channel=self.form.executor.channel if number else None,
+            binding=self._binding,
             training=self._is_training,
         )
 

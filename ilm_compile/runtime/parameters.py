@@ -20,7 +20,7 @@ from ilm_compile.runtime.data_parallel import GradientSync, ShardedSync, replica
 from ilm_compile.runtime.expert_storage import HAS_MESHES, warn_of_whole_experts
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.low_weights import gather_low, lower, refresh
-from ilm_compile.runtime.materialize import fill, finish, local_value, resolve
+from ilm_compile.runtime.materialize import Binding, fill, finish, local_value, resolve
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.shard import Shard, stored_part
 from ilm_compile.schedule import Schedule
@@ -30,7 +30,12 @@ class Parameters:
     """The shards of this rank by variable name. `syncs`: gradient syncs by stage, when dp > 1."""
 
     def __init__(
-        self, lowered: LoweredProgram, schedule: Schedule, mesh: Mesh, values: InitialValues
+        self,
+        lowered: LoweredProgram,
+        schedule: Schedule,
+        mesh: Mesh,
+        values: InitialValues,
+        binding: Binding,
     ) -> None:
         self._mesh = mesh
         whole = replicated(lowered.variables)
@@ -64,7 +69,7 @@ class Parameters:
                     )
                     low = {n: stage.read_as[n] for n in unit.names if n in stage.read_as}
                     gather_low(unit.module, stage, low)
-            finish(stage, mesh.device)
+            finish(stage, binding)
             if mesh.fsdp.size > 1 and mesh.dense.mesh is not None:
                 self.syncs[stage.index] = ShardedSync(stage.module, zero=lowered.plan.zero)
             for name in stage.variables:

@@ -43,7 +43,8 @@ def test_a_resolved_config_is_saved_and_loads_to_an_equal_one(name: str, tmp_pat
 
 def test_every_field_of_a_plan_follows_from_the_config() -> None:
     sections: dict[str, Any] = {
-        "train": {"total_steps": 9, "dtype": "float16", "kernels": "torch", "seed": 3},
+        "train": {"total_steps": 9, "dtype": "float16", "kernels": "torch", "seed": 3,
+                  "compile": "aot_eager"},
         "data": {"seq_len": 32, "micro_num": 4},
         "parallel": {
             "tensor": 2, "pipeline": 2, "num_chunks": 2, "zero": 3, "sequence_parallel": True,
@@ -54,7 +55,7 @@ def test_every_field_of_a_plan_follows_from_the_config() -> None:
     assert plan == Plan(
         tp=2, pp=2, num_chunks=2, num_microbatches=4, schedule="interleaved_1f1b",
         sequence_parallel=True, embed_split_hidden=False, constraints=(("a", "S(0)"),),
-        checkpoint=0.5, dtype="float16", zero=3, kernels="torch", seed=3,
+        checkpoint=0.5, dtype="float16", zero=3, kernels="torch", seed=3, compile="aot_eager",
     )  # fmt: skip
     sections["parallel"]["schedule"] = "gpipe"
     assert config(**sections).plan().schedule == "gpipe"
@@ -203,6 +204,7 @@ def test_a_misspelt_name_of_a_python_file_is_told_from_a_helper(tmp_path: Path) 
         ("parallel.zero1.fsdp=true", "parallel", "zero", 3),
         ("train.dtype=float16", "train", "dtype", "float16"),
         ("train.kernels=torch", "train", "kernels", "torch"),
+        ("train.compile=true", "train", "compile", True),
     ],
 )
 def test_set_wins_over_the_file(override: str, section: str, key: str, expected: object) -> None:

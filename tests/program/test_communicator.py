@@ -1,26 +1,29 @@
 """Which communicator stands behind the name of a mesh axis."""
 
+import re
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.program.bound import bind, bind_axes
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import (
     ShapeCommunicator,
     communicator,
     communicators,
-    set_communicators,
 )
+from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.vocab import vocab_embedding
+from ilm_compile.program.weight_parts import PRODUCTS
+from ilm_compile.runtime.communicator import SingleCommunicator
 
 two, four = ShapeCommunicator(2), ShapeCommunicator(4)
-
-
-@pytest.fixture(autouse=True)
-def forget_communicators() -> None:
-    """A model that an earlier test parallelised has set some for the process."""
-    set_communicators({})
 
 
 def test_axis_without_communicator_is_refused() -> None:
@@ -70,25 +73,69 @@ def test_block_is_of_this_thread_only() -> None:
         assert isinstance(in_a_new_thread("tp"), ProgramError)
 
 
-def test_process_communicators_are_seen_by_every_thread() -> None:
-    set_communicators({"tp": two})
-    try:
-        assert communicator("tp") is two
-        assert in_a_new_thread("tp") is two
-        with communicators(tp=four):
-            assert communicator("tp") is four
-    finally:
-        set_communicators({})
+def test_a_name_is_known_in_every_thread_for_as_long_as_it_is_kept() -> None:
+    bound = bind({"tp": two})["tp"]
+    name = bound.name
+    with communicators(tp=four):
+        assert communicator(name) is bound
+        assert in_a_new_thread(name) is bound
+    del bound
+    with pytest.raises(ProgramError, match=re.escape(f"{name!r} has no communicator")):
+        communicator(name)
 
 
-def test_setting_again_replaces_all_axes() -> None:
-    set_communicators({"tp": two})
-    set_communicators({"dp": two})
-    try:
-        with pytest.raises(ProgramError, match=r"known are \['dp'\]"):
-            communicator("tp")
-    finally:
-        set_communicators({})
+def test_names_say_the_rank_and_are_given_once() -> None:
+    first, second = (bind({"tp": two})["tp"].name for _ in range(2))
+    assert first.startswith("tp[0/2].")
+    assert first != second
+
+
+def calling(target: Callable[..., Tensor], *args: Any, **kwargs: Any) -> fx.GraphModule:
+    graph, root = fx.Graph(), nn.Module()
+    given: list[Any] = [graph.placeholder("x"), *args]
+    for place, each in enumerate(given):
+        if isinstance(each, Tensor):
+            root.register_buffer(f"arg{place}", each)
+            given[place] = graph.get_attr(f"arg{place}")
+    graph.output(graph.call_function(target, tuple(given), kwargs))
+    return fx.GraphModule(root, graph)
+
+
+CALLS = {
+    "by position": (partial_mean, ([0], False, "tp"), {}),
+    "by name": (redistribute, (), {"src": "P", "dst": "R", "axis": "tp"}),
+    "inside an op": (
+        torch.ops.ilm.query_dot_product_attention.default,
+        (torch.ones(4, 2), torch.ones(4, 2), None, False, "S(1)", "tp"),
+        {},
+    ),
+    "left to a W": (PRODUCTS[vocab_embedding].leave, (torch.tensor([1, 2]), -1, "tp"), {}),
+    "several": (seeded_dropout, (torch.tensor(3), 0.5, 0, "tp: S(0)"), {}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_bound_graph_reaches_its_own_ranks_whatever_the_thread_has(call: str) -> None:
+    target, args, kwargs = CALLS[call]
+    graph_module = calling(target, *args, **kwargs)
+    x = torch.arange(1.0, 3.0).view(1, 2)
+    with communicators(tp=SingleRank(4, 1)):
+        expected = graph_module(x)
+    bound = bind({"tp": SingleRank(2, 0)})
+    bind_axes(graph_module, bound)
+    bound = bind({"tp": SingleRank(4, 1)})  # bound once more, to others
+    bind_axes(graph_module, bound)
+    graph_module.recompile()
+    with communicators(tp=four):
+        assert torch.equal(graph_module(x), expected)
+
+
+class SingleRank(SingleCommunicator):
+    """Says of itself that it is one of several."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__()
+        self.size, self.rank = size, rank
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def recompute_over_cp(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def other(axis: str) -> Any:
         is_backward = torch._C._current_graph_task_id() != -1
-        return real("cp" if axis == "tp" and is_backward else axis)
+        return real("cp" if axis.startswith("tp[") and is_backward else axis)
 
     monkeypatch.setattr(collectives, "communicator", other)
 

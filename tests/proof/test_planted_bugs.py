@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ilm_compile.passes import shard, stage_module
+from ilm_compile.passes import shard
 from ilm_compile.program import collectives, trace, vocab
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite import stage_module
 from tests.proof.small import verify
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import ilm_compile
 from ilm_compile import models
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.program.communicator import set_communicators
 from ilm_compile.program.token_metrics import token_metrics
 from ilm_compile.runtime import Parallel
 from ilm_compile.runtime.communicator import communicator_over
@@ -234,16 +233,16 @@ def test_types_that_the_batches_do_not_have_are_refused() -> None:
 
 def test_of_equal_logits_the_first_counts() -> None:
     metrics = token_metrics(
-        torch.zeros(3, 4), torch.tensor([0, 1, -100]), ignore_index=-100, axis=None
+        torch.zeros(3, 4), torch.tensor([0, 1, -100]), ignore_index=-100, comm=None
     )
     assert metrics.hits.tolist() == [True, False, False]
     assert metrics.losses.tolist() == pytest.approx([math.log(4), math.log(4), 0])
 
 
 def equal_logits(rank: int) -> list[bool]:
-    set_communicators({"tp": communicator_over(dist.group.WORLD)})
+    comm = communicator_over(dist.group.WORLD)
     target = torch.tensor([0, 2, 3])  # each rank has one class
-    return token_metrics(torch.zeros(3, 1), target, ignore_index=-100, axis="tp").hits.tolist()
+    return token_metrics(torch.zeros(3, 1), target, ignore_index=-100, comm=comm).hits.tolist()
 
 
 def test_of_equal_logits_on_several_ranks_the_first_counts(world4: World) -> None:

@@ -13,7 +13,7 @@ from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime import Mesh
 from ilm_compile.runtime.initial_values import InitialValues
-from ilm_compile.runtime.materialize import fill, finish
+from ilm_compile.runtime.materialize import Binding, fill, finish
 from tests.runtime.handmade import Model, lower_by_hand, make_model
 from tests.support.layouts import tp, tp_place
 
@@ -149,7 +149,7 @@ def test_materialising_copies_and_keeps_sharing() -> None:
     (stage,) = lowered.stages
     values = InitialValues(model, seed=1)
     fill(stage, stage.variables, lowered.variables, values, Mesh.create(Plan()))
-    finish(stage, torch.device("cpu"))
+    finish(stage, Binding(torch.device("cpu")))
     module = stage.module
     assert module.prologue.embed is module.epilogue.head
     assert torch.equal(module.prologue.embed, model.embed)
@@ -161,7 +161,7 @@ def test_materialising_copies_and_keeps_sharing() -> None:
 def test_a_tensor_left_on_meta_is_refused() -> None:
     (stage,) = lower_by_hand(Plan()).stages
     with pytest.raises(ProgramError, match="embed of _Prologue in stage 0 got no value"):
-        finish(stage, torch.device("cpu"))
+        finish(stage, Binding(torch.device("cpu")))
 
 
 def test_a_model_of_another_shape_is_refused() -> None:

@@ -55,6 +55,7 @@ class Logger(Hook):
         self._peak_flops = peak_flops
         self._bar: Progress | None = None
         self._is_on = False
+        self._has_compiled = False  # and has said so
 
     def on_start(self, trainer: Trainer) -> None:
         self._is_on = trainer.parallel.mesh.rank == 0
@@ -88,7 +89,8 @@ class Logger(Hook):
         if self._console is not None:
             left = self._speed.seconds_left(trainer.total_steps - metrics.step)
             line = step_line(metrics, figures, total_steps=trainer.total_steps, seconds_left=left)
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._print(line)
+            self._print_compilations(trainer)
 
     def on_stop(self, trainer: Trainer) -> None:
         if self._bar is not None:
@@ -109,8 +111,17 @@ class Logger(Hook):
         self._record(group, step, values)
         if self._console is not None:
             text = "  ".join(f"{key} {_figure(value)}" for key, value in values.items())
-            line = f"step {step}  {group}  {text}"
+            self._print(f"step {step}  {group}  {text}")
+
+    def _print(self, line: str) -> None:
+        if self._console is not None:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _print_compilations(self, trainer: Trainer) -> None:
+        """Once, after the first step: what torch.compile has made of this rank's regions."""
+        for compilation in trainer.parallel.compilations if not self._has_compiled else ():
+            self._print(f"compile: {compilation}")
+        self._has_compiled = True
 
     def _record(self, group: str, step: int, values: Mapping[str, float]) -> None:
         for recorder in self._recorders:

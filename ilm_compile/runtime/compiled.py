@@ -1,0 +1,284 @@
+"""torch.compile of each region: one function for all that compute alike, their tensors its inputs.
+
+A region keeps its module, its parameters and what FSDP and recomputation do around it; only the
+code that it runs is another. What cannot be compiled runs as it is written, and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ilm_compile.program.check import FUNCTIONS
+from ilm_compile.program.dropout import SALT, seeded_dropout
+from ilm_compile.program.program import Source
+from ilm_compile.runtime.mesh import Mesh
+
+LOGGER = logging.getLogger("ilm_compile.compile")
+INDUCTOR = "inductor"
+# The random numbers of eager torch. And no order of its own for collectives that are independent
+# of each other: a rank that keeps another part of a value could find another order.
+_OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False}
+LEAVES_WEIGHTS = (
+    "for its products leave the gradients of their weights to W actions, and a compiled backward "
+    "is one piece; choose a schedule that does not split it"
+)
+_TRACED = FUNCTIONS - {operator.getitem}
+
+Backend = Callable[[fx.GraphModule, list[Any]], Any]
+Code = Callable[..., Any]
+
+
+@dataclass(slots=True, eq=False)
+class Compilation:
+    """One function, which all `regions` run that compute alike.
+
+    times: it was compiled: once for training, once more without gradients. seconds: all that took,
+    the runs in which it happened included. problem: why it runs as it is written, if it does.
+    """
+
+    run: Code = field(repr=False)
+    regions: list[str] = field(default_factory=list)
+    times: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+    is_new: bool = field(repr=False, default=False)  # compiled in the run that goes on
+
+    def __str__(self) -> str:
+        first, last = self.regions[0], self.regions[-1]
+        name = first if first == last else f"{first} ... {last} ({len(self.regions)} alike)"
+        if self.problem:
+            return f"{name}: runs as written, {self.problem}"
+        if not self.times:
+            return f"{name}: not run yet"
+        return f"{name}: compiled in {self.seconds:.1f} s"
+
+
+class RegionCompiler:
+    """Gives graphs their compiled code. Each is compiled by the first of its regions that runs.
+
+    backend: of torch.compile, by name. `compilations`: what was met so far.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self._backend = _find(backend)
+        self._known: dict[object, Compilation] = {}
+        for function in _TRACED:  # as calls of the graph: what they are made of is traced below it
+            torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
+
+    @property
+    def compilations(self) -> tuple[Compilation, ...]:
+        return tuple(self._known.values())
+
+    def code(self, graph_module: fx.GraphModule, name: str, written: Code) -> Code:
+        """What runs the graph instead of `written`, both as methods: the module comes first."""
+        if not _is_traceable(graph_module.graph):
+            if any(node.meta.get("leaves_weight") for node in graph_module.graph.nodes):
+                self._note(LEAVES_WEIGHTS, name)
+            return written
+        lifted, paths, salts, origins = _lift(graph_module)
+        key = lifted.code, *_types(graph_module)
+        if key not in self._known:
+            self._known[key] = Compilation(self._compile(lifted, key))
+        found = self._known[key]
+        if name not in found.regions:
+            found.regions.append(name)
+
+        owners: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # by whose code it runs
+
+        def forward(module: nn.Module, *inputs: Tensor) -> Any:
+            if found.problem:
+                return written(module, *inputs)
+            if module not in owners:
+                owners[module] = [_owner(module, path) for path in paths]
+            tensors = [getattr(owner, leaf) for owner, leaf in owners[module]]
+            start = time.perf_counter()
+            try:
+                result = found.run(*tensors, *salts, *inputs)
+            except _failures() as error:  # before anything of it has run
+                found.problem = _reason(error, origins)
+                warnings.warn(f"compile: {found}", stacklevel=2)
+                return written(module, *inputs)
+            if found.is_new:
+                found.is_new = False
+                found.times += 1
+                found.seconds += time.perf_counter() - start
+                LOGGER.info("compile: %s", found)
+            return result
+
+        return forward
+
+    def _note(self, problem: str, name: str) -> None:
+        """Note a region that is not even tried, and warn of the first with this problem."""
+        if problem not in self._known:
+            self._known[problem] = Compilation(_never, [name], problem=problem)
+            warnings.warn(f"compile: {self._known[problem]}", stacklevel=2)
+        elif name not in self._known[problem].regions:
+            self._known[problem].regions.append(name)
+
+    def _compile(self, lifted: fx.GraphModule, key: object) -> Code:
+        def backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+            self._known[key].is_new = True
+            with _backward_at_once():
+                return self._backend(graph, inputs)
+
+        compiled: Code = torch.compile(
+            lifted.forward, fullgraph=True, dynamic=False, backend=backend
+        )
+        return compiled
+
+
+def compiler_for(wanted: bool | str, mesh: Mesh) -> RegionCompiler | None:
+    """What compiles the regions of a plan with ``compile=wanted``; None for those that stay.
+
+    Warns where this machine lacks what it takes. Raises `PlanError` unless all ranks can or none.
+    """
+    if not wanted:
+        return None
+    backend = INDUCTOR if wanted is True else wanted
+    lack = missing_for(backend, mesh.device)
+    mesh.check_alike({"what torch.compile has here": lack or backend})
+    if not lack:
+        return RegionCompiler(backend)
+    if mesh.rank == 0:
+        warnings.warn(f"compile: {lack}; all regions run as they are written", stacklevel=4)
+    return None
+
+
+def missing_for(backend: str, device: torch.device) -> str:
+    """What this machine lacks for `backend`, "" if nothing."""
+    if backend != INDUCTOR:
+        return ""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "Inductor needs triton for CUDA, and it cannot be used here"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Inductor needs a C++ compiler for the CPU: {lines[0]}"
+    return ""
+
+
+def _find(name: str) -> Backend:
+    if name == INDUCTOR:
+        return lambda graph, inputs: torch._inductor.compile(graph, inputs, options=_OPTIONS)
+    from torch._dynamo.backends.registry import lookup_backend
+
+    found: Backend = lookup_backend(name)
+    return found
+
+
+def _backward_at_once() -> AbstractContextManager[object]:
+    """The backward is compiled with the forward, so that what fails fails before anything runs."""
+    from torch._functorch import config
+
+    name = "force_non_lazy_backward_lowering"
+    return config.patch(name, True) if hasattr(config, name) else nullcontext()
+
+
+def _failures() -> type[Exception]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a region that is not compiled was run as if it were")
+
+
+def _is_traceable(graph: fx.Graph) -> bool:
+    """Whether all that it calls is ops and the functions of programs."""
+    return all(
+        node.op != "call_module"
+        and (
+            node.op != "call_function"
+            or isinstance(node.target, torch._ops.OpOverload)
+            or node.target in FUNCTIONS
+        )
+        for node in graph.nodes
+    )
+
+
+def _lift(
+    graph_module: fx.GraphModule,
+) -> tuple[fx.GraphModule, list[str], list[Tensor], dict[str, fx.Node]]:
+    """The graph with all that may differ between equal regions as its first inputs.
+
+    Those are the tensors that the module holds, given by their paths, and the salts of its
+    dropouts. Last comes whence each call is. Everything is named by its place.
+    """
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    attributes: dict[str, fx.Node] = {}
+    own = graph_module.graph
+    held = [node for node in own.nodes if node.op == "get_attr"]
+    for node in held:
+        path = str(node.target)
+        if path not in attributes:
+            attributes[path] = graph.placeholder(f"held{len(attributes)}")
+        values[node] = attributes[path]
+    dropouts = own.find_nodes(op="call_function", target=seeded_dropout)
+    salts = {node: graph.placeholder(f"salt{number}") for number, node in enumerate(dropouts)}
+    origins = {}
+    for place, node in enumerate(own.nodes):
+        if node.op == "placeholder":
+            values[node] = graph.placeholder(f"given{place}")
+        elif node.op == "call_function":
+            args, kwargs = (
+                fx.node.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs)
+            )
+            if node in salts:
+                args = (*args[:SALT], salts[node], *args[SALT + 1 :])
+            name = f"v{place}"
+            values[node] = graph.create_node("call_function", node.target, args, kwargs, name)
+            origins[name] = node
+        elif node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], values.__getitem__))
+    numbers = [torch.tensor(node.args[SALT]) for node in dropouts]
+    return fx.GraphModule(nn.Module(), graph), list(attributes), numbers, origins
+
+
+def _types(graph_module: fx.GraphModule) -> tuple[object, ...]:
+    """What of its inputs decides how a graph is compiled."""
+    found: dict[str, object] = {}
+    for node in graph_module.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            val = node.meta["val"]
+            is_trained = node.op == "get_attr" and bool(
+                getattr(*_owner(graph_module, str(node.target))).requires_grad
+            )
+            found[node.name] = tuple(val.shape), val.dtype, is_trained
+    return tuple(found.values())
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = path.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
+def _reason(error: Exception, origins: dict[str, fx.Node]) -> str:
+    """One sentence of what torch says, with the user's line that it is about."""
+    text = str(error)
+    said = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    calls = [
+        origins[name]
+        for name in re.findall(r"^\s*(v\d+) = ", text, re.MULTILINE)
+        if name in origins
+    ]
+    where = ""
+    if calls:
+        where = f" at node {calls[-1].name} ({calls[-1].meta.get('source', Source())})"
+    return f"torch.compile cannot take it{where}: {said}"
