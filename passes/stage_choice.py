@@ -45,15 +45,7 @@ class ChooseStages(PipelineSplit):
     ) -> list[int]:
         """Choose both, mark the blocks, and return the cuts."""
         edges = [0, *self.candidates(program, calls, seconds)]
-        chooser = Chooser(
-            stage_units(program, calls, edges, HARDWARE[self.hardware]),
-            lambda count: build(
-                self.schedule, pp=self.pp, num_microbatches=count, num_chunks=self.num_chunks
-            ),
-            num_microbatches=self.num_microbatches,
-            memory=self.usable,
-        )
-        found = chooser.best()
+        found = self.chooser(program, calls, edges).best()
         if found.too_much:
             raise PlanError(
                 f"{self.name}: a rank needs {shown_bytes(self.usable + found.too_much)} with every "
@@ -65,6 +57,17 @@ class ChooseStages(PipelineSplit):
         seconds[:] = self._seconds(program, calls)
         self._tell(program, found)
         return [edges[unit] for unit in found.cuts]
+
+    def chooser(self, program: Program, calls: Sequence[fx.Node], edges: Sequence[int]) -> Chooser:
+        """Return what chooses among stages that begin at some of these positions in `calls`."""
+        return Chooser(
+            stage_units(program, calls, edges, HARDWARE[self.hardware]),
+            lambda count: build(
+                self.schedule, pp=self.pp, num_microbatches=count, num_chunks=self.num_chunks
+            ),
+            num_microbatches=self.num_microbatches,
+            memory=self.usable,
+        )
 
     @property
     def usable(self) -> int:

@@ -10,6 +10,7 @@ Sun et al. 2024, and answered there for a 1F1B pipeline by dynamic programming.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -103,6 +104,12 @@ class Chooser:
         self.schedule = make_schedule(self.simulated)
         self.ranks = rank_moments(self.schedule)
         self._seen: dict[tuple[int, ...], StageChoice] = {}
+
+    def within(self, memory: float) -> Chooser:
+        """Return one for other bytes per rank."""
+        other = copy(self)
+        other.memory, other._seen = memory, {}
+        return other
 
     def best(self) -> StageChoice:
         """Return the best choice found from balanced stages on, by moving runs of cuts."""
