@@ -1,7 +1,8 @@
 """Find the fastest plan of a model on a number of devices, predicted, and say why not another.
 
 ilm-compile plan internlm2_7b --gpus 64 --hardware h100 --tokens-per-batch 4M --seq 4096
-Nothing is run. The plan is written as JSON, which the other commands take as --plan.
+Nothing is run. The fastest plan that the model compiles with, and passes the type check, is written
+as JSON, which the other commands take as --plan.
 """
 
 import argparse
@@ -13,15 +14,16 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from ilm_compile.cli.model import add_model_argument, is_config, load_model
 from ilm_compile.config import load_config
 from ilm_compile.cost.hardware import HARDWARE
-from ilm_compile.errors import IlmCompileError
+from ilm_compile.errors import IlmCompileError, PlanError
 from ilm_compile.files import write_text
-from ilm_compile.planner import Candidate, Search, search
-from ilm_compile.program.program import Program
-from ilm_compile.program.trace import trace
+from ilm_compile.partitioning import partition
+from ilm_compile.planner import Candidate, Rejected, Search, search
+from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.training.model import input_spec, loss_function
 
 BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -30,7 +32,8 @@ BYTES = {
     **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
 }
 TRACED_TOKENS = 128  # sizes do not depend on them
-WIDTH = 140  # of the table, whatever a terminal makes of it
+WIDTH = 160  # of the table, whatever a terminal makes of it
+TRIES = 5  # plans that may fail to compile before the search does
 LINES = 20  # of those why not, without --all
 
 
@@ -55,11 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Search, print, and write the fastest plan."""
+    """Search, print, and write the fastest plan that compiles."""
     tokens = number("--tokens-per-batch", options.tokens_per_batch, BINARY)
     memory = None if options.memory is None else number("--memory", options.memory, BYTES)
+    model, loss_fn = load_model(options.model), _loss_function(options.model)
+    inputs = _inputs(options.model, 1, TRACED_TOKENS)
     found = search(
-        _traced(options.model),
+        trace(model, example_inputs=inputs, loss_fn=loss_fn),
         options.gpus,
         options.hardware,
         tokens_per_batch=tokens,
@@ -67,18 +72,18 @@ def run(options: argparse.Namespace) -> None:
         memory=memory,
         precision=options.precision,
     )
-    plan = found.plan
+    best, failed = _compiled(options.model, model, found)
     console = Console(width=max(Console().width, WIDTH), soft_wrap=True)
     console.print(_table(found, options.top))
-    lines = found.why_not()
+    lines = [*failed, *found.why_not()]
     shown = lines if options.all else lines[:LINES]
     console.print("\nWhy not:")
     for line in shown:
         console.print(f"  {line.what}: {line.reason}", markup=False, highlight=False)
     if len(shown) < len(lines):
         console.print(f"  and {len(lines) - len(shown)} more: --all")
-    write_text(options.output, plan.to_json() + "\n")
-    console.print(f"\n{options.output}: {found.best.name}", markup=False, highlight=False)
+    write_text(options.output, found.plan_of(best).to_json() + "\n")
+    console.print(f"\n{options.output}: {best.name}", markup=False, highlight=False)
 
 
 def number(option: str, text: str, units: Mapping[str, int]) -> int:
@@ -92,14 +97,41 @@ def number(option: str, text: str, units: Mapping[str, int]) -> int:
     return round(float(match[1]) * units[match[2]])
 
 
-def _traced(name: str) -> Program:
+def _compiled(name: str, model: nn.Module, found: Search) -> tuple[Candidate, list[Rejected]]:
+    """The fastest that compiles, and those before it with what was wrong."""
+    failed: list[Rejected] = []
+    best = found.best
+    for candidate in (best, *found.candidates[1:TRIES]):
+        plan = candidate.plan
+        inputs = _inputs(name, int(plan.micro_batch * plan.ep), plan.seq)
+        try:
+            partition(
+                model,
+                example_inputs=inputs,
+                loss_fn=_loss_function(name),
+                plan=found.plan_of(candidate),
+            )
+        except IlmCompileError as error:
+            reason = str(error).splitlines()[0]
+            failed.append(Rejected(candidate.name, f"does not compile: {reason}"))
+            continue
+        return candidate, failed
+    raise PlanError(
+        f"search: none of the {len(failed)} fastest plans compiles; the first, {failed[0].what}, "
+        f"{failed[0].reason}"
+    )
+
+
+def _inputs(name: str, rows: int, tokens: int) -> ExampleInputs:
+    """Those of a config, or of a causal language model."""
     if is_config(name):
-        config = load_config(name)
-        inputs, loss_fn = input_spec(config), loss_function(config)
-        return trace(load_model(name), example_inputs=inputs, loss_fn=loss_fn)
-    shape = (1, TRACED_TOKENS)
-    inputs = {"input_ids": (shape, torch.int64), "labels": (shape, torch.int64)}
-    return trace(load_model(name), example_inputs=inputs)
+        return input_spec(load_config(name))
+    shape = (rows, tokens)
+    return {"input_ids": (shape, torch.int64), "labels": (shape, torch.int64)}
+
+
+def _loss_function(name: str) -> LossFn | None:
+    return loss_function(load_config(name)) if is_config(name) else None
 
 
 def _table(found: Search, top: int) -> Table:

@@ -49,7 +49,11 @@ class Search:
     @property
     def plan(self) -> Plan:
         """The fastest as `partition` and `parallelize` take it."""
-        plan, name = self.best.to_plan(), self.question.hardware.name
+        return self.plan_of(self.best)
+
+    def plan_of(self, candidate: Candidate) -> Plan:
+        """Return a candidate as `partition` and `parallelize` take it."""
+        plan, name = candidate.to_plan(), self.question.hardware.name
         return plan.replace(hardware=name) if name in HARDWARE else plan
 
     def why_not(self) -> list[Rejected]:

@@ -54,6 +54,12 @@ def changed(row: str, **cells: str) -> str:
     )
 
 
+def test_chunks_make_1f1b_interleaved(tmp_path: Path) -> None:
+    more = changed(ROWS[1], id="more", chunks="3")
+    found = predicted(tmp_path, ROWS[1], more)
+    assert float(found["more"][0]) < 0.99 * float(found["b"][0])
+
+
 @pytest.mark.parametrize(
     ("cells", "note"),
     [

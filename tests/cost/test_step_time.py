@@ -71,6 +71,20 @@ def test_one_rank_of_everything_exposes_only_messages(changes: dict[str, Any]) -
     assert timed(**{**changes, "tp": 2}).exposed > alone
 
 
+def test_zero_2_gathers_once_a_step() -> None:
+    once, often = (timed(dp=8, zero=2, num_microbatches=count).exposed / count for count in (1, 16))
+    assert often < 0.9 * once
+
+
+def test_messages_between_nodes_are_slower() -> None:
+    inside = replace(HARDWARE["h100"], gpus_per_node=16)
+    given = plan(pp=16)
+    near, far = (
+        step_time(LLAMA, given, machine, OURS).exposed for machine in (inside, HARDWARE["h100"])
+    )
+    assert far > 2 * near
+
+
 def test_experts_cost_what_a_token_uses_of_them() -> None:
     wide = replace(LLAMA, experts=8, top_k=2, ffn=4096)
     one = replace(LLAMA, ffn=2 * 4096)

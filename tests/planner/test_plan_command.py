@@ -1,11 +1,13 @@
 """`ilm-compile plan`: the table, the reasons, the file, and what it refuses."""
 
-import json
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ilm_compile import Plan, models
+from ilm_compile import Plan, PlanError, models, partition
 from ilm_compile.cli import main
 
 ASKED = ["--gpus", "8", "--tokens-per-batch", "64K", "--seq", "2048"]
@@ -23,43 +25,75 @@ def _plan_file(tmp_path: Path) -> Path:
     return tmp_path / "plan.json"
 
 
-def test_it_prints_plans_and_reasons_and_writes_the_fastest(
-    plan_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", MODEL, *ASKED, "--output", str(plan_file)]) == 0
-    printed = capsys.readouterr().out
-    assert "on 8 x h100, 32 sequences of 2048 tokens" in printed
-    assert "tokens/s/GPU" in printed
-    assert "pp=4: has more stages than 2 layers" in printed
-    assert "x the time" in printed
-    plan = Plan.from_json(plan_file)
+def printed(*options: str) -> str:
+    """What the command prints."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        assert main(["plan", MODEL, *ASKED, *options]) == 0
+    return text.getvalue()
+
+
+@pytest.fixture(name="done", scope="module")
+def _done(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """One run: what it printed, and the plan."""
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    return printed("--top", "3", "--output", str(path)), path
+
+
+def test_it_prints_plans_and_reasons_and_writes_the_fastest(done: tuple[str, Path]) -> None:
+    text, path = done
+    assert "on 8 x h100, 32 sequences of 2048 tokens" in text
+    assert "tokens/s/GPU" in text
+    assert "pp=4: has more stages than 2 layers" in text
+    assert "x the time" in text
+    plan = Plan.from_json(path)
     assert plan.ranks_per_replica * (plan.dp or 0) == 8
     assert plan.hardware == "h100"
 
 
-def test_other_commands_take_the_file(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", MODEL, *ASKED, "--output", str(plan_file)])
-    changed = json.loads(plan_file.read_text()) | {"tp": 2, "dp": None}
-    plan_file.write_text(json.dumps(changed))
-    capsys.readouterr()
-    assert main(["explain", MODEL, "--plan", str(plan_file)]) == 0
-    assert "tp=2" in capsys.readouterr().out
+def test_other_commands_take_the_file(
+    done: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = done[1]
+    assert main(["explain", MODEL, "--plan", str(path)]) == 0
+    assert f"tp={Plan.from_json(path).tp}" in capsys.readouterr().out
 
 
-def test_the_file_is_the_same_again(plan_file: Path) -> None:
-    texts = []
-    for _ in range(2):
-        main(["plan", MODEL, *ASKED, "--output", str(plan_file)])
-        texts.append(plan_file.read_text())
-    assert texts[0] == texts[1]
+def test_more_plans_and_every_reason_and_the_same_file(
+    done: tuple[str, Path], plan_file: Path
+) -> None:
+    more = printed("--top", "5", "--all", "--output", str(plan_file))
+    assert len(more.splitlines()) > len(done[0].splitlines())
+    assert plan_file.read_text() == done[1].read_text()
 
 
-def test_few_and_all(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lengths = []
-    for more in (["--top", "1"], ["--top", "5"], ["--top", "5", "--all"]):
-        main(["plan", MODEL, *ASKED, *more, "--output", str(plan_file)])
-        lengths.append(len(capsys.readouterr().out.splitlines()))
-    assert lengths[0] < lengths[1] <= lengths[2]
+def test_a_plan_that_does_not_compile_is_passed_over(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[Plan] = []
+
+    def refuse_the_first(*arguments: Any, plan: Plan, **keywords: Any) -> Any:
+        if not refused:
+            refused.append(plan)
+            raise PlanError("too\nlong a story")
+        return partition(*arguments, plan=plan, **keywords)
+
+    monkeypatch.setattr("ilm_compile.cli.search.partition", refuse_the_first)
+    assert main(["plan", MODEL, *ASKED, "--output", str(plan_file)]) == 0
+    assert "does not compile: too\n" in capsys.readouterr().out
+    assert Plan.from_json(plan_file) != refused[0]
+
+
+def test_no_plan_that_compiles_is_an_error(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> Any:
+        raise PlanError("no")
+
+    monkeypatch.setattr("ilm_compile.cli.search.partition", refuse)
+    assert main(["plan", MODEL, *ASKED, "--output", str(plan_file)]) == 1
+    assert "none of the 5 fastest plans compiles" in capsys.readouterr().err
+    assert not plan_file.exists()
 
 
 @pytest.mark.parametrize(

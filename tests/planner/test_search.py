@@ -32,8 +32,9 @@ def test_candidates_use_all_devices_fit_and_are_in_order() -> None:
     assert result.best is result.candidates[0]
 
 
-def test_every_candidate_is_the_batch_and_a_valid_plan() -> None:
-    for one in found(LARGE).candidates:
+@pytest.mark.parametrize("sizes", [LARGE, SPARSE], ids=["dense", "experts"])
+def test_every_candidate_is_the_batch_and_a_valid_plan(sizes: ModelSizes) -> None:
+    for one in found(sizes).candidates:
         plan = one.to_plan()
         assert one.plan.dp * one.plan.micro_batch * one.plan.num_microbatches == 1024
         assert plan.ranks_per_replica * (plan.dp or 1) == 64
