@@ -20,6 +20,7 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.weight_parts import WeightParts
 from ilm_compile.proof.emulate import Step, emulate
 from ilm_compile.proof.reference import single_device_step
+from ilm_compile.schedule import StageTimes, search
 from tests.proof.small import verify
 from tests.support.equality import (
     EXAMPLE,
@@ -129,6 +130,23 @@ def test_no_block_runs_more_often_than_with_whole_backwards(schedule, checkpoint
     regions = [name for stage in program.stages for name, _ in stage.module.named_children()]
     times = MICRO_BATCHES * (2 if checkpoint else 1)
     assert runs == {name: times * n for name, n in Counter(regions).items() if "layers" in name}
+
+
+def test_a_schedule_that_was_found_trains_the_same(tmp_path):
+    """For stages of which the second takes three times as long."""
+    times = [StageTimes(forward=t, backward=t, weight=t) for t in (1.0, 3.0)]
+    path = str(tmp_path / "found.csv")
+    search(times, pp=2, num_microbatches=MICRO_BATCHES, max_in_flight=2).to_csv(path)
+    program = lowered("internlm2", schedule=path, pp=2)
+    [found] = emulate(
+        program,
+        make_schedule(program.plan),
+        make_model("internlm2"),
+        [make_batch(ROWS * MICRO_BATCHES)],
+    )
+    expected = reference("internlm2")
+    errors = compare(found.loss, expected.loss, found.gradients, expected.gradients)
+    assert max(errors.loss, errors.gradient) <= 1e-10, errors
 
 
 def nothing(parts: WeightParts) -> None:
