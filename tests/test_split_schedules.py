@@ -190,3 +190,26 @@ REAL = [
 @pytest.mark.parametrize("case", REAL, ids=str)
 def test_real_processes_equal_the_single_device_model(case, world4):
     assert_equal(world4, case, 1e-10)
+
+
+def gradients(rank: int, schedule: str, zero: int) -> dict[str, torch.Tensor]:
+    """Of a bf16 plan on two data-parallel ranks, on rank 0."""
+    parallel = ilm_compile.parallelize(
+        make_model("internlm2").float(),
+        example_inputs=EXAMPLE,
+        pp=2,
+        num_microbatches=3,
+        dtype=torch.bfloat16,
+        schedule=schedule,
+        zero=zero,
+        checkpoint=0.5,
+    )
+    parallel.execute_schedule(make_batch(ROWS * 3 * 2))
+    return parallel.full_gradients()
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_data_parallel_ranks_have_the_bits_of_whole_backwards(zero, world4):
+    whole, split = (world4.run(gradients, name, zero)[0] for name in ("1f1b", "zb_h1"))
+    assert whole.keys() == split.keys()
+    assert not [name for name, grad in whole.items() if not grad.equal(split[name])]
