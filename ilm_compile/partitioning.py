@@ -186,7 +186,14 @@ def parallelize(
     mesh = Mesh.create(plan, timeout=timeout)
 
     # Each rank compiles for itself; one that found another program would wait for others in vain.
-    mesh.check_alike({"the compiled program": program.dump(), "the plan": program.plan.to_json()})
+    schedule = schedule_of(plan)  # a file may differ between machines
+    mesh.check_alike(
+        {
+            "the compiled program": program.dump(),
+            "the plan": program.plan.to_json(),
+            "the schedule": "\n".join(" ".join(map(str, row)) for row in schedule.actions),
+        }
+    )
 
     def of_shape(inputs: dict[str, Input]) -> Shape:
         def compile_it() -> Compiled:
@@ -197,7 +204,7 @@ def parallelize(
 
     return Parallel(
         lower(program),
-        schedule_of(plan),
+        schedule,
         mesh,
         model,
         initializer=program.initializer,

@@ -20,6 +20,7 @@ from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.weight_parts import WeightParts
 from ilm_compile.proof.emulate import Step, emulate
 from ilm_compile.proof.reference import single_device_step
+from ilm_compile.schedule import StageTimes, search
 from tests.proof.small import verify
 from tests.support.equality import (
     EXAMPLE,
@@ -131,6 +132,23 @@ def test_no_block_runs_more_often_than_with_whole_backwards(schedule, checkpoint
     assert runs == {name: times * n for name, n in Counter(regions).items() if "layers" in name}
 
 
+def test_a_schedule_that_was_found_trains_the_same(tmp_path):
+    """For stages of which the second takes three times as long."""
+    times = [StageTimes(forward=t, backward=t, weight=t) for t in (1.0, 3.0)]
+    path = str(tmp_path / "found.csv")
+    search(times, pp=2, num_microbatches=MICRO_BATCHES, max_in_flight=2).to_csv(path)
+    program = lowered("internlm2", schedule=path, pp=2)
+    [found] = emulate(
+        program,
+        make_schedule(program.plan),
+        make_model("internlm2"),
+        [make_batch(ROWS * MICRO_BATCHES)],
+    )
+    expected = reference("internlm2")
+    errors = compare(found.loss, expected.loss, found.gradients, expected.gradients)
+    assert max(errors.loss, errors.gradient) <= 1e-10, errors
+
+
 def nothing(parts: WeightParts) -> None:
     """Leave out what a micro-batch has left."""
 
@@ -172,3 +190,26 @@ REAL = [
 @pytest.mark.parametrize("case", REAL, ids=str)
 def test_real_processes_equal_the_single_device_model(case, world4):
     assert_equal(world4, case, 1e-10)
+
+
+def gradients(rank: int, schedule: str, zero: int) -> dict[str, torch.Tensor]:
+    """Of a bf16 plan on two data-parallel ranks, on rank 0."""
+    parallel = ilm_compile.parallelize(
+        make_model("internlm2").float(),
+        example_inputs=EXAMPLE,
+        pp=2,
+        num_microbatches=3,
+        dtype=torch.bfloat16,
+        schedule=schedule,
+        zero=zero,
+        checkpoint=0.5,
+    )
+    parallel.execute_schedule(make_batch(ROWS * 3 * 2))
+    return parallel.full_gradients()
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_data_parallel_ranks_have_the_bits_of_whole_backwards(zero, world4):
+    whole, split = (world4.run(gradients, name, zero)[0] for name in ("1f1b", "zb_h1"))
+    assert whole.keys() == split.keys()
+    assert not [name for name, grad in whole.items() if not grad.equal(split[name])]

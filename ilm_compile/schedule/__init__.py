@@ -12,6 +12,7 @@ from ilm_compile.schedule.comms import forward_only as forward_only
 from ilm_compile.schedule.comms import insert_comms as insert_comms
 from ilm_compile.schedule.schedule import Schedule as Schedule
 from ilm_compile.schedule.schedule import peak_in_flight as peak_in_flight
+from ilm_compile.schedule.search import search as search
 from ilm_compile.schedule.simulate import Simulation as Simulation
 from ilm_compile.schedule.simulate import StageTimes as StageTimes
 from ilm_compile.schedule.simulate import simulate as simulate

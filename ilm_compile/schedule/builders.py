@@ -6,6 +6,7 @@ how many forwards a rank runs before its first backward: all of them (gpipe), or
 the ranks behind it busy (1f1b, interleaved_1f1b).
 """
 
+import csv
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Protocol, TypeVar
@@ -56,13 +57,27 @@ def register_schedule(
 
 
 def build(name: str, *, pp: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
-    """The named schedule with its sends and receives; `check` proves that it can run."""
-    _check_known(name)
+    """The named schedule with its sends and receives; `check` proves that it can run.
+
+    A name that ends in ".csv" is a file in either format of `Schedule.to_csv`.
+    """
     sizes = {"pp": pp, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     for option, size in sizes.items():
         if size < 1:
             raise ScheduleError(f"schedule {name!r}: {option} must be at least 1, got {size}")
-    return insert_comms(Schedule.from_rows(name, _BUILDERS[name](**sizes)))
+    if not name.endswith(".csv"):
+        _check_known(name)
+        return insert_comms(Schedule.from_rows(name, _BUILDERS[name](**sizes)))
+    read = _read(name)
+    found = read.num_ranks, read.num_microbatches, read.num_stages
+    if found != (pp, num_microbatches, pp * num_chunks):
+        raise ScheduleError(
+            f"schedule {name!r} has {found[0]} ranks, {found[1]} micro-batches and {found[2]} "
+            f"stages, but the plan has pp={pp}, num_microbatches={num_microbatches} and "
+            f"pp * num_chunks = {pp * num_chunks} stages; change either"
+        )
+    has_messages = any(not action.is_compute for row in read.actions for action in row)
+    return read if has_messages else insert_comms(read)
 
 
 def schedule_of(plan: Plan) -> Schedule:
@@ -77,6 +92,8 @@ def schedule_of(plan: Plan) -> Schedule:
 
 def stage_ranks(name: str, *, pp: int, num_stages: int) -> tuple[int, ...]:
     """The rank on which the named schedule runs each stage."""
+    if name.endswith(".csv"):
+        return _read(name).stage_to_rank
     _check_known(name)
     return tuple(_PLACEMENTS[name](stage, pp) for stage in range(num_stages))
 
@@ -86,9 +103,19 @@ def known_schedules() -> list[str]:
     return sorted(_BUILDERS)
 
 
+def _read(path: str) -> Schedule:
+    try:
+        return Schedule.from_csv(path, name=path)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ScheduleError(f"schedule {path!r} cannot be read: {error}") from error
+
+
 def _check_known(name: str) -> None:
     if name not in _BUILDERS:
-        raise ScheduleError(f"unknown schedule {name!r}; known: {', '.join(known_schedules())}")
+        raise ScheduleError(
+            f"unknown schedule {name!r}; known: {', '.join(known_schedules())}, or a file that "
+            "ends in .csv"
+        )
 
 
 @register_schedule("gpipe")
