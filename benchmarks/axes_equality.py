@@ -22,9 +22,12 @@ from pathlib import Path
 
 import torch
 
+import ilm_compile
 from benchmarks.common import RESULTS, read_rows, save_json
 from tests.support.axes import MODELS, cases
-from tests.support.equality import Case
+from tests.support.equality import EXAMPLE, Case, make_model
+from tests.support.promote import promoted_float32
+from tests.support.traced import traced_once
 from tests.support.training import train_and_compare
 from tests.support.world import World, WorldError
 
@@ -80,7 +83,7 @@ def measure(axis: str, case: Case, world: World) -> Row:
 def measure_all(only: Sequence[str], done: set[tuple[str, str, str]]) -> Iterator[Row]:
     """Yield the rows that are not `done`, those of few processes first.
 
-    The processes of a model trace it once for all plans of their number.
+    A model is traced once, here: the processes that it runs in are forked with its graph.
     """
     for axis, models in MODELS.items():
         by_size = [cases(model, axis) for model in models if not only or model in only]
@@ -88,7 +91,9 @@ def measure_all(only: Sequence[str], done: set[tuple[str, str, str]]) -> Iterato
             for each in by_size:
                 left = [c for c in each[size] if (axis, c.model, name_of(c)) not in done]
                 if left:
-                    with World(size) as world:
+                    with promoted_float32(), traced_once((left[0].model, False)):
+                        ilm_compile.partition(make_model(left[0].model), example_inputs=EXAMPLE)
+                    with World(size, method="fork") as world:
                         yield from (measure(axis, case, world) for case in left)
 
 
