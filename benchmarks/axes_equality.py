@@ -17,14 +17,17 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import ilm_compile
 from benchmarks.common import RESULTS, read_rows, save_json
 from tests.support.axes import MODELS, cases
-from tests.support.equality import Case
+from tests.support.equality import EXAMPLE, Case, make_model
+from tests.support.promote import promoted_float32
+from tests.support.traced import traced_once
 from tests.support.training import train_and_compare
 from tests.support.world import World, WorldError
 
@@ -77,13 +80,21 @@ def measure(axis: str, case: Case, world: World) -> Row:
     return Row(*names, first.loss, first.gradient, first.worst, found.weights)
 
 
-def measure_all(axis: str, model: str, done: set[tuple[str, str, str]]) -> Iterator[Row]:
-    """Yield the rows of `model` that are not `done`; its processes trace it once for all plans."""
-    for size, of_size in cases(model, axis).items():
-        left = [each for each in of_size if (axis, model, name_of(each)) not in done]
-        if left:
-            with World(size) as world:
-                yield from (measure(axis, each, world) for each in left)
+def measure_all(only: Sequence[str], done: set[tuple[str, str, str]]) -> Iterator[Row]:
+    """Yield the rows that are not `done`, those of few processes first.
+
+    A model is traced once, here: the processes that it runs in are forked with its graph.
+    """
+    for axis, models in MODELS.items():
+        by_size = [cases(model, axis) for model in models if not only or model in only]
+        for size in sorted({size for each in by_size for size in each}):
+            for each in by_size:
+                left = [c for c in each[size] if (axis, c.model, name_of(c)) not in done]
+                if left:
+                    with promoted_float32(), traced_once((left[0].model, False)):
+                        ilm_compile.partition(make_model(left[0].model), example_inputs=EXAMPLE)
+                    with World(size, method="fork") as world:
+                        yield from (measure(axis, case, world) for case in left)
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -122,16 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [Row(**saved) for saved in read_rows(options.output)]
     rows = [row for row in rows if row.is_equal or not options.again]
     done = {(row.axis, row.model, row.plan) for row in rows}
-    for axis, models in MODELS.items():
-        for model in models:
-            if options.only and model not in options.only:
-                continue
-            start = time.perf_counter()
-            for row in measure_all(axis, model, done):
-                seconds, start = time.perf_counter() - start, time.perf_counter()
-                print(f"{row.model}, {row.plan}: {row} ({seconds:.0f} s)", flush=True)
-                rows.append(row)
-                save_json(options.output, {"steps": STEPS, "rows": list(map(asdict, rows))})
+    start = time.perf_counter()
+    for row in measure_all(options.only or (), done):
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        print(f"{row.model}, {row.plan}: {row} ({seconds:.0f} s)", flush=True)
+        rows.append(row)
+        save_json(options.output, {"steps": STEPS, "rows": rows})
     print(summary(rows))
     return 0 if all(row.is_equal for row in rows) else 1
 

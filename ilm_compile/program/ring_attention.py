@@ -30,9 +30,9 @@ torch.library.define(
 )
 torch.library.define(
     "ilm::ring_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask,"
-    " Tensor? cu_seqlens, float scale, bool is_causal, int rows, str placement, str axis)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(bool is_learned, Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? mask, Tensor? cu_seqlens, float scale, bool is_causal, int rows, str placement,"
+    " str axis) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -173,6 +173,7 @@ def _forward(
 
 
 def _backward(
+    is_learned: bool,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -187,9 +188,11 @@ def _backward(
     placement: str,
     axis: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, and of the mask where it `is_learned`."""
     ring, exact = _Ring(k, cu_seqlens, is_causal, rows, placement, axis), exact_dtype(q)
-    is_bias = mask is not None and mask.is_floating_point()
-    grad_mask = mask.new_zeros(mask.shape) if mask is not None and is_bias else q.new_empty(0)
+    grad_mask = q.new_empty(0)
+    if mask is not None and is_learned:
+        grad_mask = mask.new_zeros(mask.shape)
     grad_q = torch.zeros_like(q, dtype=exact)
     carried = None
     for pieces, (key, value) in ring.travel(k, v):
@@ -197,7 +200,7 @@ def _backward(
         for piece in pieces:
             mine, theirs = piece.queries, piece.keys
             part = None if mask is None else mask[..., piece.tokens]
-            of_mask = grad_mask[..., piece.tokens] if is_bias else None
+            of_mask = grad_mask[..., piece.tokens] if is_learned else None
             operands = grad[mine], q[mine], key[theirs], value[theirs], out[mine]
             options = lse[mine].contiguous(), part, scale, piece.is_diagonal, of_mask
             found = blocks.backward(*operands, *options)
@@ -217,12 +220,9 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
     return q.new_empty((*shape, v.shape[-1])), q.new_empty(shape, dtype=exact_dtype(q))
 
 
-def _backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Any, *rest: Any
-) -> tuple[Tensor, ...]:
-    is_bias = mask is not None and mask.is_floating_point()
-    same = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *same, mask.new_empty(mask.shape) if is_bias else q.new_empty(0)
+def _backward_fake(is_learned: bool, grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    q, k, v, _, _, mask, *_ = inputs
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(mask.shape if is_learned else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -233,13 +233,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: None) -> tuple[Tensor | None, ...]:
-    axis = ctx.options[-1]
-    with communicators(**{axis: ctx.comm}):  # autograd may run this in another thread
-        *found, grad_mask = torch.ops.ilm.ring_attention_backward(
-            grad, *ctx.saved_tensors, *ctx.options
-        )
-    is_bias = grad_mask.numel() > 0
-    return *found, grad_mask if is_bias else None, *(None,) * (1 + len(ctx.options))
+    is_learned = ctx.needs_input_grad[3]
+    with communicators(**{ctx.options[-1]: ctx.comm}):  # autograd may be in another thread
+        run = torch.ops.ilm.ring_attention_backward
+        *found, of_mask = run(is_learned, grad, *ctx.saved_tensors, *ctx.options)
+    return *found, of_mask if is_learned else None, *(None,) * (1 + len(ctx.options))
 
 
 for _name, _run, _fake in (
