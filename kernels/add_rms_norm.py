@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.library import exact_dtype, implement
+from ilm_compile.kernels.library import differentiable, exact_dtype, implement
 from ilm_compile.kernels.rms_norm import check_norm, normalise, normalise_backward
 
 torch.library.define(
@@ -150,4 +150,4 @@ implement(
 )
 torch.library.register_fake("ilm::add_rms_norm", _forward_fake)
 torch.library.register_fake("ilm::add_rms_norm_backward", _backward_fake)
-torch.library.register_autograd("ilm::add_rms_norm", _differentiate, setup_context=_save)
+differentiable("ilm::add_rms_norm", _save, _differentiate)

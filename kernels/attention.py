@@ -17,7 +17,7 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention_backends, attention_reference
 from ilm_compile.kernels.documents import document_starts as document_starts
 from ilm_compile.kernels.documents import runs_of
-from ilm_compile.kernels.library import as_written
+from ilm_compile.kernels.library import as_written, differentiable
 
 torch.library.define(
     "ilm::attention",
@@ -149,7 +149,7 @@ torch.library.impl(
 )
 torch.library.register_fake("ilm::attention", _forward_fake)
 torch.library.register_fake("ilm::attention_backward", _backward_fake)
-torch.library.register_autograd("ilm::attention", _differentiate, setup_context=_save_inputs)
+differentiable("ilm::attention", _save_inputs, _differentiate)
 
 # On CUDA autograd differentiates the backend, which keeps what its backward needs, in place of the
 # rule above. Kept in a name: an implementation lives as long as the library that it came by.

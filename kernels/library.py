@@ -18,6 +18,8 @@ from ilm_compile.errors import IlmCompileError
 Implementation = Callable[..., Any]
 
 
+# Kept in a name: an implementation lives as long as the library that it came by.
+_RULES = torch.library.Library("ilm", "FRAGMENT")  # type: ignore[no-untyped-call]
 # Op -> where its Triton launcher is, as `module:function`.
 LAUNCHERS: dict[str, str] = {}
 
@@ -30,6 +32,36 @@ def implement(op: str, reference: Implementation, triton: str) -> None:
     LAUNCHERS[op] = triton
     torch.library.impl(op, "cpu", as_written(reference))
     torch.library.impl(op, "cuda", on_cuda(op, reference))
+
+
+def differentiable(op: str, save: Callable[..., None], differentiate: Callable[..., Any]) -> None:
+    """Give an op its backward, at half of what `torch.library.register_autograd` takes of the host.
+
+    op: `ilm::name`, whose arguments all have a place. save, differentiate: as the setup_context and
+    the backward there.
+    """
+    overload = getattr(torch.ops.ilm, op.removeprefix("ilm::")).default
+    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
+
+    class Rule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = overload(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    def run(*given: Any) -> Any:
+        inputs = given + defaults[len(given) :]  # the dispatcher leaves out what is as by default
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Rule.apply(*inputs)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*inputs)
+
+    Rule.__name__ = Rule.__qualname__ = op
+    _RULES.impl(op.removeprefix("ilm::"), run, "Autograd")  # type: ignore[no-untyped-call]
 
 
 def as_written(reference: Implementation) -> Implementation:

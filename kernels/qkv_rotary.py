@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.library import implement
+from ilm_compile.kernels.library import differentiable, implement
 from ilm_compile.kernels.rotation import check_tables, pick_angles, refuse_gradient, rotate_pairs
 
 _TABLES = "Tensor cos, Tensor sin, Tensor? position_ids"
@@ -140,4 +140,4 @@ implement(
 )
 torch.library.register_fake("ilm::qkv_rotary", _forward_fake)
 torch.library.register_fake("ilm::qkv_rotary_backward", _backward_fake)
-torch.library.register_autograd("ilm::qkv_rotary", _differentiate, setup_context=_save_tables)
+differentiable("ilm::qkv_rotary", _save_tables, _differentiate)

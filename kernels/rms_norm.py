@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.library import exact_dtype, implement
+from ilm_compile.kernels.library import differentiable, exact_dtype, implement
 
 # One program of the Triton kernels holds a row in registers, and wider rows do not fit.
 MAX_HIDDEN = 16384
@@ -184,4 +184,4 @@ implement(
 )
 torch.library.register_fake("ilm::rms_norm", _forward_fake)
 torch.library.register_fake("ilm::rms_norm_backward", _backward_fake)
-torch.library.register_autograd("ilm::rms_norm", _differentiate, setup_context=_save_inputs)
+differentiable("ilm::rms_norm", _save_inputs, _differentiate)

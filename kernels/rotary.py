@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.library import implement
+from ilm_compile.kernels.library import differentiable, implement
 from ilm_compile.kernels.rotation import check_tables, pick_angles, refuse_gradient, rotate_pairs
 
 _TABLES = "Tensor cos, Tensor sin, Tensor? position_ids"
@@ -119,4 +119,4 @@ implement("ilm::rotary", _forward, "ilm_compile.kernels.triton_rotary:rotary")
 implement("ilm::rotary_backward", _backward, "ilm_compile.kernels.triton_rotary:rotary_backward")
 torch.library.register_fake("ilm::rotary", _fake)
 torch.library.register_fake("ilm::rotary_backward", _fake)
-torch.library.register_autograd("ilm::rotary", _differentiate, setup_context=_save_tables)
+differentiable("ilm::rotary", _save_tables, _differentiate)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.library import exact_dtype, implement
+from ilm_compile.kernels.library import differentiable, exact_dtype, implement
 
 torch.library.define("ilm::swiglu", "(Tensor gate, Tensor up) -> Tensor")
 torch.library.define(
@@ -79,4 +79,4 @@ implement("ilm::swiglu", _forward, "ilm_compile.kernels.triton_swiglu:swiglu")
 implement("ilm::swiglu_backward", _backward, "ilm_compile.kernels.triton_swiglu:swiglu_backward")
 torch.library.register_fake("ilm::swiglu", _forward_fake)
 torch.library.register_fake("ilm::swiglu_backward", _backward_fake)
-torch.library.register_autograd("ilm::swiglu", _differentiate, setup_context=_save_inputs)
+differentiable("ilm::swiglu", _save_inputs, _differentiate)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
 
 
@@ -57,3 +59,21 @@ def first_problem(problem: str, mesh: Mesh) -> str:
         return ""
     text = broadcast(problem.encode(), mesh, source=rank).decode()
     return text if mesh.world_size == 1 else f"rank {rank}: {text}"
+
+
+def check_same_model(values: InitialValues, mesh: Mesh) -> None:
+    """Raise on every rank if the ranks were given models with different weights."""
+    if not mesh.is_distributed or not (sums := values.checksums()):
+        return
+    own = torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)
+    extremes = torch.stack([own, -own])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.group)
+    # Not exactly: processors of another kind may add up in another order.
+    is_same = torch.isclose(extremes[0], -extremes[1], rtol=1e-9, atol=1e-9)
+    different = (~is_same).nonzero().flatten().tolist()
+    if different:
+        name = list(sums)[different[0]]
+        raise IlmCompileError(
+            f"parallelize: expected the same model on every rank, got different values of {name}; "
+            "call torch.manual_seed before building the model, or build it on the meta device"
+        )

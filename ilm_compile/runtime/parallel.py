@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.bound import bind
 from ilm_compile.program.lowered import LoweredProgram
 from ilm_compile.program.parameter_map import (
@@ -26,6 +24,7 @@ from ilm_compile.program.parameter_map import (
 from ilm_compile.program.program import Variable
 from ilm_compile.program.traffic import Traffic
 from ilm_compile.runtime import norm, state
+from ilm_compile.runtime.agree import check_same_model
 from ilm_compile.runtime.batch import Batch, BatchLayout, says_local
 from ilm_compile.runtime.compiled import Compilation, compiler_for
 from ilm_compile.runtime.executor import StepResult
@@ -76,7 +75,7 @@ class Parallel:
         values = InitialValues(
             model, seed=lowered.plan.seed, initializer=initializer, maps=lowered.parameter_maps
         )
-        _check_same_model(values, mesh)
+        check_same_model(values, mesh)
         self.mesh = mesh
         self.num_steps = 0  # training steps executed; dropout masks depend on it
         self.schedule = schedule
@@ -390,21 +389,3 @@ class Parallel:
 
 def _is_saved(variable: Variable) -> bool:
     return variable.is_parameter or variable.persistent
-
-
-def _check_same_model(values: InitialValues, mesh: Mesh) -> None:
-    """Raise on every rank if the ranks were given models with different weights."""
-    if not mesh.is_distributed or not (sums := values.checksums()):
-        return
-    own = torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)
-    extremes = torch.stack([own, -own])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.group)
-    # Not exactly: processors of another kind may add up in another order.
-    is_same = torch.isclose(extremes[0], -extremes[1], rtol=1e-9, atol=1e-9)
-    different = (~is_same).nonzero().flatten().tolist()
-    if different:
-        name = list(sums)[different[0]]
-        raise IlmCompileError(
-            f"parallelize: expected the same model on every rank, got different values of {name}; "
-            "call torch.manual_seed before building the model, or build it on the meta device"
-        )

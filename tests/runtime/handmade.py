@@ -23,6 +23,7 @@ from ilm_compile.schedule import build, check
 from tests.support import layouts
 
 VOCAB, HIDDEN, FFN, SEQ, ROWS, NUM_BLOCKS = 10, 6, 8, 5, 2, 4
+fx.wrap("redistribute")
 META: dict[str, Any] = {"device": "meta", "dtype": torch.float64}
 PLACEMENTS: dict[str, Placement] = {"gate_up": S(0, (FFN, FFN)), "down": S(1)}
 
@@ -179,7 +180,7 @@ def _stage(index: int, plan: Plan, *, tied: bool) -> Stage:
     shared = prologue.embed if prologue is not None and tied else None
     module = _StageModule(
         prologue,
-        [Block(plan.tp, **META) for _ in numbers],
+        [fx.symbolic_trace(Block(plan.tp, **META)) for _ in numbers],  # a graph: it is bound
         _Epilogue(shared) if is_last else None,
     )
     paths = {"embed": "prologue.embed", "scale": "prologue.scale"} if is_first else {}
