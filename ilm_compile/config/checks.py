@@ -9,6 +9,7 @@ from ilm_compile.config.config import Config
 from ilm_compile.config.schema import CHECKPOINT, DataOptions
 from ilm_compile.config.table import Place, Problems, Table
 from ilm_compile.errors import PlanError
+from ilm_compile.models import DECODERS
 
 Fault = tuple[str, str]  # the key that is best changed, and what is wrong
 BYTE_VOCABULARY = 258
@@ -100,9 +101,13 @@ def _data(config: Config) -> Iterator[Fault]:
         )
 
 
-def _hf(config: Config) -> Iterator[Fault]:
-    if config.hf_folder is not None and config.loss.label_smoothing:
+def _smoothing(config: Config) -> Iterator[Fault]:
+    if not config.loss.label_smoothing:
+        return
+    if config.hf_folder is not None:
         yield "loss.label_smoothing", "a model of model.hf has a loss of its own; leave it out"
+    if config.model.fields.get("num_experts", 1) != 1:
+        yield "loss.label_smoothing", "would leave out the routers' loss; leave it out"
 
 
 def _checkpoints(config: Config) -> Iterator[Fault]:
@@ -114,6 +119,12 @@ def _checkpoints(config: Config) -> Iterator[Fault]:
         yield (
             "ckpt.load_content",
             f"load_format={ckpt.load_format!r} holds the weights alone; write ['model']",
+        )
+    if config.model.type in DECODERS and ckpt.load_format not in (CHECKPOINT, "ilm"):
+        yield (
+            "ckpt.load_format",
+            f"{ckpt.load_format!r} is not read into a model of type {config.model.type}, whose "
+            "parameters have other names here; start from a checkpoint of ours, or from the seed",
         )
     known = ["model.type", *(f"model.{name}" for name in config.model.fields)]
     known += ["model.config.KEY"] if config.hf_folder is not None else []
@@ -142,7 +153,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[Fault]], ...] = (
     _schedule,
     _scales,
     _data,
-    _hf,
+    _smoothing,
     _checkpoints,
     _monitor,
 )

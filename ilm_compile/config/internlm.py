@@ -8,13 +8,16 @@ to 12884dac. A key of theirs that has the same name and meaning here is not list
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ilm_compile.config.internlm_ckpt import choice, endless, folder, load_folder, load_info
+from ilm_compile.config.internlm_experts import EXPERTS, model_type
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Table
-from ilm_compile.config.translate import Fate, Ignored, NoEffect, Only, Refusal, Spread, To
+from ilm_compile.config.translate import Fate, Ignored, Only, Refusal, Spread, To
+from ilm_compile.models import DECODERS
 
 _NAMES_OF_DTYPES = {
     "torch.bfloat16": ("bfloat16", False),
@@ -49,14 +52,15 @@ def _dtype(value: Any, config: Table) -> dict[str, Any]:
 
 
 def _of_internlm2(key: str, *harmless: Any, opposite: bool = False) -> Spread:
-    """A key that InternLM 1 has too in their files, where only the harmless values mean nothing.
+    """A key that others than INTERNLM2 have too, where only the harmless values mean nothing.
 
     opposite: their True is our False.
     """
 
     def spread(value: Any, config: Table) -> dict[str, Any]:
-        named = config.find("model_type") or config.find("model.type")
-        if named is not None and named[0] != "INTERNLM":
+        family = FAMILIES.get(model_type(config))
+        known = family is None or any(item.name == key for item in fields(family))
+        if known:
             return {f"model.{key}": not value if opposite else value}
         if value not in harmless:
             raise Refusal(f"{shown(value)} is for model_type = 'INTERNLM2'; leave it out")
@@ -66,26 +70,10 @@ def _of_internlm2(key: str, *harmless: Any, opposite: bool = False) -> Spread:
     return Spread(spread, f"{told} of INTERNLM2", (f"model.{key}",))
 
 
-def _of_own_models(key: str, *harmless: Any) -> Spread:
-    """A key that the builder of a registered model may have; ours have no experts.
-
-    Of ours it has no effect, or must be one of `harmless`.
-    """
-
-    def spread(value: Any, config: Table) -> dict[str, Any]:
-        named = config.find("model_type") or config.find("model.type")
-        if named is not None and named[0] not in FAMILIES:
-            return {f"model.{key}": value}
-        if not harmless:
-            raise NoEffect("there are no experts in this model")
-        if value not in harmless:
-            raise Refusal(
-                f"{shown(value)}: for mixtures of experts write model.hf, or register a model of "
-                "your own"
-            )
-        return {}
-
-    return Spread(spread, f"`model.{key}` of a registered model", (f"model.{key}",))
+def _no_bias(value: Any, config: Table) -> dict[str, Any]:
+    if model_type(config) in DECODERS:
+        return {"model.qkv_bias": not value}
+    return dict(_of_internlm2("no_bias", False).function(value, config))
 
 
 def _packing(value: Any, config: Table) -> dict[str, Any]:
@@ -157,7 +145,6 @@ _TOP: dict[str, Fate] = {
     "tensorboard.queue_max_length": Ignored("files are written after every step"),
     "batch_count": Only((0,), "a checkpoint knows its step: write ckpt.load_path"),
     "alert_address": Spread(_feishu, "`monitor.webhook` of kind feishu", _WEBHOOK),
-    "moe": Ignored("a registered model takes what it needs from `model`"),
     "fp8": Only((False,), "train.dtype is float32 or a 16-bit type"),
     "int8_training": Only((False,), "train.dtype is float32 or a 16-bit type"),
     "int8_mode": Ignored("see int8_training"),
@@ -187,21 +174,28 @@ _MODEL: dict[str, Fate] = {
     "max_position_embeddings": Ignored("rotary positions have no table, any length is fine"),
     "use_dynamic_ntk_rope": Only((False,), "write a larger model.rope_base"),
     "is_reward": Only((False,), "for a reward head register a model of your own"),
-    "num_experts": _of_own_models("num_experts", 0, 1),
-    "moe_use_residual": _of_own_models("moe_use_residual", False),
-    "moe_type": _of_own_models("moe_type"),
+    "use_sliding_window": Only((False,), "register a model of your own, or write model.hf"),
+    "sliding_window": Ignored("use_sliding_window is False"),
+    "max_window_layers": Ignored("use_sliding_window is False"),
     "qk_interleaved": _of_internlm2("adapt_hf", True, False, opposite=True),
     "sequence_parallel": To("parallel.sequence_parallel"),
     "use_amp": Ignored("the dtype says what is computed in", (True,)),
     "mlp_layer_fusion": Ignored("it changes no number", (True, False)),
     "enable_qkv_fusion": Ignored("files with either are read and give the same", (True, False)),
     "apply_post_layer_norm": _of_internlm2("apply_post_layer_norm", False),
-    "no_bias": _of_internlm2("no_bias", False),
+    "no_bias": Spread(
+        _no_bias,
+        "`model.no_bias` of INTERNLM2; of BAICHUAN2 not `model.qkv_bias`",
+        ("model.no_bias", "model.qkv_bias"),
+    ),
     "norm_head": _of_internlm2("norm_head", False),
     "adapt_hf": _of_internlm2("adapt_hf", True, False),
 }
 
-_SHARDED = "for sharded weights write parallel.zero = 3"
+_GATHERED: dict[str, tuple[bool, ...]] = {
+    **dict.fromkeys(("overlap", "memory_pool"), (False, True)),
+    **dict.fromkeys(("launch_allgather_before", "forward_overlap_per"), ()),
+}
 
 _PARALLEL: dict[str, Fate] = {
     "zero1": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
@@ -237,24 +231,25 @@ _PARALLEL: dict[str, Fate] = {
     ),
     "pipeline.zero_bubble": Only((False,), "write parallel.schedule", ("parallel.schedule",)),
     **dict.fromkeys(
-        ("weight", "weight.size"),
+        ("weight", "weight.size", "expert_weight", "expert_weight.size"),
         Spread(_weight, "more than 1 sets `parallel.zero` = 3", ("parallel.zero",)),
     ),
-    "weight.overlap": Ignored("weights are not gathered by hand", (False, True)),
-    "weight.memory_pool": Ignored("weights are not gathered by hand", (False, True)),
-    "weight.launch_allgather_before": Ignored("weights are not gathered by hand"),
-    "weight.forward_overlap_per": Ignored("weights are not gathered by hand"),
+    **{
+        f"{name}.{key}": Ignored("weights are not gathered by hand", fulfilled)
+        for name in ("weight", "expert_weight")
+        for key, fulfilled in _GATHERED.items()
+    },
     "expert": To("parallel.expert", lambda value: None if value == -1 else value),
-    "expert.size": Only(
-        (-1, 1),
-        "there its ranks have micro-batches of their own, here they share one; write the number as "
-        "parallel.expert, and a data.micro_bsz that many times as large",
+    "expert.size": Ignored(
+        "it changes no number; to divide experts write parallel.expert, and a data.micro_bsz that "
+        "many times as large, or parallel.zero = 3, by which each rank stores a part of them",
+        (1,),
+    ),
+    "expert_zero1": Ignored("optimizer state is sharded over all data-parallel ranks", (-1, 0)),
+    "expert_zero1.size": Ignored(
+        "optimizer state is sharded over all data-parallel ranks", (-1, 0)
     ),
     "expert.no_tp": Ignored("how experts are cut for tp is decided by cost", (False,)),
-    "expert_weight": Only((1,), _SHARDED, ("parallel.zero",)),
-    "expert_weight.size": Only((1,), _SHARDED, ("parallel.zero",)),
-    "expert_weight.overlap": Ignored("weights are not gathered by hand", (False, True)),
-    "expert_weight.memory_pool": Ignored("weights are not gathered by hand", (False, True)),
     "sequence_2D.enable": Only((False,), "write parallel.sequence_parallel"),
     "sequence_2D.head_size": Ignored("sequences are cut along one dim", (1,)),
     "sequence_2D.context_size": Ignored("sequences are cut along one dim", (1,)),
@@ -297,7 +292,6 @@ _OPTIMIZER: dict[str, Fate] = {
     "grad_scaler.fp16.initial_scale": To("grad_scaler.initial_scale"),
     "grad_scaler.fp16.min_scale": To("grad_scaler.min_scale"),
     "grad_scaler.fp16.growth_interval": To("grad_scaler.growth_interval"),
-    "loss.moe_loss_coeff": Ignored("what a model adds to its loss, it takes from `model`"),
     "loss.op_type": Ignored("the cross entropy is sharded by the plan"),
     "hybrid_zero_optimizer.clip_grad_norm": To("train.max_grad_norm"),
     "hybrid_zero_optimizer.overlap_sync_grad": Ignored("gradients always overlap", (True,)),
@@ -350,6 +344,7 @@ KEYS: dict[str, Fate] = {
     **_below("parallel", _PARALLEL),
     **_below("data", _DATA),
     **_OPTIMIZER,
+    **EXPERTS,
     **_below("ckpt", _CKPT),
     **_below("monitor", _MONITOR),
 }

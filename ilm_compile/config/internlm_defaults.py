@@ -13,6 +13,7 @@ from typing import Any
 from ilm_compile.config.config import Config
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Place, Table
+from ilm_compile.models import DECODERS
 
 _TYPE = "INTERNLM"
 
@@ -23,6 +24,7 @@ LEFT_OUT: dict[str, Any] = {
     "lr_scheduler.warmup_ratio": 0.0,
     "lr_scheduler.eta_min": 0.0,
     "model.mlp_ratio": 4.0,
+    "model.embed_grad_scale": 0.1,
 }
 OF_FAMILIES: dict[str, dict[str, Any]] = {
     "INTERNLM": {},
@@ -32,6 +34,8 @@ OF_FAMILIES: dict[str, dict[str, Any]] = {
 _FAMILY = {"INTERNLM": "INTERNLM", "LLAMA": "LLAMA", "LLAMA2": "LLAMA"} | dict.fromkeys(
     ("INTERNLM2", "INTERNLM2_PUBLIC", "INTERNLM3"), "INTERNLM2"
 )
+_FAMILY |= {name: name for name in DECODERS}
+_AS_MANY_KEY_HEADS = ("LLAMA", "INTERNLM2", "INTERNLM_MoE", "BAICHUAN2")
 # What they have no key for, since it is always so there.
 ALWAYS: dict[str, Any] = {
     "optimizer.decay_all": True,
@@ -55,7 +59,7 @@ def fill_defaults(table: Table, place: Place) -> list[str]:
         if (family or not is_model) and _put(table, path, value, place):
             told.append(f"{path}={shown(value)}")
     heads = table.find("model.num_attention_heads")
-    if family in ("LLAMA", "INTERNLM2") and heads is not None:
+    if family in _AS_MANY_KEY_HEADS and heads is not None:
         _put(table, "model.num_kv_attention_heads", heads[0], place)
     for path, value in ALWAYS.items():
         _put(table, path, value, place)
@@ -71,8 +75,33 @@ def differences(config: Config, place: Place) -> Iterator[str]:
         f"{place}: the loss is the mean over all targets of a step; InternEvo takes the mean of "
         "its micro-batches' means, another one where they have more or fewer targets"
     )
+    yield from (f"{place}: {difference}" for difference in _of_experts(config))
     if not config.logging.tensorboard:
         yield f"{place}: no TensorBoard files; write enable_tb=True for them, as InternEvo has it"
+
+
+def _of_experts(config: Config) -> Iterator[str]:
+    model, parallel = config.model.fields, config.parallel
+    if model.get("num_experts", 1) == 1 or config.model.type not in DECODERS:
+        return
+    if model["capacity_factor"] and model["top_k"] <= 2:
+        yield (
+            "an expert takes rows in their order, and a token its most probable experts, as with "
+            "use_fused_gating=True; without it InternEvo draws them: with top_k=1 the rows that "
+            "are kept, with top_k=2 the second expert"
+        )
+    if max(parallel.tensor, parallel.context, parallel.expert) > 1:
+        yield (
+            "capacity and loss of a router are those of a micro-batch; InternEvo counts on each "
+            "rank, which may hold a part of it"
+        )
+    if config.train.dtype != "float32":
+        yield (
+            f"the routers' product is in {config.train.dtype}, their softmax in float32; InternEvo "
+            "computes both in float32"
+        )
+    if model["balance"] == "layers":
+        yield "the routers' loss counts all tokens; InternEvo leaves out documents of zeros"
 
 
 def _has_one_row(table: Table) -> bool:

@@ -17,7 +17,14 @@ from ilm_compile.config.options import (
 )
 from ilm_compile.config.table import Place, Problems, Table
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.models import HF, MODEL_INITIALIZER, InternLM2Config, InternLMConfig, ModelConfig
+from ilm_compile.models import (
+    DECODERS,
+    HF,
+    MODEL_INITIALIZER,
+    InternLM2Config,
+    InternLMConfig,
+    ModelConfig,
+)
 
 FAMILIES: dict[str, type[ModelConfig]] = {
     "INTERNLM": InternLMConfig,
@@ -26,6 +33,7 @@ FAMILIES: dict[str, type[ModelConfig]] = {
     "INTERNLM3": InternLM2Config,
     "LLAMA": InternLM2Config,
     "LLAMA2": InternLM2Config,
+    **DECODERS,
 }
 # Fields of ours that other keys of the config set.
 FROM_ELSEWHERE = {"seed": "train.seed", "max_seq_len": "data.seq_len"}

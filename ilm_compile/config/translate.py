@@ -105,7 +105,7 @@ def _put_over(table: Table, key: str, value: Any, place: Place, keys: Mapping[st
     earlier = table.find(key)
     size = keys.get(f"{key}.size")
     is_table = earlier is not None and isinstance(earlier[0], Table)
-    if is_table and size is not None and not isinstance(size, Only):
+    if is_table and isinstance(size, To | Spread):
         key = f"{key}.size"  # their other way to write the same
     if value is None:
         table.remove(key)

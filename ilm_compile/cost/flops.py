@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     "aten::addmm": _product_from(1),
     "aten::baddbmm": _product_from(1),
     "aten::_grouped_mm": _product_from(0),  # each row times the matrix of its group
+    "ilm::grouped_product": _product_from(0),
     "transformers::grouped_mm_fallback": _product_from(0),
     "aten::conv1d": Rule(_convolution, lambda node: node.args[:2]),
     "aten::conv2d": Rule(_convolution, lambda node: node.args[:2]),

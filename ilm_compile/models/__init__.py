@@ -3,6 +3,9 @@
 from ilm_compile.models.config import InternLM2Config as InternLM2Config
 from ilm_compile.models.config import InternLMConfig as InternLMConfig
 from ilm_compile.models.config import ModelConfig as ModelConfig
+from ilm_compile.models.decoder import Decoder as Decoder
+from ilm_compile.models.decoder_config import DECODERS as DECODERS
+from ilm_compile.models.decoder_config import DecoderConfig as DecoderConfig
 from ilm_compile.models.hf import from_hf_internlm2_state_dict as from_hf_internlm2_state_dict
 from ilm_compile.models.hf import from_hf_llama_state_dict as from_hf_llama_state_dict
 from ilm_compile.models.hf import to_hf_internlm2_state_dict as to_hf_internlm2_state_dict

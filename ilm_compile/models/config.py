@@ -51,33 +51,33 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            _require(self, getattr(self, name) > 0, f"{name} must be positive")
+            require(self, getattr(self, name) > 0, f"{name} must be positive")
         for field in fields(self):
             if field.name.endswith("_init_std"):
-                _require(self, getattr(self, field.name) >= 0, f"{field.name} must not be negative")
-        _require(
+                require(self, getattr(self, field.name) >= 0, f"{field.name} must not be negative")
+        require(
             self,
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} must be a multiple of "
             f"num_attention_heads={self.num_attention_heads}",
         )
-        _require(
+        require(
             self,
             self.head_dim % 2 == 0,
             f"hidden_size / num_attention_heads = {self.head_dim} must be even: rotary positions "
             "turn pairs of numbers",
         )
-        _require(
+        require(
             self,
             0 <= self.embed_grad_scale <= 1,
             f"embed_grad_scale={self.embed_grad_scale} must lie in [0, 1]",
         )
-        _require(
+        require(
             self,
             self.norm_type in ("rmsnorm", "layernorm"),
             f"norm_type={self.norm_type!r} must be 'rmsnorm' or 'layernorm'",
         )
-        _require(
+        require(
             self,
             self.init_type in ("normal", "uniform"),
             f"init_type={self.init_type!r} must be 'normal' or 'uniform'",
@@ -137,17 +137,34 @@ class InternLM2Config(ModelConfig):
     def __post_init__(self) -> None:
         # super() without arguments does not work in a dataclass with slots.
         ModelConfig.__post_init__(self)
-        kv_heads = self.num_kv_attention_heads
-        _require(self, kv_heads > 0, "num_kv_attention_heads must be positive")
-        _require(
-            self,
-            self.num_attention_heads % kv_heads == 0,
-            f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-            f"num_kv_attention_heads={kv_heads}",
-        )
+        require_key_heads(self, self.num_kv_attention_heads)
+
+    @property
+    def qkv_bias(self) -> bool:
+        return not self.no_bias
+
+    @property
+    def o_bias(self) -> bool:
+        return not self.no_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return False
 
 
-def _require(config: ModelConfig, condition: bool, message: str) -> None:
+def require_key_heads(config: ModelConfig, kv_heads: int) -> None:
+    """Refuse a number of key heads that the query heads cannot share."""
+    require(config, kv_heads > 0, "num_kv_attention_heads must be positive")
+    require(
+        config,
+        config.num_attention_heads % kv_heads == 0,
+        f"num_attention_heads={config.num_attention_heads} must be a multiple of "
+        f"num_kv_attention_heads={kv_heads}",
+    )
+
+
+def require(config: ModelConfig, condition: bool, message: str) -> None:
+    """Raise `IlmCompileError` with the message and the config unless the condition holds."""
     if not condition:
         raise IlmCompileError(f"{type(config).__name__}: {message}; got {config}")
 

@@ -12,6 +12,7 @@ from ilm_compile.kernels.attention import attention
 from ilm_compile.models.blocks import MLP, OutputHead, scale_gradient, token_loss
 from ilm_compile.models.causal_lm import CausalLM
 from ilm_compile.models.config import InternLM2Config, config_from_fields
+from ilm_compile.models.decoder_config import DecoderConfig
 from ilm_compile.models.init import Constant, InitTable, Random
 from ilm_compile.models.norm import make_norm
 from ilm_compile.models.registry import MODEL_INITIALIZER
@@ -25,13 +26,21 @@ class Attention(nn.Module):
     key head, then the value head.
     """
 
-    def __init__(self, config: InternLM2Config) -> None:
+    def __init__(self, config: InternLM2Config | DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        num_rows = config.num_attention_heads + 2 * config.num_kv_attention_heads
-        bias = not config.no_bias
-        self.wqkv = nn.Linear(config.hidden_size, num_rows * config.head_dim, bias=bias)
-        self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        heads, kv_heads, size = (
+            config.num_attention_heads,
+            config.num_kv_attention_heads,
+            config.head_dim,
+        )
+        self.wqkv = nn.Linear(
+            config.hidden_size, (heads + 2 * kv_heads) * size, bias=config.qkv_bias
+        )
+        self.wo = nn.Linear(heads * size, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = make_norm(config, size)
+            self.k_norm = make_norm(config, size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
@@ -43,6 +52,8 @@ class Attention(nn.Module):
         k, v = qkv[:, :, :, -2], qkv[:, :, :, -1]
         if not self.config.adapt_hf:
             q, k = even_then_odd(q), even_then_odd(k)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         context = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens)
         out: Tensor = self.wo(context.flatten(2))
         return out

@@ -53,7 +53,7 @@ class LayerNorm(nn.Module):
 _KINDS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """A norm over the hidden size, of the kind that the config names."""
+def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
+    """A norm over the hidden size, or `size`, of the kind that the config names."""
     kind = _KINDS[config.norm_type]
-    return kind(config.hidden_size, eps=config.layer_norm_epsilon, fp32=config.norm_fp32)
+    return kind(size or config.hidden_size, eps=config.layer_norm_epsilon, fp32=config.norm_fp32)

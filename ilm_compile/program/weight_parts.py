@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ilm_compile.kernels.grouped_product import weights_gradient
 from ilm_compile.program.expert_rows import grouped_product
 from ilm_compile.program.vocab import local_rows, vocab_embedding
 
@@ -213,6 +214,10 @@ def _of_groups(grad: Tensor, value: Tensor, weight: _Weight, offs: Tensor) -> Te
     return torch.stack([value[a:b].t() @ grad[a:b] for a, b in pairwise(bounds)])
 
 
+def _of_rows(grad: Tensor, value: Tensor, weight: _Weight, offs: Tensor) -> Tensor:
+    return weights_gradient(grad, value, offs)
+
+
 def _of_embedding(grad: Tensor, indices: Tensor, weight: _Weight, padding_idx: int = -1) -> Tensor:
     backward = aten.embedding_dense_backward.default
     found: Tensor = backward(grad, indices, weight.shape[0], padding_idx, False)
@@ -236,6 +241,7 @@ PRODUCTS = {
         Product(aten.bmm.default, 0, 1, 3, _of_bmm),
         Product(aten._grouped_mm.default, 0, 1, 3, _of_grouped),
         Product(grouped_product, 0, 1, 3, _of_groups),
+        Product(torch.ops.ilm.grouped_product.default, 0, 1, 3, _of_rows),
         Product(aten.embedding.default, 1, 0, 2, _of_embedding),
         Product(vocab_embedding, 1, 0, 2, _of_vocab_embedding),
     )

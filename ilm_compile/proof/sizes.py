@@ -20,6 +20,7 @@ from ilm_compile.proof import place_relations as place
 from ilm_compile.proof import size_relations as size
 from ilm_compile.proof.dims import Classes, Dims, Relation, View, op_name, pin, same
 from ilm_compile.proof.numbers import sizes_of
+from ilm_compile.sharding.rules_select import GROUPED
 from ilm_compile.sharding.strategy import tensor_inputs
 
 
@@ -106,7 +107,7 @@ RELATIONS: dict[str, Relation] = {
     "gather": place.gather,
     **dict.fromkeys(("topk", "sort", "argsort"), place.ordered),
     **dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), place.compared),
-    **dict.fromkeys(("_grouped_mm", "transformers::grouped_mm_fallback"), size.grouped),
+    **dict.fromkeys((name.removeprefix("aten::") for name in GROUPED), size.grouped),
     "sort_rows": size.sorted_rows,
     "unsort_rows": size.unsorted_rows,
     "route": size.routed,

@@ -66,7 +66,7 @@ def gather(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 
 # Grouped products: rows (m, k) times one of (e, k, n) each, chosen by the offsets (e,).
-GROUPED = ("transformers::grouped_mm_fallback", "aten::_grouped_mm")
+GROUPED = ("ilm::grouped_product", "transformers::grouped_mm_fallback", "aten::_grouped_mm")
 _BATCHED = ("aten::bmm", "aten::matmul", "aten::einsum", "aten::baddbmm")
 _VIEWS = ("aten::transpose", "aten::permute", "aten::to")
 

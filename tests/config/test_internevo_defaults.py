@@ -35,6 +35,7 @@ def test_what_is_left_out_is_as_internevo_has_it(tmp_path: Path) -> None:
     assert (config.train.dtype, config.train.max_grad_norm) == ("float16", 0.0)
     assert (config.lr_scheduler.warmup_ratio, config.lr_scheduler.eta_min) == (0.0, 0.0)
     assert config.model.fields["mlp_ratio"] == 4.0
+    assert config.model.fields["embed_grad_scale"] == 0.1
     assert line(config, "left out, so as InternEvo has it: model_type='INTERNLM', train.dtype=")
 
 

@@ -102,7 +102,7 @@ THEIRS: dict[str, Any] = {
 
 
 NOTICED = [
-    *["moe", "generation", "tensorboard.queue_max_length", "tensorboard_folder"],
+    *["moe.top_k", "generation", "tensorboard.queue_max_length", "tensorboard_folder"],
     *["resume_tb_folder", "selective_checkpoint", "cpu_offloading"],
     *["model.dropout_selective_checkpoint", "model.max_position_embeddings", "model.moe_type"],
     *["parallel.zero1.size", "data.packed_length", "data.valid_micro_num"],
@@ -149,11 +149,7 @@ def test_every_key_of_internevo_is_mapped_or_noticed() -> None:
     ("sections", "message"),
     [
         ({"model": {"norm_type": "batchnorm"}}, "expected one of 'rmsnorm', 'layernorm'"),
-        ({"model": {"num_experts": 8}}, "for mixtures of experts write model.hf, or register"),
-        (
-            {"parallel": {"expert": {"size": 2}}},
-            "here they share one; write the number as",
-        ),
+        ({"model": {"num_experts": 8}}, "there are no experts in INTERNLM2; model_type is one of"),
         ({"model": {"drop_rate": 0.1}}, "have no dropout"),
         ({"model": {"dtype": "torch.float64"}}, "write one of torch.bfloat16"),
         ({"model": {"is_reward": True}}, "for a reward head"),

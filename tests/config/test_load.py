@@ -98,7 +98,7 @@ def test_the_sample_with_bases_takes_its_own_values_over_theirs() -> None:
         ({"parallel": {"tensor": {"sizes": 2}}}, "did you mean parallel.tensor.size?"),
         ({"model": {"hiden_size": 2}}, "model.hiden_size is not a key; did you mean model.hidden"),
         ({"model": {"seed": 2}}, "model.seed is not a key; write train.seed"),
-        ({"model": {"type": "GPT"}}, "unknown type 'GPT', expected one of HF, INTERNLM, INTERNLM2"),
+        ({"model": {"type": "GPT"}}, "unknown type 'GPT', expected one of BAICHUAN2, HF, INTERNLM"),
         ({"model": {"num_layers": "2"}}, "model.num_layers: expected an integer, got '2'"),
         ({"model": {"hidden_size": 63}}, "must be a multiple of num_attention_heads=4"),
         ({"train": {"total_steps": 5e4}}, "train.total_steps: expected an integer, got 50000.0"),

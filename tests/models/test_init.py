@@ -1,15 +1,19 @@
 """Initial weights are a function of the seed and the name, whoever asks and for which rows."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import initialize_, internlm2_tiny, internlm_tiny
+from tests.support.equality import decoder
 
 makers = pytest.mark.parametrize(
-    "make", [internlm_tiny, internlm2_tiny], ids=["internlm", "internlm2"]
+    "make",
+    [internlm_tiny, internlm2_tiny, partial(decoder, "INTERNLM_MoE", num_shared_experts=1)],
+    ids=["internlm", "internlm2", "experts"],
 )
 
 

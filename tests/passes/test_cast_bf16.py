@@ -284,6 +284,27 @@ def test_op_that_does_not_promote_gets_float32() -> None:
     assert dtypes(program, "aten.scatter_add") == {FP32}
 
 
+@pytest.mark.parametrize("name", ["ilm.grouped_product", "transformers.grouped_mm_fallback"])
+def test_products_of_experts_are_low_as_all_products(name: str) -> None:
+    library, op = name.split(".")
+    if library == "transformers":
+        pytest.importorskip("transformers.integrations.moe")
+    product = getattr(getattr(torch.ops, library), op)
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 8, 8))
+            self.register_buffer("ends", torch.tensor([1, 4], dtype=torch.int32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(x, self.weight, self.ends).mean()
+
+    program = trace(Grouped(), example_inputs={"x": ((4, 8), FP32)})
+    run_passes(program, [CastBF16()])
+    assert dtypes(program, name) == {BF16}
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_sharded_program_passes_the_placement_check(sequence_parallel: bool) -> None:
     step = TensorParallel(size=2, sequence_parallel=sequence_parallel)

@@ -141,9 +141,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
     aten.conv1d.padding: [lambda: call(x(4, 8, 6), x(8, 1, 3), x(8), [1], "same", [1], 8)],
     aten.conv2d.default: [lambda: call(x(4, 8, 6, 6), x(12, 8, 3, 3), x(12))],
     aten.conv2d.padding: [lambda: call(x(4, 8, 6, 6), x(8, 1, 3, 3), None, [1], "same", [1], 8)],
-    "transformers::grouped_mm_fallback": [
-        lambda: call(x(6, 8), x(3, 8, 12), torch.tensor([2, 2, 6], dtype=torch.int32)),
-    ],
+    **{
+        name: [lambda: call(x(6, 8), x(3, 8, 12), torch.tensor([2, 2, 6], dtype=torch.int32))]
+        for name in ("transformers::grouped_mm_fallback", "ilm::grouped_product")
+    },
     expert_order: [lambda: call(integers(3, 8))],
     sort_rows: [
         lambda: call(x(8, 4), torch.randperm(8), 1),

@@ -55,7 +55,19 @@ def hf_gpt2(heads: int = 8) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
+def decoder(name: str, **fields: Any) -> nn.Module:
+    """A mixture of experts of InternEvo whose router decides, and drops rows where it may."""
+    sizes = {"hidden_size": 32, "vocab_size": VOCAB, "num_attention_heads": 4, "multiple_of": 8}
+    sizes |= {"num_kv_attention_heads": 2, "num_experts": 4, "top_k": 2, "router_init_std": 0.5}
+    build = models.MODEL_INITIALIZER.get_module(name)
+    return build(**{**TINY, **sizes, "num_layers": 2, "mlp_ratio": 1.5, **fields})
+
+
 MODELS = {
+    "INTERNLM_MoE": partial(
+        decoder, "INTERNLM_MoE", num_shared_experts=1, capacity_factor=0.75, min_capacity=1
+    ),
+    "QWEN3MOE": partial(decoder, "QWEN3MOE", head_dim=16),
     "internlm": lambda: models.internlm_tiny(**TINY),
     "internlm2": lambda: models.internlm2_tiny(**TINY),
     "llama": hf_llama,
