@@ -7,6 +7,7 @@ from ilm_compile.passes.cast_bf16 import CastFP16 as CastFP16
 from ilm_compile.passes.context_parallel import ContextParallel as ContextParallel
 from ilm_compile.passes.expert_parallel import ExpertParallel as ExpertParallel
 from ilm_compile.passes.fuse_kernels import FuseKernels as FuseKernels
+from ilm_compile.passes.fuse_loss import FuseLoss as FuseLoss
 from ilm_compile.passes.fuse_residual import FuseResidual as FuseResidual
 from ilm_compile.passes.interleave import Interleave as Interleave
 from ilm_compile.passes.lower import lower as lower

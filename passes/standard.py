@@ -14,6 +14,7 @@ from ilm_compile.passes.cast_bf16 import CastBF16, CastFP16
 from ilm_compile.passes.context_parallel import ContextParallel
 from ilm_compile.passes.expert_parallel import ExpertParallel
 from ilm_compile.passes.fuse_kernels import FuseKernels
+from ilm_compile.passes.fuse_loss import FuseLoss
 from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
 from ilm_compile.passes.master_weights import master_passes
@@ -101,7 +102,7 @@ def standard_passes(plan: Plan) -> list[Pass]:
             ContextParallel(size=plan.cp, attention=plan.cp_attention, hardware=plan.hardware)
         )
     if fuses(plan):
-        passes += [FuseKernels(), FuseResidual()]
+        passes += [FuseKernels(), FuseResidual(), FuseLoss()]
     if plan.dtype:
         passes.append(CASTS[plan.dtype]())
     if plan.checkpoint == AUTO:

@@ -19,6 +19,7 @@ from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move, redistribut
 from ilm_compile.program.expert_rows import SENT as SENT_ROUTES
 from ilm_compile.program.expert_rows import route, route_of
 from ilm_compile.program.layout import Sizes
+from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.query_attention import parts_of
 from ilm_compile.program.sharded_reductions import (
@@ -90,7 +91,7 @@ def traffic(node: fx.Node, sizes: Sizes, *, has_gradient: bool = True) -> list[M
         return _routed(node, sizes[str(node.kwargs["axis"])], has_gradient)
     if parts_of(node) > 1:
         return _shifted(node, parts_of(node), has_gradient)
-    if node.target not in INSIDE:
+    if node.target not in INSIDE or not node.args[-1]:  # over no axis
         return []
     size = sizes[str(node.args[-1])]
     reduced = INSIDE[node.target](node)[: 1 + has_gradient]
@@ -125,6 +126,12 @@ def _cross_entropy(node: fx.Node) -> tuple[list[int], ...]:
     return ([row, stacked * row],)
 
 
+def _linear_cross_entropy(node: fx.Node) -> tuple[list[int], ...]:
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    row = x.shape[0] * exact_dtype(x).itemsize
+    return ([row, (3 if node.args[5] else 2) * row],)
+
+
 def _kept(node: fx.Node) -> tuple[int, int]:
     """Return how many numbers a reduction keeps, and the bytes of one in full precision."""
     x = node.args[0].meta["val"]  # type: ignore[union-attr]
@@ -157,6 +164,7 @@ def _place(node: fx.Node) -> tuple[list[int], ...]:
 # The bytes of each all-reduce inside a function of the graph: forward, and backward if any.
 INSIDE: dict[Any, Callable[[fx.Node], tuple[list[int], ...]]] = {
     vocab_cross_entropy: _cross_entropy,
+    linear_cross_entropy: _linear_cross_entropy,
     sharded_logsumexp: _exponentials,
     sharded_log_softmax: _softmax,
     sharded_softmax: _softmax,

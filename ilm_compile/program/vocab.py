@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ilm_compile.kernels.vocab_loss import vocab_cross_entropy_backward, vocab_statistics
-from ilm_compile.program.communicator import communicator
+from ilm_compile.program.communicator import Communicator, communicator
 
 NONE, MEAN, SUM = 0, 1, 2  # ATen's encoding of cross_entropy_loss(reduction=...)
 
@@ -53,20 +53,11 @@ class _VocabCrossEntropy(torch.autograd.Function):
         comm = communicator(axis)
         width = logits.shape[-1]
         vocab, first = width * comm.size, width * comm.rank
-        top, exps, picked, total = vocab_statistics(logits, target, first, ignore_index, vocab)
-        top_here, top = top, comm.all_reduce(top, op="max")
-        counted = target != ignore_index
-        here = (target >= first) & (target < first + width)
-        sums = [exps * (top_here - top).exp(), (picked - top).masked_fill(~here, 0.0)]
-        sums += [total - width * top] if smoothing else []
-        exps, picked, *rest = comm.all_reduce(torch.stack(sums)).unbind(0)
-        log_exps = exps.log()
-        loss = log_exps - picked
-        if smoothing:
-            loss = (1 - smoothing) * loss + smoothing * (log_exps - rest[0] / vocab)
-        ctx.save_for_backward(logits, target, top + log_exps)
+        found = vocab_statistics(logits, target, first, ignore_index, vocab)
+        losses, logsumexp = token_losses(found, target, comm, width, ignore_index, smoothing)
+        ctx.save_for_backward(logits, target, logsumexp)
         ctx.options = (first, ignore_index, smoothing, vocab)
-        return loss.masked_fill(~counted, 0.0)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -93,6 +84,39 @@ def vocab_cross_entropy(
     """
     flat = logits.movedim(1, -1).flatten(0, -2), target.flatten()
     losses: Tensor = _VocabCrossEntropy.apply(*flat, axis, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]
+    return mean_or_sum(losses, target, reduction, ignore_index)
+
+
+def token_losses(
+    statistics: tuple[Tensor, ...],
+    target: Tensor,
+    comm: Communicator | None,
+    width: int,
+    ignore_index: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the logsumexp of each token from what `vocab_statistics` found.
+
+    comm: the ranks that hold `width` classes each; None where one holds all.
+    """
+    top, exps, picked, total = statistics
+    first = width * comm.rank if comm else 0
+    vocab = width * comm.size if comm else width
+    top_here, top = top, comm.all_reduce(top, op="max") if comm else top
+    here = (target >= first) & (target < first + width)
+    sums = [exps * (top_here - top).exp(), (picked - top).masked_fill(~here, 0.0)]
+    sums += [total - width * top] if smoothing else []
+    stacked = torch.stack(sums)
+    exps, picked, *rest = (comm.all_reduce(stacked) if comm else stacked).unbind(0)
+    log_exps = exps.log()
+    loss = log_exps - picked
+    if smoothing:
+        loss = (1 - smoothing) * loss + smoothing * (log_exps - rest[0] / vocab)
+    return loss.masked_fill(target == ignore_index, 0.0), top + log_exps
+
+
+def mean_or_sum(losses: Tensor, target: Tensor, reduction: int, ignore_index: int) -> Tensor:
+    """Return what ATen's `reduction` makes of the loss of each token."""
     if reduction == NONE:
         return losses.view(target.shape)
     total = losses.sum()

@@ -86,6 +86,8 @@ def lookups(program: Program) -> Iterator[tuple[fx.Node, int, bool]]:
             logits = node.all_input_nodes[0]
             dim = min(1, logits.meta["val"].dim() - 1)
             yield logits, dim, _is_input(node.args[1], program)  # type: ignore[arg-type]
+        elif name == "linear_cross_entropy":
+            yield node.all_input_nodes[1], 0, _is_input(node.all_input_nodes[2], program)
 
 
 def _is_input(node: fx.Node, program: Program) -> bool:

@@ -182,6 +182,13 @@ def cross_entropy(view: View) -> None:
         view.classes.pin([*view.inputs[2], logits[min(1, len(logits) - 1)]])
 
 
+def linear_cross_entropy(view: View) -> None:
+    x, weight, target = view.inputs[:3]
+    view.classes.tie(x[1], weight[1])
+    view.classes.tie(x[0], target[0])
+    view.classes.tie_all(view.out, target)
+
+
 def made(view: View) -> None:
     """A value made of numbers: what uses it ties its sizes."""
 

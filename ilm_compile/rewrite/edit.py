@@ -58,6 +58,14 @@ def insert_before(
     return _insert(program, node, _neighbour(program, node), target, args, kwargs)
 
 
+def insert_like(
+    program: Program, node: fx.Node, like: fx.Node, target: Any, /, *args: Any, **kwargs: Any
+) -> fx.Node:
+    """As `insert_before`, placed as `like` is wherever the rule of the op allows it."""
+    neighbour = _neighbour(program, node)
+    return _insert(program, node, neighbour, target, args, kwargs, like.meta.get("layout"))
+
+
 def insert_after(
     program: Program, node: fx.Node, target: Any, /, *args: Any, **kwargs: Any
 ) -> fx.Node:
@@ -264,7 +272,7 @@ def _placement(
     shards = {placement for placement in inputs if placement.cuts}
     dims = {Placement("S", dim) for dim in range(len(shapes_of(node)[0]))}
     legal = []
-    for output in plain_placements((), axis.size) | shards | dims:
+    for output in plain_placements((), axis.size) | shards | dims | ({wanted} if wanted else set()):
         # a call's global shape depends on it
         node.meta["layout"] = layout.with_placement(axis.name, output)
         if Strategy(inputs, output) in strategies(global_call(node, axis), {output}):

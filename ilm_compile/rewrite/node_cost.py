@@ -14,6 +14,7 @@ from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
 from ilm_compile.program.expert_rows import FUNCTIONS as EXPERT_ROWS
 from ilm_compile.program.expert_rows import SENT, route, route_of
 from ilm_compile.program.gradients import gradient_nodes
+from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import has_mask, parts_of
@@ -72,6 +73,10 @@ def step_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, float]:
 def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: bool) -> float:
     if node.target in (redistribute, route):
         return _collective_seconds(program, node, hardware, backward=backward)
+    if node.target is linear_cross_entropy:  # backward makes the logits once more
+        x, weight = (source.meta["val"] for source in node.all_input_nodes[:2])
+        flops = (3 if backward else 1) * 2 * x.numel() * weight.shape[0]
+        return float(flops / hardware.usable_flops(x.dtype)) + hardware.kernel_overhead_s
     if node.target in _MOVED:
         moved = _MOVED[node.target](node)
         return moved / hardware.usable_bandwidth + hardware.kernel_overhead_s

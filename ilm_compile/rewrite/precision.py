@@ -31,6 +31,7 @@ class Precision:
 
 
 PRODUCT = Precision("matrix product: tensor cores, summed in float32", inputs=BF16)
+HEAD = Precision("matrix product, in the dtype of its activations whatever its weight has", BF16)
 NORM = Precision("norm: squares need the range, their mean the digits", inputs=FP32)
 SOFTMAX = Precision("softmax and loss: differences and sums of exponentials", inputs=FP32)
 LOSS = Precision("fused loss: float32 inside, reads logits as they are, gives float32")
@@ -85,6 +86,8 @@ PRECISIONS: dict[str, Precision] = {
     "aten::huber_loss": SOFTMAX,
     "aten::kl_div": SOFTMAX,
     "vocab_cross_entropy": LOSS,
+    "linear_cross_entropy": HEAD,
+    "output_logits": HEAD,
     "aten::pow": REDUCTION,
     "aten::mean": REDUCTION,
     "partial_mean": REDUCTION,

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.program.communicator import communicator
+from ilm_compile.program.communicator import Communicator, communicator
 from ilm_compile.program.layout import Layout, layout_of
+from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.token_metrics import TokenMetrics, token_metrics
@@ -21,7 +23,8 @@ from ilm_compile.runtime.materialize import graph_modules, recompile
 from ilm_compile.runtime.parallel import Parallel
 
 _WHOLE = torch.ops.aten.cross_entropy_loss.default
-_LOSSES = (_WHOLE, vocab_cross_entropy)
+# The losses, and which of their arguments has the class numbers.
+_LOSSES: dict[Any, int] = {_WHOLE: 1, vocab_cross_entropy: 1, linear_cross_entropy: 2}
 
 # Told of one micro-batch: the metrics, and whether each tp rank has tokens of its own.
 Record = Callable[[TokenMetrics, Layout, torch.Size], None]
@@ -55,28 +58,35 @@ def probe(parallel: Parallel, record: Record) -> Iterator[None]:
 def _find_loss(stage: Stage) -> tuple[fx.GraphModule, fx.Node] | None:
     for graph_module in graph_modules(stage.module):
         for node in graph_module.graph.nodes:
-            if node.target in _LOSSES and not node.args[1].meta["val"].is_floating_point():
-                return graph_module, node
+            if node.target in _LOSSES:
+                target: Any = node.args[_LOSSES[node.target]]
+                if not target.meta["val"].is_floating_point():
+                    return graph_module, node
     return None
 
 
 def _observed(node: fx.Node, record: Record) -> Callable[..., Tensor]:
     """The cross entropy of `node`, which also tells `record` what it was given."""
     original: Callable[..., Tensor] = node.target  # type: ignore[assignment]
-    is_sharded = original is vocab_cross_entropy
-    if is_sharded:
-        ignore_index, comm = int(node.args[3]), communicator(str(node.args[5]))  # type: ignore[arg-type]
+    place = _LOSSES[original]
+    comm: Communicator | None = None
+    if original is _WHOLE:
+        ignore_index = cross_entropy_arguments(node)[2]
     else:
-        ignore_index, comm = cross_entropy_arguments(node)[2], None
-    layout = layout_of(node.args[1])  # type: ignore[arg-type]
+        ignore_index = int(node.args[place + 2])  # type: ignore[arg-type]
+        if axis := str(node.args[-1]):
+            comm = communicator(axis)
+    layout = layout_of(node.args[place])  # type: ignore[arg-type]
 
-    def observed_cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def observed_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
+        x, target = args[0], args[place]
+        logits = F.linear(x, args[1].to(x.dtype)) if original is linear_cross_entropy else x
         flat = logits.movedim(1, -1).flatten(0, -2)
         metrics = token_metrics(
             flat.detach(), target.flatten(), ignore_index=ignore_index, comm=comm
         )
         record(metrics, layout, target.shape)
-        return original(logits, target, *args, **kwargs)
+        return original(*args, **kwargs)
 
     return observed_cross_entropy
 

@@ -1,6 +1,7 @@
-"""Training or evaluation: what the graphs do differently in the two.
+"""What the graphs do differently in training and evaluation, and for who wants their outputs.
 
 A program is traced in training mode. Evaluation turns dropout off where it stands in the graph.
+Logits that only an output needs are computed where it is asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.linear_loss import output_logits
 from ilm_compile.runtime.materialize import graph_modules, recompile
 
 aten = torch.ops.aten
@@ -38,5 +40,15 @@ def set_training(module: nn.Module, training: bool) -> None:
             elif name in node.kwargs:
                 traced = node.meta.setdefault(_TRAINED_WITH, node.kwargs[name])
                 node.update_kwarg(name, traced if training else value)
+        if nodes:
+            recompile(graph_module)
+
+
+def set_outputs(module: nn.Module, wanted: bool) -> None:
+    """Switch on or off what is computed in `module` for its outputs alone."""
+    for graph_module in graph_modules(module):
+        nodes = graph_module.graph.find_nodes(op="call_function", target=output_logits)
+        for node in nodes:
+            node.args = (*node.args[:2], wanted)
         if nodes:
             recompile(graph_module)

@@ -34,7 +34,7 @@ from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.intake import Intake
 from ilm_compile.runtime.materialize import Binding
 from ilm_compile.runtime.mesh import Mesh
-from ilm_compile.runtime.mode import set_training
+from ilm_compile.runtime.mode import set_outputs, set_training
 from ilm_compile.runtime.parameters import Parameters
 from ilm_compile.runtime.shard import Shard, gather
 from ilm_compile.schedule import Schedule
@@ -100,6 +100,7 @@ class Parallel:
             for number, each in enumerate(inputs)
         }
         self._is_training = True
+        self._gives_outputs: dict[Form, bool] = {}  # True at first
         first = self._form(Compiled(lowered, model_flops, hardware_flops), 0)
         self._forms = {0: first}
         self.form = first  # that of the last batch
@@ -186,6 +187,10 @@ class Parallel:
         and seen by hooks, after the last.
         """
         self._parameters.follow()
+        if self._gives_outputs.get(self.form, True) != keep_outputs:
+            self._gives_outputs[self.form] = keep_outputs
+            for stage in self.form.graphs:
+                set_outputs(stage.module, keep_outputs)
         if len(self._forms) > 1:
             self.form.wear()
         result = self.executor.run(

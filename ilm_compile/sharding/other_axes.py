@@ -13,12 +13,14 @@ from typing import Any
 
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.layout import AXES
+from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.placement import P, Placement, S
 from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.sharded_reductions import partial_loss, sharded_gather, sharded_nll_loss
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.rules_attention import ATTENTION, QUERY_ATTENTION, QUERY_SDPA, SDPA
+from ilm_compile.sharding.rules_model import linear_cross_entropy_by_tokens
 from ilm_compile.sharding.sharded_forms import REDUCED, SOFTMAXES
 from ilm_compile.sharding.strategy import OTHER_AXIS, Call, Strategy, aten, axis_of, rule_of
 
@@ -94,3 +96,4 @@ def _through(out: Placement, before: int, after: int) -> Iterator[Strategy]:
 
 OTHER_AXIS.update(dict.fromkeys(STANDS_FOR, other_axis))
 OTHER_AXIS[redistribute] = moved
+OTHER_AXIS[linear_cross_entropy] = linear_cross_entropy_by_tokens

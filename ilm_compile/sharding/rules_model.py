@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.loss import MEAN, SUM
 from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.sharded_reductions import NONE
@@ -52,6 +53,21 @@ def cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy
 def sharded_cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The vocabulary is sharded by construction; the op reduces over it itself."""
     yield Strategy((S(1), R), I)
+
+
+@rule(linear_cross_entropy)
+def sharded_linear_cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """The vocabulary is sharded by construction, the rows of the weight."""
+    yield Strategy((R, S(0), R), I)
+
+
+def linear_cross_entropy_by_tokens(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """On an axis that does not cut the vocabulary: as `cross_entropy`, tokens are rows of both."""
+    if call.args[3] == NONE:
+        yield from (Strategy((out, R, out), out) for out in wanted if out.is_shard)
+    elif call.args[3] == SUM:
+        for cut in cuts_of(tensor_inputs(call.node)[2], call.axis, 0):
+            yield Strategy((cut, R, cut), P)
 
 
 @rule(aten.nll_loss_nd.default)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from string import ascii_letters
 
+from ilm_compile.program.linear_loss import output_logits
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
@@ -48,6 +49,7 @@ def _einsum(call: Call) -> tuple[list[str], str]:
 # The einsum of each product, and the input that is added to it and not multiplied.
 PRODUCTS = {
     aten.linear.default: (_linear, 2),
+    output_logits: (_linear, None),
     aten.matmul.default: (_matmul, None),
     aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None),
     aten.bmm.default: (lambda call: (["amk", "akn"], "amn"), None),

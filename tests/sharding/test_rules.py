@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ilm_compile.program.linear_loss import linear_cross_entropy, output_logits
 from ilm_compile.program.placement import I, P, R, S
 from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.sharded_reductions import FUNCTIONS as SHARDED_REDUCTIONS
@@ -20,6 +21,7 @@ from tests.sharding.samples import SAMPLES, aten, call, ilm, x
 # And this takes one of the results that are proven with the op that makes them.
 SHARDED_FORMS = {
     *(operator.getitem, partial_mean, vocab_embedding, vocab_cross_entropy, *SHARDED_REDUCTIONS),
+    *(linear_cross_entropy, output_logits),
     "aten::_grouped_mm",
     *(ilm.query_attention.default, ilm.query_dot_product_attention.default),
 }
