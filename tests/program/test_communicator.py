@@ -106,7 +106,7 @@ CALLS = {
     "by name": (redistribute, (), {"src": "P", "dst": "R", "axis": "tp"}),
     "inside an op": (
         torch.ops.ilm.query_dot_product_attention.default,
-        (torch.ones(4, 2), torch.ones(4, 2), None, False, "S(1)", "tp"),
+        (torch.ones(4, 2), torch.ones(4, 2), None, True, None, False, "S(1)", 1, "tp"),
         {},
     ),
     "left to a W": (PRODUCTS[vocab_embedding].leave, (torch.tensor([1, 2]), -1, "tp"), {}),
