@@ -4,12 +4,14 @@ Runs in one process and computes nothing: ilm-compile explain internlm2_7b --tp 
 """
 
 import argparse
+from pathlib import Path
 
 from ilm_compile.cli.job import Job, add_job_arguments, read_job
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.partitioning import partition
 from ilm_compile.passes import order_passes, run_passes
 from ilm_compile.passes.standard import plan_passes
+from ilm_compile.planner.simulated import simulate_step
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
 
@@ -23,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--after", metavar="PASS", help=f"stop after this pass; {TRACE}: before the first"
     )
     parser.add_argument("--dump", action="store_true", help="print the graph")
+    parser.add_argument(
+        "--simulate", action="store_true", help="print when each pipeline rank computes in a step"
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write that as a Chrome trace, with the memory"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,6 +42,12 @@ def run(options: argparse.Namespace) -> None:
         program = partition(
             job.model, example_inputs=job.example_inputs, loss_fn=job.loss_fn, plan=job.plan
         )
+    if options.simulate or options.trace:
+        step = simulate_step(program)
+        print(step.grid())
+        if options.trace:
+            step.to_chrome_trace(options.trace)
+        return
     print(program.dump() if options.dump else program.explain(), end="")
 
 

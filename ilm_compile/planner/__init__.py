@@ -3,5 +3,7 @@
 from ilm_compile.planner.candidate import Candidate as Candidate
 from ilm_compile.planner.search import Search as Search
 from ilm_compile.planner.search import search as search
+from ilm_compile.planner.simulated import SimulatedStep as SimulatedStep
+from ilm_compile.planner.simulated import simulate_step as simulate_step
 from ilm_compile.planner.space import Question as Question
 from ilm_compile.planner.space import Rejected as Rejected

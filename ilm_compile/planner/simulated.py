@@ -1,0 +1,169 @@
+"""One step of a partitioned program, simulated: when each rank computes, and what it holds.
+
+Seconds come from the roofline of every node, bytes from what autograd would save, and both go
+through the very action lists that would run (`ilm_compile.schedule.simulate`). Data-parallel
+communication and the optimizer are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ilm_compile.cost import (
+    HARDWARE,
+    collective_time,
+    saved_bytes,
+    static_bytes_per_parameter,
+)
+from ilm_compile.files import write_text
+from ilm_compile.program.boundaries import stage_boundaries, stage_of
+from ilm_compile.program.layout import TOKEN_AXES
+from ilm_compile.program.program import Program
+from ilm_compile.rewrite.node_cost import node_seconds
+from ilm_compile.schedule import Kind, Simulation, StageTimes, schedule_of, simulate
+
+_MARKS = {Kind.F: "F", Kind.B: "B", Kind.W: "W"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedStep:
+    """What `simulate_step` returns.
+
+    times: of each stage, in seconds. saved: bytes that a micro-batch keeps in each stage; static:
+    bytes of parameters, gradients and Adam's state on each pipeline rank.
+    """
+
+    simulation: Simulation
+    times: tuple[StageTimes, ...]
+    saved: tuple[int, ...]
+    static: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The step, from the first action to the last."""
+        return self.simulation.makespan
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which nothing is computed."""
+        busy = self.simulation.busy
+        return 1 - sum(busy) / (len(busy) * self.seconds) if self.seconds else 0.0
+
+    def memory(self, rank: int) -> list[tuple[float, float]]:
+        """Return the bytes that a pipeline rank holds, from which second on each."""
+        schedule = self.simulation.schedule
+        row = [action for action in schedule.actions[rank] if action.is_compute]
+        frees = Kind.W if any(action.kind is Kind.W for action in row) else Kind.B
+        held, found = self.static[rank], [(0.0, self.static[rank])]
+        for action in row:
+            span = self.simulation.spans[action]
+            if action.kind is Kind.F:
+                held += self.saved[action.stage]
+                found.append((span.start, held))
+            elif action.kind is frees:
+                held -= self.saved[action.stage]
+                found.append((span.stop, held))
+        return found
+
+    def peak(self, rank: int) -> float:
+        """Return the most bytes that a pipeline rank holds at once."""
+        return max(held for _, held in self.memory(rank))
+
+    def grid(self, width: int = 100) -> str:
+        """Return the step as text, a row for each rank, in proportion to time.
+
+        A letter is what most of a column is: F, B, W, or a dot where nothing is computed.
+        """
+        ranks = range(len(self.static))
+        scale = self.seconds / width if self.seconds else 1.0
+        lines = [f"{self.seconds * 1e3:.3f} ms, {self.bubble:.1%} idle"]
+        for rank in ranks:
+            cells = ["."] * width
+            for action in self.simulation.schedule.actions[rank]:
+                if action.is_compute:
+                    span = self.simulation.spans[action]
+                    for column in range(round(span.start / scale), round(span.stop / scale)):
+                        cells[column] = _MARKS[action.kind]
+            lines.append(f"rank {rank} {''.join(cells)}  peak {self.peak(rank) / 2**30:.3f} GiB")
+        return "\n".join(lines)
+
+    def to_chrome_trace(self, path: str | Path) -> None:
+        """Write what chrome://tracing and Perfetto read: a row per rank, and its bytes over time.
+
+        The format is the "JSON Array" one of Google's Trace Event Format.
+        """
+        write_text(Path(path), json.dumps({"traceEvents": list(self._events())}))
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        for rank, row in enumerate(self.simulation.schedule.actions):
+            place = {"pid": 0, "tid": rank}
+            yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}}
+            for action in row:
+                span = self.simulation.spans[action]
+                if action.is_compute:
+                    at = {"ts": span.start * 1e6, "dur": (span.stop - span.start) * 1e6}
+                    yield {"ph": "X", "name": str(action), "cat": action.kind.name, **place, **at}
+            for start, held in self.memory(rank):
+                name = f"bytes of rank {rank}"
+                yield {"ph": "C", "name": name, **place, "ts": start * 1e6, "args": {"held": held}}
+
+
+def simulate_step(program: Program) -> SimulatedStep:
+    """Return one step of a program that was partitioned, on the hardware of its plan.
+
+    All micro-batches of one data-parallel rank, of which every pipeline rank is shown. Raises
+    `ScheduleError` for a schedule that cannot run.
+    """
+    schedule = schedule_of(program.plan)
+    stages, seconds = stage_of(program), node_seconds(program, HARDWARE[program.plan.hardware])
+    forward, backward, weight = ([0.0] * schedule.num_stages for _ in range(3))
+    for node, stage in stages.items():
+        forward[stage] += seconds[node].forward
+        again = program.regions[node.meta["region"]].recompute
+        backward[stage] += seconds[node].backward + seconds[node].forward * again
+        weight[stage] += seconds[node].weight
+    sent = _sent_seconds(program, schedule.num_stages)
+    times = tuple(
+        StageTimes(forward=f, backward=b, weight=w, message=m)
+        for f, b, w, m in zip(forward, backward, weight, sent, strict=True)
+    )
+    saved = [0] * schedule.num_stages
+    for (stage, _), size in saved_bytes(program).items():
+        saved[stage] += size
+    return SimulatedStep(
+        simulation=simulate(schedule, times),
+        times=times,
+        saved=tuple(saved),
+        static=tuple(_static_bytes(program, schedule.stage_to_rank, schedule.num_ranks)),
+    )
+
+
+def _sent_seconds(program: Program, num_stages: int) -> list[float]:
+    plan, hardware = program.plan, HARDWARE[program.plan.hardware]
+    stride = (plan.dp or 1) * prod(plan.axes.values())
+    found = [0.0] * num_stages
+    for stage, received in enumerate(stage_boundaries(program)):
+        if received:
+            size = sum(prod(b.shape) * b.dtype.itemsize for b in received.values())
+            found[stage - 1] = collective_time("p2p", size, 2, hardware, stride=stride)
+    return found
+
+
+def _static_bytes(program: Program, stage_to_rank: tuple[int, ...], num_ranks: int) -> list[float]:
+    plan = program.plan
+    shared = (plan.dp or 1) * prod(plan.axes[axis] for axis in TOKEN_AXES)
+    held: list[dict[str, float]] = [{} for _ in range(num_ranks)]
+    for node in program.graph.find_nodes(op="get_attr"):
+        value, variable = node.meta["val"], program.variables[str(node.target)]
+        if variable.is_parameter and variable.requires_grad:
+            each = static_bytes_per_parameter(value.dtype, dp=shared, zero=plan.zero)
+            for user in node.users:
+                if "stage" in user.meta or not user.meta.get("clone"):
+                    rank = stage_to_rank[user.meta.get("stage", 0)]
+                    held[rank][str(node.target)] = value.numel() * each
+    return [sum(sizes.values()) for sizes in held]
