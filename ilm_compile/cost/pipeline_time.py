@@ -93,6 +93,13 @@ def _zero_bubble(weights: int, messages: int) -> Callable[[Pipeline], float]:
     return span
 
 
+def _zero_bubble_v(p: Pipeline) -> float:
+    # Down and up again, a rank has work of its second stage while its first one waits.
+    spare = (p.num_microbatches - p.pp) / max(1, p.pp - 1)
+    bubble = (p.pp - 1) * max(0.0, p.backward - min(1.0, max(0.0, spare)) * p.weight)
+    return p.busy + bubble + 5 * (p.pp - 1) * p.message
+
+
 def _in_flight_interleaved(p: Pipeline, rank: int) -> float:
     ahead = (p.chunks - 1) * p.pp + 2 * (p.pp - 1 - rank) + 1
     return min(p.num_microbatches, ahead / p.chunks)
@@ -104,7 +111,7 @@ FORMS: Mapping[str, Form] = {
     "interleaved_1f1b": Form(_interleaved, _in_flight_interleaved),
     "zb_h1": Form(_zero_bubble(1, 4), lambda p, rank: min(p.num_microbatches, p.pp)),
     "zb_h2": Form(_zero_bubble(2, 2), lambda p, rank: min(p.num_microbatches, 2 * p.pp - 1)),
-    "zb_v": Form(_zero_bubble(2, 4), lambda p, rank: min(p.num_microbatches, p.pp)),
+    "zb_v": Form(_zero_bubble_v, lambda p, rank: min(p.num_microbatches, p.pp)),
     # The automatic schedules of the Zero Bubble paper, which fill the limit they are given.
     "zb_1p": Form(_zero_bubble(1, 4), lambda p, rank: min(p.num_microbatches, p.pp)),
     "zb_2p": Form(_zero_bubble(2, 2), lambda p, rank: min(p.num_microbatches, 2 * p.pp)),

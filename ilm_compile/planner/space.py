@@ -16,7 +16,6 @@ from ilm_compile.errors import PlanError
 RECOMPUTE = (("none", 1.0), ("full", 0.25), ("full", 0.5), ("full", 0.75), ("full", 1.0))
 ZERO = (1, 3)
 MAX_MICRO_BATCH = 64
-MAX_CHUNKS = 8
 MIN_TOKENS = 1024  # that a context-parallel rank should have of a sequence
 
 
@@ -57,6 +56,21 @@ class Shape(NamedTuple):
     ep: int
     pp: int
     dp: int
+
+
+class Rule(NamedTuple):
+    """The chunks that a schedule can have, and with how many micro-batches it is worth running."""
+
+    chunks: tuple[int, ...]
+    runs: Callable[[int, int], bool]
+
+
+# Beside 1F1B, where there are several stages. zb_h2 keeps more than zb_v, and is no faster.
+SCHEDULES: dict[str, Rule] = {
+    "interleaved_1f1b": Rule((2, 4, 8), lambda pp, count: count % pp == 0),
+    "zb_h1": Rule((1,), lambda pp, count: count >= pp),
+    "zb_v": Rule((2,), lambda pp, count: count >= 2 * pp - 1),
+}
 
 
 def shapes(question: Question, rejected: list[Rejected]) -> Iterator[Shape]:
@@ -109,11 +123,11 @@ def plans(question: Question, shape: Shape) -> Iterator[StepPlan]:
                 precision=question.precision,
             )
             yield start
-            if pp == 1 or num_microbatches % pp:
-                continue
-            for chunks in _powers(MAX_CHUNKS)[1:]:
-                if question.sizes.layers % (pp * chunks) == 0:
-                    yield replace(start, schedule="interleaved_1f1b", chunks=chunks)
+            for schedule, rule in SCHEDULES.items() if pp > 1 else ():
+                for chunks in rule.chunks:
+                    divides = chunks == 1 or question.sizes.layers % (pp * chunks) == 0
+                    if divides and rule.runs(pp, num_microbatches):
+                        yield replace(start, schedule=schedule, chunks=chunks)
 
 
 def ladder(plan: StepPlan) -> Iterator[StepPlan]:

@@ -77,6 +77,11 @@ def test_experts_get_ranks_of_their_own() -> None:
     assert {1, 8, 64} <= shares
 
 
+def test_split_backwards_are_among_the_schedules() -> None:
+    schedules = {one.plan.schedule for one in found(LARGE).candidates}
+    assert schedules == {"1f1b", "interleaved_1f1b", "zb_h1", "zb_v"}
+
+
 def test_a_long_sequence_is_divided() -> None:
     long = found(SMALL, 16, seq=131072, tokens_per_batch=2 * 2**20)
     assert long.best.plan.cp > 1
