@@ -33,6 +33,7 @@ PLANS = {
         {"tp": 2, "pp": 2, "num_microbatches": 3},
         {"tp": 2, "pp": 2, "sequence_parallel": True, "checkpoint": True},
         {"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 4, "checkpoint": 0.5},
+        {"tp": 2, "pp": 2, "num_chunks": 2, "schedule": "zb_v", "checkpoint": 0.5},
         {"tp": 4, "sequence_parallel": True},
     ],
 }

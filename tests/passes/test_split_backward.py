@@ -191,6 +191,9 @@ def test_each_product_has_the_bits_of_the_plain_op(name):
         leaf.retain_grad()
     found.backward(seed)
     weight = args[PRODUCTS[op].weight]
+    strides = []
+    weight.register_hook(lambda grad: strides.append(grad.stride()))
     assert weight.grad is None
     parts.run()
+    assert strides == [weight.stride()]  # or it would be copied
     assert all(torch.equal(leaf.grad, e) for leaf, e in zip(leaves, expected, strict=True))
