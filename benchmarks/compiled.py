@@ -85,17 +85,19 @@ class Row:
         )
 
 
-def measure(name: str, *, hidden: int, rows: int, tokens: int, rounds: int) -> Row:
+def measure(
+    name: str, *, hidden: int, rows: int, tokens: int, rounds: int, backend: str = "inductor"
+) -> Row:
     """The row of one model. Raises `AssertionError` if the ways disagree in the loss."""
     torch.manual_seed(0)
     model = MODELS[name](hidden).train()
     shape = (rows, tokens)
     inputs = {key: (shape, torch.int64) for key in ("input_ids", "labels")}
     batch = {key: torch.randint(VOCAB, shape) for key in inputs}
-    whole: Any = torch.compile(model, dynamic=False)
+    whole: Any = torch.compile(model, dynamic=False, backend=backend)
     eager, compiled = (
         ilm_compile.parallelize(model, example_inputs=inputs, compile=wanted)
-        for wanted in (False, True)
+        for wanted in (False, backend)
     )
 
     def plain(run: Callable[..., Any]) -> Tensor:
