@@ -40,7 +40,7 @@ OWN = {
     2: [("INTERNLM_MoE", {"ep": 2}), ("INTERNLM_MoE", {"tp": 2}), ("QWEN3MOE", {"cp": 2})],
     4: [
         ("INTERNLM_MoE", {"ep": 2, "tp": 2}),
-        ("QWEN3MOE", {"ep": 2, "pp": 2, "num_microbatches": 1}),
+        ("QWEN3MOE", {"ep": 2, "pp": 2, "num_microbatches": 1, "schedule": "zb_h1"}),
     ],
 }
 TRAINED = [{"ep": 2}, {"ep": 2, "zero": 3}, {"ep": 2, "tp": 2}, {"ep": 2, "pp": 2}]

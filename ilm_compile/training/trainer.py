@@ -59,10 +59,10 @@ def train(config: Config) -> Trainer:
     set_torch_flags(config)
     check_start(config)
     with Guard(config) as guard:
-        batches = get_train_data_loader(config)
-        validation = get_validation_data_loaders(config)
         agree_on_start(config, on_met=guard.watch)
         guard.watch()
+        batches = get_train_data_loader(config)  # once ranks can wait for the one that reads
+        validation = get_validation_data_loaders(config)
         trainer = _train(config, batches, validation)
         guard.record_success(trainer)
     return trainer

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.data.first_reader import leaders, reading_for_others, wait_for
 from ilm_compile.runtime.data.shard import TokenShard
-from ilm_compile.runtime.data.shard_summary import Known, read_summary, stamp_of, write_summary
+from ilm_compile.runtime.data.shard_summary import (
+    NAME,
+    Known,
+    read_summary,
+    stamp_of,
+    write_summary,
+)
 
 SUFFIX = ".bin"
 UNTYPED = "text"
@@ -38,21 +46,52 @@ def open_shards(folder: str | Path) -> list[TokenShard]:
     names = [path.relative_to(root).as_posix() for path in paths]
     rank, size = _place()
     known = read_summary(root)
-    if rank == 0:
-        known = {name: k for name, k in known.items() if k.stamp == stamp_of(root / name)}
-    shards = [
-        TokenShard(path, type_name=_type_name(path, root), known=known.get(name))
-        for name, path in zip(names, paths, strict=True)
-    ]
-    if rank == 0 and size > 1 and list(known) != names:
-        summarize(root, shards)
+    for leader in leaders(rank):
+        if rank > 0 and known.keys() >= set(names):
+            break
+        if leader == rank:
+            with reading_for_others(root, rank) as tell:
+                return _lead(root, names, size, known, tell)
+        wait_for(root, leader)
+        known = read_summary(root)
+    return _opened(root, names, known)
+
+
+def _lead(
+    root: Path, names: list[str], size: int, known: Mapping[str, Known], tell: Callable[[], object]
+) -> list[TokenShard]:
+    """Open the files, and write a summary for the others unless there is one that is right."""
+    known = {name: k for name, k in known.items() if k.stamp == stamp_of(root / name)}
+    shards = _opened(root, names, known, tell)
+    if size > 1 and list(known) != names and (why := summarize(root, shards)):
+        warnings.warn(
+            f"token files: {root} has no {NAME} that says what its files hold, and {why}, so each "
+            f"of the {size} ranks reads all their indexes; ilm-compile prepare-data writes one",
+            stacklevel=4,
+        )
     return shards
 
 
-def summarize(root: Path, shards: list[TokenShard], *, is_final: bool = False) -> None:
+def _opened(
+    root: Path,
+    names: list[str],
+    known: Mapping[str, Known],
+    tell: Callable[[], object] = lambda: None,
+) -> list[TokenShard]:
+    shards = []
+    for name in names:
+        path = root / name
+        shards.append(TokenShard(path, type_name=_type_name(path, root), known=known.get(name)))
+        if name not in known:
+            tell()
+    return shards
+
+
+def summarize(root: Path, shards: list[TokenShard], *, is_final: bool = False) -> str:
     """Write down what all files below `root` hold, so that other ranks need not look.
 
     Not while one of them may be changing, unless the caller, who wrote them, says `is_final`.
+    Returns why it is not written, "" if it is.
     """
     known = {
         shard.path.relative_to(root).as_posix(): Known(
@@ -60,8 +99,9 @@ def summarize(root: Path, shards: list[TokenShard], *, is_final: bool = False) -
         )
         for shard in shards
     }
-    if is_final or all(each.is_settled for each in known.values()):
-        write_summary(root, known)
+    if not is_final and not all(each.is_settled for each in known.values()):
+        return "some have just been changed"
+    return "" if write_summary(root, known) else "none can be written there"
 
 
 def _place() -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What the token files of a folder hold, in one file that is read instead of every index.
 
-`prepare-data` writes it, and rank 0 of several where there is none. Rank 0 compares it with sizes
+`prepare-data` writes it, and the first of several ranks where there is none, for which the others
+wait if there is a process group (`first_reader`). Rank 0 compares it with sizes
 and times of the files; the others believe it of the files that there are. What has changed behind
 it shows when a document is read, and when the ranks compare their data.
 """
@@ -71,8 +72,8 @@ def read_summary(folder: Path) -> dict[str, Known]:
     }
 
 
-def write_summary(folder: Path, known: Mapping[str, Known]) -> None:
-    """Write it, in one rename; a folder that cannot be written to goes without."""
+def write_summary(folder: Path, known: Mapping[str, Known]) -> bool:
+    """Write it, in one rename; False in a folder that cannot be written to."""
     lengths = np.concatenate([each.lengths for each in known.values()])
     files = [
         {
@@ -89,8 +90,10 @@ def write_summary(folder: Path, known: Mapping[str, Known]) -> None:
         try:
             save_file({"lengths": lengths}, temporary, facts)
             temporary.replace(folder / NAME)
+            return True
         finally:
             temporary.unlink(missing_ok=True)
+    return False
 
 
 def _hash(lengths: Int64) -> str:
