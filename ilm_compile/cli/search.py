@@ -23,7 +23,10 @@ from ilm_compile.errors import IlmCompileError, PlanError
 from ilm_compile.files import write_text
 from ilm_compile.partitioning import partition
 from ilm_compile.planner import Candidate, Rejected, Search, search
+from ilm_compile.planner.report import write_report
+from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
+from ilm_compile.prove import verify
 from ilm_compile.training.model import input_spec, loss_function
 
 BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -54,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="bf16", help="bf16, fp16 or fp32 (bf16)")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="plans shown (10)")
     parser.add_argument("--all", action="store_true", help="every reason why not")
+    parser.add_argument("--verify", action="store_true", help="prove the plan that is written")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows it all")
     parser.add_argument("--output", type=Path, default=Path("plan.json"), metavar="FILE")
 
 
@@ -72,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         memory=memory,
         precision=options.precision,
     )
-    best, failed = _compiled(options.model, model, found)
+    best, program, failed = _compiled(options.model, model, found)
     console = Console(width=max(Console().width, WIDTH), soft_wrap=True)
     console.print(_table(found, options.top))
     lines = [*failed, *found.why_not()]
@@ -82,8 +87,14 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"  {line.what}: {line.reason}", markup=False, highlight=False)
     if len(shown) < len(lines):
         console.print(f"  and {len(lines) - len(shown)} more: --all")
+    proof = _proven(options.model, model, found, best) if options.verify else ""
+    if proof:
+        console.print(f"\n{proof}", markup=False, highlight=False)
     write_text(options.output, found.plan_of(best).to_json() + "\n")
     console.print(f"\n{options.output}: {best.name}", markup=False, highlight=False)
+    if options.html:
+        write_report(options.html, found=found, program=program, failed=failed, proof=proof)
+        console.print(f"{options.html}: the report", markup=False, highlight=False)
 
 
 def number(option: str, text: str, units: Mapping[str, int]) -> int:
@@ -97,15 +108,29 @@ def number(option: str, text: str, units: Mapping[str, int]) -> int:
     return round(float(match[1]) * units[match[2]])
 
 
-def _compiled(name: str, model: nn.Module, found: Search) -> tuple[Candidate, list[Rejected]]:
-    """The fastest that compiles, and those before it with what was wrong."""
+def _proven(name: str, model: nn.Module, found: Search, best: Candidate) -> str:
+    """What the proof of a plan says; raises `VerificationError` if it does not hold."""
+    report = verify(
+        model,
+        example_inputs=_inputs(name, int(best.plan.micro_batch * best.plan.ep), best.plan.seq),
+        loss_fn=_loss_function(name),
+        plan=found.plan_of(best),
+    )
+    report.raise_if_failed()
+    return str(report)
+
+
+def _compiled(
+    name: str, model: nn.Module, found: Search
+) -> tuple[Candidate, Program, list[Rejected]]:
+    """The fastest that compiles, its program, and those before it with what was wrong."""
     failed: list[Rejected] = []
     best = found.best
     for candidate in (best, *found.candidates[1:TRIES]):
         plan = candidate.plan
         inputs = _inputs(name, int(plan.micro_batch * plan.ep), plan.seq)
         try:
-            partition(
+            program = partition(
                 model,
                 example_inputs=inputs,
                 loss_fn=_loss_function(name),
@@ -115,7 +140,7 @@ def _compiled(name: str, model: nn.Module, found: Search) -> tuple[Candidate, li
             reason = str(error).splitlines()[0]
             failed.append(Rejected(candidate.name, f"does not compile: {reason}"))
             continue
-        return candidate, failed
+        return candidate, program, failed
     raise PlanError(
         f"search: none of the {len(failed)} fastest plans compiles; the first, {failed[0].what}, "
         f"{failed[0].reason}"
