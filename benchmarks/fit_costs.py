@@ -144,16 +144,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bounds = f"{constant.low:g} to {constant.high:g}"
         table.add_row(constant.field, ", ".join(constant.owners), f"{value:g}", bounds)
     console.print(table)
-    fitted = predict(apply(values, steps))
-    console.print(error_table("all rows fitted", Errors(steps, fitted)))
-    console.print(f"regret {regret(steps, fitted):.1%}")
+    found = {"all rows fitted": predict(apply(values, steps))}
     if options.held_out:
         folds = {str(n): range(n, len(steps), FOLDS) for n in range(FOLDS)}
-        console.print(error_table("each fifth unfitted", Errors(steps, unfitted(steps, folds))))
+        found["each fifth unfitted"] = unfitted(steps, folds)
         sources: dict[str, list[int]] = {}
         for i, step in enumerate(steps):
             sources.setdefault(step.source, []).append(i)
-        console.print(error_table("each source unfitted", Errors(steps, unfitted(steps, sources))))
+        found["each source unfitted"] = unfitted(steps, sources)
+    for title, predicted in found.items():
+        console.print(error_table(title, Errors(steps, predicted)))
+        console.print(f"regret {regret(steps, predicted):.1%}")
 
 
 if __name__ == "__main__":

@@ -81,27 +81,27 @@ class Software:
     """Memory of CUDA, NCCL, buffers and the allocator's gaps that counts as used."""
 
 
-AMPERE = Efficiency(matmul=0.816, attention=0.328)
-HOPPER = Efficiency(matmul=0.708, attention=0.175)
+AMPERE = Efficiency(matmul=0.815, attention=0.329)
+HOPPER = Efficiency(matmul=0.707, attention=0.175)
 
 # What no row names is taken from here: fused attention, a fully sharded eager program.
 SHARED = Software(
     name="ilm_compile",
-    tile_bandwidth=2.22,
-    scores_traffic=3.94,
-    layer_traffic=1.44,
-    loss_traffic=18.0,
-    gradient_bytes=4.54,
+    tile_bandwidth=2.34,
+    scores_traffic=3.99,
+    layer_traffic=1.45,
+    loss_traffic=18.1,
+    gradient_bytes=4.64,
     host_layer_s=0.4e-3,
-    host_backward=0.217,
-    host_tp=0.449,
-    host_microbatch_s=1.53e-3,
-    host_step_s=2.55e-3,
-    tp_wait_s=55.3e-6,
-    exposed=0.759,
-    network=0.879,
-    network_latency_s=60.4e-6,
-    jitter=0.00565,
+    host_backward=0.209,
+    host_tp=0.444,
+    host_microbatch_s=1.58e-3,
+    host_step_s=2.47e-3,
+    tp_wait_s=56e-6,
+    exposed=0.757,
+    network=0.878,
+    network_latency_s=60.1e-6,
+    jitter=0.0057,
 )
 _MEGATRON = replace(
     SHARED,
@@ -120,14 +120,14 @@ SOFTWARE: Mapping[str, Software] = {
         replace(
             _MEGATRON,
             name="megatron-deepspeed",
-            layer_traffic=0.403,
-            loss_traffic=46.9,
+            layer_traffic=0.393,
+            loss_traffic=47.1,
             host_layer_s=1.46e-3,
-            network=0.212,
+            network=0.211,
         ),
         replace(SHARED, name="llm-foundry"),
-        replace(SHARED, name="torchtitan", layer_traffic=2.58),
-        replace(SHARED, name="internevo", layer_traffic=2.58, network=0.563, whole_tensors=True),
+        replace(SHARED, name="torchtitan", layer_traffic=2.6),
+        replace(SHARED, name="internevo", layer_traffic=2.6, network=0.566, whole_tensors=True),
     )
 }
 
