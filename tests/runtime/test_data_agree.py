@@ -10,7 +10,13 @@ import pytest
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime import Mesh
-from ilm_compile.runtime.data import BatchIterator, TokenDataset, TokenShard, write_shard
+from ilm_compile.runtime.data import (
+    BatchIterator,
+    TokenDataset,
+    TokenShard,
+    first_reader,
+    write_shard,
+)
 from tests.support.world import World
 
 
@@ -23,6 +29,7 @@ def state_of(rank: int, folders: list[str]) -> tuple[dict[str, Any] | str, int]:
         hashed.append(shard)
         return digest(shard)
 
+    first_reader.BEGIN_S = 0.2  # that a rank waits for one that has another folder
     data = TokenDataset.open(folders[rank], seq_len=4, vocab_size=100)
     batches = BatchIterator(data, global_batch_size=2)
     TokenShard.digest = counted  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from torch.distributed import Store, distributed_c10d  # type: ignore[attr-defin
 
 from ilm_compile.runtime.guard.activity import ACTIVITY
 
-BEGIN_S = 30.0  # in which a rank that reads for others says so
+BEGIN_S = 10.0  # in which a rank that reads for others says so
 _PACE_S = 5.0  # between two looks at how far it is
 
 
