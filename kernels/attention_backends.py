@@ -2,7 +2,8 @@
 
 Each is a differentiable function of public API, and autograd goes through it: so its own forward
 op keeps the logsumexp that its own backward op needs. The first in BACKENDS that can compute the
-input is taken; which, and why not those before it, is said once in the log of this module.
+input is taken, of rows that are one document each SDPA; which, and why not those before it, is said
+once in the log of this module.
 
 Shapes in this file: q (B, S, H, D), k and v (B, S, G, D), cu_seqlens as documents.py has it. A
 backend takes the queries from token `first` on only: q (B, S - first, H, D).
@@ -125,7 +126,7 @@ def _like(out: Tensor, q: Tensor) -> Tensor:
     return out.reshape(q.shape).contiguous()
 
 
-# By name, the preferred ones first.
+# By name, those first that are preferred where rows have documents in them.
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "flash_attn": load_flash_attn,
     "varlen": load_varlen,
@@ -182,13 +183,20 @@ def obstacle(
 
 
 @cache
-def choose(dtype: torch.dtype, head_dim: int, device: torch.device) -> Backend:
+def choose(
+    dtype: torch.dtype, head_dim: int, device: torch.device, *, is_packed: bool = True
+) -> Backend:
     """The backend for such inputs. Logged at INFO, once. Raises IlmCompileError if a forced one
-    cannot compute them."""
+    cannot compute them.
+
+    is_packed: rows have documents in them. Where each is one, torch's SDPA is the best: it needs no
+    boundaries and no mask, repeats no keys, and takes cuDNN's kernel on Hopper.
+    """
     visible = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(device) if visible else None
     passed_over: list[str] = []
-    for name, load in BACKENDS.items():
+    preferred = BACKENDS if is_packed else {"sdpa": BACKENDS["sdpa"], **BACKENDS}
+    for name, load in preferred.items():
         if _forced not in (None, name):
             continue
         reason = obstacle(name, dtype, head_dim, capability)
@@ -218,7 +226,8 @@ def attention(
     """`ilm::attention` by the chosen backend, differentiable; of the shape of q, contiguous."""
     if q.numel() == 0:
         return q.clone(memory_format=torch.contiguous_format)
-    backend = choose(q.dtype, q.shape[3], q.device)
+    is_packed = cu_seqlens is not None or tokens is not None
+    backend = choose(q.dtype, q.shape[3], q.device, is_packed=is_packed)
     if tokens is None:
         return backend(q, k, v, cu_seqlens, scale, 0)
     runs, (batch, num_tokens) = runs_of(tokens, k.shape[1]), k.shape[:2]

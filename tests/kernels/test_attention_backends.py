@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 from torch.nn.attention import varlen
 
 from ilm_compile.errors import IlmCompileError
@@ -112,7 +113,7 @@ def test_every_backend_is_the_op(monkeypatch, stand_in, tokens, kv_heads, cu_seq
     name, function = stand_in
     install_flash_attn(monkeypatch)
     monkeypatch.setattr(varlen, "varlen_attn", function)
-    monkeypatch.setattr(attention_backends, "choose", lambda *args: BACKENDS[name]())
+    monkeypatch.setattr(attention_backends, "choose", lambda *_, is_packed: BACKENDS[name]())
     ours, plain = inputs(kv_heads), inputs(kv_heads)
     if tokens is not None:
         for each in (ours, plain):
@@ -181,6 +182,22 @@ def test_flash_attn_is_preferred_where_installed(monkeypatch, caplog) -> None:
     caplog.set_level(logging.INFO)
     choose(torch.bfloat16, 64, CPU)
     assert "on cpu: flash_attn (the best there is)" in caplog.text
+
+
+def test_rows_of_one_document_go_to_sdpa_and_repeat_no_keys(monkeypatch) -> None:
+    install_flash_attn(monkeypatch)
+    pretend_hopper(monkeypatch)
+    seen = []
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((k.shape[1], v.shape[1], options))
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(attention_backends, "flat_boundaries", None)  # nobody makes them
+    q, k = (torch.zeros(2, 8, heads, 64, dtype=torch.bfloat16) for heads in (8, 2))
+    attention_backends.attention(q, k, k)
+    assert seen == [(2, 2, {"is_causal": True, "scale": None, "enable_gqa": True})]
 
 
 def test_float32_goes_to_sdpa(monkeypatch, caplog) -> None:
