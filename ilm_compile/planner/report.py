@@ -18,16 +18,17 @@ GIB = 2**30
 SHOWN = 20  # rows of a table
 _STYLE = """
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #1f2933; margin: 0 auto; padding: 1rem;
-  max-width: 60rem; }
+  max-width: 72rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #d9dee4; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, th.words { text-align: left; }
 td.words { white-space: normal; text-align: left; min-width: 14rem; }
 pre { background: #f4f6f8; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
 .stamp { border: 1px solid #d9dee4; padding: 0.5rem 0.8rem; }
+@media (max-width: 45rem) { td:first-child { white-space: normal; min-width: 11rem; } }
 @media print { body { max-width: none; } h2 { break-after: avoid; }
   svg, tr { break-inside: avoid; } pre { white-space: pre-wrap; } }
 """
@@ -137,13 +138,11 @@ def _table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], *, words: int | None = None
 ) -> str:
     """A table; `words`: the column that is text and may break."""
-    head = "".join(f"<th>{escape(h)}</th>" for h in headings)
+    kinds = [" class=words" if place == words else "" for place in range(len(headings))]
+    head = "".join(f"<th{k}>{escape(h)}</th>" for k, h in zip(kinds, headings, strict=True))
     body = "\n".join(
         "<tr>"
-        + "".join(
-            f"<td{' class=words' if place == words else ''}>{escape(cell)}</td>"
-            for place, cell in enumerate(row)
-        )
+        + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
         + "</tr>"
         for row in rows
     )
