@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ilm_compile.cli import (
     convert,
     demo,
+    diff,
     evaluate,
     explain,
     prepare_data,
@@ -22,6 +23,7 @@ COMMANDS = {
     "plan": search,
     "explain": explain,
     "verify": verify,
+    "diff": diff,
     "train": train,
     "evaluate": evaluate,
     "prepare-data": prepare_data,
