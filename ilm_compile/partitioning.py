@@ -8,23 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ilm_compile.automatic import TRIES, automatic_plans
 from ilm_compile.cost import forward_flops_by_region, model_flops, saved_bytes
-from ilm_compile.errors import PlanError
+from ilm_compile.errors import PlanError, ProgramError, ScheduleError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes.standard import plan_passes, settle_kernels, with_passes
 from ilm_compile.program.copy import copy_program
-from ilm_compile.program.plan import Plan
+from ilm_compile.program.plan import AUTO, Plan
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.runtime.forms import Compiled, Shape
-from ilm_compile.runtime.mesh import choose_device, fit_world
+from ilm_compile.runtime.mesh import choose_device, fit_world, world_size
 from ilm_compile.schedule import check, schedule_of
 from ilm_compile.shapes import (
     Shapes,
@@ -164,6 +166,7 @@ def parallelize(
     *,
     timeout: timedelta = timedelta(minutes=5),
     shapes: Shapes = (),
+    tokens_per_batch: int | None = None,
     **keywords: Any,
 ) -> Parallel:
     """Return this rank's part of `model`, ready to train; call it on every rank under torchrun.
@@ -175,15 +178,22 @@ def parallelize(
     `timeout` bounds the wait for a rank that died or hangs. `shapes`: further shapes of a
     micro-batch, each a mapping from every input's name to its shape, over the same parameters: a
     batch of one is taken wherever one of the first is. The program of a shape is compiled when its
-    first batch comes, from `model`, which must stay as it is. Raises as `partition` does, and
+    first batch comes, from `model`, which must stay as it is.
+    With plan="auto" the plan is the fastest predicted for this world and device, for steps of
+    `tokens_per_batch` tokens in micro-batches like the example inputs, that the model compiles
+    with; what other keywords say is kept. Raises as `partition` does, and
     `PlanError` if the world size does not fit, kernels="triton" cannot run here or the process was
     not started by torchrun.
     """
-    plan = make_plan(keywords.pop("plan", None), **_plan_keywords(keywords))
-    # What does not fit is refused before ranks wait for each other.
-    plan = settle_kernels(fit_world(plan), choose_device())
+    given, fields = keywords.pop("plan", None), _plan_keywords(keywords)
     how = Rewriting(**{n: keywords.pop(n) for n in Rewriting.__slots__ if n in keywords})
-    program = _compile(trace(model, **keywords), plan, how)
+    # What does not fit is refused before ranks wait for each other.
+    if given == AUTO:
+        program = _automatic(trace(model, **keywords), fields, how, tokens_per_batch)
+        plan = program.plan.replace(passes=(), disable=())
+    else:
+        plan = settle_kernels(fit_world(make_plan(given, **fields)), choose_device())
+        program = _compile(trace(model, **keywords), plan, how)
     mesh = Mesh.create(plan, timeout=timeout)
 
     # Each rank compiles for itself; one that found another program would wait for others in vain.
@@ -212,6 +222,30 @@ def parallelize(
         model_flops=program.flops,
         hardware_flops=program.flops + program.recomputed_flops,
         shapes=[of_shape(inputs) for inputs in read_shapes(program.inputs, shapes)],
+    )
+
+
+def _automatic(
+    traced: Program, fields: dict[str, Any], how: Rewriting, tokens_per_batch: int | None
+) -> Program:
+    """Return the program of the fastest plan for this world that `traced` compiles with."""
+    device = choose_device()
+    read = make_plan(dtype=fields.get("dtype")).dtype
+    plans = automatic_plans(
+        traced,
+        {**fields, "dtype": read},
+        world_size=world_size(),
+        device=device,
+        tokens_per_batch=tokens_per_batch,
+    )
+    failed: list[str] = []
+    for plan in islice(plans, TRIES):
+        try:
+            return _compile(copy_program(traced), settle_kernels(fit_world(plan), device), how)
+        except (PlanError, ProgramError, ScheduleError) as error:
+            failed.append(str(error).splitlines()[0])
+    raise PlanError(
+        f'plan="auto": the {len(failed)} fastest plans do not compile; the first: {failed[0]}'
     )
 
 

@@ -322,8 +322,7 @@ def fit_world(plan: Plan) -> Plan:
 
     Makes no process group. Raises `PlanError` if the world does not fit.
     """
-    started = _is_started()
-    world_size = dist.get_world_size() if dist.is_initialized() else _world_size()
+    started, ranks = _is_started(), world_size()
     needed = plan.ranks_per_replica * (plan.dp or 1)
     sizes = {"tp": plan.tp, "pp": plan.pp, **plan.axes, "dp": plan.dp or 1}
     shown = {name: size for name, size in sizes.items() if size > 1 or name in ("tp", "pp")}
@@ -333,15 +332,20 @@ def fit_world(plan: Plan) -> Plan:
             f"parallelize with {given} needs {needed} processes and must be "
             f"started by torchrun: torchrun --nproc-per-node={needed} script.py"
         )
-    if world_size % needed or (plan.dp and world_size != needed):
-        fitting = needed if plan.dp else -(-world_size // needed) * needed
+    if ranks % needed or (plan.dp and ranks != needed):
+        fitting = needed if plan.dp else -(-ranks // needed) * needed
         rule = "parallelize: expected a world size that is a multiple of "
         raise PlanError(
             f"{rule.replace('that is a multiple ', '') if plan.dp else rule}{'*'.join(shown)} = "
-            f"{'*'.join(map(str, shown.values()))} = {needed}, got {world_size} processes; "
+            f"{'*'.join(map(str, shown.values()))} = {needed}, got {ranks} processes; "
             f"start it with torchrun --nproc-per-node={fitting} script.py"
         )
-    return plan.replace(dp=world_size // plan.ranks_per_replica)
+    return plan.replace(dp=ranks // plan.ranks_per_replica)
+
+
+def world_size() -> int:
+    """The processes of this job, whether they have met or not."""
+    return dist.get_world_size() if dist.is_initialized() else _world_size()
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
