@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ilm_compile.cli import (
+    calibrate,
     convert,
     demo,
     diff,
@@ -21,6 +22,7 @@ from ilm_compile.errors import IlmCompileError
 COMMANDS = {
     "demo": demo,
     "plan": search,
+    "calibrate": calibrate,
     "explain": explain,
     "verify": verify,
     "diff": diff,
