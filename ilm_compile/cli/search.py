@@ -7,7 +7,6 @@ as JSON, which the other commands take as --plan.
 
 import argparse
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,16 +23,13 @@ from ilm_compile.files import write_text
 from ilm_compile.partitioning import partition
 from ilm_compile.planner import Candidate, Rejected, Search, search
 from ilm_compile.planner.report import write_report
+from ilm_compile.program.byte_sizes import read_bytes
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.prove import verify
 from ilm_compile.training.model import input_spec, loss_function
 
 BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-BYTES = {
-    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9},
-    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-}
 TRACED_TOKENS = 128  # sizes do not depend on them
 WIDTH = 160  # of the table, whatever a terminal makes of it
 TRIES = 5  # plans that may fail to compile before the search does
@@ -64,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Search, print, and write the fastest plan that compiles."""
-    tokens = number("--tokens-per-batch", options.tokens_per_batch, BINARY)
-    memory = None if options.memory is None else number("--memory", options.memory, BYTES)
+    tokens = number("--tokens-per-batch", options.tokens_per_batch)
+    memory = None if options.memory is None else read_bytes(options.memory, "--memory")
     model, loss_fn = load_model(options.model), _loss_function(options.model)
     inputs = _inputs(options.model, 1, TRACED_TOKENS)
     found = search(
@@ -97,15 +93,15 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"{options.html}: the report", markup=False, highlight=False)
 
 
-def number(option: str, text: str, units: Mapping[str, int]) -> int:
+def number(option: str, text: str) -> int:
     """Return the number of a text such as 4M; raises `IlmCompileError` for another."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2] not in units or not float(match[1]):
-        known = ", ".join(unit for unit in units if unit)
+    if not match or match[2] not in BINARY or not float(match[1]):
+        known = ", ".join(unit for unit in BINARY if unit)
         raise IlmCompileError(
             f"{option}: expected a number above 0 and one of {known}, got {text!r}"
         )
-    return round(float(match[1]) * units[match[2]])
+    return round(float(match[1]) * BINARY[match[2]])
 
 
 def _proven(name: str, model: nn.Module, found: Search, best: Candidate) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
+from torch import fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.program.layout import TOKEN_AXES
+from ilm_compile.program.program import Program
 
 
 def static_bytes_per_parameter(dtype: torch.dtype, *, dp: int = 1, zero: int = 1) -> float:
@@ -20,3 +25,17 @@ def static_bytes_per_parameter(dtype: torch.dtype, *, dp: int = 1, zero: int = 1
     held = max(dtype.itemsize, torch.float32.itemsize)
     model, moments = 2 * held, 2 * held
     return (model if zero == 1 else model / dp) + moments / dp
+
+
+def held_bytes(program: Program, node: fx.Node) -> float:
+    """Return the bytes that a rank holds all the time for the variable that `node` gets.
+
+    Itself, its gradient and Adam's state, under the plan's dp and zero; 0 for what is not trained.
+    """
+    variable, value = program.variables[str(node.target)], node.meta["val"]
+    if not (variable.is_parameter and variable.requires_grad):
+        return 0.0
+    plan = program.plan
+    shared = (plan.dp or 1) * prod(plan.axes[axis] for axis in TOKEN_AXES)
+    each = static_bytes_per_parameter(value.dtype, dp=shared, zero=plan.zero)
+    return float(value.numel() * each)

@@ -17,12 +17,11 @@ from typing import Any
 from ilm_compile.cost import (
     HARDWARE,
     collective_time,
+    held_bytes,
     saved_bytes,
-    static_bytes_per_parameter,
 )
 from ilm_compile.files import write_text
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
-from ilm_compile.program.layout import TOKEN_AXES
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.node_cost import node_seconds
 from ilm_compile.schedule import Kind, Simulation, StageTimes, schedule_of, simulate
@@ -155,15 +154,10 @@ def _sent_seconds(program: Program, num_stages: int) -> list[float]:
 
 
 def _static_bytes(program: Program, stage_to_rank: tuple[int, ...], num_ranks: int) -> list[float]:
-    plan = program.plan
-    shared = (plan.dp or 1) * prod(plan.axes[axis] for axis in TOKEN_AXES)
     held: list[dict[str, float]] = [{} for _ in range(num_ranks)]
     for node in program.graph.find_nodes(op="get_attr"):
-        value, variable = node.meta["val"], program.variables[str(node.target)]
-        if variable.is_parameter and variable.requires_grad:
-            each = static_bytes_per_parameter(value.dtype, dp=shared, zero=plan.zero)
-            for user in node.users:
-                if "stage" in user.meta or not user.meta.get("clone"):
-                    rank = stage_to_rank[user.meta.get("stage", 0)]
-                    held[rank][str(node.target)] = value.numel() * each
+        for user in node.users:
+            if "stage" in user.meta or not user.meta.get("clone"):
+                rank = stage_to_rank[user.meta.get("stage", 0)]
+                held[rank][str(node.target)] = held_bytes(program, node)
     return [sum(sizes.values()) for sizes in held]

@@ -8,9 +8,8 @@ from math import prod
 
 from torch import fx
 
-from ilm_compile.cost import Hardware, collective_time, static_bytes_per_parameter
+from ilm_compile.cost import Hardware, collective_time, held_bytes
 from ilm_compile.cost.saved import SavedMemory, Storage
-from ilm_compile.program.layout import TOKEN_AXES
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.cut_points import crossing_bytes
 from ilm_compile.rewrite.node_cost import node_seconds
@@ -28,7 +27,6 @@ def stage_units(
     seconds = node_seconds(program, hardware)
     saved = SavedMemory(program)
     crossing = [*crossing_bytes(calls), 0.0]
-    shared = (plan.dp or 1) * prod(plan.axes[axis] for axis in TOKEN_AXES)
     stride = (plan.dp or 1) * prod(plan.axes.values())
     counted: set[Storage] = set()
     units = []
@@ -52,7 +50,7 @@ def stage_units(
         units.append(
             Unit(
                 parts=tuple(parts),
-                static=_static_bytes(program, calls[start:end], shared),
+                static=_static_bytes(program, calls[start:end]),
                 sent=collective_time("p2p", crossing[end], 2, hardware, stride=stride),
             )
         )
@@ -63,16 +61,7 @@ def _new_bytes(found: dict[Storage, None], counted: set[Storage]) -> float:
     return float(sum(storage.num_bytes for storage in found if storage not in counted))
 
 
-def _static_bytes(program: Program, calls: Sequence[fx.Node], shared: int) -> float:
+def _static_bytes(program: Program, calls: Sequence[fx.Node]) -> float:
     """Return the bytes of the parameters of these calls, of gradients and optimizer, per rank."""
     used = {n for call in calls for n in call.all_input_nodes if n.op == "get_attr"}
-    values = {
-        str(n.target): n.meta["val"] for n in used if program.variables[str(n.target)].requires_grad
-    }
-    return float(
-        sum(
-            value.numel()
-            * static_bytes_per_parameter(value.dtype, dp=shared, zero=program.plan.zero)
-            for value in values.values()
-        )
-    )
+    return sum({str(n.target): held_bytes(program, n) for n in used}.values())
