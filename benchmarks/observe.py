@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ilm_compile.program.traffic import Traffic, sent_bytes
+from ilm_compile.runtime.communicator import ProcessGroupCommunicator
 
 c10d = torch.ops.c10d
 
@@ -46,13 +48,38 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self.sent: dict[str, Traffic] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._inside = 0  # ops of ours, whose own calls a mode does not see
+        self._patch: Any = None
 
     def __enter__(self) -> Observer:
         gc.collect()
         for thing in gc.get_objects():
             self._watch(thing)
+        self._patch = mock.patch.object(ProcessGroupCommunicator, "_call", self._seen_call())
+        self._patch.start()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
+
+    def _seen_call(self) -> Callable[..., None]:
+        """A collective that is watched inside an op too."""
+        original = ProcessGroupCommunicator._call
+
+        def call(communicator: ProcessGroupCommunicator, *args: Any) -> None:
+            if not self._inside:
+                return original(communicator, *args)
+            inside, self._inside = self._inside, 0
+            super(Observer, self).__enter__()  # type: ignore[no-untyped-call]
+            try:
+                original(communicator, *args)
+            finally:
+                super(Observer, self).__exit__(None, None, None)
+                self._inside = inside
+
+        return call
 
     def __torch_dispatch__(
         self,
@@ -61,7 +88,12 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        is_ours = func.namespace == "ilm"
+        self._inside += is_ours
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self._inside -= is_ours
         if func in _COLLECTIVES:
             self._count(*_COLLECTIVES[func], args)
         for thing in tree_leaves(result):

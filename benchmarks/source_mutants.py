@@ -51,20 +51,20 @@ EXECUTOR_MUTANTS = mutants_of(
     (EMULATED, EXECUTOR),
     (
         "gradients are reduced in the first backward",
-        "{a.stage: a for a in row if a.kind is Kind.B}",
-        "{a.stage: a for a in reversed(row) if a.kind is Kind.B}",
+        "{a.stage: a for a in row if a.kind in (Kind.B, Kind.W)}",
+        "{a.stage: a for a in reversed(row) if a.kind in (Kind.B, Kind.W)}",
     ),
     (
         "gradients are never reduced",
-        "if action == last_backward.get(",
-        "if row == last_backward.get(",
+        "if sync is None or action != last.get(",
+        "if sync is None or row != last.get(",
     ),
     ("gradients are reduced in every backward", "        if training:\n", "        if False:\n"),
     ("a received tensor is used before it came", "if schedule.receives(action):", "if False:"),
     (
         "what a stage makes goes to the wrong side",
-        "step = +1 if action.kind",
-        "step = -1 if action.kind",
+        "to = {Kind.F: +1, Kind.B: -1}",
+        "to = {Kind.F: -1, Kind.B: +1}",
     ),
     (
         "no hand-over on one rank",

@@ -79,7 +79,11 @@ UPDATE_MUTANTS = [
             "[each[index] for each in result.outputs[:1]]",
         ),
         ("the wrong output", "index = form.output_names.index(name)\n", "index = 0\n"),
-        ("different models are taken", "    if different:\n", "    if False:\n", STATE),
+    ),
+    *mutants_of(
+        "agree.py",
+        (STATE,),
+        ("different models are taken", "    if different:\n", "    if False:\n"),
     ),
     *mutants_of(
         "trainer.py",

@@ -22,7 +22,7 @@ from ilm_compile.passes.pipeline_split import PipelineSplit
 from ilm_compile.passes.split_backward import SplitBackward
 from ilm_compile.passes.stage_choice import ChooseStages
 from ilm_compile.passes.tensor_parallel import TensorParallel
-from ilm_compile.passes.text import read_pass
+from ilm_compile.passes.text import name_in, read_pass
 from ilm_compile.program.plan import AUTO, Plan
 from ilm_compile.program.program import Program
 from ilm_compile.schedule import schedule_of
@@ -71,7 +71,8 @@ def extra_passes(plan: Plan, passes: Sequence[Pass | str]) -> list[Pass]:
     """Return the user's `passes` and those that `plan` names, a name that both have once."""
     given = [read_pass(each) for each in passes]
     names = {each.name for each in given}
-    return [each for each in map(read_pass, plan.passes) if each.name not in names] + given
+    # What is given itself need not be readable: its options may be no literals.
+    return [read_pass(text) for text in plan.passes if name_in(text) not in names] + given
 
 
 def with_passes(plan: Plan, passes: Sequence[Pass | str], disable: Collection[str]) -> Plan:

@@ -44,6 +44,11 @@ def read_pass(given: Pass | str) -> Pass:
         raise PlanError(f"plan: passes: {given!r} cannot be read: {error}") from None
 
 
+def name_in(text: str) -> str:
+    """Return the name of the pass that is written."""
+    return text.partition("{")[0]
+
+
 def pass_types(kind: type[Pass] = Pass) -> Iterator[type[Pass]]:
     """Yield every pass class that is imported."""
     for child in kind.__subclasses__():

@@ -79,7 +79,7 @@ INPUTS = {"x": ((2, 4), torch.float32), "labels": ((2,), torch.int64)}
         (models.internlm2_tiny, {"schedule": "2f2b"}, ScheduleError, r"2f2b.*1f1b"),
         (models.internlm2_tiny, {"tp": 0}, PlanError, "tp must be a positive integer, got 0"),
         (models.internlm2_tiny, {"num_chunks": 2}, PlanError, "num_chunks=2 needs pp > 1"),
-        (models.internlm2_tiny, {"checkpoint": 1.5}, PlanError, r"fraction in \[0, 1\], got 1.5"),
+        (models.internlm2_tiny, {"checkpoint": 1.5}, PlanError, r"or \"auto\", got 1.5"),
         (
             models.internlm2_tiny,
             {"dtype": torch.float64},

@@ -102,6 +102,26 @@ def test_a_pass_wins_over_the_text_of_its_name(traced: Program) -> None:
     assert program.plan.passes == (WRITTEN,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call(Pass):
+    """Has an option that no text can hold."""
+
+    name: ClassVar[str] = "call-of-this-test"
+    function: Any
+
+    def apply(self, program: Program) -> None:
+        self.function(program)
+
+
+def test_a_pass_with_an_option_that_is_no_literal_runs_and_is_proven(traced: Program) -> None:
+    step = Call(function=lambda program: program.decisions.append("called"))
+    assert "called" in ilm_compile.compile(traced, passes=[step]).decisions
+    model = internlm2_tiny(num_layers=2).double()
+    ilm_compile.verify(model, passes=[step]).raise_if_failed()
+    with pytest.raises(PlanError, match="cannot be read"):
+        ilm_compile.compile(traced, passes=[str(step)])
+
+
 def test_the_proof_runs_the_passes_of_a_plan(model: nn.Module) -> None:
     plan = Plan(passes=("fuse-kernels",), kernels="torch")
     report = ilm_compile.verify(internlm2_tiny(num_layers=2).double(), plan=plan)

@@ -81,7 +81,7 @@ def test_initialize_model(model_type, fields, expected):
 def test_initialize_model_refuses_an_unknown_type():
     with pytest.raises(
         IlmCompileError,
-        match="unknown model type 'GPT'; known: HF, INTERNLM, INTERNLM2, ",
+        match="unknown model type 'GPT'; known: BAICHUAN2, HF, INTERNLM, INTERNLM2, ",
     ):
         initialize_model({"model_type": "GPT", "model": {}})
 

@@ -50,7 +50,7 @@ INPUTS = {"input_ids": ((2, SEQ), torch.int64), "labels": ((2, SEQ), torch.int64
 
 
 def cast(model: nn.Module, plan: Plan | None = None, *others: TensorParallel) -> Program:
-    program = replace(trace(model, example_inputs=INPUTS), plan=plan)
+    program = replace(trace(model, example_inputs=INPUTS), plan=plan or Plan())
     run_passes(program, [*others, CastBF16()])
     return program
 

@@ -73,7 +73,9 @@ def test_after_orders_only_if_the_provider_is_there() -> None:
 
 
 def test_unmet_requirement_names_who_could_meet_it() -> None:
-    with pytest.raises(PlanError, match=r"interleave requires 'split'.*add PipelineSplit"):
+    with pytest.raises(
+        PlanError, match=r"interleave requires 'split'.*add ChooseStages or PipelineSplit"
+    ):
         order_passes([Interleave(pp=2)], {"traced"})
 
 
