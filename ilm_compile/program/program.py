@@ -26,8 +26,9 @@ from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.kept_hooks import GradientHook
-from ilm_compile.program.layout import INVARIANT, Layout
+from ilm_compile.program.layout import INVARIANT, WEIGHT_AXES, Layout
 from ilm_compile.program.parameter_map import ParameterMap
+from ilm_compile.program.placement import Placement
 from ilm_compile.program.plan import Plan
 
 
@@ -68,6 +69,11 @@ class Variable:
     layout: Layout = INVARIANT
     padding: int = 0
     gradient_hooks: tuple[GradientHook, ...] = ()  # the user's
+
+    @property
+    def placement(self) -> Placement:
+        """On the first axis of weights, tensor parallel; `layout` has all."""
+        return self.layout.on(WEIGHT_AXES[0])
 
     @property
     def user_shape(self) -> tuple[int, ...]:

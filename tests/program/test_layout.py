@@ -7,6 +7,7 @@ import torch
 
 from ilm_compile.program.layout import INVARIANT, Layout, MeshAxis, Place
 from ilm_compile.program.placement import P, R, S
+from ilm_compile.program.program import Variable
 
 SIZES = {"tp": 2, "cp": 3}
 LAYOUTS = [
@@ -54,3 +55,9 @@ def test_an_axis_sees_the_axes_before_as_local():
 )
 def test_what_holds_on_some_axis(layout, partial, shard):
     assert (layout.is_partial, layout.is_shard) == (partial, shard)
+
+
+def test_the_placement_of_a_variable_is_that_of_tensor_parallel():
+    layout = Layout.of({"tp": S(0), "cp": R})
+    variable = Variable("w", (4, 4), torch.float32, True, True, layout=layout)
+    assert variable.placement == S(0)
