@@ -27,7 +27,7 @@ def test_the_command_writes_hardware(tmp_path: Path, capsys: pytest.CaptureFixtu
     here = Hardware.from_toml(path)
     assert here.name == "here"
     assert 1e9 < here.usable_flops(torch.float32) < 1e13
-    assert here.peak_flops[torch.float64] < here.peak_flops[torch.float32]
+    assert here.peak_flops[torch.float64] > 1e8
     assert 1e8 < here.usable_bandwidth < 1e12
     assert 1e-7 < here.kernel_overhead_s < 1e-3
     assert 2**28 < here.memory_bytes < 2**45
