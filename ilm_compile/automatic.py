@@ -9,6 +9,7 @@ import torch
 
 from ilm_compile.errors import PlanError
 from ilm_compile.planner import search
+from ilm_compile.planner.candidate import DTYPES
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 
@@ -18,7 +19,7 @@ SEARCHED = (
     *("tp", "cp", "ep", "pp", "dp", "num_chunks", "num_microbatches", "schedule", "zero"),
     *("checkpoint", "sequence_parallel"),
 )
-PRECISIONS = {None: "fp32", "bfloat16": "bf16", "float16": "fp16"}
+PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
 # The first whose words are all in the name that CUDA gives the device.
 _DEVICES: dict[tuple[str, ...], str] = {
     ("GB200",): "gb200",

@@ -35,6 +35,7 @@ def stage_units(
         for region, group in groupby(calls[start:end], lambda node: int(node.meta["region"])):
             nodes = list(group)
             times = [seconds[node] for node in nodes]
+            own, given = saved.of(nodes), saved.inputs_of(nodes)
             parts.append(
                 Part(
                     region=region,
@@ -42,11 +43,11 @@ def stage_units(
                     forward=sum(time.forward for time in times),
                     backward=sum(time.backward for time in times),
                     weight=sum(time.weight for time in times),
-                    saved=_new_bytes(saved.of(nodes), counted),
-                    kept=_new_bytes(saved.inputs_of(nodes), counted),
+                    saved=_new_bytes(own, counted),
+                    kept=_new_bytes(given, counted),
                 )
             )
-            counted |= {*saved.of(nodes), *saved.inputs_of(nodes)}
+            counted |= {*own, *given}
         units.append(
             Unit(
                 parts=tuple(parts),
