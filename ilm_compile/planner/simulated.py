@@ -57,7 +57,7 @@ class SimulatedStep:
         """Return the bytes that a pipeline rank holds, from which second on each."""
         schedule = self.simulation.schedule
         row = [action for action in schedule.actions[rank] if action.is_compute]
-        frees = Kind.W if any(action.kind is Kind.W for action in row) else Kind.B
+        frees = Kind.W if schedule.splits_backwards else Kind.B
         held, found = self.static[rank], [(0.0, self.static[rank])]
         for action in row:
             span = self.simulation.spans[action]

@@ -51,8 +51,7 @@ def rank_moments(schedule: Schedule) -> list[RankMoments]:
 
     A forward makes what its backward frees, or the backward's weight part where it is split off.
     """
-    kinds = {action.kind for row in schedule.actions for action in row}
-    frees = Kind.W if Kind.W in kinds else Kind.B
+    frees = Kind.W if schedule.splits_backwards else Kind.B
     found = []
     for rank, row in enumerate(schedule.actions):
         stages = tuple(s for s, r in enumerate(schedule.stage_to_rank) if r == rank)
