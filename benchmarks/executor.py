@@ -1,7 +1,7 @@
 """What our executor costs beside torch.distributed.pipelining's: `python -m benchmarks.executor`.
 
-Two processes on the CPU, one pipeline stage each (two with the interleaved schedule), over gloo. In
-one run and in turn, both executors run the same stage modules on the same micro-batches: see
+Two processes on the CPU (or `--ranks`), one or two pipeline stages each, over gloo. In one run and
+in turn, both executors run the same stage modules on the same micro-batches: see
 `benchmarks.contest`, which also checks that both leave the same gradients.
 
 Own cost (a model that computes next to nothing): processor time of a step, less that of a plain
@@ -16,6 +16,10 @@ Step time (8 transformer blocks of hidden size 512, 16 sequences of 128 tokens):
 `execute_schedule` and of torch's `step`, per rank, medians; and the processor time of the same
 steps, which other work on the machine disturbs less.
 
+Idle: the part of a step of ours in which the ranks compute nothing, by the recorded timeline, and
+the same step simulated with the median times of its stages. Where there are more ranks than cores,
+computes wait for each other's cores, and neither this nor the step time says much.
+
 Other work on the machine only ever adds: where it is busy, the lower quartile says more than the
 median.
 """
@@ -23,14 +27,16 @@ median.
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -44,8 +50,9 @@ from benchmarks.contest import (
     measure,
     transformer,
 )
+from ilm_compile.schedule import Action, Kind, StageTimes, build, simulate
+from ilm_compile.schedule.simulate import Span
 
-NUM_RANKS = 2
 CONTESTANTS = {"theirs": "torch", "ours": "ours", "ours_whole": "ours, whole"}
 
 
@@ -107,12 +114,66 @@ def step_time_on_rank(workload: Workload, schedule: str, repeats: int) -> list[F
     ]
 
 
-def collect(function: Any, workload: Workload, repeats: int) -> list[Figure]:
+Timeline = dict[Action, Span]
+
+
+def timelines_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Timeline]:
+    """The computes of this rank in each of some steps, the first two left out."""
+    contest = Contest(workload, schedule)
+    found = []
+    for _ in range(repeats + 2):
+        contest.zero_grad()
+        dist.barrier()
+        found.append(contest.timeline())
+    return found[2:]
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Seconds of a step from the first to the last compute of the longest rank, and the part of it
+    in which the ranks compute nothing: medians of what was measured, and simulated."""
+
+    schedule: str
+    step: float
+    idle: float
+    simulated_step: float
+    simulated_idle: float
+
+
+def idle(name: str, ranks: Sequence[Sequence[Timeline]], num_microbatches: int) -> Idle:
+    """What the steps of all ranks come to, which are lists of equal length."""
+    steps, idles = [], []
+    for spans in zip(*ranks, strict=True):
+        longest = max(
+            max(s.stop for s in r.values()) - min(s.start for s in r.values()) for r in spans
+        )
+        busy = mean(sum(span.stop - span.start for span in r.values()) for r in spans)
+        steps.append(longest)
+        idles.append(1 - busy / longest)
+    took: dict[tuple[int, Kind], list[float]] = defaultdict(list)
+    for action, span in (each for rank in ranks for step in rank for each in step.items()):
+        took[action.stage, action.kind].append(span.stop - span.start)
+    chunks = SCHEDULES[name][1]
+    schedule = build(name, pp=len(ranks), num_microbatches=num_microbatches, num_chunks=chunks)
+    middle = {key: median(seconds) for key, seconds in took.items()}
+    times = [
+        StageTimes(
+            forward=middle[stage, Kind.F],
+            backward=middle[stage, Kind.B],
+            weight=middle.get((stage, Kind.W), 0.0),
+        )
+        for stage in range(schedule.num_stages)
+    ]
+    found = simulate(schedule, times)
+    return Idle(name, median(steps), median(idles), found.cost, mean(found.bubbles))
+
+
+def collect(function: Any, workload: Workload, repeats: int, ranks: int) -> list[Figure]:
     """The figures of all schedules and ranks."""
     return [
         figure
         for schedule in SCHEDULES
-        for figures in launch(function, NUM_RANKS, workload, schedule, repeats)
+        for figures in launch(function, ranks, workload, schedule, repeats)
         for figure in figures
     ]
 
@@ -141,11 +202,24 @@ def show(figures: Sequence[Figure], title: str, console: Console) -> None:
     console.print(table)
 
 
+def show_idle(found: Sequence[Idle], console: Console) -> None:
+    """Print what was measured beside what is simulated."""
+    table = Table(title="Idle part of a step, ours, all ranks")
+    for column in ("schedule", "step ms", "simulated", "idle", "simulated"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for each in found:
+        times = (f"{1e3 * seconds:.1f}" for seconds in (each.step, each.simulated_step))
+        parts = (f"{part:.1%}" for part in (each.idle, each.simulated_idle))
+        table.add_row(each.schedule, *times, *parts)
+    console.print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.executor", description=__doc__)
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=80, help="measured steps, own cost")
     parser.add_argument("--step-repeats", type=int, default=10, help="measured steps, step time")
+    parser.add_argument("--ranks", type=int, default=2, help="processes, one pipeline rank each")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
     date = datetime.now(UTC).date().isoformat()
@@ -153,12 +227,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = make_console()
 
     smallest = Workload(make_model=SmallestModel, rows=1, seq_len=16)
-    own = collect(own_cost_on_rank, smallest, options.repeats)
+    own = collect(own_cost_on_rank, smallest, options.repeats, options.ranks)
     show(own, "Own cost per rank and micro-batch", console)
     real = Workload(make_model=transformer, rows=2, seq_len=128)
-    steps = collect(step_time_on_rank, real, options.step_repeats)
+    steps = collect(step_time_on_rank, real, options.step_repeats, options.ranks)
     show(steps, "Step time: hidden 512, 8 blocks, 16 x 128 tokens, 8 micro-batches", console)
-    save_json(output, {"own_cost_s": own, "step_time_s": steps})
+    count = real.num_microbatches
+    idles = [
+        idle(
+            name, launch(timelines_on_rank, options.ranks, real, name, options.step_repeats), count
+        )
+        for name in SCHEDULES
+    ]
+    show_idle(idles, console)
+    save_json(output, {"own_cost_s": own, "step_time_s": steps, "idle": idles})
     console.print(f"written to {output}")
 
 
