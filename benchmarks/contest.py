@@ -7,6 +7,7 @@ the same micro-batches in the same processes. So whatever differs is the cost of
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Contest:
     """The contestants, ready to run steps: `ours`, `ours_whole`, `theirs` and `loop`."""
 
     def __init__(self, workload: Workload, schedule: str) -> None:
-        pp = dist.get_world_size() if dist.is_initialized() else 2
+        pp = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
         _, num_chunks = SCHEDULES[schedule]
         plan = make_plan(
             pp=pp,

@@ -28,13 +28,13 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, quantiles
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 from rich.console import Console
@@ -53,6 +53,7 @@ from benchmarks.contest import (
 from ilm_compile.schedule import Action, Kind, StageTimes, build, simulate
 from ilm_compile.schedule.simulate import Span
 
+T = TypeVar("T")
 CONTESTANTS = {"theirs": "torch", "ours": "ours", "ours_whole": "ours, whole"}
 
 
@@ -79,13 +80,14 @@ class Figure:
         return cls(schedule, rank, contestant, clock, median(samples), lower, upper)
 
 
-def own_cost_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Figure]:
+Timeline = dict[Action, Span]  # the computes of one rank in one step
+
+
+def own_cost_on_rank(contest: Contest, schedule: str, repeats: int) -> list[Figure]:
     """The processor seconds per micro-batch that each contestant adds to the plain loop."""
-    contest = Contest(workload, schedule)
-    contest.check_equal()
     times = measure(contest, [*CONTESTANTS, "loop"], repeats)
     rank = contest.parallel.mesh.rank
-    return figures_against_loop(times, schedule, rank, workload.num_microbatches)
+    return figures_against_loop(times, schedule, rank, contest.num_microbatches)
 
 
 def figures_against_loop(
@@ -101,31 +103,36 @@ def figures_against_loop(
     return figures
 
 
-def step_time_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Figure]:
-    """The seconds of a whole step by either clock, ours through `execute_schedule`."""
-    contest = Contest(workload, schedule)
-    contest.check_equal()
+def step_time_on_rank(
+    contest: Contest, schedule: str, repeats: int
+) -> tuple[list[Figure], list[Timeline]]:
+    """The seconds of a whole step by either clock, ours through `execute_schedule`, and timelines
+    of as many steps of our executor."""
     rank = contest.parallel.mesh.rank
     times = measure(contest, ["theirs", "ours_whole"], repeats)
-    return [
+    figures = [
         Figure.of(schedule, rank, name, clock, [getattr(time, clock) for time in steps])
         for clock in ("wall", "cpu")
         for name, steps in times.items()
     ]
-
-
-Timeline = dict[Action, Span]
-
-
-def timelines_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Timeline]:
-    """The computes of this rank in each of some steps, the first two left out."""
-    contest = Contest(workload, schedule)
-    found = []
-    for _ in range(repeats + 2):
+    timelines = []
+    for _ in range(repeats):
         contest.zero_grad()
         dist.barrier()
-        found.append(contest.timeline())
-    return found[2:]
+        timelines.append(contest.timeline())
+    return figures, timelines
+
+
+def on_rank(
+    function: Callable[[Contest, str, int], T], workload: Workload, repeats: int
+) -> list[T]:
+    """What `function` finds for each schedule, after a look that both executors do the same."""
+    found = []
+    for schedule in SCHEDULES:
+        contest = Contest(workload, schedule)
+        contest.check_equal()
+        found.append(function(contest, schedule, repeats))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,16 +173,6 @@ def idle(name: str, ranks: Sequence[Sequence[Timeline]], num_microbatches: int) 
     ]
     found = simulate(schedule, times)
     return Idle(name, median(steps), median(idles), found.cost, mean(found.bubbles))
-
-
-def collect(function: Any, workload: Workload, repeats: int, ranks: int) -> list[Figure]:
-    """The figures of all schedules and ranks."""
-    return [
-        figure
-        for schedule in SCHEDULES
-        for figures in launch(function, ranks, workload, schedule, repeats)
-        for figure in figures
-    ]
 
 
 def show(figures: Sequence[Figure], title: str, console: Console) -> None:
@@ -227,18 +224,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = make_console()
 
     smallest = Workload(make_model=SmallestModel, rows=1, seq_len=16)
-    own = collect(own_cost_on_rank, smallest, options.repeats, options.ranks)
+    found = launch(on_rank, options.ranks, own_cost_on_rank, smallest, options.repeats)
+    own = [figure for by_rank in zip(*found, strict=True) for each in by_rank for figure in each]
     show(own, "Own cost per rank and micro-batch", console)
     real = Workload(make_model=transformer, rows=2, seq_len=128)
-    steps = collect(step_time_on_rank, real, options.step_repeats, options.ranks)
+    found = launch(on_rank, options.ranks, step_time_on_rank, real, options.step_repeats)
+    steps, idles = [], []
+    for schedule, by_rank in zip(SCHEDULES, zip(*found, strict=True), strict=True):
+        steps += [figure for figures, _ in by_rank for figure in figures]
+        timelines = [timelines for _, timelines in by_rank]
+        idles.append(idle(schedule, timelines, real.num_microbatches))
     show(steps, "Step time: hidden 512, 8 blocks, 16 x 128 tokens, 8 micro-batches", console)
-    count = real.num_microbatches
-    idles = [
-        idle(
-            name, launch(timelines_on_rank, options.ranks, real, name, options.step_repeats), count
-        )
-        for name in SCHEDULES
-    ]
     show_idle(idles, console)
     save_json(output, {"own_cost_s": own, "step_time_s": steps, "idle": idles})
     console.print(f"written to {output}")
