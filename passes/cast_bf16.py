@@ -12,13 +12,7 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import PlanError
-from ilm_compile.passes.base import Pass
-from ilm_compile.program.communicator import shape_communicators
-from ilm_compile.program.layout import layout_of
-from ilm_compile.program.program import Program
-from ilm_compile.program.values import is_tuple, tensors_of, without_data
-from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.precision import (
+from ilm_compile.ops.precision import (
     BF16,
     CARRIERS,
     FP32,
@@ -28,6 +22,12 @@ from ilm_compile.rewrite.precision import (
     called_name,
     precision_of,
 )
+from ilm_compile.passes.base import Pass
+from ilm_compile.program.communicator import shape_communicators
+from ilm_compile.program.layout import layout_of
+from ilm_compile.program.program import Program
+from ilm_compile.program.values import is_tuple, tensors_of, without_data
+from ilm_compile.rewrite.parameter_free import parameter_free_nodes
 
 _CAST = torch.ops.aten.to.dtype
 
@@ -37,7 +37,7 @@ class CastBF16(Pass):
     """Insert the casts of bf16 training; parameters stay as they are and are cast where used.
 
     Fused ops keep weights and tables as they are and round once, where the plain calls would have.
-    `ilm_compile.rewrite.precision` says which op computes in what, and `report` prints it for a
+    `ilm_compile.ops.precision` says which op computes in what, and `report` prints it for a
     program. The gradient of a float32 parameter is float32, because autograd undoes the cast.
     Changes numerics: `tolerance` is what the 8 bits of bf16 leave of a loss.
     """

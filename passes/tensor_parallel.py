@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import ClassVar
 
+from ilm_compile.ops.strategy import aten, has_rule
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.layout import sharded_over
 from ilm_compile.program.placement import Placement, S
@@ -17,7 +18,6 @@ from ilm_compile.rewrite.kv_heads import fit_heads
 from ilm_compile.rewrite.pad_vocabulary import pad_vocabulary
 from ilm_compile.sharding import Restrictions, Solution
 from ilm_compile.sharding.forced import forced_whole
-from ilm_compile.sharding.strategy import aten, has_rule
 from ilm_compile.sharding.why import Reasons
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from ilm_compile.cost.nodes import op_name
+from ilm_compile.ops.nodes import op_name
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.query_attention import parts_of, slowest_share

@@ -13,7 +13,7 @@ from torch import fx
 
 from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
-from ilm_compile.cost.nodes import is_view, op_name, tensors, value_bytes
+from ilm_compile.ops.nodes import is_view, op_name, tensors, value_bytes
 
 # Ops that read of their first input only as much as they return.
 GATHERS = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}

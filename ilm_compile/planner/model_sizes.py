@@ -9,9 +9,9 @@ from math import prod
 from torch import fx
 
 from ilm_compile.cost.flops import RULES
-from ilm_compile.cost.nodes import op_name
 from ilm_compile.cost.sizes import ModelSizes
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.nodes import op_name
 from ilm_compile.program.program import Program
 
 # Where an attention op has its heads, and the ops that stand for attention written out.

@@ -13,12 +13,12 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.precision import BF16, CARRIERS, called_name, precision_of
 from ilm_compile.passes.master_weights import is_master
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program, Variable
 from ilm_compile.program.values import tensors_of
 from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.precision import BF16, CARRIERS, called_name, precision_of
 
 CAST = torch.ops.aten.to.dtype
 ROWS = {"aten::embedding", "vocab_embedding", "redistribute"}  # what a table's rows go through

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.precision import PRECISIONS, PRODUCT, called_name
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of, without_data
-from ilm_compile.rewrite.precision import PRECISIONS, PRODUCT, called_name
 
 
 def check_values(program: Program) -> None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from ilm_compile.cost import Hardware, collective_time, node_time
-from ilm_compile.cost.nodes import value_bytes
 from ilm_compile.cost.ring import ring_time
+from ilm_compile.ops.nodes import value_bytes
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
 from ilm_compile.program.expert_rows import FUNCTIONS as EXPERT_ROWS
 from ilm_compile.program.expert_rows import SENT, route, route_of

@@ -19,6 +19,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ilm_compile.ops import batch_constants as constants
+from ilm_compile.ops.batch_rules import BATCH_RULES, CROSS_ENTROPIES, CUTS, MIXERS
+from ilm_compile.ops.localize import localize
+from ilm_compile.ops.pointwise import MEANS
+from ilm_compile.ops.strategy import Call, Strategy, aten, strategies, tensor_inputs
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.layout import MeshAxis
@@ -26,11 +31,6 @@ from ilm_compile.program.loss import MEAN
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.reductions import partial_mean
-from ilm_compile.sharding import batch_constants as constants
-from ilm_compile.sharding.batch_rules import BATCH_RULES, CROSS_ENTROPIES, CUTS, MIXERS
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.rules_math import MEANS
-from ilm_compile.sharding.strategy import Call, Strategy, aten, strategies, tensor_inputs
 
 SLICES = 2  # the whole batch has this many slices
 BATCH = MeshAxis("batch", {"batch": SLICES})

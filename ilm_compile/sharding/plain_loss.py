@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from ilm_compile.ops.batch_rules import CUTS, MIXERS, dims_reached
+from ilm_compile.ops.strategy import aten, tensor_inputs
 from ilm_compile.program.loss import NUM_TARGETS, SUM, cross_entropy_arguments
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.batch_axis import as_call
-from ilm_compile.sharding.batch_rules import CUTS, MIXERS, dims_reached
-from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 _TURNS = {aten.permute.default, aten.transpose.int, aten.t.default, aten.einsum.default}
 

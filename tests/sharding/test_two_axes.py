@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.ops.collectives import STANDS_FOR
+from ilm_compile.ops.localize import localize
+from ilm_compile.ops.strategy import Call, global_call, plain_placements, strategies
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.layout import Layout
@@ -20,9 +23,6 @@ from ilm_compile.program.values import map_tensors
 from ilm_compile.proof.numbers import gather, scatter
 from ilm_compile.proof.threads import run_ranks
 from ilm_compile.sharding import Strategy
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.other_axes import STANDS_FOR
-from ilm_compile.sharding.strategy import Call, global_call, plain_placements, strategies
 from tests.sharding.proof import (
     WITHOUT_GRADIENT,
     all_strategies,

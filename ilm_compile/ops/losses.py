@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ilm_compile.ops.strategy import Call, Strategy, aten, rule, tensor_inputs
+from ilm_compile.ops.views import cuts_of
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.loss import MEAN, SUM
 from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.sharded_reductions import NONE
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
-from ilm_compile.sharding.rules_views import cuts_of
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule, tensor_inputs
 
 
 @rule(aten.embedding.default)

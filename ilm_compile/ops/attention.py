@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
+from ilm_compile.ops.pointwise import aligned
+from ilm_compile.ops.reductions import LocalCall
+from ilm_compile.ops.strategy import Call, Strategy, aten, rule
 from ilm_compile.program.placement import Placement, R, S
 from ilm_compile.program.query_attention import FORMS, slowest_share
-from ilm_compile.sharding.rules_math import aligned
-from ilm_compile.sharding.sharded_forms import LocalCall
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 ilm = torch.ops.ilm
 SDPA, ATTENTION = aten.scaled_dot_product_attention.default, ilm.attention.default

@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from ilm_compile.ops.attention import ATTENTION, QUERY_ATTENTION, QUERY_SDPA, SDPA
+from ilm_compile.ops.localize import localize
+from ilm_compile.ops.losses import linear_cross_entropy_by_tokens
+from ilm_compile.ops.reductions import REDUCED, SOFTMAXES
+from ilm_compile.ops.strategy import OTHER_AXIS, Call, Strategy, aten, axis_of, rule_of
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.layout import AXES
 from ilm_compile.program.linear_loss import linear_cross_entropy
@@ -18,11 +23,6 @@ from ilm_compile.program.placement import P, Placement, S
 from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.sharded_reductions import partial_loss, sharded_gather, sharded_nll_loss
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.rules_attention import ATTENTION, QUERY_ATTENTION, QUERY_SDPA, SDPA
-from ilm_compile.sharding.rules_model import linear_cross_entropy_by_tokens
-from ilm_compile.sharding.sharded_forms import REDUCED, SOFTMAXES
-from ilm_compile.sharding.strategy import OTHER_AXIS, Call, Strategy, aten, axis_of, rule_of
 
 Spelling = Callable[[tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ilm_compile.ops.batch_constants import Values
+from ilm_compile.ops.lookups import indexed_dims
+from ilm_compile.ops.pointwise import _MIXING, _REDUCTIONS, aligned
+from ilm_compile.ops.strategy import Call, aten, tensor_inputs
 from ilm_compile.program.loss import MEAN, SUM
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.batch_constants import Values
-from ilm_compile.sharding.rules_math import _MIXING, _REDUCTIONS, aligned
-from ilm_compile.sharding.rules_select import indexed_dims
-from ilm_compile.sharding.strategy import Call, aten, tensor_inputs
 
 Found = Iterator[tuple[tuple[Placement, ...], Placement, int]]
 BatchRule = Callable[[Call, frozenset[Placement], Values], Found]

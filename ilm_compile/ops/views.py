@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from ilm_compile.ops.strategy import Call, Strategy, aten, global_call, rule, tensor_inputs
 from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.values import is_tuple
-from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule, tensor_inputs
 
 
 class Factor(NamedTuple):

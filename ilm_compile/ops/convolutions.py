@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import fx
 
-from ilm_compile.program.layout import MeshAxis, layout_of
-from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import (
+from ilm_compile.ops.strategy import (
     GLOBAL_ARGUMENTS,
     Call,
     Strategy,
     aten,
     rule,
 )
+from ilm_compile.program.layout import MeshAxis, layout_of
+from ilm_compile.program.placement import P, Placement, R, S
 
 CONVOLUTIONS = (
     *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),

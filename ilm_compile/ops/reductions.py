@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
+from ilm_compile.ops.strategy import Call, Strategy, aten, rule
 from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.sharded_reductions import (
     partial_loss,
@@ -23,7 +24,6 @@ from ilm_compile.program.sharded_reductions import (
     sharded_nll_loss,
     sharded_softmax,
 )
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 LocalCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
 MEAN = 1  # ATen's encoding of a loss's reduction

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ilm_compile.ops import attention
+from ilm_compile.ops.convolutions import CONVOLUTIONS
+from ilm_compile.ops.pointwise import MEANS
+from ilm_compile.ops.reductions import LOCAL, LocalCall
+from ilm_compile.ops.strategy import Call, Strategy, aten
+from ilm_compile.ops.views import slice_bounds
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.layout import Layout
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.placement import P
 from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
-from ilm_compile.sharding import rules_attention
-from ilm_compile.sharding.rules_convolution import CONVOLUTIONS
-from ilm_compile.sharding.rules_math import MEANS
-from ilm_compile.sharding.rules_views import slice_bounds
-from ilm_compile.sharding.sharded_forms import LOCAL, LocalCall
-from ilm_compile.sharding.strategy import Call, Strategy, aten
 
 
 def localize(call: Call, strategy: Strategy, axis: str) -> LocalCall:
@@ -85,5 +85,5 @@ _REWRITES: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {
     **dict.fromkeys(MEANS, _mean),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **LOCAL,
-    **rules_attention.LOCAL,
+    **attention.LOCAL,
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ilm_compile.cost.nodes import op_name
+from ilm_compile.ops.nodes import op_name
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from ilm_compile.program.placement import I, P, Placement, R, S
-from ilm_compile.program.reductions import partial_mean
-from ilm_compile.program.sharded_reductions import NONE
-from ilm_compile.sharding.sharded_forms import (
+from ilm_compile.ops.reductions import (
     ELEMENTWISE_LOSSES,
     REDUCED,
     SOFTMAXES,
     reduced_dims,
 )
-from ilm_compile.sharding.strategy import TAG_RULES, Call, Strategy, aten, rule
+from ilm_compile.ops.strategy import TAG_RULES, Call, Strategy, aten, rule
+from ilm_compile.program.placement import I, P, Placement, R, S
+from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.sharded_reductions import NONE
 
 # Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
 # is linear in each factor); "all": together (a sum); "first": the first only; "": none.

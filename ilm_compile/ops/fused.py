@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 
 import ilm_compile.kernels  # noqa: F401 - registers the ops
+from ilm_compile.ops.strategy import Call, Strategy, rule
 from ilm_compile.program.placement import Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, rule
 
 ilm = torch.ops.ilm
 

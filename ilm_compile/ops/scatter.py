@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
+from ilm_compile.ops.lookups import indexed_dims
+from ilm_compile.ops.pointwise import aligned
+from ilm_compile.ops.strategy import Call, Strategy, aten, rule
 from ilm_compile.program.placement import P, Placement, R
-from ilm_compile.sharding.rules_math import aligned
-from ilm_compile.sharding.rules_select import indexed_dims
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default)

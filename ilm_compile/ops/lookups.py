@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ilm_compile.cost.nodes import op_name
+from ilm_compile.ops.nodes import op_name
+from ilm_compile.ops.strategy import Call, Strategy, aten, rule
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 
 def indexed_dims(

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from string import ascii_letters
 
+from ilm_compile.ops.strategy import Call, Strategy, aten, rule
 from ilm_compile.program.linear_loss import output_logits
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 
 def _linear(call: Call) -> tuple[list[str], str]:

@@ -14,15 +14,12 @@ from typing import Any
 
 from torch import fx
 
-from ilm_compile.cost.nodes import op_name
-from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
-from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
-from ilm_compile.program.values import shapes_of, tensors_of
-from ilm_compile.sharding.rules_fused import rms_norm, swiglu
-from ilm_compile.sharding.rules_math import mixing, pointwise
-from ilm_compile.sharding.rules_select import GROUPED
-from ilm_compile.sharding.sharded_forms import LOCAL
-from ilm_compile.sharding.strategy import (
+from ilm_compile.ops.fused import rms_norm, swiglu
+from ilm_compile.ops.lookups import GROUPED
+from ilm_compile.ops.nodes import op_name
+from ilm_compile.ops.pointwise import mixing, pointwise
+from ilm_compile.ops.reductions import LOCAL
+from ilm_compile.ops.strategy import (
     OTHER_AXIS,
     ROW_RULES,
     Call,
@@ -31,6 +28,9 @@ from ilm_compile.sharding.strategy import (
     rule,
     rule_of,
 )
+from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
+from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
+from ilm_compile.program.values import shapes_of, tensors_of
 
 KINDS = "TDE"
 COUNTS = (aten.histc.default, aten.bincount.default)
