@@ -21,7 +21,7 @@ from torch import fx
 from ilm_compile.cost import HARDWARE, forward_flops
 from ilm_compile.errors import PlanError
 from ilm_compile.ops.attention import HEAD_DIM, TOKEN_DIM
-from ilm_compile.ops.strategy import Strategy, tensor_inputs
+from ilm_compile.ops.call import Strategy, tensor_inputs
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.layout import sharded_over

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
-from ilm_compile.ops.localize import localize
-from ilm_compile.ops.strategy import global_call
+from ilm_compile.ops.strategy import global_call, localize
 from ilm_compile.passes.base import Pass, check_hardware
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.expert_rows import OPERAND, ROUTES, route

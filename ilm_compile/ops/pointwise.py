@@ -1,22 +1,20 @@
-"""Rules of pointwise ops, of ops that mix values along some dimensions, and of reductions."""
+"""Pointwise ops, and dropout, whose mask is cut as the value is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 import torch
 
-from ilm_compile.ops.reductions import (
-    ELEMENTWISE_LOSSES,
-    REDUCED,
-    SOFTMAXES,
-    reduced_dims,
-)
-from ilm_compile.ops.strategy import TAG_RULES, Call, Strategy, aten, rule
-from ilm_compile.program.placement import I, P, Placement, R, S
-from ilm_compile.program.reductions import partial_mean
-from ilm_compile.program.sharded_reductions import NONE
+from ilm_compile.ops.batch_constants import Values
+from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, tensor_inputs
+from ilm_compile.ops.precision import CAST, REDUCTION
+from ilm_compile.ops.spec import TAG_RULES, OpSpec, define, rule
+from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.layout import Layout
+from ilm_compile.program.placement import P, Placement, R
 
 # Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
 # is linear in each factor); "all": together (a sum); "first": the first only; "": none.
@@ -50,7 +48,6 @@ POINTWISE = {
 _LINEARITY = {target: kind for kind, targets in POINTWISE.items() for target in targets}
 
 
-@rule(*_LINEARITY)
 def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Output sharded as wanted; an input that is broadcast along that dimension is R."""
     for out in wanted:
@@ -64,13 +61,15 @@ def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         yield Strategy(tuple(P if i == index else R for i in range(count)), P)
 
 
-TAG_RULES[torch.Tag.pointwise] = pointwise
-
-
 def is_broadcast(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> bool:
     """Whether an operand of `shape` broadcasts to `out_shape`."""
     pairs = zip(reversed(shape), reversed(out_shape), strict=False)
     return len(shape) <= len(out_shape) and all(n in (1, out) for n, out in pairs)
+
+
+def broadcast_shape(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Return the shape to which operands of `shapes` broadcast."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
 def aligned(shape: tuple[int, ...], out_shape: tuple[int, ...], out: Placement) -> Placement:
@@ -80,78 +79,41 @@ def aligned(shape: tuple[int, ...], out_shape: tuple[int, ...], out: Placement) 
     return R if broadcast else out.along(dim)
 
 
-# Ops that mix values along some dimensions and are independent along the others: which dimensions
-# of the first input they mix. Further inputs (norm weights) lie along mixed dimensions: R.
-_MIXING: dict[Any, Callable[[Call], Iterable[int]]] = {
-    aten.softmax.int: lambda call: [call.args[1]],
-    aten.log_softmax.int: lambda call: [call.args[1]],
-    aten.cumsum.default: lambda call: [call.args[1]],
-    aten.argsort.default: lambda call: [call.argument(1, "dim", -1)],
-    aten.cumprod.default: lambda call: [call.args[1]],
-    aten.rms_norm.default: lambda call: range(-len(call.args[1]), 0),
-    aten.layer_norm.default: lambda call: range(-len(call.args[1]), 0),
-    aten.tril.default: lambda call: (-2, -1),
-    aten.triu.default: lambda call: (-2, -1),
-    aten.flip.default: lambda call: call.args[1],
-    aten.roll.default: lambda call: call.argument(2, "dims") or range(len(call.shape)),
-    aten.pad.default: lambda call: range(-len(call.args[1]) // 2, 0),
-    aten.constant_pad_nd.default: lambda call: range(-len(call.args[1]) // 2, 0),
+def _chosen(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """A sum or another one, or 0, by what is the same for all: where there is any target."""
+    places = [(P, R) if values.is_zero(n) else (P,) for n in tensor_inputs(call.node)[1:]]
+    yield from (((R, *pair), P, 0) for pair in product(*places) if P in pair)
+
+
+# What is known of some of them besides.
+_FURTHER = {
+    aten.pow.Tensor_Scalar: OpSpec(precision=REDUCTION),
+    aten.pow.Tensor_Tensor: OpSpec(precision=REDUCTION),
+    aten.pow.Scalar: OpSpec(precision=REDUCTION),
+    aten.rsqrt.default: OpSpec(precision=REDUCTION),
+    aten.exp.default: OpSpec(precision=REDUCTION),
+    aten.log.default: OpSpec(precision=REDUCTION),
+    aten.to.dtype: OpSpec(precision=CAST),
+    aten.contiguous.default: OpSpec(carries=True),
+    aten.where.self: OpSpec(batch_rule=_chosen),
 }
+for _target in _LINEARITY:
+    define(replace(_FURTHER.get(_target, OpSpec()), rule=pointwise), _target)
+TAG_RULES[torch.Tag.pointwise] = pointwise
 
 
-@rule(*_MIXING)
-def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded along any dimension that the op does not mix; a softmax along any."""
-    mixed = {dim % len(call.shape) for dim in _MIXING[call.target](call)}
+def _dropout(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    layout = Layout.parse(call.args[4]).with_placement(axis, strategy.output)
+    return call.target, (*call.args[:4], str(layout)), {}
+
+
+@rule(seeded_dropout, local=_dropout)
+def dropout(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded as wanted, since the mask is cut like the value; linear for a given mask."""
     for out in wanted:
-        if out.is_shard and (out.dim not in mixed or call.target in SOFTMAXES):
-            yield Strategy((out, *(R for _ in call.shapes[1:])), out)
+        if out.is_shard:
+            yield Strategy((out, R), out)
+    yield Strategy((P, R), P)
 
 
-SUMS = (aten.sum.default, aten.sum.dim_IntList)
-MEANS = (aten.mean.default, aten.mean.dim)
-_REDUCTIONS = (
-    *(*SUMS, *MEANS, *REDUCED),
-    *(aten.var.correction, aten.var.dim, aten.prod.dim_int, aten.linalg_vector_norm.default),
-)
-
-
-@rule(*_REDUCTIONS)
-def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded along a kept dimension; a sum or mean over a sharded dimension is partial.
-
-    Maxima and logarithms of sums over a sharded dimension are the same on all ranks.
-    """
-    rank = len(call.shapes[0])
-    reduced = reduced_dims(call)
-    keepdim = bool(call.named("keepdim"))
-    kept = [dim for dim in range(rank) if dim not in reduced]
-    for out in wanted:
-        if not out.is_shard:
-            continue
-        dim = out.dim if keepdim else kept[out.dim]
-        if dim in kept:
-            yield Strategy((out.along(dim),), out)
-    if call.target in SUMS + MEANS:
-        yield from (Strategy((S(dim, folded=f),), P) for dim in reduced for f in (False, True))
-        yield Strategy((P,), P)
-    elif call.target in REDUCED and call.named("dim") is not None:
-        yield from (Strategy((S(dim),), I) for dim in reduced)
-
-
-@rule(*ELEMENTWISE_LOSSES)
-def elementwise_loss(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """Sharded along any dimension, both inputs alike; a sum and a mean are partial."""
-    shape, other = call.shapes
-    if shape == other and call.argument(2, "reduction", 1) == NONE:
-        yield from (Strategy((out, out), out) for out in wanted if out.is_shard)
-    elif shape == other:
-        cuts = (S(dim, folded=folded) for dim in range(len(shape)) for folded in (False, True))
-        yield from (Strategy((cut, cut), P) for cut in cuts)
-
-
-@rule(partial_mean)
-def sharded_mean(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """One of the reduced dimensions is sharded by construction."""
-    for dim in (dim % len(call.shapes[0]) for dim in call.args[1]):
-        yield from (Strategy((cut,), P) for cut in (S(dim), S(dim, folded=True)))
+define(OpSpec(probability=(1, "p")), aten.dropout.default)

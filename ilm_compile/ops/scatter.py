@@ -1,4 +1,4 @@
-"""Rules of ops that write into a copy of their first input: what in-place assignments become.
+"""Ops that write into a copy of their first input: what in-place assignments become.
 
 All are linear in the two values together, so with a partial sum of both they give a partial sum.
 """
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
+from ilm_compile.ops.call import Call, Strategy, aten
 from ilm_compile.ops.lookups import indexed_dims
 from ilm_compile.ops.pointwise import aligned
-from ilm_compile.ops.strategy import Call, Strategy, aten, rule
+from ilm_compile.ops.spec import rule
 from ilm_compile.program.placement import P, Placement, R
 
 

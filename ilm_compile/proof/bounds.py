@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import fx
 
 from ilm_compile.errors import ProgramError
-from ilm_compile.ops.precision import called_name
+from ilm_compile.ops.nodes import called_name
 from ilm_compile.program.program import Program
 
 BOUNDED = {

@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import fx
 
-from ilm_compile.ops.lookups import GROUPED
-from ilm_compile.ops.strategy import tensor_inputs
+from ilm_compile.ops.call import tensor_inputs
+from ilm_compile.ops.experts import GROUPED
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of

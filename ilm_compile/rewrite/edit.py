@@ -17,11 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
-from ilm_compile.ops.strategy import (
-    global_call,
-    plain_placements,
-    tensor_inputs,
-)
+from ilm_compile.ops.call import tensor_inputs
+from ilm_compile.ops.strategy import global_call, plain_placements
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.expert_rows import route

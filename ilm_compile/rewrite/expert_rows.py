@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from ilm_compile.ops.strategy import aten
+from ilm_compile.ops.call import aten
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
 from ilm_compile.program.program import Program
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.ops.attention import HEAD_DIM, SDPA
-from ilm_compile.ops.strategy import aten, tensor_inputs
+from ilm_compile.ops.call import aten, tensor_inputs
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.edit import insert_before
 

@@ -1,6 +1,5 @@
 """Sharding: the search over the placement rules of ops, and the check by them."""
 
-from ilm_compile.ops import RULES as RULES
 from ilm_compile.ops import Call as Call
 from ilm_compile.ops import Strategy as Strategy
 from ilm_compile.ops import rule as rule

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import fx
 
 from ilm_compile.errors import PlacementError
-from ilm_compile.ops.strategy import Strategy, axis_of, global_call, strategies, tensor_inputs
+from ilm_compile.ops.call import Strategy, axis_of, tensor_inputs
+from ilm_compile.ops.strategy import global_call, strategies
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.expert_rows import OPERAND, ROUTES, route

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ilm_compile.ops.strategy import Strategy
+from ilm_compile.ops.call import Strategy
 from ilm_compile.program.placement import Placement
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from ilm_compile.errors import IlmCompileError, PlanError
-from ilm_compile.ops.strategy import aten, tensor_inputs
+from ilm_compile.ops.call import aten, tensor_inputs
 from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
 from ilm_compile.program.slices import Use, average_sums, count_in_batch, sources

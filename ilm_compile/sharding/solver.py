@@ -36,18 +36,10 @@ from ilm_compile.ops.attention import (
     slowest,
     way,
 )
-from ilm_compile.ops.experts import offsets_of, routing
-from ilm_compile.ops.lookups import is_expert_weight
+from ilm_compile.ops.call import Call, Strategy, aten, tensor_inputs
+from ilm_compile.ops.experts import is_expert_weight, offsets_of, routing
 from ilm_compile.ops.reductions import exchanged
-from ilm_compile.ops.strategy import (
-    Call,
-    Strategy,
-    aten,
-    global_call,
-    plain_placements,
-    strategies,
-    tensor_inputs,
-)
+from ilm_compile.ops.strategy import global_call, plain_placements, strategies
 from ilm_compile.ops.views import VIEWS
 from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.gradients import gradient_nodes

@@ -10,7 +10,7 @@ from torch import fx
 from ilm_compile.cost import Hardware, collective_time
 from ilm_compile.errors import PlanError
 from ilm_compile.ops.attention import way
-from ilm_compile.ops.strategy import Call, Strategy
+from ilm_compile.ops.call import Call, Strategy
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move
 from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.placement import Placement, S
