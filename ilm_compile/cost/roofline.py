@@ -13,8 +13,9 @@ from torch import fx
 
 from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
-from ilm_compile.ops.nodes import is_view, op_name, tensors, value_bytes
+from ilm_compile.ops.nodes import is_view, op_name, value_bytes
 from ilm_compile.ops.spec import spec_of
+from ilm_compile.program.values import tensors_of
 
 
 def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
@@ -55,5 +56,7 @@ def node_time(
     traffic_s = (2 if backward else 1) * num_bytes / shards / hardware.usable_bandwidth
     compute_s = 0.0
     if flops:
-        compute_s = flops / shards / hardware.usable_flops(dtype or tensors(node)[0].dtype)
+        compute_s = (
+            flops / shards / hardware.usable_flops(dtype or tensors_of(node.meta["val"])[0].dtype)
+        )
     return max(compute_s, traffic_s) + hardware.kernel_overhead_s
