@@ -7,6 +7,7 @@ ranks exchange one or two numbers per kept element, never the dimension.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from math import prod
 
 from ilm_compile.ops.batch_constants import Values
@@ -96,22 +97,20 @@ def _softmax(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return SOFTMAXES[call.target], (x, dim, call.named("dtype"), axis), {}
 
 
-def _second_argument(call: Call) -> Iterable[int]:
-    return [call.args[1]]
-
-
 def _batch_norm(call: Call) -> Iterable[int]:
     """All but the channels, if it takes means of the batch."""
     return set(range(len(call.shapes[0]))) - {1} if call.named("training") else ()
 
 
-@rule(*SOFTMAXES, local=_softmax, exchanges=(2, 1), reaches=_second_argument, precision=SOFTMAX)
-@rule(aten.cumsum.default, aten.cumprod.default, reaches=_second_argument)
 @rule(
-    aten.argsort.default,
-    reaches=lambda call: [call.argument(1, "dim", -1)],
-    batch_rule=_along,
+    *SOFTMAXES,
+    local=_softmax,
+    exchanges=(2, 1),
+    reaches=lambda call: [call.args[1]],
+    precision=SOFTMAX,
 )
+@rule(aten.cumsum.default, aten.cumprod.default, reaches=lambda call: [call.args[1]])
+@rule(aten.argsort.default, reaches=lambda call: [call.argument(1, "dim", -1)], batch_rule=_along)
 @rule(
     *(aten.rms_norm.default, aten.layer_norm.default),
     reaches=lambda call: range(-len(call.args[1]), 0),
@@ -143,29 +142,20 @@ def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
 
 
-@rule(*SUMS, reaches=reduced_dims, precision=REDUCTION)
-@rule(*MEANS, local=_mean, reaches=reduced_dims, precision=REDUCTION)
-@rule(aten.var.correction, aten.var.dim, reaches=reduced_dims, precision=REDUCTION)
-@rule(aten.prod.dim_int, reaches=reduced_dims)
-@rule(aten.linalg_vector_norm.default, reaches=reduced_dims, precision=NORM)
-@rule(
-    aten.logsumexp.default,
-    local=_reduced,
-    exchanges=(2, 0),
-    reaches=reduced_dims,
-    precision=SOFTMAX,
-)
-@rule(
-    *(aten.amax.default, aten.amin.default),
-    local=_reduced,
-    exchanges=(1, 1),
-    reaches=reduced_dims,
-)
-@rule(
+_reduces = partial(rule, reaches=reduced_dims)
+
+
+@_reduces(*SUMS, precision=REDUCTION)
+@_reduces(*MEANS, local=_mean, precision=REDUCTION)
+@_reduces(aten.var.correction, aten.var.dim, precision=REDUCTION)
+@_reduces(aten.prod.dim_int)
+@_reduces(aten.linalg_vector_norm.default, precision=NORM)
+@_reduces(aten.logsumexp.default, local=_reduced, exchanges=(2, 0), precision=SOFTMAX)
+@_reduces(aten.amax.default, aten.amin.default, local=_reduced, exchanges=(1, 1))
+@_reduces(
     aten.argmax.default,
     local=_reduced,
     exchanges=(3, 0),  # an index is twice as wide
-    reaches=reduced_dims,
     batch_rule=_along,
 )
 def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.dropout import SEED
+from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
 from ilm_compile.proof.dims import op_name
@@ -64,7 +65,7 @@ def _uses(node: fx.Node) -> Iterator[tuple[int, int | None]]:
             if name in ("embedding", "vocab_embedding") and arguments[1] is current:
                 yield _size(arguments[0], 0), None
             elif name in ("cross_entropy_loss", "nll_loss_nd") and arguments[1] is current:
-                yield _size(arguments[0], 1), _ignored(user)
+                yield _size(arguments[0], 1), cross_entropy_arguments(user)[2]
             elif name == "gather" and arguments[2] is current:
                 yield _size(arguments[0], cast(int, arguments[1])), None
             elif name == "one_hot":
@@ -113,11 +114,6 @@ def _size(node: object, dim: int) -> int:
     assert isinstance(node, fx.Node)
     shape = node.meta["val"].shape
     return int(shape[dim if len(shape) > dim else -1])
-
-
-def _ignored(node: fx.Node) -> int:
-    given = node.kwargs.get("ignore_index", node.args[4] if len(node.args) > 4 else -100)
-    return cast(int, given)
 
 
 def corner_batch(
