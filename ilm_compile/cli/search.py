@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ilm_compile.automatic import first_compiled
 from ilm_compile.cli.model import add_model_argument, is_config, load_model
 from ilm_compile.config import load_config
 from ilm_compile.cost.hardware import HARDWARE
-from ilm_compile.errors import IlmCompileError, PlanError
+from ilm_compile.errors import IlmCompileError
 from ilm_compile.files import write_text
 from ilm_compile.partitioning import partition
 from ilm_compile.planner import Candidate, Rejected, Search, search
@@ -32,7 +33,6 @@ from ilm_compile.training.model import input_spec, loss_function
 BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 TRACED_TOKENS = 128  # sizes do not depend on them
 WIDTH = 160  # of the table, whatever a terminal makes of it
-TRIES = 5  # plans that may fail to compile before the search does
 LINES = 20  # of those why not, without --all
 
 
@@ -120,27 +120,19 @@ def _compiled(
     name: str, model: nn.Module, found: Search
 ) -> tuple[Candidate, Program, list[Rejected]]:
     """The fastest that compiles, its program, and those before it with what was wrong."""
-    failed: list[Rejected] = []
-    best = found.best
-    for candidate in (best, *found.candidates[1:TRIES]):
+
+    def compile_it(candidate: Candidate) -> Program:
         plan = candidate.plan
-        inputs = _inputs(name, int(plan.micro_batch * plan.ep), plan.seq)
-        try:
-            program = partition(
-                model,
-                example_inputs=inputs,
-                loss_fn=_loss_function(name),
-                plan=found.plan_of(candidate),
-            )
-        except IlmCompileError as error:
-            reason = str(error).splitlines()[0]
-            failed.append(Rejected(candidate.name, f"does not compile: {reason}"))
-            continue
-        return candidate, program, failed
-    raise PlanError(
-        f"search: none of the {len(failed)} fastest plans compiles; the first, {failed[0].what}, "
-        f"{failed[0].reason}"
-    )
+        return partition(
+            model,
+            example_inputs=_inputs(name, int(plan.micro_batch * plan.ep), plan.seq),
+            loss_fn=_loss_function(name),
+            plan=found.plan_of(candidate),
+        )
+
+    choices = (found.best, *found.candidates[1:])
+    best, program, failed = first_compiled(choices, compile_it)
+    return best, program, [Rejected(c.name, f"does not compile: {why}") for c, why in failed]
 
 
 def _inputs(name: str, rows: int, tokens: int) -> ExampleInputs:

@@ -123,6 +123,7 @@ RULES: dict[str, Rule] = {
     "ilm::query_attention": Rule(_ilm_attention, lambda node: node.args[:3]),
     "ilm::query_dot_product_attention": Rule(_queries, lambda node: node.args[:3]),
 }
+ATTENTION = frozenset(name for name in RULES if "attention" in name)
 # Values that carry no gradient whatever they are computed from.
 _CUTS = {"aten::detach"}
 

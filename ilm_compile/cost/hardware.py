@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ class Hardware:
     `reserved_bytes` is the memory that CUDA, NCCL and the allocator take from the program. `links`
     are inside a node, `network` is from one device to a device of another node, which has a NIC of
     `nic_bytes_per_s`. `efficiency` is that of whole steps, `compute_efficiency` of a kernel alone.
+    Of a processor, `tile_bandwidth` is what a product's operands take beside its arithmetic, and
+    `cores` are what the ranks of a machine share; a GPU hides the one and has none of the other.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Hardware:
     efficiency: Efficiency
     compute_efficiency: float = 0.8
     memory_efficiency: float = 0.8
+    tile_bandwidth: float = inf
+    cores: int = 0
 
     def usable_flops(self, dtype: torch.dtype) -> float:
         """Return the FLOP/s a large matrix product reaches; raises `PlanError` for other dtypes."""
@@ -57,6 +62,11 @@ class Hardware:
             known = ", ".join(str(known) for known in self.peak_flops)
             raise PlanError(f"cost: no peak FLOP/s of {self.name} for {dtype}; known: {known}")
         return self.peak_flops[dtype] * self.compute_efficiency
+
+    def attention_flops(self, dtype: torch.dtype) -> float:
+        """Return the FLOP/s of attention: where the figures are what programs reach, its own."""
+        share = self.efficiency.attention if self.compute_efficiency == 1 else 1.0
+        return self.usable_flops(dtype) * share
 
     @property
     def usable_bandwidth(self) -> float:
@@ -138,6 +148,7 @@ _CPU = Hardware(
     # the figures are what programs reached
     compute_efficiency=1.0,
     memory_efficiency=1.0,
+    cores=8,
 )
 
 HARDWARE: dict[str, Hardware] = {
