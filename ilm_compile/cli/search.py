@@ -28,12 +28,18 @@ from ilm_compile.program.byte_sizes import read_bytes
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.prove import verify
+from ilm_compile.training.fits import changed_keys
 from ilm_compile.training.model import input_spec, loss_function
 
 BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 TRACED_TOKENS = 128  # sizes do not depend on them
 WIDTH = 160  # of the table, whatever a terminal makes of it
 LINES = 20  # of those why not, without --all
+LEGEND = (
+    "micro-batches: how many of how many sequences a data-parallel rank has; GiB: of the fullest "
+    "rank; bubble, exposed: shares of the step in which a rank waits for its turn, and for "
+    "communication that nothing hides"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
     best, program, failed = _compiled(options.model, model, found)
     console = Console(width=max(Console().width, WIDTH), soft_wrap=True)
     console.print(_table(found, options.top))
+    console.print(LEGEND, style="dim")
     lines = [*failed, *found.why_not()]
     shown = lines if options.all else lines[:LINES]
     console.print("\nWhy not:")
@@ -88,9 +95,22 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"\n{proof}", markup=False, highlight=False)
     write_text(options.output, found.plan_of(best).to_json() + "\n")
     console.print(f"\n{options.output}: {best.name}", markup=False, highlight=False)
+    console.print(_next(options, best), markup=False, highlight=False)
     if options.html:
         write_report(options.html, found=found, program=program, failed=failed, proof=proof)
         console.print(f"{options.html}: the report", markup=False, highlight=False)
+
+
+def _next(options: argparse.Namespace, best: Candidate) -> str:
+    """The commands that show more of the plan and prove it; of a config, the one that runs it."""
+    if is_config(options.model):
+        keys = changed_keys(load_config(options.model), best)
+        given = "".join(f" --set {key}={value}" for key, value in keys)
+        return f"next: ilm-compile train --config {options.model}{given}"
+    rows = int(best.plan.micro_batch * best.plan.ep)
+    given = f"--plan {options.output} --seq-len {options.seq} --rows {rows}"
+    commands = (f"ilm-compile {name} {options.model} {given}" for name in ("explain", "verify"))
+    return "next: " + "\n      ".join(commands)
 
 
 def number(option: str, text: str) -> int:

@@ -5,7 +5,11 @@ Sources: bf16 peak, memory and NIC figures and the memory efficiency of 0.8 are 
 ai-dynamo/aiconfigurator (src/aiconfigurator/systems/*.yaml), the float32 and float64 peaks those of
 NVIDIA's datasheets (float32 without TF32, as torch's default), as are all figures of the A100 40GB,
 of the A800 (an A100 with two thirds of its NVLinks), the HGX B200 and the GB200 NVL72, whose memory
-is as nvidia-smi reports it and whose links are taken to be the H100's at twice the bandwidth. A
+is as nvidia-smi reports it and whose links are taken to be the H100's at twice the bandwidth
+(NVLink at 1.8 instead of 0.9 TB/s). These were compared with pages that quote the datasheets: B200
+verda.com/blog/gb300-nvl72-architecture (2.25 PFLOP/s, 75 TFLOP/s, 7.7 TB/s, 180 GB; 179 GiB by
+docs.vultr.com), GB200 glennklockwood.com/garden/processors/B200 (2.5 PFLOP/s, 8 TB/s), A800
+aiwiki.ai/wiki/nvidia_a800 (NVLink at 400 instead of 600 GB/s, the rest as the A100's). A
 compute efficiency of 0.8 and 5 us per kernel fit NVIDIA's measured bf16 GEMMs (m >= 1024) within
 7-11 % on average. Between nodes: one NIC per GPU at 0.8 of its line rate, and the latency of one
 network step of NCCL's Simple protocol (NVIDIA/nccl, src/graph/tuning.cc).

@@ -20,11 +20,14 @@ from ilm_compile.config import Config
 from ilm_compile.cost import HARDWARE, Hardware
 from ilm_compile.cost.constants import software_named
 from ilm_compile.cost.memory import static_bytes_per_parameter
+from ilm_compile.cost.pipeline_time import FORMS
 from ilm_compile.cost.sizes import ModelSizes, StepPlan
 from ilm_compile.cost.step_memory import step_memory
 from ilm_compile.errors import PlanError
-from ilm_compile.planner import Candidate, search
+from ilm_compile.planner import Candidate, Question, search
+from ilm_compile.planner.candidate import DTYPES
 from ilm_compile.planner.model_sizes import sizes_of
+from ilm_compile.planner.search import candidate_of
 from ilm_compile.program.plan import AUTO, Plan
 from ilm_compile.program.program import Program
 from ilm_compile.training.launch import Place
@@ -32,6 +35,7 @@ from ilm_compile.training.launch import Place
 GIB = 2**30
 ACTIVATIONS = 0.5  # of those predicted, the part that any program surely keeps
 MOST_RANKS = 1024  # that are tried where this world is too small
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A key of the config, and the field of a plan that says what it should be.
 KEYS: Mapping[str, str] = {
     "parallel.tensor": "tp",
@@ -62,7 +66,10 @@ def too_large(
     dp = max(1, world_size // plan.ranks_per_replica)
     held = sum(_held_bytes(p, plan, dp) for p in model.parameters()) / (plan.tp * plan.pp)
     sizes = _sizes(config, one_block)
-    kept = ACTIVATIONS * _activations(config, plan, sizes) if sizes and not plan.compile else 0.0
+    kept = 0.0
+    if sizes and not plan.compile and plan.schedule in FORMS:
+        step = _step_plan(config, plan, dp)
+        kept = ACTIVATIONS * step_memory(sizes, step, software_named("ilm_compile")).activations
     if held + kept <= available:
         return
     with_kept = f", {(held + kept) / GIB:.1f} with half of the activations" if kept else ""
@@ -102,10 +109,9 @@ def _sizes(config: Config, one_block: Program | None) -> ModelSizes | None:
     return found and replace(found, layers=int(config.model.fields["num_layers"]))
 
 
-def _activations(config: Config, plan: Plan, sizes: ModelSizes) -> float:
-    """Bytes on the fullest rank, in 16 bits; 0 for a schedule that has no closed form."""
+def _step_plan(config: Config, plan: Plan, dp: int) -> StepPlan:
     share = 1.0 if plan.checkpoint == AUTO else float(plan.checkpoint)
-    step = StepPlan(
+    return StepPlan(
         seq=config.data.seq_len,
         micro_batch=config.data.micro_bsz / plan.ep,
         num_microbatches=plan.num_microbatches,
@@ -113,16 +119,40 @@ def _activations(config: Config, plan: Plan, sizes: ModelSizes) -> float:
         cp=plan.cp,
         ep=plan.ep,
         pp=plan.pp,
+        dp=dp * plan.ep,
         chunks=plan.num_chunks,
         schedule=plan.schedule,
         recompute="full" if share else "none",
-        recompute_share=share,
-        sequence_parallel=plan.tp > 1,
+        recompute_share=share or 1.0,
+        zero=plan.zero,
+        sequence_parallel=plan.tp > 1 and plan.sequence_parallel is not False,
+        precision=NAMES[plan.dtype],
     )
-    try:
-        return step_memory(sizes, step, software_named("ilm_compile")).activations
-    except PlanError:
-        return 0.0
+
+
+def expected(
+    config: Config, plan: Plan, one_block: Program | None, *, world_size: int, available: float
+) -> str:
+    """Return what a step is predicted to take, in one line; empty for a model that nobody knows.
+
+    As `ilm-compile plan` predicts it, for the device that is found.
+    """
+    sizes, hardware = _sizes(config, one_block), _hardware()
+    if sizes is None or plan.schedule not in FORMS:
+        return ""
+    step = _step_plan(config, plan, max(1, world_size // plan.ranks_per_replica))
+    question = Question(
+        sizes=sizes,
+        gpus=step.gpus,
+        hardware=hardware,
+        sequences=round(step.micro_batch * step.num_microbatches * step.dp),
+        seq=step.seq,
+        memory_bytes=available,
+        software=software_named("ilm_compile"),
+        precision=step.precision,
+    )
+    found = candidate_of(question, step, step_memory(sizes, step, question.software))
+    return f"expected on {step.gpus} x {hardware.name}: {found.figures}"
 
 
 def _advice(
@@ -146,8 +176,8 @@ def _advice(
             memory=available,
         )
         if found.candidates:
-            best = min(found.candidates, key=lambda one: (len(_keys(config, plan, one)), _s(one)))
-            keys = " ".join(f"--set {key}={value}" for key, value in _keys(config, plan, best))
+            best = min(found.candidates, key=lambda one: (len(changed_keys(config, one)), _s(one)))
+            keys = " ".join(f"--set {key}={value}" for key, value in changed_keys(config, best))
             start = f"start {ranks} processes with" if ranks > world_size else "take"
             return (
                 f"{start} {keys or 'the same plan'}, predicted to need "
@@ -169,9 +199,9 @@ def _hardware() -> Hardware:
     return HARDWARE[name]
 
 
-def _keys(config: Config, plan: Plan, candidate: Candidate) -> list[tuple[str, Any]]:
-    """What to change of the config for a candidate, in words of TOML."""
-    wanted = candidate.to_plan()
+def changed_keys(config: Config, candidate: Candidate) -> list[tuple[str, Any]]:
+    """Return the keys to change of a config for a candidate, and their values in TOML."""
+    plan, wanted = config.plan(), candidate.to_plan()
     rows = int(candidate.plan.micro_batch * candidate.plan.ep)
     changes = [
         (key, getattr(wanted, field))

@@ -27,7 +27,7 @@ from ilm_compile.runtime.observe.recorders import METRICS_FILE
 from ilm_compile.training.checkpoints import checkpoint_folder, local_path
 from ilm_compile.training.data import global_batch_size
 from ilm_compile.training.earlier_run import died_young
-from ilm_compile.training.fits import available_bytes, too_large
+from ilm_compile.training.fits import available_bytes, expected, too_large
 from ilm_compile.training.hooks import make_sinks
 from ilm_compile.training.launch import Place, read_place
 from ilm_compile.training.model import build_model, input_spec, loss_function, weights_folder
@@ -69,13 +69,22 @@ class Start:
 Check = Callable[[Start], Iterator[str]]
 
 
-def check_start(config: Config) -> None:
+def check_start(config: Config) -> str:
     """Raise `StartError` if the run cannot work here: sizes, plan, paths, disk, dtype, memory.
+
+    Returns in one line what a step is expected to take; nothing for a model of unknown sizes.
 
     Local: no collective, no group, no weight. Costs about a second, in which a small model of the
     same widths is partitioned.
     """
-    _check(config, _CHECKS)
+    start = _check(config, _CHECKS)
+    return expected(
+        config,
+        start.plan,
+        start.one_block,
+        world_size=start.place.world_size,
+        available=available_bytes(start.place),
+    )
 
 
 def check_evaluation(config: Config) -> None:
@@ -86,7 +95,7 @@ def check_evaluation(config: Config) -> None:
     _check(config, _EVALUATION_CHECKS)
 
 
-def _check(config: Config, checks: Sequence[Check]) -> None:
+def _check(config: Config, checks: Sequence[Check]) -> Start:
     try:
         start = Start(config, read_place(), make_plan(config.plan()), build_model(config))
         input_spec(config)
@@ -95,6 +104,7 @@ def _check(config: Config, checks: Sequence[Check]) -> None:
     problems = [problem for check in checks for problem in _run(check, start)]
     if problems:
         raise StartError("\n  ".join(problems))
+    return start
 
 
 def _run(check: Check, start: Start) -> Iterator[str]:

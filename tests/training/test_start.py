@@ -29,7 +29,9 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_good_start_passes_and_leaves_nothing(tmp_path: Path) -> None:
-    check_start(tiny(tmp_path / "runs"))
+    told = check_start(tiny(tmp_path / "runs"))
+    assert told.startswith("expected on 1 x cpu: ")
+    assert told.endswith(" GiB on the fullest rank")
     assert list(tmp_path.iterdir()) == []
 
 
