@@ -111,7 +111,10 @@ def test_table_and_pictures(tmp_path: Path) -> None:
     )
     row = Row("mine", {"pp": 2})
     comparisons = [summary(row, SETTINGS, run, [run, run])]
-    comparisons = [replace(comparisons[0], predicted_s=0.45), summary(row, SETTINGS, run, [run, run])]
+    comparisons = [
+        replace(comparisons[0], predicted_s=0.45),
+        summary(row, SETTINGS, run, [run, run]),
+    ]
     console = Console(record=True, width=140)
     show(comparisons, SETTINGS, console)
     plot_comparison(comparisons, tmp_path / "comparison.png")
