@@ -30,7 +30,7 @@ class Expected:
 
     flops: of the model. peak: FLOP/s of a device in the plan's dtype.
     compute: of the schedule, messages between stages with it. gradients: their sums, and the
-    gathers of parameters. memory: bytes of each pipeline rank, without what its device reserves.
+    gathers of parameters. step: when each pipeline rank computes, and what it holds.
     """
 
     hardware: Hardware
@@ -41,12 +41,17 @@ class Expected:
     compute: float
     gradients: float
     optimizer: float
-    memory: tuple[float, ...]
+    step: SimulatedStep
 
     @property
     def seconds(self) -> float:
         """The whole step."""
         return self.compute + self.gradients + self.optimizer
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        """Most bytes of each pipeline rank at once, without what its device reserves."""
+        return tuple(self.step.peak(rank) for rank in range(len(self.step.static)))
 
     @property
     def mfu(self) -> float:
@@ -93,7 +98,7 @@ def expect(program: Program, hardware: Hardware | None = None) -> Expected:
         compute=compute,
         gradients=gradients,
         optimizer=crowd * update + software_named("ilm_compile").host_step_s,
-        memory=tuple(step.peak(rank) for rank in range(plan.pp)),
+        step=step,
     )
 
 
