@@ -12,12 +12,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ilm_compile.cost.flops import ATTENTION, backward_flops, forward_flops, slowest_rank
+from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
-from ilm_compile.cost.nodes import is_view, op_name, tensors, value_bytes
-
-# Ops that read of their first input only as much as they return.
-GATHERS = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
+from ilm_compile.ops.nodes import is_view, op_name, tensors, value_bytes
+from ilm_compile.ops.spec import spec_of
 
 
 def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
@@ -29,7 +27,7 @@ def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
         return 0
     written = value_bytes(node, dtype)
     read = {source: value_bytes(source, dtype) for source in node.all_input_nodes}
-    if op_name(node) in GATHERS:
+    if spec_of(node.target).reads_rows:
         table = node.all_input_nodes[0]
         read[table] = min(read[table], written)
     return written + sum(read.values())
@@ -58,7 +56,7 @@ def node_time(
     traffic_s = (2 if backward else 1) * num_bytes / shards / hardware.usable_bandwidth
     compute_s = 0.0
     if flops:
-        is_attention = op_name(node) in ATTENTION
+        is_attention = "attention" in op_name(node)
         rate = hardware.attention_flops if is_attention else hardware.usable_flops
         compute_s = flops / shards / rate(dtype or tensors(node)[0].dtype)
         if not is_attention:
