@@ -39,7 +39,7 @@ def hf_llama() -> nn.Module:
     )
 
 
-def hf_gpt2(heads: int = 8) -> nn.Module:
+def hf_gpt2(heads: int = 8, dropout: float = 0.0) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -51,7 +51,7 @@ def hf_gpt2(heads: int = 8) -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     return GPT2LMHeadModel(config)
 
 
@@ -70,8 +70,10 @@ MODELS = {
     "QWEN3MOE": partial(decoder, "QWEN3MOE", head_dim=16),
     "internlm": lambda: models.internlm_tiny(**TINY),
     "internlm2": lambda: models.internlm2_tiny(**TINY),
+    "eight blocks": lambda: models.internlm2_tiny(**{**TINY, "num_layers": 8}, hidden_size=32),
     "llama": hf_llama,
     "gpt2": hf_gpt2,
+    "dropout": partial(hf_gpt2, dropout=0.1),
     "experts": lambda: MixtureOfExperts(VOCAB),
     "three heads": partial(hf_gpt2, 3),
     "one key head": lambda: models.internlm2_tiny(**TINY, num_kv_attention_heads=1),
