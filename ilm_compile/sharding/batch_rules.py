@@ -15,7 +15,7 @@ import torch
 from ilm_compile.program.loss import MEAN, SUM
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.sharding.batch_constants import Values
-from ilm_compile.sharding.rules_math import _MIXING, _REDUCTIONS, aligned
+from ilm_compile.sharding.rules_math import aligned
 from ilm_compile.sharding.rules_select import indexed_dims
 from ilm_compile.sharding.strategy import Call, aten, tensor_inputs
 
@@ -34,22 +34,10 @@ _ELEMENTWISE_LOSSES = (
 )
 _ALONG = (  # ops that look along one dimension, kept in the result or not
     *(aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.argsort.default),
+    *(aten.argsort.stable, aten.diff.default),
 )
-# What leaves rows out, and what mixes them if it reaches over their dimension.
-CUTS = {aten.slice.Tensor, aten.select.int}
+CUTS = {aten.slice.Tensor, aten.select.int}  # what leaves rows out
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
-_MOVERS = {*_PADS, aten.tril.default, aten.triu.default, aten.flip.default, aten.roll.default}
-MIXERS = {*(set(_MIXING) - _MOVERS), *_REDUCTIONS, aten.batch_norm.default}
-
-
-def dims_reached(call: Call) -> set[int]:
-    """Return the dimensions of its first input over which an op of `CUTS` or `MIXERS` reaches."""
-    rank = len(call.shapes[0])
-    if call.target is aten.batch_norm.default:
-        return set(range(rank)) - {1} if call.named("training") else set()
-    given = _MIXING[call.target](call) if call.target in _MIXING else call.named("dim")
-    dims = range(rank) if given in (None, []) else [given] if isinstance(given, int) else given
-    return {dim % rank for dim in dims}
 
 
 def _broadcast(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -79,14 +67,13 @@ def _elementwise_loss(call: Call, wanted: frozenset[Placement], values: Values) 
 
 
 def _along(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
-    (shape,) = call.shapes
-    over = call.named("dim")
+    shape, over = call.shapes[0], call.named("dim")
     if over is None:
         return
     over %= len(shape)
     kept = len(shape) == len(call.shape)
     for dim in (d for d in range(len(shape)) if d != over):
-        yield (S(dim),), S(dim if kept else dim - (dim > over)), 0
+        yield (S(dim),) * len(call.shapes), S(dim if kept else dim - (dim > over)), 0
 
 
 def _padded(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
@@ -150,6 +137,34 @@ def _indexed(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
         yield (S(0), R, *others), rows, 0
 
 
+def _masked(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """``x[mask] = number``."""
+    indices, value = call.args[1:3]
+    if (
+        len(indices) == 1
+        and indices[0].meta["val"].dtype == torch.bool
+        and value.meta["val"].dim() == 0
+    ):
+        yield from (((S(dim), S(dim), R), S(dim), 0) for dim in range(len(call.shapes[1])))
+
+
+def _unfolded(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    over = call.args[1] % len(call.shapes[0])
+    yield from (((S(dim),), S(dim), 0) for dim in range(len(call.shapes[0])) if dim != over)
+
+
+def _complex(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """Real and imaginary parts are the last dimension."""
+    for dim in range(min(len(call.shape), len(call.shapes[0]))):
+        yield (S(dim),), S(dim), 0
+
+
+def _summed(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """Running sums, over classes or experts, of what each slice counted; and other integers."""
+    if call.target is not aten.to.dtype or call.named("dtype") != torch.bool:
+        yield (P,), P, 0
+
+
 BATCH_RULES: dict[Any, BatchRule] = {
     **dict.fromkeys(CROSS_ENTROPIES, _cross_entropy),
     **dict.fromkeys(_ELEMENTWISE_LOSSES, _elementwise_loss),
@@ -163,4 +178,10 @@ BATCH_RULES: dict[Any, BatchRule] = {
     aten.squeeze.dims: _squeezed,
     aten.slice.Tensor: _every_nth,
     aten.index.Tensor: _indexed,
+    aten.index_put.default: _masked,
+    aten.unfold.default: _unfolded,
+    aten.view_as_complex.default: _complex,
+    aten.view_as_real.default: _complex,
+    aten.cumsum.default: _summed,
+    aten.to.dtype: _summed,
 }
