@@ -12,22 +12,15 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.nodes import called_name
+from ilm_compile.ops.precision import BF16, FP32, LOSS, MOVE, PRODUCT
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple, tensors_of, without_data
-from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.precision import (
-    BF16,
-    CARRIERS,
-    FP32,
-    LOSS,
-    MOVE,
-    PRODUCT,
-    called_name,
-    precision_of,
-)
+from ilm_compile.rewrite.parameter_free import parameter_free_nodes, precision_of
 
 _CAST = torch.ops.aten.to.dtype
 
@@ -37,7 +30,7 @@ class CastBF16(Pass):
     """Insert the casts of bf16 training; parameters stay as they are and are cast where used.
 
     Fused ops keep weights and tables as they are and round once, where the plain calls would have.
-    `ilm_compile.rewrite.precision` says which op computes in what, and `report` prints it for a
+    `ilm_compile.ops.precision` says which op computes in what, and `report` prints it for a
     program. The gradient of a float32 parameter is float32, because autograd undoes the cast.
     Changes numerics: `tolerance` is what the 8 bits of bf16 leave of a loss.
     """
@@ -171,7 +164,7 @@ class _Caster:
         The widened copy, the largest value of the model, is then never made.
         """
         chain = [loss.all_input_nodes[0]]
-        while called_name(chain[-1]) in CARRIERS and len(chain[-1].users) == 1:
+        while spec_of(chain[-1].target).carries and len(chain[-1].users) == 1:
             chain.append(chain[-1].all_input_nodes[0])
         cast = chain.pop()
         if cast.target is not _CAST or len(cast.users) > 1 or _dtype(cast) != FP32:
@@ -187,7 +180,7 @@ class _Caster:
         """Whether all who read `node` read it in bf16, at once or after it was moved about."""
         return all(
             precision_of(user, self.parameter_free).inputs == BF16
-            or (called_name(user) in CARRIERS and self._is_rounded(user))
+            or (spec_of(user.target).carries and self._is_rounded(user))
             for user in node.users
         )
 

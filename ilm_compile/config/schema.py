@@ -54,7 +54,9 @@ class ParallelOptions:
     pipeline: int = option(1, "ranks that hold consecutive layers", low=1)
     num_chunks: int = option(1, "pipeline stages on each rank", low=1)
     schedule: str | None = option(
-        None, "1f1b, gpipe, interleaved_1f1b, zb_h1, zb_h2, zb_v; by num_chunks if left out"
+        None,
+        "1f1b, gpipe, interleaved_1f1b, zb_h1, zb_h2, zb_v, dualpipe_v, v_half, v_min; by "
+        "num_chunks if left out",
     )
     zero: int = option(1, "1: shard optimizer state over dp; 3: parameters too", choices=(1, 3))
     sequence_parallel: bool | None = option(None, "decided by cost if left out")

@@ -13,10 +13,8 @@ from torch import fx
 
 from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
-from ilm_compile.cost.nodes import is_view, op_name, tensors, value_bytes
-
-# Ops that read of their first input only as much as they return.
-GATHERS = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
+from ilm_compile.ops.nodes import is_view, op_name, tensors, value_bytes
+from ilm_compile.ops.spec import spec_of
 
 
 def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
@@ -28,7 +26,7 @@ def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
         return 0
     written = value_bytes(node, dtype)
     read = {source: value_bytes(source, dtype) for source in node.all_input_nodes}
-    if op_name(node) in GATHERS:
+    if spec_of(node.target).reads_rows:
         table = node.all_input_nodes[0]
         read[table] = min(read[table], written)
     return written + sum(read.values())

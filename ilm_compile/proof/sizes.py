@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import fx
 
+from ilm_compile.ops.call import tensor_inputs
+from ilm_compile.ops.experts import GROUPED
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
@@ -20,8 +22,6 @@ from ilm_compile.proof import place_relations as place
 from ilm_compile.proof import size_relations as size
 from ilm_compile.proof.dims import Classes, Dims, Relation, View, op_name, pin, same
 from ilm_compile.proof.numbers import sizes_of
-from ilm_compile.sharding.rules_select import GROUPED
-from ilm_compile.sharding.strategy import tensor_inputs
 
 
 def dimensions(classes: Classes, program: Program) -> dict[fx.Node, list[Dims]]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.precision import PRODUCT
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of, without_data
-from ilm_compile.rewrite.precision import PRECISIONS, PRODUCT, called_name
 
 
 def check_values(program: Program) -> None:
@@ -35,7 +36,7 @@ def _check(program: Program, node: fx.Node) -> None:
             f"value check: {_name(node)} cannot run on ({_inputs(node)}) at {program.where(node)}: "
             f"{reason}"
         ) from None
-    if PRECISIONS.get(called_name(node)) is PRODUCT and len(dtypes := _float_dtypes(node)) > 1:
+    if spec_of(node.target).precision is PRODUCT and len(dtypes := _float_dtypes(node)) > 1:
         raise ProgramError(  # without data the op does not ask for it, with data it does
             f"value check: {_name(node)} takes one dtype, got {' and '.join(sorted(dtypes))} "
             f"({_inputs(node)}) at {program.where(node)}. Is a cast missing?"

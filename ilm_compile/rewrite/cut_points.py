@@ -9,7 +9,7 @@ from math import inf
 import numpy as np
 from torch import fx
 
-from ilm_compile.cost.nodes import tensors, value_bytes
+from ilm_compile.ops.nodes import tensors, value_bytes
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
 

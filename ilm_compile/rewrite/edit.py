@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.call import tensor_inputs
+from ilm_compile.ops.strategy import global_call, plain_placements
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.expert_rows import route
@@ -27,11 +29,6 @@ from ilm_compile.program.values import shapes_of, take_name, tensors_of, without
 from ilm_compile.rewrite.pattern import Function, Match, matches, parameters_of, trace_function
 from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.check import solved_axes
-from ilm_compile.sharding.strategy import (
-    global_call,
-    plain_placements,
-    tensor_inputs,
-)
 
 KEPT = ("region", "stage", "clone", "source")  # what a new call takes over from its neighbour
 

@@ -20,6 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.ops import batch_constants as constants
+from ilm_compile.ops.call import Call, aten, tensor_inputs
+from ilm_compile.ops.losses import of_tokens
+from ilm_compile.ops.pointwise import pointwise
+from ilm_compile.ops.reductions import MEANS
+from ilm_compile.ops.spec import spec_of
+from ilm_compile.ops.strategy import localize, strategies
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.layout import MeshAxis
@@ -27,12 +34,7 @@ from ilm_compile.program.loss import MEAN
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.reductions import partial_mean
-from ilm_compile.sharding import batch_constants as constants
-from ilm_compile.sharding.batch_rules import BATCH_RULES, CROSS_ENTROPIES, CUTS
-from ilm_compile.sharding.localize import localize
 from ilm_compile.sharding.row_orders import RowOrders, RowsMix
-from ilm_compile.sharding.rules_math import MEANS, pointwise
-from ilm_compile.sharding.strategy import Call, aten, has_rule, strategies, tensor_inputs
 
 SLICES = 2  # the whole batch has this many slices
 BATCH = MeshAxis("batch", {"batch": SLICES})
@@ -153,7 +155,7 @@ class _Typer:
             return SAME if constants.same(part, whole) else self._lost(whole)
         states = [self.states[n] for n in tensor_inputs(whole)]
         lost = [s for s in states if isinstance(s, Lost)]
-        forgiving = whole.target in CROSS_ENTROPIES  # of rows that were mixed, which is told
+        forgiving = is_cross_entropy(whole)  # of rows that were mixed, which is told
         worst = max(lost, key=lambda s: s.cuts, default=None)
         dim, shift = _row_dim(part, whole), _shift(part, whole)
         self.grown |= {whole} if dim != -1 else set()
@@ -235,10 +237,10 @@ class _Typer:
         """Return what is known of a call whose result is not."""
         known = {n: s for n in tensor_inputs(node) if isinstance(s := self.states[n], Known)}
         sums = [n for n, s in known.items() if s.placement == P]
-        cuts = node.target in CUTS and any(s.placement.is_shard for s in known.values())
+        cuts = spec_of(node.target).cuts and any(s.placement.is_shard for s in known.values())
         words = {  # the first that holds tells most
             "averages over the targets, or class weights, of one micro-batch": (
-                node.target in CROSS_ENTROPIES and as_call(node).named("reduction") == MEAN
+                is_cross_entropy(node) and as_call(node).named("reduction") == MEAN
             ),
             reason: bool(reason),
             f"is not linear in {sums[-1] if sums else ''}, a sum over one micro-batch's rows": sums,
@@ -248,8 +250,9 @@ class _Typer:
         return Lost(node, next(word for word, holds in words.items() if holds), cuts)
 
 
-def _none(*_: Any) -> tuple[()]:
-    return ()
+def is_cross_entropy(node: fx.Node) -> bool:
+    """Whether a call is a cross entropy, of class numbers or of probabilities."""
+    return spec_of(node.target).batch_rule is of_tokens
 
 
 def local_strategies(
@@ -257,13 +260,14 @@ def local_strategies(
 ) -> Iterator[tuple[tuple[Placement, ...], Placement, int]]:
     """Yield the ways to compute a call slice by slice, without an op that talks over the axis.
 
-    As rows of `BATCH_RULES` do: placements of inputs and result, and the weight it gains.
+    As a batch rule does: placements of inputs and result, and the weight it gains.
     """
-    for way in BATCH_RULES.get(call.target, _none)(call, wanted, values):
+    spec = spec_of(call.target)
+    for way in spec.batch_rule(call, wanted, values) if spec.batch_rule else ():
         if way[1] in {*wanted, P, R}:
             yield way
     found = strategies(call, wanted)
-    if not has_rule(call.target) and torch.Tag.pointwise in getattr(call.target, "tags", ()):
+    if spec.rule is None and torch.Tag.pointwise in getattr(call.target, "tags", ()):
         found += pointwise(call, wanted)
     for strategy in found:
         if strategy.output in wanted:

@@ -12,19 +12,17 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ilm_compile.ops.batch_constants import CREATED, Values
+from ilm_compile.ops.call import aten, tensor_inputs
+from ilm_compile.ops.experts import COUNTS
 from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.loss import NUM_TARGETS, SUM, cross_entropy_arguments
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.batch_axis import as_call, local_strategies
-from ilm_compile.sharding.batch_constants import CREATED, Values
-from ilm_compile.sharding.batch_rules import CROSS_ENTROPIES
+from ilm_compile.sharding.batch_axis import as_call, is_cross_entropy, local_strategies
 from ilm_compile.sharding.row_orders import RowOrders, RowsMix
-from ilm_compile.sharding.rules_experts import COUNTS
-from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 ROWS = S(0)
-_SUMS = {*CROSS_ENTROPIES, *COUNTS}
 
 
 def is_plain(program: Program) -> bool:
@@ -93,7 +91,8 @@ class _Rows:
 
     def _by_rules(self, node: fx.Node) -> Placement | None:
         given = tensor_inputs(node)
-        sums = node.target in _SUMS or any(self.placed[n] == P for n in given)
+        sums = is_cross_entropy(node) or node.target in COUNTS
+        sums |= any(self.placed[n] == P for n in given)
         for inputs, output in self._ways(node):
             if all(map(self._lies, given, inputs)) and (output == ROWS or sums):
                 return output

@@ -15,12 +15,12 @@ from typing import Any, cast
 
 from torch import fx
 
-from ilm_compile.cost.nodes import op_name
+from ilm_compile.ops.batch_constants import Values
+from ilm_compile.ops.call import aten, tensor_inputs
+from ilm_compile.ops.experts import GROUPED
+from ilm_compile.ops.nodes import op_name
 from ilm_compile.program.placement import P, Placement
 from ilm_compile.program.slices import sources
-from ilm_compile.sharding.batch_constants import Values
-from ilm_compile.sharding.rules_select import GROUPED
-from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 
 class RowsMix(Exception):

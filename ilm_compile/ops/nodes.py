@@ -1,6 +1,9 @@
-"""What cost rules ask of a node of an ATen graph: its op, its tensors, their bytes."""
+"""What rules ask of a node of an ATen graph: its op, its tensors, their bytes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +18,17 @@ def op_name(node: fx.Node) -> str:
     Python functions (getitem, collectives), placeholders and attributes have no op.
     """
     return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def called_name(node: fx.Node) -> str:
+    """Return the op's name, such as ``aten::linear``, or that of the python function."""
+    return op_name(node) or str(getattr(node.target, "__name__", node.target))
+
+
+def shape_of(argument: Any) -> Sequence[int]:
+    """Return the shape of what a node, given as an argument of another, holds."""
+    shape: Sequence[int] = argument.meta["val"].shape
+    return shape
 
 
 def tensors(node: fx.Node) -> list[Tensor]:
@@ -33,6 +47,16 @@ def tensor_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
 def value_bytes(node: fx.Node, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of all tensors that a node produces."""
     return sum(tensor_bytes(tensor, dtype) for tensor in tensors(node))
+
+
+def rewrites_input(node: fx.Node) -> int:
+    """Return the bytes of reading the first input and writing as much."""
+    return 2 * value_bytes(node.all_input_nodes[0])
+
+
+def rewrites_result(node: fx.Node) -> int:
+    """Return the bytes of reading as much as is written."""
+    return 2 * value_bytes(node)
 
 
 def is_view(node: fx.Node) -> bool:
