@@ -98,14 +98,9 @@ def _sorted(orders: RowOrders, node: fx.Node) -> Tag:
     if x not in orders.tags:
         return Moved("order", node)
     order = orders.order(x)
-    _expect(order.repeats == 1 and not _descends(node))
+    descends = node.kwargs.get("descending") or True in node.args[2:]
+    _expect(order.repeats == 1 and not descends)
     return replace(order, kind="inverse")
-
-
-def _descends(node: fx.Node) -> bool:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return bool(given.get("descending"))
 
 
 def _divided(orders: RowOrders, node: fx.Node) -> Tag:
