@@ -22,11 +22,9 @@ median.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -34,7 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, launch, make_console, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, save_json
 from benchmarks.contest import (
     SCHEDULES,
     Contest,
@@ -142,8 +140,7 @@ def show(figures: Sequence[Figure], title: str, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.executor", description=__doc__)
-    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("executor", __doc__)
     parser.add_argument("--repeats", type=int, default=80, help="measured steps, own cost")
     parser.add_argument("--step-repeats", type=int, default=10, help="measured steps, step time")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
