@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.input_graph import graph_from_inputs
-from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Lookup, Program
 
 aten = torch.ops.aten
@@ -60,10 +60,6 @@ def find_lookups(program: Program) -> Iterator[Lookup]:
 
 
 def _ignored(node: fx.Node) -> int | None:
-    """The label that is no target."""
-    if node.target is aten.embedding.default:
-        return None
-    if node.target is aten.cross_entropy_loss.default:
-        return cross_entropy_arguments(node)[2]
-    given: Any = node.kwargs.get("ignore_index", node.args[4] if len(node.args) > 4 else -100)
-    return int(given)
+    """The label that is no target; an embedding has none."""
+    ignored: int | None = argument(node, "ignore_index")
+    return ignored

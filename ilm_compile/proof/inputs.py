@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
@@ -63,7 +64,7 @@ def _uses(node: fx.Node) -> Iterator[tuple[int, int | None]]:
             if name in ("embedding", "vocab_embedding") and arguments[1] is current:
                 yield _size(arguments[0], 0), None
             elif name in ("cross_entropy_loss", "nll_loss_nd") and arguments[1] is current:
-                yield _size(arguments[0], 1), _ignored(user)
+                yield _size(arguments[0], 1), int(argument(user, "ignore_index"))
             elif name == "gather" and arguments[2] is current:
                 yield _size(arguments[0], cast(int, arguments[1])), None
             elif name == "one_hot":
@@ -117,11 +118,6 @@ def _size(node: object, dim: int) -> int:
     assert isinstance(node, fx.Node)
     shape = node.meta["val"].shape
     return int(shape[dim if len(shape) > dim else -1])
-
-
-def _ignored(node: fx.Node) -> int:
-    given = node.kwargs.get("ignore_index", node.args[4] if len(node.args) > 4 else -100)
-    return cast(int, given)
 
 
 def corner_batch(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of
@@ -18,7 +19,6 @@ from ilm_compile.proof.mutate_inputs import ATTENTION, SDPA
 from ilm_compile.proof.mutate_places import (
     Kind,
     Place,
-    argument,
     aten,
     calls,
     ilm,
