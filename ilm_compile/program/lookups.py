@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ilm_compile.program.arguments import argument
 from ilm_compile.program.input_graph import graph_from_inputs
+from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Lookup, Program
 
 aten = torch.ops.aten
@@ -53,13 +53,7 @@ def find_lookups(program: Program) -> Iterator[Lookup]:
         yield Lookup(
             graph=graph,
             size=int(shape[rule.dim if len(shape) > rule.dim else -1]),
-            ignored=_ignored(node),
+            ignored=cross_entropy_arguments(node)[2] if rule.dim else None,
             what=f"{rule.what} of {source.target if source.op == 'get_attr' else 'the loss'}",
             where=program.where(node),
         )
-
-
-def _ignored(node: fx.Node) -> int | None:
-    """The label that is no target; an embedding has none."""
-    ignored: int | None = argument(node, "ignore_index")
-    return ignored

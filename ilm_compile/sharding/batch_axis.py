@@ -26,7 +26,7 @@ from ilm_compile.ops.losses import of_tokens
 from ilm_compile.ops.pointwise import pointwise
 from ilm_compile.ops.reductions import MEANS
 from ilm_compile.ops.spec import spec_of
-from ilm_compile.ops.strategy import localize, strategies
+from ilm_compile.ops.strategy import global_call, localize, strategies
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.layout import MeshAxis
@@ -282,9 +282,7 @@ def _is(state: State | None, placement: Placement) -> bool:
 
 def as_call(node: fx.Node, axis: MeshAxis = BATCH) -> Call:
     """Return a call of a program that no axis was sharded in yet, on the axis of slices."""
-    shapes = tuple(tuple(n.meta["val"].shape) for n in tensor_inputs(node))
-    shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
-    return Call(node, node.target, node.args, dict(node.kwargs), shapes, shape, axis)
+    return global_call(node, axis)
 
 
 def _row_dim(part: fx.Node, whole: fx.Node) -> int | None:
