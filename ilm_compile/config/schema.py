@@ -65,6 +65,7 @@ class ParallelOptions:
         False, "fraction of blocks that recompute; 'auto': as few as make it fit", low=0, high=1
     )
     memory: str | None = option(None, "with checkpoint = 'auto': what a rank may fill, as '80GiB'")
+    check_memory: bool = option(True, "refuse at start what the memory of a device cannot hold")
     dispatch: bool | None = option(None, "rows go to their experts, or tokens to all; by cost")
     constraints: Mapping[str, str] = option({}, "parameter name or glob to placement, 'S(0)'")
 

@@ -1,7 +1,8 @@
 """The time of one node on one device: the roofline.
 
 A kernel takes the longer of its arithmetic and its memory traffic, plus a fixed overhead:
-t = max(FLOPs / usable FLOP/s, bytes / usable bytes/s) + t0. Kernels are those of the graph, one per
+t = max(FLOPs / usable FLOP/s, bytes / usable bytes/s) + t0. On a processor the operands of a
+product take their own time beside its arithmetic. Kernels are those of the graph, one per
 op: what a compiler fuses later is cheaper than said here. Collectives are python functions and cost
 0 here; see `ilm_compile.cost.collectives`.
 """
@@ -56,7 +57,10 @@ def node_time(
     traffic_s = (2 if backward else 1) * num_bytes / shards / hardware.usable_bandwidth
     compute_s = 0.0
     if flops:
-        compute_s = (
-            flops / shards / hardware.usable_flops(dtype or tensors_of(node.meta["val"])[0].dtype)
-        )
+        is_attention = "attention" in op_name(node)
+        rate = hardware.attention_flops if is_attention else hardware.usable_flops
+        compute_s = flops / shards / rate(dtype or tensors_of(node.meta["val"])[0].dtype)
+        if not is_attention:
+            products = flops / max(1, forward_flops(node))
+            compute_s += products * num_bytes / shards / hardware.tile_bandwidth
     return max(compute_s, traffic_s) + hardware.kernel_overhead_s
