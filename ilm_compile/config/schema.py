@@ -59,8 +59,11 @@ class ParallelOptions:
     zero: int = option(1, "1: shard optimizer state over dp; 3: parameters too", choices=(1, 3))
     sequence_parallel: bool | None = option(None, "decided by cost if left out")
     embed_split_hidden: bool | None = option(None, "embedding cut by hidden size; by cost")
-    checkpoint: bool | float | Literal["auto"] = option(
-        False, "fraction of blocks that recompute; 'auto': as few as make it fit", low=0, high=1
+    checkpoint: bool | float | Literal["selective", "auto"] = option(
+        False,
+        "fraction of blocks that recompute; 'selective': all, what is cheap; 'auto': what must be",
+        low=0,
+        high=1,
     )
     memory: str | None = option(None, "with checkpoint = 'auto': what a rank may fill, as '80GiB'")
     dispatch: bool | None = option(None, "rows go to their experts, or tokens to all; by cost")

@@ -12,4 +12,5 @@ from ilm_compile.cost.memory import held_bytes as held_bytes
 from ilm_compile.cost.memory import static_bytes_per_parameter as static_bytes_per_parameter
 from ilm_compile.cost.roofline import node_bytes as node_bytes
 from ilm_compile.cost.roofline import node_time as node_time
+from ilm_compile.cost.saved_bytes import region_bytes as region_bytes
 from ilm_compile.cost.saved_bytes import saved_bytes as saved_bytes

@@ -8,7 +8,7 @@ cast among them, are alive anyway and do not count.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from ilm_compile.cost.nodes import tensor_bytes
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.gradients import gradient_nodes
-from ilm_compile.program.program import Program
+from ilm_compile.program.program import Program, Region
 from ilm_compile.program.read_as import cast_weights
+from ilm_compile.program.remade import AGAIN, NEEDED
 from ilm_compile.program.values import is_tuple, tensors_of
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
@@ -59,8 +60,7 @@ class _Trial:
 class SavedMemory:
     """What each call of `program` saves, of one micro-batch on one rank.
 
-    As autograd does it on a CPU, whose attention saves what the flash kernels of a GPU do. Regions
-    that are marked for recompute are taken as if they were not: see `inputs_of`.
+    As autograd does it on a CPU, whose attention saves what the flash kernels of a GPU do.
     """
 
     def __init__(self, program: Program) -> None:
@@ -76,14 +76,26 @@ class SavedMemory:
                 self._of[node] = tuple(self._saved(node))
 
     def of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
-        """Return what these calls save together, in order."""
+        """Return what these calls save together, in order, nothing being computed again."""
         return {storage: None for node in calls for storage in self._of[node]}
+
+    def kept_by(self, calls: Sequence[fx.Node], region: Region) -> dict[Storage, None]:
+        """Return what these calls of a region keep, as it and they are marked."""
+        if region.recompute:
+            return self.inputs_of(calls)
+        return self.kept(calls, {n: n.meta[AGAIN] for n in calls if AGAIN in n.meta})
+
+    def kept(self, calls: Sequence[fx.Node], again: Mapping[fx.Node, str]) -> dict[Storage, None]:
+        """Return what these calls keep if those in `again` run again, with their marks."""
+        made = {s for node, mark in again.items() if mark == NEEDED for s in self.storages(node)}
+        given = self.inputs_of(again)
+        return {s: None for s in (*self.of(calls), *given) if s not in made}
 
     def inputs_of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
         """Return what these calls are given by others: what a recompute of them keeps."""
         inside = set(calls)
         given = (n for node in inside for n in node.all_input_nodes if n not in inside)
-        return {s: None for n in given for s in self._storages(n)}
+        return {s: None for n in given for s in self.storages(n)}
 
     def _saved(self, node: fx.Node) -> Iterator[Storage]:
         inputs = node.all_input_nodes
@@ -98,12 +110,13 @@ class SavedMemory:
             if source is not None:
                 self._sources[node, place] = (inputs[source], 0)
         for number in trial.inputs:
-            yield from self._storages(inputs[number])
+            yield from self.storages(inputs[number])
         for place in trial.results:
             yield from self._storage(node, place)
         yield from (Storage(node, -1 - place, size) for place, size in enumerate(trial.own))
 
-    def _storages(self, node: fx.Node) -> Iterator[Storage]:
+    def storages(self, node: fx.Node) -> Iterator[Storage]:
+        """Yield the memory that the results of `node` lie in, but what is alive anyway."""
         for place in range(len(tensors_of(node.meta.get("val")))):
             yield from self._storage(node, place)
 

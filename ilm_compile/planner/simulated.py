@@ -23,7 +23,7 @@ from ilm_compile.cost import (
 from ilm_compile.files import write_text
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
 from ilm_compile.program.program import Program
-from ilm_compile.rewrite.node_cost import node_seconds
+from ilm_compile.rewrite.node_cost import node_seconds, runs_again
 from ilm_compile.schedule import Kind, Simulation, StageTimes, schedule_of, simulate
 
 _MARKS = {Kind.F: "F", Kind.B: "B", Kind.W: "W"}
@@ -123,8 +123,8 @@ def simulate_step(program: Program) -> SimulatedStep:
     forward, backward, weight = ([0.0] * schedule.num_stages for _ in range(3))
     for node, stage in stages.items():
         forward[stage] += seconds[node].forward
-        again = program.regions[node.meta["region"]].recompute
-        backward[stage] += seconds[node].backward + seconds[node].forward * again
+        again = seconds[node].forward * runs_again(program, node)
+        backward[stage] += seconds[node].backward + again
         weight[stage] += seconds[node].weight
     sent = _sent_seconds(program, schedule.num_stages)
     times = tuple(
