@@ -8,7 +8,7 @@ cast among them, are alive anyway and do not count.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,16 +128,26 @@ class SavedMemory:
             yield Storage(node, place, tensor_bytes(tensors_of(node.meta["val"])[place]))
 
     def _trial(self, node: fx.Node) -> _Trial:
-        key = self._key(node)
+        key = self.key(node)
         if key not in self._trials:
-            forms = {source: self._forms_of(source) for source in node.all_input_nodes}
-            self._trials[key] = _try(node, forms, self._differentiable)
+            self._trials[key] = _try(node, self)
         return self._trials[key]
+
+    def stand_ins(self, node: fx.Node) -> list[Any]:
+        """Return what a call is given, without data."""
+        return [
+            _stand_in(source, self._forms_of(source), source in self._differentiable)
+            for source in node.all_input_nodes
+        ]
+
+    def is_differentiable(self, node: fx.Node) -> bool:
+        """Whether a gradient flows through `node`."""
+        return node in self._differentiable
 
     def _forms_of(self, node: fx.Node) -> tuple[Form, ...]:
         return self._forms.get(node) or tuple(map(_form, tensors_of(node.meta.get("val"))))
 
-    def _key(self, node: fx.Node) -> Hashable:
+    def key(self, node: fx.Node) -> Hashable:
         """Return all that a trial depends on."""
         numbers = {n: i for i, n in enumerate(node.all_input_nodes)}
 
@@ -148,16 +158,20 @@ class SavedMemory:
         return node.target, repr(arguments), node in self._differentiable
 
 
-def _try(
-    node: fx.Node, forms: Mapping[fx.Node, tuple[Form, ...]], differentiable: set[fx.Node]
-) -> _Trial:
-    """Run the call on tensors without data and look at what is saved."""
+def prepare(node: fx.Node, memory: SavedMemory) -> tuple[list[Any], Callable[[], Any]]:
+    """Return stand-ins for the inputs of a call, and what runs it on them."""
+    inputs = memory.stand_ins(node)
+    by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
+    given: Any = (node.args, node.kwargs)
+    args, kwargs = fx.node.map_aggregate(given, lambda v: _on_cpu(by_node.get(v, v)))  # type: ignore[arg-type]
     target: Any = node.target
+    return inputs, lambda: target(*args, **kwargs)
+
+
+def _try(node: fx.Node, memory: SavedMemory) -> _Trial:
+    """Run the call on tensors without data and look at what is saved."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_stand_in(n, forms[n], n in differentiable) for n in node.all_input_nodes]
-        by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
-        given: Any = (node.args, node.kwargs)
-        args, kwargs = fx.node.map_aggregate(given, lambda v: _on_cpu(by_node.get(v, v)))  # type: ignore[arg-type]
+        inputs, call = prepare(node, memory)
         packed: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -165,10 +179,10 @@ def _try(
             return tensor
 
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-            results = tensors_of(target(*args, **kwargs))
-        numbers = {_memory(value): i for i, value in enumerate(inputs) if isinstance(value, Tensor)}
-        places = {_memory(value): i for i, value in enumerate(results)}
-        saved = {_memory(tensor): tensor for tensor in packed if node in differentiable}
+            results = tensors_of(call())
+        numbers = {address(value): i for i, value in enumerate(inputs) if isinstance(value, Tensor)}
+        places = {address(value): i for i, value in enumerate(results)}
+        saved = {address(tensor): tensor for tensor in packed if memory.is_differentiable(node)}
         return _Trial(
             inputs=tuple(numbers[m] for m in saved if m in numbers),
             results=tuple(places[m] for m in saved if m in places and m not in numbers),
@@ -177,7 +191,7 @@ def _try(
                 for m, tensor in saved.items()
                 if m not in numbers and m not in places
             ),
-            views=tuple(numbers.get(_memory(value)) for value in results),
+            views=tuple(numbers.get(address(value)) for value in results),
             forms=tuple(map(_form, results)),
         )
 
@@ -201,5 +215,6 @@ def _on_cpu(value: Any) -> Any:
     return _CPU if isinstance(value, torch.device) else value
 
 
-def _memory(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from that of others, while it lives."""
     return int(tensor.untyped_storage()._cdata)

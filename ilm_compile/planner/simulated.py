@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from ilm_compile.cost import (
     HARDWARE,
     collective_time,
     held_bytes,
-    saved_bytes,
 )
+from ilm_compile.cost.holding import Holding
+from ilm_compile.cost.saved import SavedMemory, Storage
 from ilm_compile.files import write_text
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.node_cost import node_seconds, runs_again
 from ilm_compile.schedule import Kind, Simulation, StageTimes, schedule_of, simulate
+from ilm_compile.schedule.memory import Held, bytes_held
 
 _MARKS = {Kind.F: "F", Kind.B: "B", Kind.W: "W"}
 
@@ -33,13 +36,13 @@ _MARKS = {Kind.F: "F", Kind.B: "B", Kind.W: "W"}
 class SimulatedStep:
     """What `simulate_step` returns.
 
-    times: of each stage, in seconds. saved: bytes that a micro-batch keeps in each stage; static:
-    bytes of parameters, gradients and Adam's state on each pipeline rank.
+    times: of each stage, in seconds. held: bytes of a micro-batch in each stage; static: bytes of
+    parameters, gradients and Adam's state on each pipeline rank.
     """
 
     simulation: Simulation
     times: tuple[StageTimes, ...]
-    saved: tuple[int, ...]
+    held: tuple[Held, ...]
     static: tuple[float, ...]
 
     @property
@@ -55,18 +58,11 @@ class SimulatedStep:
 
     def memory(self, rank: int) -> list[tuple[float, float]]:
         """Return the bytes that a pipeline rank holds, from which second on each."""
-        schedule = self.simulation.schedule
-        row = [action for action in schedule.actions[rank] if action.is_compute]
-        frees = Kind.W if schedule.splits_backwards else Kind.B
-        held, found = self.static[rank], [(0.0, self.static[rank])]
-        for action in row:
+        static = self.static[rank]
+        found = [(0.0, static)]
+        for action, most, after in bytes_held(self.simulation.schedule, rank, self.held):
             span = self.simulation.spans[action]
-            if action.kind is Kind.F:
-                held += self.saved[action.stage]
-                found.append((span.start, held))
-            elif action.kind is frees:
-                held -= self.saved[action.stage]
-                found.append((span.stop, held))
+            found += [(span.start, static + most), (span.stop, static + after)]
         return found
 
     def peak(self, rank: int) -> float:
@@ -131,15 +127,27 @@ def simulate_step(program: Program) -> SimulatedStep:
         StageTimes(forward=f, backward=b, weight=w, message=m)
         for f, b, w, m in zip(forward, backward, weight, sent, strict=True)
     )
-    saved = [0] * schedule.num_stages
-    for (stage, _), size in saved_bytes(program).items():
-        saved[stage] += size
     return SimulatedStep(
         simulation=simulate(schedule, times),
         times=times,
-        saved=tuple(saved),
+        held=tuple(map(Held.together, _parts_held(program, schedule.num_stages))),
         static=tuple(_static_bytes(program, schedule.stage_to_rank, schedule.num_ranks)),
     )
+
+
+def _parts_held(program: Program, num_stages: int) -> list[list[Held]]:
+    """Return what the regions of each stage hold."""
+    memory = SavedMemory(program)
+    holding = Holding(program, memory)
+    found: list[list[Held]] = [[] for _ in range(num_stages)]
+    counted: list[set[Storage]] = [set() for _ in range(num_stages)]
+    placed = stage_of(program)
+    for (stage, region), group in groupby(placed, lambda n: (placed[n], n.meta["region"])):
+        nodes = list(group)
+        kept = memory.kept_by(nodes, program.regions[region])
+        found[stage].append(holding.of(nodes, kept, counted[stage]))
+        counted[stage].update(kept)
+    return found
 
 
 def _sent_seconds(program: Program, num_stages: int) -> list[float]:
