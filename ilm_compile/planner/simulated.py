@@ -15,9 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import fx
+
 from ilm_compile.cost import (
     HARDWARE,
     collective_time,
+    gradient_bytes,
     held_bytes,
 )
 from ilm_compile.cost.holding import Holding
@@ -37,13 +40,15 @@ class SimulatedStep:
     """What `simulate_step` returns.
 
     times: of each stage, in seconds. held: bytes of a micro-batch in each stage; static: bytes of
-    parameters, gradients and Adam's state on each pipeline rank.
+    parameters, gradients and Adam's state on each pipeline rank; gradients: those of each stage,
+    which its first backward makes, or its first weight part.
     """
 
     simulation: Simulation
     times: tuple[StageTimes, ...]
     held: tuple[Held, ...]
     static: tuple[float, ...]
+    gradients: tuple[float, ...]
 
     @property
     def seconds(self) -> float:
@@ -58,11 +63,16 @@ class SimulatedStep:
 
     def memory(self, rank: int) -> list[tuple[float, float]]:
         """Return the bytes that a pipeline rank holds, from which second on each."""
-        static = self.static[rank]
-        found = [(0.0, static)]
-        for action, most, after in bytes_held(self.simulation.schedule, rank, self.held):
+        schedule = self.simulation.schedule
+        makes = Kind.W if schedule.splits_backwards else Kind.B
+        own = {s: self.gradients[s] for s, r in enumerate(schedule.stage_to_rank) if r == rank}
+        now = self.static[rank] - sum(own.values())
+        found = [(0.0, now)]
+        for action, most, after in bytes_held(schedule, rank, self.held):
             span = self.simulation.spans[action]
-            found += [(span.start, static + most), (span.stop, static + after)]
+            found.append((span.start, now + most))
+            now += own.pop(action.stage, 0.0) if action.kind is makes else 0.0
+            found.append((span.stop, now + after))
         return found
 
     def peak(self, rank: int) -> float:
@@ -132,6 +142,7 @@ def simulate_step(program: Program) -> SimulatedStep:
         times=times,
         held=tuple(map(Held.together, _parts_held(program, schedule.num_stages))),
         static=tuple(_static_bytes(program, schedule.stage_to_rank, schedule.num_ranks)),
+        gradients=tuple(_gradient_bytes(program, schedule.num_stages)),
     )
 
 
@@ -163,9 +174,24 @@ def _sent_seconds(program: Program, num_stages: int) -> list[float]:
 
 def _static_bytes(program: Program, stage_to_rank: tuple[int, ...], num_ranks: int) -> list[float]:
     held: list[dict[str, float]] = [{} for _ in range(num_ranks)]
+    for stage, node in _used(program):
+        held[stage_to_rank[stage]][str(node.target)] = held_bytes(program, node)
+    return [sum(sizes.values()) for sizes in held]
+
+
+def _gradient_bytes(program: Program, num_stages: int) -> list[float]:
+    """Return those of each stage; of a parameter of two stages on one rank, for the first."""
+    found, seen = [0.0] * num_stages, set[tuple[int, str]]()
+    for stage, node in sorted(_used(program), key=lambda each: each[0]):
+        if (place := (program.rank_of(stage), str(node.target))) not in seen:
+            seen.add(place)
+            found[stage] += gradient_bytes(program, node)
+    return found
+
+
+def _used(program: Program) -> Iterator[tuple[int, fx.Node]]:
+    """Yield each stage with what it uses of the model's tensors."""
     for node in program.graph.find_nodes(op="get_attr"):
         for user in node.users:
             if "stage" in user.meta or not user.meta.get("clone"):
-                rank = stage_to_rank[user.meta.get("stage", 0)]
-                held[rank][str(node.target)] = held_bytes(program, node)
-    return [sum(sizes.values()) for sizes in held]
+                yield user.meta.get("stage", 0), node
