@@ -19,7 +19,7 @@ from ilm_compile.passes.base import Pass
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import is_tuple, tensors_of, without_data
+from ilm_compile.program.values import is_tuple, run_without_data, tensors_of
 from ilm_compile.rewrite.parameter_free import parameter_free_nodes, precision_of
 
 _CAST = torch.ops.aten.to.dtype
@@ -127,10 +127,10 @@ class _Caster:
         if precision is LOSS:
             self._drop_cast(node)
         try:
-            node.meta["val"] = _run_on_meta(node)
+            node.meta["val"] = run_without_data(node)
         except RuntimeError:  # one of the few ops that neither have a row nor promote their inputs
             self._cast_inputs(node, FP32)
-            node.meta["val"] = _run_on_meta(node)
+            node.meta["val"] = run_without_data(node)
         if precision.result is not None:
             self._cast_result(node, self._lowered(precision.result))
         return precision is PRODUCT
@@ -174,7 +174,7 @@ class _Caster:
             cast.replace_all_uses_with(origin)
             self.program.graph.erase_node(cast)
             for node in reversed(chain):
-                node.meta["val"] = _run_on_meta(node)
+                node.meta["val"] = run_without_data(node)
 
     def _is_rounded(self, node: fx.Node) -> bool:
         """Whether all who read `node` read it in bf16, at once or after it was moved about."""
@@ -247,12 +247,3 @@ def _name(dtype: torch.dtype) -> str:
 def _dtype(node: fx.Node) -> torch.dtype:
     dtype: torch.dtype = node.meta["val"].dtype
     return dtype
-
-
-def _run_on_meta(node: fx.Node) -> Any:
-    """Return the value of a call as tensors without data, from the values of its inputs."""
-    args: Any
-    args, kwargs = fx.node.map_arg(
-        (node.args, node.kwargs), lambda source: without_data(source.meta["val"])
-    )
-    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -45,6 +45,16 @@ def alone():
         ({"tp": 4, "num_microbatches": 4, "sequence_parallel": True, "checkpoint": True}, 1),
         ({"pp": 2, "num_microbatches": 2, "checkpoint": 0.5}, 2),
         ({"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 4}, 1),
+        (
+            {
+                "pp": 2,
+                "num_chunks": 2,
+                "num_microbatches": 4,
+                "schedule": "zb_v",
+                "checkpoint": 0.5,
+            },
+            1,
+        ),
         ({"cp": 4, "num_microbatches": 4}, 1),
         ({"cp": 2, "tp": 2, "num_microbatches": 2}, 2),
     ],

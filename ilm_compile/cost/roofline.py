@@ -14,8 +14,9 @@ from torch import fx
 
 from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
-from ilm_compile.ops.nodes import is_view, op_name, tensors, value_bytes
+from ilm_compile.ops.nodes import is_view, op_name, value_bytes
 from ilm_compile.ops.spec import spec_of
+from ilm_compile.program.values import tensors_of
 
 
 def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
@@ -58,7 +59,7 @@ def node_time(
     if flops:
         is_attention = "attention" in op_name(node)
         rate = hardware.attention_flops if is_attention else hardware.usable_flops
-        compute_s = flops / shards / rate(dtype or tensors(node)[0].dtype)
+        compute_s = flops / shards / rate(dtype or tensors_of(node.meta["val"])[0].dtype)
         if not is_attention:
             products = flops / max(1, forward_flops(node))
             compute_s += products * num_bytes / shards / hardware.tile_bandwidth

@@ -9,6 +9,9 @@ from ilm_compile.ops import losses as _losses  # noqa: F401
 from ilm_compile.ops import scatter as _scatter  # noqa: F401
 from ilm_compile.ops.call import Call as Call
 from ilm_compile.ops.call import Strategy as Strategy
+from ilm_compile.ops.precision import Precision as Precision
+from ilm_compile.ops.products import product_from as product_from
+from ilm_compile.ops.spec import Flops as Flops
 from ilm_compile.ops.spec import OpSpec as OpSpec
 from ilm_compile.ops.spec import define as define
 from ilm_compile.ops.spec import rule as rule

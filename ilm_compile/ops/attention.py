@@ -100,13 +100,7 @@ def attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, out, out, *(R for _ in boundaries)), out)
 
 
-@rule(
-    SDPA,
-    local=_local,
-    flops=_flops(_sdpa),
-    precision=PRODUCT,
-    probability=(4, "dropout_p"),
-)
+@rule(SDPA, local=_local, flops=_flops(_sdpa), precision=PRODUCT, probability=(4, "dropout_p"))
 def scaled_dot_product_attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """q, k, v: (..., heads, seq, head_dim), sharded by any dimension before seq, or by queries.
 

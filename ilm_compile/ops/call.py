@@ -92,8 +92,3 @@ def axis_of(call: Call | fx.Node) -> str:
 def unchanged(call: Call) -> LocalCall:
     """Return a call as it is: what most are on the values of one rank."""
     return call.target, call.args, call.kwargs
-
-
-def plain(op: Any) -> Spelling:
-    """Return what a sharded form stands for that has an axis behind the arguments of `op`."""
-    return lambda args: (op, args[:-1])

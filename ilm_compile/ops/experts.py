@@ -228,8 +228,5 @@ def routed(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield from (Strategy(pair, pair[0]) for pair in product((I, R), (I, R)))
 
 
-define(
-    OpSpec(other_axis=routed, precision=MOVE, carries=True, moves=rewrites_result),
-    route,
-)
+define(OpSpec(other_axis=routed, precision=MOVE, carries=True, moves=rewrites_result), route)
 define(OpSpec(moves=rewrites_result), grouped_product)

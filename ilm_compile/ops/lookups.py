@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ilm_compile.ops.batch_constants import Values
-from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, plain, unchanged
+from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, unchanged
 from ilm_compile.ops.nodes import rewrites_input, rewrites_result
 from ilm_compile.ops.pointwise import aligned, broadcast_shape
 from ilm_compile.ops.precision import LOOKUP
-from ilm_compile.ops.spec import OpSpec, define, rule
+from ilm_compile.ops.spec import OpSpec, define, form, rule
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.sharded_reductions import sharded_gather
 from ilm_compile.program.vocab import vocab_embedding
@@ -39,12 +39,7 @@ def embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((R, out), out)
 
 
-@rule(
-    vocab_embedding,
-    stands_for=plain(aten.embedding.default),
-    precision=LOOKUP,
-    moves=rewrites_result,
-)
+@form(vocab_embedding, aten.embedding.default, precision=LOOKUP, moves=rewrites_result)
 def sharded_embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The vocabulary is sharded by construction."""
     yield Strategy((S(0), R), P)
@@ -122,7 +117,7 @@ def gather(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, out), out)
 
 
-@rule(sharded_gather, stands_for=plain(aten.gather.default), moves=rewrites_input)
+@form(sharded_gather, aten.gather.default, moves=rewrites_input)
 def gather_by_ranks(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The indexed dimension is sharded by construction."""
     yield Strategy((S(call.args[1] % len(call.shapes[0])), R), P)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.program.values import tensors_of
+
 # Typed as returning an alias, but copying what cannot be viewed.
 _COPIES_STRIDED = {"aten::reshape", "aten::contiguous", "aten::flatten"}
 
@@ -15,7 +17,7 @@ _COPIES_STRIDED = {"aten::reshape", "aten::contiguous", "aten::flatten"}
 def op_name(node: fx.Node) -> str:
     """Return the name of the op a node calls, such as ``aten::linear``; empty if it calls none.
 
-    Python functions (getitem, collectives), placeholders and attributes have no op.
+    Python functions (collectives among them), placeholders and attributes have no op.
     """
     return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
 
@@ -31,13 +33,6 @@ def shape_of(argument: Any) -> Sequence[int]:
     return shape
 
 
-def tensors(node: fx.Node) -> list[Tensor]:
-    """Return the tensors a node produces, from ``node.meta["val"]``: none, one or several."""
-    val = node.meta.get("val")
-    values = val if isinstance(val, list | tuple) else [val]
-    return [value for value in values if isinstance(value, Tensor)]
-
-
 def tensor_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of a dense copy of `tensor`, held in `dtype` if it is floating-point."""
     is_cast = dtype is not None and tensor.is_floating_point()
@@ -46,7 +41,7 @@ def tensor_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
 
 def value_bytes(node: fx.Node, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of all tensors that a node produces."""
-    return sum(tensor_bytes(tensor, dtype) for tensor in tensors(node))
+    return sum(tensor_bytes(tensor, dtype) for tensor in tensors_of(node.meta.get("val")))
 
 
 def rewrites_input(node: fx.Node) -> int:
@@ -68,6 +63,6 @@ def is_view(node: fx.Node) -> bool:
     if not aliases or any(alias.is_write for alias in aliases):
         return False
     source = node.all_input_nodes[0].meta["val"]
-    if any(result.dtype != source.dtype for result in tensors(node)):
+    if any(result.dtype != source.dtype for result in tensors_of(node.meta["val"])):
         return False  # aten::to returns an alias only if it has nothing to do
     return op_name(node) not in _COPIES_STRIDED or source.is_contiguous()

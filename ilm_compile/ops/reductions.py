@@ -7,14 +7,15 @@ ranks exchange one or two numbers per kept element, never the dimension.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from math import prod
 
 from ilm_compile.ops.batch_constants import Values
-from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, plain, unchanged
+from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, unchanged
 from ilm_compile.ops.nodes import rewrites_input
 from ilm_compile.ops.pointwise import aligned
 from ilm_compile.ops.precision import NORM, REDUCTION, SOFTMAX
-from ilm_compile.ops.spec import OpSpec, define, rule, spec_of
+from ilm_compile.ops.spec import OpSpec, define, form, rule, spec_of
 from ilm_compile.ops.strategy import localize
 from ilm_compile.program.placement import I, P, Placement, R, S
 from ilm_compile.program.reductions import partial_mean
@@ -96,22 +97,20 @@ def _softmax(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return SOFTMAXES[call.target], (x, dim, call.named("dtype"), axis), {}
 
 
-def _second_argument(call: Call) -> Iterable[int]:
-    return [call.args[1]]
-
-
 def _batch_norm(call: Call) -> Iterable[int]:
     """All but the channels, if it takes means of the batch."""
     return set(range(len(call.shapes[0]))) - {1} if call.named("training") else ()
 
 
-@rule(*SOFTMAXES, local=_softmax, exchanges=(2, 1), reaches=_second_argument, precision=SOFTMAX)
-@rule(aten.cumsum.default, aten.cumprod.default, reaches=_second_argument)
 @rule(
-    aten.argsort.default,
-    reaches=lambda call: [call.argument(1, "dim", -1)],
-    batch_rule=_along,
+    *SOFTMAXES,
+    local=_softmax,
+    exchanges=(2, 1),
+    reaches=lambda call: [call.args[1]],
+    precision=SOFTMAX,
 )
+@rule(aten.cumsum.default, aten.cumprod.default, reaches=lambda call: [call.args[1]])
+@rule(aten.argsort.default, reaches=lambda call: [call.argument(1, "dim", -1)], batch_rule=_along)
 @rule(
     *(aten.rms_norm.default, aten.layer_norm.default),
     reaches=lambda call: range(-len(call.args[1]), 0),
@@ -143,29 +142,20 @@ def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
 
 
-@rule(*SUMS, reaches=reduced_dims, precision=REDUCTION)
-@rule(*MEANS, local=_mean, reaches=reduced_dims, precision=REDUCTION)
-@rule(aten.var.correction, aten.var.dim, reaches=reduced_dims, precision=REDUCTION)
-@rule(aten.prod.dim_int, reaches=reduced_dims)
-@rule(aten.linalg_vector_norm.default, reaches=reduced_dims, precision=NORM)
-@rule(
-    aten.logsumexp.default,
-    local=_reduced,
-    exchanges=(2, 0),
-    reaches=reduced_dims,
-    precision=SOFTMAX,
-)
-@rule(
-    *(aten.amax.default, aten.amin.default),
-    local=_reduced,
-    exchanges=(1, 1),
-    reaches=reduced_dims,
-)
-@rule(
+_reduces = partial(rule, reaches=reduced_dims)
+
+
+@_reduces(*SUMS, precision=REDUCTION)
+@_reduces(*MEANS, local=_mean, precision=REDUCTION)
+@_reduces(aten.var.correction, aten.var.dim, precision=REDUCTION)
+@_reduces(aten.prod.dim_int)
+@_reduces(aten.linalg_vector_norm.default, precision=NORM)
+@_reduces(aten.logsumexp.default, local=_reduced, exchanges=(2, 0), precision=SOFTMAX)
+@_reduces(aten.amax.default, aten.amin.default, local=_reduced, exchanges=(1, 1))
+@_reduces(
     aten.argmax.default,
     local=_reduced,
     exchanges=(3, 0),  # an index is twice as wide
-    reaches=reduced_dims,
     batch_rule=_along,
 )
 def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
@@ -190,15 +180,10 @@ def reduction(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         yield from (Strategy((S(dim),), I) for dim in reduced)
 
 
-@rule(
-    sharded_logsumexp,
-    stands_for=plain(aten.logsumexp.default),
-    precision=SOFTMAX,
-    moves=rewrites_input,
-)
-@rule(sharded_amax, stands_for=plain(aten.amax.default), moves=rewrites_input)
-@rule(sharded_amin, stands_for=plain(aten.amin.default), moves=rewrites_input)
-@rule(sharded_argmax, stands_for=plain(aten.argmax.default), moves=rewrites_input)
+@form(sharded_logsumexp, aten.logsumexp.default, precision=SOFTMAX, moves=rewrites_input)
+@form(sharded_amax, aten.amax.default, moves=rewrites_input)
+@form(sharded_amin, aten.amin.default, moves=rewrites_input)
+@form(sharded_argmax, aten.argmax.default, moves=rewrites_input)
 def reduced_by_ranks(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """One of the reduced dimensions is sharded by construction."""
     given = call.args[1]
@@ -206,25 +191,15 @@ def reduced_by_ranks(call: Call, wanted: frozenset[Placement]) -> Iterator[Strat
     yield from (Strategy((S(dim % len(call.shapes[0])),), I) for dim in dims)
 
 
-@rule(
-    sharded_softmax,
-    stands_for=plain(aten.softmax.int),
-    precision=SOFTMAX,
-    moves=rewrites_input,
-)
-@rule(
-    sharded_log_softmax,
-    stands_for=plain(aten.log_softmax.int),
-    precision=SOFTMAX,
-    moves=rewrites_input,
-)
+@form(sharded_softmax, aten.softmax.int, precision=SOFTMAX, moves=rewrites_input)
+@form(sharded_log_softmax, aten.log_softmax.int, precision=SOFTMAX, moves=rewrites_input)
 def softmax_by_ranks(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The dimension that sums to one is sharded by construction."""
     dim = call.args[1] % len(call.shape)
     yield from (Strategy((out,), out) for out in wanted if out.is_shard and out.dim == dim)
 
 
-@rule(partial_mean, stands_for=plain(aten.mean.dim), precision=REDUCTION)
+@form(partial_mean, aten.mean.dim, precision=REDUCTION)
 def sharded_mean(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """One of the reduced dimensions is sharded by construction."""
     for dim in (dim % len(call.shapes[0]) for dim in call.args[1]):

@@ -76,19 +76,22 @@ TAG_RULES: dict[torch.Tag, Rule] = {}  # of ops that others bring and tag
 
 
 def define(spec: OpSpec, *targets: Any) -> None:
-    """Say what is known of each of `targets`: an op (an overload), a function of the graph, or a
-    name such as ``library::op``, for all overloads of an op that exists only once its library is
-    imported. Raises `IlmCompileError` for one of which something is known already.
+    """Say what is known of each of `targets`.
+
+    Each is an op (an overload), a function of the graph, or a name such as ``library::op``, for an
+    op that exists only once its library is imported. An op of which something is known can still be
+    given a rule if it has none. Otherwise raises `IlmCompileError`: two places would speak of it.
     """
     for target in targets:
-        names = (target, _name(target))
-        if known := [key for key in _SPECS if key in names or _name(key) == target]:
+        known = _SPECS.get(target, _NOTHING)
+        adds_rule = known.rule is None and spec == OpSpec(rule=spec.rule)
+        elsewhere = [key for key in _SPECS if key == _name(target) or _name(key) == target]
+        if (target in _SPECS and not adds_rule) or set(elsewhere) - {target}:
             raise IlmCompileError(
-                f"ops: {target} is given twice, as {known[0]} before; expected all that is known "
-                "of an op in one place: one define(OpSpec(rule=..., flops=...), op), or one "
-                "@rule(op, flops=...)"
+                f"ops: {target} is given twice; expected all that is known of an op in one place: "
+                "one define(OpSpec(rule=..., flops=...), op), or one @rule(op, flops=...)"
             )
-        _SPECS[target] = spec
+        _SPECS[target] = replace(known, rule=spec.rule) if adds_rule else spec
 
 
 def rule(*targets: Any, **known: Any) -> Callable[[Rule], Rule]:
@@ -99,6 +102,11 @@ def rule(*targets: Any, **known: Any) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def form(function: Any, op: Any, **known: Any) -> Callable[[Rule], Rule]:
+    """As `rule`, for the sharded form of `op`: it takes an axis behind the arguments of that."""
+    return rule(function, stands_for=lambda args: (op, args[:-1]), **known)
 
 
 def spec_of(target: Any) -> OpSpec:
@@ -112,6 +120,12 @@ def spec_of(target: Any) -> OpSpec:
             if tag in TAG_RULES:
                 return replace(found, rule=TAG_RULES[tag])
     return found
+
+
+def whole_target(node: fx.Node) -> Any:
+    """Return the op on whole values that a call is of, or is the sharded form of."""
+    stands_for = spec_of(node.target).stands_for
+    return stands_for(node.args)[0] if stands_for else node.target
 
 
 def specs() -> Iterator[tuple[Any, OpSpec]]:

@@ -187,17 +187,9 @@ _RENAMING = {
 VIEWS = {*_RENAMING, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
 
 
-@rule(
-    *(aten.permute.default, aten.transpose.int, aten.unsqueeze.default),
-    carries=True,
-)
+@rule(*(aten.permute.default, aten.transpose.int, aten.unsqueeze.default), carries=True)
 @rule(aten.t.default, aten.squeeze.dim)
-@rule(
-    aten.select.int,
-    carries=True,
-    reaches=lambda call: [call.args[1]],
-    rows="cut",
-)
+@rule(aten.select.int, carries=True, reaches=lambda call: [call.args[1]], rows="cut")
 def renaming(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The output's shard dimension, traced back to the input's."""
     sources = _RENAMING[call.target](call)

@@ -17,7 +17,7 @@ from ilm_compile.ops.precision import PRODUCT
 from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import tensors_of, without_data
+from ilm_compile.program.values import run_without_data, tensors_of
 
 
 def check_values(program: Program) -> None:
@@ -29,7 +29,7 @@ def check_values(program: Program) -> None:
 
 def _check(program: Program, node: fx.Node) -> None:
     try:
-        value = _run(node)
+        value = run_without_data(node)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise ProgramError(
@@ -47,15 +47,6 @@ def _check(program: Program, node: fx.Node) -> None:
             f"value check: {_name(node)} of ({_inputs(node)}) gives {found}, but the program says "
             f"{expected} at {program.where(node)}. Is a cast missing, or a size still global?"
         )
-
-
-def _run(node: fx.Node) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _without_data)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _without_data(node: fx.Node) -> Any:
-    return without_data(node.meta["val"])
 
 
 def _inputs(node: fx.Node) -> str:

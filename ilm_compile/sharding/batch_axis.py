@@ -24,7 +24,7 @@ from ilm_compile.ops.call import Call, Strategy, aten, tensor_inputs
 from ilm_compile.ops.losses import of_tokens
 from ilm_compile.ops.reductions import MEANS
 from ilm_compile.ops.spec import spec_of
-from ilm_compile.ops.strategy import localize, strategies
+from ilm_compile.ops.strategy import global_call, localize, strategies
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.layout import MeshAxis
@@ -263,9 +263,7 @@ def _is(state: State | None, placement: Placement) -> bool:
 
 def as_call(node: fx.Node) -> Call:
     """Return a call of a program that no axis was sharded in yet."""
-    shapes = tuple(tuple(n.meta["val"].shape) for n in tensor_inputs(node))
-    shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
-    return Call(node, node.target, node.args, dict(node.kwargs), shapes, shape, BATCH)
+    return global_call(node, BATCH)
 
 
 def _row_dim(part: fx.Node, whole: fx.Node) -> int | None:
