@@ -26,12 +26,10 @@ median.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import TypeVar
@@ -40,7 +38,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, launch, make_console, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, save_json
 from benchmarks.contest import (
     SCHEDULES,
     Contest,
@@ -212,8 +210,7 @@ def show_idle(found: Sequence[Idle], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.executor", description=__doc__)
-    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("executor", __doc__)
     parser.add_argument("--repeats", type=int, default=80, help="measured steps, own cost")
     parser.add_argument("--step-repeats", type=int, default=10, help="measured steps, step time")
     parser.add_argument("--ranks", type=int, default=2, help="processes, one pipeline rank each")
