@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.common import launch
+from benchmarks.common import launch, make_model
 from benchmarks.plan_run import RankRun, Row, Settings, Timeline, run_plan
-from ilm_compile.partitioning import make_schedule
+from ilm_compile.cost import Hardware
+from ilm_compile.partitioning import make_schedule, partition
+from ilm_compile.planner import expect
 from ilm_compile.program.plan import Plan
 from ilm_compile.schedule.timeline import timeline
 
@@ -29,6 +31,12 @@ class Comparison:
     expected_bubble: float
     loss_error: float
     ranks: list[RankRun]
+    predicted_s: float | None = None
+
+    @property
+    def error(self) -> float | None:
+        """How far the prediction is from the measured step, relative to that."""
+        return None if self.predicted_s is None else self.predicted_s / self.step_time_s - 1
 
 
 def compare(row: Row, settings: Settings, plain: RankRun) -> Comparison:
@@ -51,6 +59,25 @@ def summary(row: Row, settings: Settings, plain: RankRun, ranks: list[RankRun]) 
         loss_error=max(abs(loss - expected) / abs(expected) for loss, expected in losses),
         ranks=ranks,
     )
+
+
+def predict(row: Row, settings: Settings, hardware: Hardware) -> float:
+    """The seconds of a step under a plan, before anything is run."""
+    model = make_model(settings.preset, settings.overrides)
+    inputs = model.example_inputs(settings.rows // row.num_slices, settings.seq_len)
+    return expect(partition(model, example_inputs=inputs, plan=row.plan), hardware).seconds
+
+
+def median_error(comparisons: Sequence[Comparison]) -> float:
+    """The median of the predictions' errors, of those rows that have one."""
+    return median(abs(one.error) for one in comparisons if one.error is not None)
+
+
+def regret(comparisons: Sequence[Comparison]) -> float:
+    """How much slower the plan predicted fastest was than the fastest measured."""
+    found = [one for one in comparisons if one.predicted_s is not None]
+    chosen = min(found, key=lambda one: one.predicted_s or 0.0)
+    return chosen.step_time_s / min(one.step_time_s for one in found) - 1
 
 
 def is_compute(action: str) -> bool:

@@ -2,16 +2,19 @@
 benchmarks.fit_costs ROWS.csv`.
 
 Prints the constants, and the errors on rows that were not fitted: on each fifth of the rows in
-turn, and on each source in turn. Least squares on the logarithm of the time, robust against the few
+turn, and on each source in turn. So of the memory, where a row has it. Least squares on the
+logarithm, robust against the few
 rows that no formula explains; bounds are what the physics allows. Deterministic.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +24,7 @@ from scipy.optimize import least_squares
 from benchmarks.step_errors import Errors, error_table, regret
 from benchmarks.step_rows import Step, read_rows, read_step
 from ilm_compile.cost.constants import AMPERE, HOPPER, SOFTWARE
+from ilm_compile.cost.step_memory import step_memory
 from ilm_compile.cost.step_time import step_time
 
 ROBUST = 0.06  # beyond this error, in logarithms, a row counts less
@@ -71,17 +75,23 @@ CONSTANTS = (
     Constant("network_latency_s", ALL, 3e-5, 5e-6, 2e-4),
     Constant("jitter", ALL, 5e-3, 5e-4, 3e-2),
 )
+MEMORY = (
+    Constant("reserved_bytes", ALL, 1e9, 1e8, 6e9),
+    Constant("working", ALL, 1.0, 0.1, 3.0),
+)
 GENERATIONS = {"ampere": AMPERE, "hopper": HOPPER}
 
 
-def apply(values: Sequence[float], steps: Iterable[Step]) -> Iterator[Step]:
-    """The steps with `values` for `CONSTANTS` in their software and hardware."""
+def apply(
+    values: Sequence[float], steps: Iterable[Step], constants: Sequence[Constant] = CONSTANTS
+) -> Iterator[Step]:
+    """The steps with `values` for `constants` in their software and hardware."""
     given: dict[str, dict[str, float]] = {}
-    for constant, value in zip(CONSTANTS, values, strict=True):
+    for constant, value in zip(constants, values, strict=True):
         for owner in constant.owners:
             given.setdefault(owner, {})[constant.field] = value
     software = {name: replace(row, **given.get(name, {})) for name, row in SOFTWARE.items()}
-    efficiency = {row: replace(row, **given[name]) for name, row in GENERATIONS.items()}
+    efficiency = {row: replace(row, **given.get(name, {})) for name, row in GENERATIONS.items()}
     for step in steps:
         yield replace(
             step,
@@ -95,16 +105,34 @@ def predict(steps: Iterable[Step]) -> list[float]:
     return [step_time(s.sizes, s.plan, s.hardware, s.software).total for s in steps]
 
 
-def fit(steps: Sequence[Step]) -> list[float]:
-    """The values of `CONSTANTS` that explain the measured seconds best."""
+def memory(steps: Iterable[Step]) -> list[float]:
+    """The gigabytes, of 2**30 bytes, of each step's fullest rank."""
+    return [step_memory(s.sizes, s.plan, s.software).total / 2**30 for s in steps]
+
+
+class Target(NamedTuple):
+    """What is fitted: the field of a step that was measured, its prediction, and by what."""
+
+    field: str
+    predict: Callable[[Iterable[Step]], list[float]]
+    constants: Sequence[Constant]
+
+
+TIME = Target("seconds", predict, CONSTANTS)
+GIGABYTES = Target("gigabytes", memory, MEMORY)
+
+
+def fit(steps: Sequence[Step], target: Target = TIME) -> list[float]:
+    """The values of the target's constants that explain best what was measured."""
     start, low, high = (
-        np.log([getattr(constant, name) for constant in CONSTANTS])
+        np.log([getattr(constant, name) for constant in target.constants])
         for name in ("start", "low", "high")
     )
-    measured = np.log([step.seconds for step in steps])
+    measured = np.log([getattr(step, target.field) for step in steps])
 
     def residuals(point: np.ndarray) -> np.ndarray:
-        predicted = np.log(predict(apply(np.exp(point), steps)))
+        applied = apply(np.exp(point), steps, target.constants)
+        predicted = np.log(target.predict(applied))
         return np.concatenate([predicted - measured, PRIOR * (point - start)])
 
     found = least_squares(
@@ -119,13 +147,15 @@ def fit(steps: Sequence[Step]) -> list[float]:
     return [float(f"{value:.3g}") for value in np.exp(found.x)]
 
 
-def unfitted(steps: Sequence[Step], groups: Mapping[str, Sequence[int]]) -> list[float]:
-    """The seconds of each step, by constants fitted without the group that it is in."""
+def unfitted(
+    steps: Sequence[Step], groups: Mapping[str, Sequence[int]], target: Target = TIME
+) -> list[float]:
+    """What is predicted of each step by constants fitted without the group that it is in."""
     predicted = [0.0] * len(steps)
     for members in groups.values():
-        values = fit([step for i, step in enumerate(steps) if i not in set(members)])
-        seconds = predict(apply(values, [steps[i] for i in members]))
-        for i, value in zip(members, seconds, strict=True):
+        values = fit([step for i, step in enumerate(steps) if i not in set(members)], target)
+        applied = apply(values, [steps[i] for i in members], target.constants)
+        for i, value in zip(members, target.predict(applied), strict=True):
             predicted[i] = value
     return predicted
 
@@ -152,6 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for i, step in enumerate(steps):
             sources.setdefault(step.source, []).append(i)
         found["each source unfitted"] = unfitted(steps, sources)
+    held = [step for step in map(read_step, read_rows(options.rows)) if step.gigabytes]
+    if held and options.held_out:
+        folds = {str(n): range(n, len(held), FOLDS) for n in range(min(FOLDS, len(held)))}
+        errors = [
+            abs(gigabytes / (step.gigabytes or 1) - 1)
+            for step, gigabytes in zip(held, unfitted(held, folds, GIGABYTES), strict=True)
+        ]
+        console.print(
+            f"memory, each fifth unfitted: median error {median(errors):.1%}, largest "
+            f"{max(errors):.1%} of {len(held)} rows"
+        )
     for title, predicted in found.items():
         console.print(error_table(title, Errors(steps, predicted)))
         console.print(f"regret {regret(steps, predicted):.1%}")

@@ -50,7 +50,7 @@ class Row:
 
     @property
     def plan(self) -> Plan:
-        return make_plan(**{name: value for name, value in self.fields.items() if name != "dp"})
+        return make_plan(**self.fields)
 
     @property
     def dp(self) -> int:

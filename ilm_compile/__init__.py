@@ -19,6 +19,7 @@ from ilm_compile.partitioning import compile as compile
 from ilm_compile.partitioning import make_plan as make_plan
 from ilm_compile.partitioning import parallelize as parallelize
 from ilm_compile.partitioning import partition as partition
+from ilm_compile.planner import expect as expect
 from ilm_compile.planner import search as search
 from ilm_compile.planner import simulate_step as simulate_step
 from ilm_compile.program.plan import Plan as Plan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 
-from ilm_compile.errors import PlanError
+from ilm_compile.errors import IlmCompileError, PlanError
 from ilm_compile.planner import search
 from ilm_compile.planner.candidate import DTYPES
 from ilm_compile.program.plan import Plan
@@ -30,6 +31,27 @@ _DEVICES: dict[tuple[str, ...], str] = {
     ("A100", "40GB"): "a100-40g",
     ("A100",): "a100-80g",
 }
+
+
+Choice = TypeVar("Choice")
+
+
+def first_compiled(
+    choices: Iterable[Choice], compile_it: Callable[[Choice], Program]
+) -> tuple[Choice, Program, list[tuple[Choice, str]]]:
+    """Return the first of `choices` that compiles, its program, and those before with why not.
+
+    Raises `PlanError` if none of the first `TRIES` does.
+    """
+    failed: list[tuple[Choice, str]] = []
+    for choice in islice(choices, TRIES):
+        try:
+            return choice, compile_it(choice), failed
+        except IlmCompileError as error:
+            failed.append((choice, str(error).splitlines()[0]))
+    raise PlanError(
+        f"search: the {len(failed)} fastest plans do not compile; the first: {failed[0][1]}"
+    )
 
 
 def hardware_of(device: torch.device) -> str:

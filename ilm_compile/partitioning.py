@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ilm_compile.automatic import TRIES, automatic_plans
+from ilm_compile.automatic import automatic_plans, first_compiled
 from ilm_compile.cost import forward_flops_by_region, model_flops, region_bytes
-from ilm_compile.errors import PlanError, ProgramError, ScheduleError
+from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes.standard import plan_passes, settle_kernels, with_passes
 from ilm_compile.program.copy import copy_program
@@ -238,15 +237,10 @@ def _automatic(
         device=device,
         tokens_per_batch=tokens_per_batch,
     )
-    failed: list[str] = []
-    for plan in islice(plans, TRIES):
-        try:
-            return _compile(copy_program(traced), settle_kernels(fit_world(plan), device), how)
-        except (PlanError, ProgramError, ScheduleError) as error:
-            failed.append(str(error).splitlines()[0])
-    raise PlanError(
-        f'plan="auto": the {len(failed)} fastest plans do not compile; the first: {failed[0]}'
-    )
+    return first_compiled(
+        plans,
+        lambda plan: _compile(copy_program(traced), settle_kernels(fit_world(plan), device), how),
+    )[1]
 
 
 def _plan_keywords(keywords: dict[str, Any]) -> dict[str, Any]:

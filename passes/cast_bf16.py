@@ -12,22 +12,15 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.nodes import called_name
+from ilm_compile.ops.precision import BF16, FP32, LOSS, MOVE, PRODUCT
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import is_tuple, tensors_of, without_data
-from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.precision import (
-    BF16,
-    CARRIERS,
-    FP32,
-    LOSS,
-    MOVE,
-    PRODUCT,
-    called_name,
-    precision_of,
-)
+from ilm_compile.program.values import is_tuple, run_without_data, tensors_of
+from ilm_compile.rewrite.parameter_free import parameter_free_nodes, precision_of
 
 _CAST = torch.ops.aten.to.dtype
 
@@ -37,7 +30,7 @@ class CastBF16(Pass):
     """Insert the casts of bf16 training; parameters stay as they are and are cast where used.
 
     Fused ops keep weights and tables as they are and round once, where the plain calls would have.
-    `ilm_compile.rewrite.precision` says which op computes in what, and `report` prints it for a
+    `ilm_compile.ops.precision` says which op computes in what, and `report` prints it for a
     program. The gradient of a float32 parameter is float32, because autograd undoes the cast.
     Changes numerics: `tolerance` is what the 8 bits of bf16 leave of a loss.
     """
@@ -134,10 +127,10 @@ class _Caster:
         if precision is LOSS:
             self._drop_cast(node)
         try:
-            node.meta["val"] = _run_on_meta(node)
+            node.meta["val"] = run_without_data(node)
         except RuntimeError:  # one of the few ops that neither have a row nor promote their inputs
             self._cast_inputs(node, FP32)
-            node.meta["val"] = _run_on_meta(node)
+            node.meta["val"] = run_without_data(node)
         if precision.result is not None:
             self._cast_result(node, self._lowered(precision.result))
         return precision is PRODUCT
@@ -171,7 +164,7 @@ class _Caster:
         The widened copy, the largest value of the model, is then never made.
         """
         chain = [loss.all_input_nodes[0]]
-        while called_name(chain[-1]) in CARRIERS and len(chain[-1].users) == 1:
+        while spec_of(chain[-1].target).carries and len(chain[-1].users) == 1:
             chain.append(chain[-1].all_input_nodes[0])
         cast = chain.pop()
         if cast.target is not _CAST or len(cast.users) > 1 or _dtype(cast) != FP32:
@@ -181,13 +174,13 @@ class _Caster:
             cast.replace_all_uses_with(origin)
             self.program.graph.erase_node(cast)
             for node in reversed(chain):
-                node.meta["val"] = _run_on_meta(node)
+                node.meta["val"] = run_without_data(node)
 
     def _is_rounded(self, node: fx.Node) -> bool:
         """Whether all who read `node` read it in bf16, at once or after it was moved about."""
         return all(
             precision_of(user, self.parameter_free).inputs == BF16
-            or (called_name(user) in CARRIERS and self._is_rounded(user))
+            or (spec_of(user.target).carries and self._is_rounded(user))
             for user in node.users
         )
 
@@ -254,12 +247,3 @@ def _name(dtype: torch.dtype) -> str:
 def _dtype(node: fx.Node) -> torch.dtype:
     dtype: torch.dtype = node.meta["val"].dtype
     return dtype
-
-
-def _run_on_meta(node: fx.Node) -> Any:
-    """Return the value of a call as tensors without data, from the values of its inputs."""
-    args: Any
-    args, kwargs = fx.node.map_arg(
-        (node.args, node.kwargs), lambda source: without_data(source.meta["val"])
-    )
-    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -20,6 +20,8 @@ from torch import fx
 
 from ilm_compile.cost import HARDWARE, forward_flops
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.attention import HEAD_DIM, TOKEN_DIM
+from ilm_compile.ops.call import Strategy, tensor_inputs
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.layout import sharded_over
@@ -29,8 +31,6 @@ from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import FORMS, parts_of
 from ilm_compile.rewrite.kv_heads import fit_heads, share_heads
 from ilm_compile.sharding import Restrictions, Solution
-from ilm_compile.sharding.rules_attention import HEAD_DIM, TOKEN_DIM
-from ilm_compile.sharding.strategy import Strategy, tensor_inputs
 from ilm_compile.sharding.transitions import transition_time
 
 

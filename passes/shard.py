@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.strategy import global_call, localize
 from ilm_compile.passes.base import Pass, check_hardware
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.expert_rows import OPERAND, ROUTES, route
@@ -25,8 +26,6 @@ from ilm_compile.program.program import Program
 from ilm_compile.program.values import map_tensors
 from ilm_compile.rewrite.expert_rows import name_expert_rows
 from ilm_compile.sharding import Restrictions, Solution, Strategy, solve
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.strategy import global_call
 
 Collectives = dict[tuple[fx.Node, Placement], fx.Node]
 

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import ClassVar
 
+from ilm_compile.ops.call import aten
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.passes.shard import Shard
 from ilm_compile.program.layout import sharded_over
 from ilm_compile.program.placement import Placement, S
@@ -17,7 +19,6 @@ from ilm_compile.rewrite.kv_heads import fit_heads
 from ilm_compile.rewrite.pad_vocabulary import pad_vocabulary
 from ilm_compile.sharding import Restrictions, Solution
 from ilm_compile.sharding.forced import forced_whole
-from ilm_compile.sharding.strategy import aten, has_rule
 from ilm_compile.sharding.why import Reasons
 
 
@@ -48,7 +49,7 @@ class TensorParallel(Shard):
         """Return a warning per large value that is made whole, with the op that forced it."""
         found = []
         for value, collective, culprit in forced_whole(solution):
-            why = "cannot divide it" if has_rule(culprit.target) else "has no placement rule"
+            why = "cannot divide it" if spec_of(culprit.target).rule else "has no placement rule"
             shape = tuple(value.meta["val"].shape)
             found.append(
                 f"tensor-parallel: {value.name} {shape} is made whole on all {self.size} ranks "
@@ -97,7 +98,7 @@ class TensorParallel(Shard):
             variable = program.variables[str(node.target)]
             if variable.is_parameter and len(variable.shape) > 1 and not variable.layout.is_shard:
                 user = next(iter(node.users))
-                why = "cannot be divided" if has_rule(user.target) else "has no placement rule"
+                why = "cannot be divided" if spec_of(user.target).rule else "has no placement rule"
                 found.append(
                     f"tensor-parallel: {variable.name} {variable.shape} stays replicated on all "
                     f"{self.size} ranks: {user.target} {why} at {program.where(user)}"

@@ -46,6 +46,16 @@ def alone():
         ({"pp": 2, "num_microbatches": 2, "checkpoint": 0.5}, 2),
         ({"tp": 2, "num_microbatches": 4, "checkpoint": "selective"}, 1),
         ({"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 4}, 1),
+        (
+            {
+                "pp": 2,
+                "num_chunks": 2,
+                "num_microbatches": 4,
+                "schedule": "zb_v",
+                "checkpoint": 0.5,
+            },
+            1,
+        ),
         ({"cp": 4, "num_microbatches": 4}, 1),
         ({"cp": 2, "tp": 2, "num_microbatches": 2}, 2),
     ],

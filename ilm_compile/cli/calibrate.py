@@ -11,6 +11,7 @@ import torch
 from ilm_compile.automatic import hardware_of
 from ilm_compile.files import write_text
 from ilm_compile.planner.calibrate import calibrate
+from ilm_compile.planner.rates import SECONDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, default=2, metavar="N", help="that exchange messages here (2)"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help=f"for each try ({SECONDS})"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print and write."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = options.base or hardware_of(device)
-    text = calibrate(options.output.stem, base, device, num_processes=options.processes)
+    text = calibrate(
+        options.output.stem, base, device, num_processes=options.processes, seconds=options.seconds
+    )
     print(text, end="")
     write_text(options.output, text)
     print(f"{options.output} is written")

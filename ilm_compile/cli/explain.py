@@ -7,11 +7,12 @@ import argparse
 from pathlib import Path
 
 from ilm_compile.cli.job import Job, add_job_arguments, read_job
+from ilm_compile.cost.hardware import hardware_named
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.partitioning import partition
 from ilm_compile.passes import order_passes, run_passes
 from ilm_compile.passes.standard import plan_passes
-from ilm_compile.planner.simulated import simulate_step
+from ilm_compile.planner import expect, simulate_step
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
 
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--simulate", action="store_true", help="print when each pipeline rank computes in a step"
     )
     parser.add_argument(
+        "--hardware", help="whose step is expected: a name, or a .toml file; else the plan's"
+    )
+    parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write that as a Chrome trace, with the memory"
     )
 
@@ -42,13 +46,16 @@ def run(options: argparse.Namespace) -> None:
         program = partition(
             job.model, example_inputs=job.example_inputs, loss_fn=job.loss_fn, plan=job.plan
         )
+    hardware = hardware_named(options.hardware or program.plan.hardware)
     if options.simulate or options.trace:
-        step = simulate_step(program)
+        step = simulate_step(program, hardware)
         print(step.grid())
         if options.trace:
             step.to_chrome_trace(options.trace)
         return
     print(program.dump() if options.dump else program.explain(), end="")
+    if not options.dump and options.after is None:
+        print(f"\nexpected on {expect(program, hardware)}")
 
 
 def _partition_until(last: str, job: Job) -> Program:

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ilm_compile.automatic import first_compiled
 from ilm_compile.cli.model import add_model_argument, is_config, load_model
 from ilm_compile.config import load_config
 from ilm_compile.cost.hardware import HARDWARE
-from ilm_compile.errors import IlmCompileError, PlanError
+from ilm_compile.errors import IlmCompileError
 from ilm_compile.files import write_text
 from ilm_compile.partitioning import partition
 from ilm_compile.planner import Candidate, Rejected, Search, search
@@ -27,13 +28,18 @@ from ilm_compile.program.byte_sizes import read_bytes
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.prove import verify
+from ilm_compile.training.fits import changed_keys
 from ilm_compile.training.model import input_spec, loss_function
 
 BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 TRACED_TOKENS = 128  # sizes do not depend on them
 WIDTH = 160  # of the table, whatever a terminal makes of it
-TRIES = 5  # plans that may fail to compile before the search does
 LINES = 20  # of those why not, without --all
+LEGEND = (
+    "micro-batches: how many of how many sequences a data-parallel rank has; GiB: of the fullest "
+    "rank; bubble, exposed: shares of the step in which a rank waits for its turn, and for "
+    "communication that nothing hides"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
     best, program, failed = _compiled(options.model, model, found)
     console = Console(width=max(Console().width, WIDTH), soft_wrap=True)
     console.print(_table(found, options.top))
+    console.print(LEGEND, style="dim")
     lines = [*failed, *found.why_not()]
     shown = lines if options.all else lines[:LINES]
     console.print("\nWhy not:")
@@ -88,9 +95,22 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"\n{proof}", markup=False, highlight=False)
     write_text(options.output, found.plan_of(best).to_json() + "\n")
     console.print(f"\n{options.output}: {best.name}", markup=False, highlight=False)
+    console.print(_next(options, best), markup=False, highlight=False)
     if options.html:
         write_report(options.html, found=found, program=program, failed=failed, proof=proof)
         console.print(f"{options.html}: the report", markup=False, highlight=False)
+
+
+def _next(options: argparse.Namespace, best: Candidate) -> str:
+    """The commands that show more of the plan and prove it; of a config, the one that runs it."""
+    if is_config(options.model):
+        keys = changed_keys(load_config(options.model), best)
+        given = "".join(f" --set {key}={value}" for key, value in keys)
+        return f"next: ilm-compile train --config {options.model}{given}"
+    rows = int(best.plan.micro_batch * best.plan.ep)
+    given = f"--plan {options.output} --seq-len {options.seq} --rows {rows}"
+    commands = (f"ilm-compile {name} {options.model} {given}" for name in ("explain", "verify"))
+    return "next: " + "\n      ".join(commands)
 
 
 def number(option: str, text: str) -> int:
@@ -120,27 +140,19 @@ def _compiled(
     name: str, model: nn.Module, found: Search
 ) -> tuple[Candidate, Program, list[Rejected]]:
     """The fastest that compiles, its program, and those before it with what was wrong."""
-    failed: list[Rejected] = []
-    best = found.best
-    for candidate in (best, *found.candidates[1:TRIES]):
+
+    def compile_it(candidate: Candidate) -> Program:
         plan = candidate.plan
-        inputs = _inputs(name, int(plan.micro_batch * plan.ep), plan.seq)
-        try:
-            program = partition(
-                model,
-                example_inputs=inputs,
-                loss_fn=_loss_function(name),
-                plan=found.plan_of(candidate),
-            )
-        except IlmCompileError as error:
-            reason = str(error).splitlines()[0]
-            failed.append(Rejected(candidate.name, f"does not compile: {reason}"))
-            continue
-        return candidate, program, failed
-    raise PlanError(
-        f"search: none of the {len(failed)} fastest plans compiles; the first, {failed[0].what}, "
-        f"{failed[0].reason}"
-    )
+        return partition(
+            model,
+            example_inputs=_inputs(name, int(plan.micro_batch * plan.ep), plan.seq),
+            loss_fn=_loss_function(name),
+            plan=found.plan_of(candidate),
+        )
+
+    choices = (found.best, *found.candidates[1:])
+    best, program, failed = first_compiled(choices, compile_it)
+    return best, program, [Rejected(c.name, f"does not compile: {why}") for c, why in failed]
 
 
 def _inputs(name: str, rows: int, tokens: int) -> ExampleInputs:

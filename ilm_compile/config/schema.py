@@ -54,7 +54,9 @@ class ParallelOptions:
     pipeline: int = option(1, "ranks that hold consecutive layers", low=1)
     num_chunks: int = option(1, "pipeline stages on each rank", low=1)
     schedule: str | None = option(
-        None, "1f1b, gpipe, interleaved_1f1b, zb_h1, zb_h2, zb_v; by num_chunks if left out"
+        None,
+        "1f1b, gpipe, interleaved_1f1b, zb_h1, zb_h2, zb_v, dualpipe_v, v_half, v_min; by "
+        "num_chunks if left out",
     )
     zero: int = option(1, "1: shard optimizer state over dp; 3: parameters too", choices=(1, 3))
     sequence_parallel: bool | None = option(None, "decided by cost if left out")
@@ -66,6 +68,7 @@ class ParallelOptions:
         high=1,
     )
     memory: str | None = option(None, "with checkpoint = 'auto': what a rank may fill, as '80GiB'")
+    check_memory: bool = option(True, "refuse at start what the memory of a device cannot hold")
     dispatch: bool | None = option(None, "rows go to their experts, or tokens to all; by cost")
     constraints: Mapping[str, str] = option({}, "parameter name or glob to placement, 'S(0)'")
 
@@ -253,7 +256,7 @@ class ProfilerOptions:
     every: int = option(0, "steps from one window to the next; 0: only one window", low=0)
     with_stack: bool = option(False, "the Python stack of every op too")
     memory: bool = option(True, "memory by module as HTML, of the first step of the first window")
-    timeline: bool = option(True, "that step's pipeline as SVG, below the schedule planned and simulated")
+    timeline: bool = option(True, "that step's pipeline as SVG, below that planned and simulated")
 
 
 SECTIONS: dict[str, Any] = {

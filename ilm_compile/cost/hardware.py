@@ -5,7 +5,11 @@ Sources: bf16 peak, memory and NIC figures and the memory efficiency of 0.8 are 
 ai-dynamo/aiconfigurator (src/aiconfigurator/systems/*.yaml), the float32 and float64 peaks those of
 NVIDIA's datasheets (float32 without TF32, as torch's default), as are all figures of the A100 40GB,
 of the A800 (an A100 with two thirds of its NVLinks), the HGX B200 and the GB200 NVL72, whose memory
-is as nvidia-smi reports it and whose links are taken to be the H100's at twice the bandwidth. A
+is as nvidia-smi reports it and whose links are taken to be the H100's at twice the bandwidth
+(NVLink at 1.8 instead of 0.9 TB/s). These were compared with pages that quote the datasheets: B200
+verda.com/blog/gb300-nvl72-architecture (2.25 PFLOP/s, 75 TFLOP/s, 7.7 TB/s, 180 GB; 179 GiB by
+docs.vultr.com), GB200 glennklockwood.com/garden/processors/B200 (2.5 PFLOP/s, 8 TB/s), A800
+aiwiki.ai/wiki/nvidia_a800 (NVLink at 400 instead of 600 GB/s, the rest as the A100's). A
 compute efficiency of 0.8 and 5 us per kernel fit NVIDIA's measured bf16 GEMMs (m >= 1024) within
 7-11 % on average. Between nodes: one NIC per GPU at 0.8 of its line rate, and the latency of one
 network step of NCCL's Simple protocol (NVIDIA/nccl, src/graph/tuning.cc).
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import torch
@@ -35,6 +40,8 @@ class Hardware:
     `reserved_bytes` is the memory that CUDA, NCCL and the allocator take from the program. `links`
     are inside a node, `network` is from one device to a device of another node, which has a NIC of
     `nic_bytes_per_s`. `efficiency` is that of whole steps, `compute_efficiency` of a kernel alone.
+    Of a processor, `tile_bandwidth` is what a product's operands take beside its arithmetic, and
+    `cores` are what the ranks of a machine share; a GPU hides the one and has none of the other.
     """
 
     name: str
@@ -50,6 +57,8 @@ class Hardware:
     efficiency: Efficiency
     compute_efficiency: float = 0.8
     memory_efficiency: float = 0.8
+    tile_bandwidth: float = inf
+    cores: int = 0
 
     def usable_flops(self, dtype: torch.dtype) -> float:
         """Return the FLOP/s a large matrix product reaches; raises `PlanError` for other dtypes."""
@@ -57,6 +66,11 @@ class Hardware:
             known = ", ".join(str(known) for known in self.peak_flops)
             raise PlanError(f"cost: no peak FLOP/s of {self.name} for {dtype}; known: {known}")
         return self.peak_flops[dtype] * self.compute_efficiency
+
+    def attention_flops(self, dtype: torch.dtype) -> float:
+        """Return the FLOP/s of attention: where the figures are what programs reach, its own."""
+        share = self.efficiency.attention if self.compute_efficiency == 1 else 1.0
+        return self.usable_flops(dtype) * share
 
     @property
     def usable_bandwidth(self) -> float:
@@ -138,6 +152,7 @@ _CPU = Hardware(
     # the figures are what programs reached
     compute_efficiency=1.0,
     memory_efficiency=1.0,
+    cores=8,
 )
 
 HARDWARE: dict[str, Hardware] = {

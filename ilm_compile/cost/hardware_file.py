@@ -7,6 +7,8 @@ memory_gb_per_s = 3350
 reserved_gib = 3.6
 kernel_overhead_us = 5
 gpus_per_node = 8
+cores = 8  # that the ranks of a machine share, where ranks are processes of a processor
+tile_gb_per_s = 20  # of a product's operands, beside its arithmetic
 nic_gb_per_s = 25
 tflops = { bf16 = 989, fp32 = 67, fp64 = 67, fp8 = 1979 }
 efficiency = { matmul = 0.7, attention = 0.18 }
@@ -42,6 +44,8 @@ NUMBERS: Mapping[str, tuple[str, Callable[[float], float]]] = {
     "reserved_gib": ("reserved_bytes", lambda gib: int(gib * GIB)),
     "kernel_overhead_us": ("kernel_overhead_s", lambda us: us * 1e-6),
     "gpus_per_node": ("gpus_per_node", int),
+    "cores": ("cores", int),
+    "tile_gb_per_s": ("tile_bandwidth", lambda gb: gb * GB),
     "nic_gb_per_s": ("nic_bytes_per_s", lambda gb: gb * GB),
 }
 TABLES = ("tflops", "efficiency", "links")

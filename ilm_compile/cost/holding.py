@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ilm_compile.cost.nodes import value_bytes
 from ilm_compile.cost.saved import SavedMemory, Storage, address, prepare
+from ilm_compile.ops.nodes import value_bytes
 from ilm_compile.program.alive import AliveBytes
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.gradients import wanted_gradients

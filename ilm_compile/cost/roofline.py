@@ -1,7 +1,8 @@
 """The time of one node on one device: the roofline.
 
 A kernel takes the longer of its arithmetic and its memory traffic, plus a fixed overhead:
-t = max(FLOPs / usable FLOP/s, bytes / usable bytes/s) + t0. Kernels are those of the graph, one per
+t = max(FLOPs / usable FLOP/s, bytes / usable bytes/s) + t0. On a processor the operands of a
+product take their own time beside its arithmetic. Kernels are those of the graph, one per
 op: what a compiler fuses later is cheaper than said here. Collectives are python functions and cost
 0 here; see `ilm_compile.cost.collectives`.
 """
@@ -13,10 +14,9 @@ from torch import fx
 
 from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
-from ilm_compile.cost.nodes import is_view, op_name, tensors, value_bytes
-
-# Ops that read of their first input only as much as they return.
-GATHERS = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
+from ilm_compile.ops.nodes import is_view, op_name, value_bytes
+from ilm_compile.ops.spec import spec_of
+from ilm_compile.program.values import tensors_of
 
 
 def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
@@ -28,7 +28,7 @@ def node_bytes(node: fx.Node, *, dtype: torch.dtype | None = None) -> int:
         return 0
     written = value_bytes(node, dtype)
     read = {source: value_bytes(source, dtype) for source in node.all_input_nodes}
-    if op_name(node) in GATHERS:
+    if spec_of(node.target).reads_rows:
         table = node.all_input_nodes[0]
         read[table] = min(read[table], written)
     return written + sum(read.values())
@@ -57,5 +57,10 @@ def node_time(
     traffic_s = (2 if backward else 1) * num_bytes / shards / hardware.usable_bandwidth
     compute_s = 0.0
     if flops:
-        compute_s = flops / shards / hardware.usable_flops(dtype or tensors(node)[0].dtype)
+        is_attention = "attention" in op_name(node)
+        rate = hardware.attention_flops if is_attention else hardware.usable_flops
+        compute_s = flops / shards / rate(dtype or tensors_of(node.meta["val"])[0].dtype)
+        if not is_attention:
+            products = flops / max(1, forward_flops(node))
+            compute_s += products * num_bytes / shards / hardware.tile_bandwidth
     return max(compute_s, traffic_s) + hardware.kernel_overhead_s

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from ilm_compile.cost.nodes import tensor_bytes
+from ilm_compile.ops.nodes import tensor_bytes
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program, Region

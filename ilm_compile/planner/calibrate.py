@@ -1,8 +1,7 @@
 """Measuring this machine: what products, memory, launches and collectives reach here.
 
 The result is the text of a hardware file (`ilm_compile.cost.hardware_file`). Takes under a minute.
-Every figure is the best of several tries: what else runs on the machine makes it slower, never
-faster.
+Processes measure at once, as ranks compute.
 """
 
 from __future__ import annotations
@@ -13,27 +12,36 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from ilm_compile.cost.hardware import GIB, HARDWARE
 from ilm_compile.errors import PlanError
+from ilm_compile.planner.rates import DTYPES, SECONDS, figures, wait
 from ilm_compile.runtime.communicator import ProcessGroupCommunicator
 
-TRIES, SECONDS = 3, 0.4
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+CALLS = 12  # of a collective, of which the fastest counts
 SMALL, LARGE = 2**12, 2**24  # bytes of a collective's full tensor, by which a link is told
+MESSAGES = (2**8, 2**20)  # bytes of a message, by which that of a point to point link is
 
 
-def calibrate(name: str, base: str, device: torch.device, *, num_processes: int = 2) -> str:
+def calibrate(
+    name: str,
+    base: str,
+    device: torch.device,
+    *,
+    num_processes: int = 2,
+    seconds: float = SECONDS,
+) -> str:
     """Return the TOML of a machine called `name`, beginning from `base`, a known one.
 
-    num_processes: local ones between which collectives are measured; below 2 they stay as in
-    `base`. Raises `PlanError` for an unknown base, or more processes than there are GPUs.
+    num_processes: local ones that measure at the same time, as ranks would compute, and between
+    which collectives are measured; below 2 links stay as in `base`. seconds: for each try. Raises
+    `PlanError` for an unknown base, or more processes than there are GPUs.
     """
     if base not in HARDWARE:
         raise PlanError(f"calibrate: base={base!r}; known are {', '.join(HARDWARE)}")
@@ -43,56 +51,28 @@ def calibrate(name: str, base: str, device: torch.device, *, num_processes: int 
             f"{torch.cuda.device_count()}"
         )
     start = HARDWARE[base]
-    flops = {key: product_flops(dtype, device) for key, dtype in DTYPES.items()}
+    if num_processes > 1:
+        found, links = _together(device, num_processes, seconds)
+    else:
+        found, links = figures(device, seconds), {}
+    flops = {key: found[key] for key in DTYPES}
     lines = [f'name = "{name}"', f'base = "{base}"']
     lines += [f"memory_gib = {memory_bytes(device) / GIB / _sharers(device, num_processes):.2f}"]
-    lines += [f"memory_gb_per_s = {copy_bandwidth(device) / start.memory_efficiency / 1e9:.2f}"]
-    lines += [f"kernel_overhead_us = {launch_seconds(device) * 1e6:.3f}"]
+    lines += [f"memory_gb_per_s = {found['bytes'] / start.memory_efficiency / 1e9:.2f}"]
+    lines += [f"kernel_overhead_us = {found['launch'] * 1e6:.3f}"]
     if start.compute_efficiency == 1:  # the figures are what programs reach
         peak, lines = flops["bf16"], [*lines, _table("tflops", flops, 1e12)]
+        attention = found["attention"] / flops["fp32"]
     else:
         peak = start.peak_flops[torch.bfloat16]
-    shares = {"matmul": flops["bf16"] / peak, "attention": attention_flops(device) / peak}
-    lines.append(_table("efficiency", shares, 1))
-    if num_processes > 1:
-        for kind, (latency, per_byte) in link_figures(device, num_processes).items():
-            figures = f"[{latency * 1e6:.2f}, {1e-9 / per_byte:.4g}]"
-            lines.append(f"links.{kind}.{num_processes} = {figures}")
+        attention = found["attention"] / peak
+    lines.append(_table("efficiency", {"matmul": flops["bf16"] / peak, "attention": attention}, 1))
+    if device.type == "cpu":
+        lines += [f"tile_gb_per_s = {found['tile'] / 1e9:.2f}", f"cores = {os.cpu_count() or 1}"]
+    for kind, (latency, per_byte) in links.items():
+        text = f"[{latency * 1e6:.2f}, {1e-9 / per_byte:.4g}]"
+        lines.append(f"links.{kind}.{2 if kind == 'p2p' else num_processes} = {text}")
     return "\n".join(lines) + "\n"
-
-
-def product_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the FLOP/s of a large matrix product."""
-    size = 8192 if device.type == "cuda" else 768
-    x, weight = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    return float(2 * size**3 / best_seconds(partial(F.linear, x, weight), device))
-
-
-def attention_flops(device: torch.device) -> float:
-    """Return the FLOP/s of fused causal attention, of which half the scores count."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    heads, tokens, dim = (32, 4096, 128) if device.type == "cuda" else (4, 512, 64)
-    q, k, v = (torch.ones(1, heads, tokens, dim, dtype=dtype, device=device) for _ in range(3))
-    run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-    return float(2 * heads * tokens**2 * dim / best_seconds(run, device))
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Return the bytes/s that a copy of memory larger than any cache reads and writes."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)
-    target = torch.empty_like(source)
-    return float(2 * source.nbytes / best_seconds(lambda: target.copy_(source), device))
-
-
-def launch_seconds(device: torch.device) -> float:
-    """Return the seconds of an op that has next to nothing to do."""
-    x = torch.ones(16, device=device)
-
-    def many() -> None:
-        for _ in range(1000):
-            torch.add(x, 1.0)
-
-    return best_seconds(many, device) / 1000
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -102,18 +82,29 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def link_figures(device: torch.device, num_processes: int) -> dict[str, tuple[float, float]]:
-    """Return seconds of latency and seconds per byte that a rank sends, by collective."""
+Figures = dict[str, float]
+LinkFigures = dict[str, tuple[float, float]]
+
+
+def _together(
+    device: torch.device, num_processes: int, seconds: float
+) -> tuple[Figures, LinkFigures]:
+    """What each of several processes reaches that measure at once, the median, and their links."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    arguments = [(rank, num_processes, port, device.type) for rank in range(num_processes)]
+    arguments = [(rank, num_processes, port, device.type, seconds) for rank in range(num_processes)]
     with context.Pool(num_processes) as pool:
-        return pool.starmap(_measure_links, arguments, chunksize=1)[0]
+        found = pool.starmap(_measure, arguments, chunksize=1)
+    each = [figures for figures, _ in found]
+    return {key: median(one[key] for one in each) for key in each[0]}, found[0][1]
 
 
-def _measure_links(rank: int, size: int, port: int, kind: str) -> dict[str, tuple[float, float]]:
+def _measure(
+    rank: int, size: int, port: int, kind: str, seconds: float
+) -> tuple[Figures, LinkFigures]:
+    """Figures, and seconds of latency and seconds per byte that a rank sends, by collective."""
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -121,6 +112,8 @@ def _measure_links(rank: int, size: int, port: int, kind: str) -> dict[str, tupl
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
     assert dist.group.WORLD is not None
     group = ProcessGroupCommunicator(dist.group.WORLD)
+    dist.barrier()
+    reached = figures(device, seconds)
     # The share of the full tensor that a rank sends: ring algorithms, as in nccl-tests.
     calls: dict[str, tuple[Callable[[Tensor], Any], float]] = {
         "all_reduce": (lambda x: group.all_reduce(x.view(-1)), 2 * (size - 1) / size),
@@ -130,48 +123,40 @@ def _measure_links(rank: int, size: int, port: int, kind: str) -> dict[str, tupl
     }
     found = {}
     for name, (call, share) in calls.items():
-        times = [_collective_seconds(call, size, num_bytes, device) for num_bytes in (SMALL, LARGE)]
-        per_byte = (times[1] - times[0]) / ((LARGE - SMALL) * share)
-        found[name] = (times[0], max(per_byte, 1e-13))
+        sizes = [torch.ones(size, n // 4 // size, device=device) for n in (SMALL, LARGE)]
+        few, many = (_repeated(partial(call, x), device) for x in sizes)
+        per_byte = (many - few) / ((LARGE - SMALL) * share)
+        found[name] = (few, max(per_byte, 1e-13))
+    found["p2p"] = _message_figures(rank, device)
     dist.destroy_process_group()
-    return found
+    return reached, found
 
 
-def _collective_seconds(
-    call: Callable[[Tensor], Any], size: int, num_bytes: int, device: torch.device
-) -> float:
-    x = torch.ones(size, num_bytes // 4 // size, device=device)
+def _message_figures(rank: int, device: torch.device) -> tuple[float, float]:
+    """Half of the way there and back between the first two ranks."""
+    seconds = []
+    for num_bytes in MESSAGES:
+        x = torch.ones(num_bytes // 4, device=device)
+        ways: list[Callable[..., Any]] = [dist.send, dist.recv]
+
+        def there_and_back(x: Tensor = x, ways: Sequence[Callable[..., Any]] = ways) -> None:
+            for way in ways if rank == 0 else reversed(ways):
+                way(x, 1 - rank)
+
+        seconds.append(_repeated(there_and_back if rank < 2 else lambda: None, device) / 2)
+    return seconds[0], max((seconds[1] - seconds[0]) / (MESSAGES[1] - MESSAGES[0]), 1e-13)
+
+
+def _repeated(run: Callable[[], Any], device: torch.device) -> float:
+    """The least seconds of what all ranks do, as often on every rank."""
     times = []
-    for _ in range(8):  # as often on every rank
+    for _ in range(CALLS):
         dist.barrier()
         start = time.perf_counter()
-        call(x)
-        _wait(device)
+        run()
+        wait(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def best_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the least seconds of a call, over tries that each go on for a while."""
-    run()
-    _wait(device)
-    best = float("inf")
-    for _ in range(TRIES):
-        count, start = 0, time.perf_counter()
-        while (passed := time.perf_counter() - start) < SECONDS or not count:
-            run()
-            count += 1
-            if device.type != "cuda":
-                best = min(best, time.perf_counter() - start - passed)
-        _wait(device)
-        if device.type == "cuda":
-            best = min(best, (time.perf_counter() - start) / count)
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _sharers(device: torch.device, num_processes: int) -> int:

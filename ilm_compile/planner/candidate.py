@@ -34,6 +34,16 @@ class Candidate:
             text += f" recompute={plan.recompute_share:g}"
         return text
 
+    @property
+    def figures(self) -> str:
+        """What it is predicted to take, in one line."""
+        plan, time = self.plan, self.time.total
+        rate = self.tokens_per_second_per_gpu * plan.gpus
+        return (
+            f"{time:.3g} s a step, {rate:,.0f} tokens/s, MFU {self.mfu:.1%}, "
+            f"{self.memory.total / 2**30:.2f} GiB on the fullest rank"
+        )
+
     def slower_than(self, best: Candidate) -> str:
         """Return in one line how much slower it is, and what most of that is."""
         ratio = self.time.total / best.time.total

@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from ilm_compile.errors import PlanError
-from ilm_compile.planner.simulated import simulate_step
+from ilm_compile.planner.expected import expect
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.step_traffic import predicted_traffic
@@ -34,8 +34,8 @@ class Line(NamedTuple):
 def compare_programs(programs: Sequence[Program]) -> list[Line]:
     """Return the fields of the plans that differ, and what is predicted for each.
 
-    Seconds are those of one data-parallel rank's micro-batches, without the gradients' reduction
-    and the optimizer; bytes sent are those of the pipeline rank that sends most.
+    Seconds are those of the whole step (see `expect`); idle is the pipeline's share of its own;
+    bytes sent are those of the pipeline rank that sends most.
     """
     plans = [program.plan for program in programs]
     lines = [
@@ -43,18 +43,21 @@ def compare_programs(programs: Sequence[Program]) -> list[Line]:
         for field in fields(Plan)
         if len(set(values := tuple(str(getattr(plan, field.name)) for plan in plans))) > 1
     ]
-    steps = [simulate_step(program) for program in programs]
+    found = [expect(program) for program in programs]
     sent = [
         max(sum(traffic.num_bytes for traffic in rank.values()) for rank in predicted_traffic(p))
         for p in programs
     ]
-    peaks = [max(step.peak(rank) for rank in range(len(step.static))) for step in steps]
+    peaks = [max(each.memory) for each in found]
     counts = [sum(region.recompute for region in program.regions) for program in programs]
-    ranks = [f"{plan.ranks_per_replica * (plan.dp or 1)}" for plan in plans]
     rows: list[tuple[str, list[str]]] = [
-        ("ranks", ranks),
-        ("predicted: ms of a step", [f"{step.seconds * 1e3:.3f}" for step in steps]),
-        ("predicted: idle", [f"{step.bubble:.1%}" for step in steps]),
+        ("ranks", [f"{each.num_ranks}" for each in found]),
+        ("predicted: ms of a step", [f"{each.seconds * 1e3:.3f}" for each in found]),
+        (
+            "predicted: tokens/s per device",
+            [f"{each.tokens / each.seconds / each.num_ranks:,.0f}" for each in found],
+        ),
+        ("predicted: idle", [f"{each.step.bubble:.1%}" for each in found]),
         ("predicted: MiB of the fullest rank", [f"{peak / 2**20:,.1f}" for peak in peaks]),
         ("predicted: MiB sent per step", [f"{size / 2**20:,.2f}" for size in sent]),
         ("blocks recomputed", [str(count) for count in counts]),

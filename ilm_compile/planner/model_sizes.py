@@ -8,10 +8,10 @@ from math import prod
 
 from torch import fx
 
-from ilm_compile.cost.flops import RULES
-from ilm_compile.cost.nodes import op_name
 from ilm_compile.cost.sizes import ModelSizes
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.nodes import op_name
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.program import Program
 
 # Where an attention op has its heads, and the ops that stand for attention written out.
@@ -55,7 +55,7 @@ def sizes_of(program: Program) -> ModelSizes:
 
 def _is_multiplied(program: Program, name: str) -> bool:
     nodes = [n for n in program.graph.find_nodes(op="get_attr") if n.target == name]
-    return any(op_name(user) in RULES for node in nodes for user in node.users)
+    return any(spec_of(user.target).flops for node in nodes for user in node.users)
 
 
 def _block(program: Program, index: int) -> tuple[tuple[str, int], ...] | None:
@@ -68,7 +68,7 @@ def _block(program: Program, index: int) -> tuple[tuple[str, int], ...] | None:
     within = set(calls)
     products = [node for node in calls if _weights(program, node)]
     if "softmax" in op_name(attention):  # values come in where the scores weigh them
-        weighing = (n for n in calls if op_name(n) in RULES and n not in products)
+        weighing = (n for n in calls if spec_of(n.target).flops and n not in products)
         attention = next(n for n in weighing if attention in set(_upstream(n, within)))
     before = set(_upstream(attention, within))
     projections = [node for node in products if node in before]
@@ -108,10 +108,10 @@ def _has_heads(node: fx.Node) -> bool:
 
 def _weights(program: Program, node: fx.Node) -> list[tuple[int, ...]]:
     """The shapes of the parameters that a product multiplies, through casts and views of them."""
-    if op_name(node) not in RULES:
+    if (flops := spec_of(node.target).flops) is None:
         return []
     found = []
-    for operand in RULES[op_name(node)].operands(node):
+    for operand in flops.operands(node):
         while isinstance(operand, fx.Node) and operand.op == "call_function":
             inputs = operand.all_input_nodes
             operand = inputs[0] if len(inputs) == 1 else None

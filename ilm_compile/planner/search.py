@@ -113,7 +113,7 @@ def search(
     for shape in shapes(question, rejected):
         found = [_fitting(question, plan) for plan in plans(question, shape)]
         fitting = [fits for fits in found if fits[1].total <= question.memory_bytes]
-        candidates += [_candidate(question, *fits) for fits in fitting]
+        candidates += [candidate_of(question, *fits) for fits in fitting]
         if not fitting:
             plan, memory_use = min(found, key=lambda fits: fits[1].total)
             least = f"zero={plan.zero} micro-batch={plan.micro_batch:g}, recompute of all layers"
@@ -138,7 +138,8 @@ def _fitting(question: Question, plan: StepPlan) -> tuple[StepPlan, StepMemory]:
     return step, memory
 
 
-def _candidate(question: Question, plan: StepPlan, memory: StepMemory) -> Candidate:
+def candidate_of(question: Question, plan: StepPlan, memory: StepMemory) -> Candidate:
+    """Return a plan with what it is predicted to take."""
     time = step_time(question.sizes, plan, question.hardware, question.software)
     tokens = question.sequences * question.seq
     peak = question.gpus * question.hardware.peak_flops[PRECISIONS[question.precision]]

@@ -19,6 +19,7 @@ from torch import fx
 
 from ilm_compile.cost import (
     HARDWARE,
+    Hardware,
     collective_time,
     gradient_bytes,
     held_bytes,
@@ -118,21 +119,22 @@ class SimulatedStep:
                 yield {"ph": "C", "name": name, **place, "ts": start * 1e6, "args": {"held": held}}
 
 
-def simulate_step(program: Program) -> SimulatedStep:
-    """Return one step of a program that was partitioned, on the hardware of its plan.
+def simulate_step(program: Program, hardware: Hardware | None = None) -> SimulatedStep:
+    """Return one step of a program that was partitioned, on `hardware`, or on that of its plan.
 
     All micro-batches of one data-parallel rank, of which every pipeline rank is shown. Raises
     `ScheduleError` for a schedule that cannot run.
     """
     schedule = schedule_of(program.plan)
-    stages, seconds = stage_of(program), node_seconds(program, HARDWARE[program.plan.hardware])
+    hardware = hardware or HARDWARE[program.plan.hardware]
+    stages, seconds = stage_of(program), node_seconds(program, hardware)
     forward, backward, weight = ([0.0] * schedule.num_stages for _ in range(3))
     for node, stage in stages.items():
         forward[stage] += seconds[node].forward
         again = seconds[node].forward * runs_again(program, node)
         backward[stage] += seconds[node].backward + again
         weight[stage] += seconds[node].weight
-    sent = _sent_seconds(program, schedule.num_stages)
+    sent = _sent_seconds(program, schedule.num_stages, hardware)
     times = tuple(
         StageTimes(forward=f, backward=b, weight=w, message=m)
         for f, b, w, m in zip(forward, backward, weight, sent, strict=True)
@@ -161,8 +163,8 @@ def _parts_held(program: Program, num_stages: int) -> list[list[Held]]:
     return found
 
 
-def _sent_seconds(program: Program, num_stages: int) -> list[float]:
-    plan, hardware = program.plan, HARDWARE[program.plan.hardware]
+def _sent_seconds(program: Program, num_stages: int, hardware: Hardware) -> list[float]:
+    plan = program.plan
     stride = (plan.dp or 1) * prod(plan.axes.values())
     found = [0.0] * num_stages
     for stage, received in enumerate(stage_boundaries(program)):

@@ -8,23 +8,9 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import ProgramError
-from ilm_compile.program.collectives import redistribute
-from ilm_compile.program.dropout import seeded_dropout
-from ilm_compile.program.expert_rows import FUNCTIONS as EXPERT_ROWS
-from ilm_compile.program.linear_loss import linear_cross_entropy, output_logits
+from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.program import Program
-from ilm_compile.program.reductions import partial_mean
-from ilm_compile.program.sharded_reductions import FUNCTIONS as SHARDED_REDUCTIONS
 from ilm_compile.program.values import is_tuple, tensors_of
-from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
-
-FUNCTIONS = {
-    *(redistribute, partial_mean, seeded_dropout, vocab_embedding, vocab_cross_entropy),
-    *(linear_cross_entropy, output_logits),
-    *SHARDED_REDUCTIONS,
-    *EXPERT_ROWS,
-    operator.getitem,
-}
 
 
 def check_structure(program: Program) -> None:

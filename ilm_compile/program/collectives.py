@@ -17,6 +17,7 @@ from torch import Tensor
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.bound import BoundCommunicator, fresh, real
 from ilm_compile.program.communicator import Communicator, ShapeCommunicator, communicator
+from ilm_compile.program.functions import graph_function
 from ilm_compile.program.placement import Placement, S, join_shards, split_shards
 
 Move = Callable[[Tensor, Communicator, Placement, Placement], Tensor]
@@ -135,6 +136,7 @@ class _Redistribute(torch.autograd.Function):
         return _move(grad, *ctx.move, backward=True), None, None, None
 
 
+@graph_function()
 def redistribute(x: Tensor, src: str, dst: str, axis: str) -> Tensor:
     """Return `x`, placed as `src` on mesh axis `axis`, placed as `dst`.
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from ilm_compile.program.bound import fresh
 from ilm_compile.program.communicator import communicator
+from ilm_compile.program.functions import graph_function
 from ilm_compile.program.layout import Layout, Place
 
 SEED = "dropout_seed"  # the placeholder that receives the seed of a micro-batch
@@ -30,6 +31,7 @@ torch.library.define(
 )
 
 
+@graph_function()
 def seeded_dropout(
     x: Tensor,
     seed: Tensor,

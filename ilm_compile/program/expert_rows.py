@@ -17,9 +17,11 @@ from torch import Tensor, fx
 
 from ilm_compile.errors import PlacementError
 from ilm_compile.program.communicator import Communicator, ShapeCommunicator, communicator
+from ilm_compile.program.functions import graph_function
 from ilm_compile.program.placement import Placement
 
 
+@graph_function()
 def expert_order(experts: Tensor) -> Tensor:
     """Return the order (n,) in which rows lie when sorted by `experts` (n,); equal ones stay."""
     return experts.argsort(stable=True)
@@ -52,6 +54,7 @@ class _UnsortRows(torch.autograd.Function):
         return grad[ctx.saved_tensors[0]], None
 
 
+@graph_function()
 def sort_rows(x: Tensor, order: Tensor, repeats: int) -> Tensor:
     """Return the rows of `x`, each `repeats` times, in `order`.
 
@@ -63,6 +66,7 @@ def sort_rows(x: Tensor, order: Tensor, repeats: int) -> Tensor:
     return result
 
 
+@graph_function()
 def unsort_rows(rows: Tensor, order: Tensor) -> Tensor:
     """Return sorted `rows` (n, ...) where they were before: the inverse of `sort_rows`."""
     if not rows.is_floating_point():
@@ -168,6 +172,7 @@ class _Routed(torch.autograd.Function):
         return backward(grad.contiguous(), offsets, comm), None, None, None, None
 
 
+@graph_function()
 def route(x: Tensor, offsets: Tensor, src: str, dst: str, axis: str) -> Tensor:
     """Return the rows `x`, placed as `src` on mesh axis `axis`, placed as `dst`.
 
@@ -199,6 +204,7 @@ def route_of(node: fx.Node) -> tuple[str, str]:
     return src, dst
 
 
+@graph_function()
 def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
     """Return what torch's grouped product gives, in any dtype: it refuses float64.
 
@@ -208,6 +214,3 @@ def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor, **options: Any)
     bounds = [0, *offs.tolist()]
     groups = zip(bounds, bounds[1:], weights, strict=False)
     return torch.cat([rows[start:end] @ weight for start, end, weight in groups])
-
-
-FUNCTIONS = (expert_order, sort_rows, unsort_rows, route, grouped_product)

@@ -16,17 +16,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.kernels.vocab_loss import vocab_cross_entropy_backward, vocab_statistics
 from ilm_compile.program.communicator import communicator
+from ilm_compile.program.functions import graph_function
 from ilm_compile.program.vocab import mean_or_sum, token_losses
 
 # Logits at a time: 256 MiB in 16 bits, more than a thousand tokens of the largest vocabularies.
 CHUNK = 2**27
 
 
+def _reduced(node: fx.Node) -> tuple[list[int], ...]:
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    row = x.shape[0] * exact_dtype(x).itemsize
+    return ([row, (3 if node.args[5] else 2) * row],)
+
+
+@graph_function(_reduced)
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -48,6 +56,7 @@ def linear_cross_entropy(
     return mean_or_sum(losses, target, reduction, ignore_index)
 
 
+@graph_function()
 def output_logits(x: Tensor, weight: Tensor, is_kept: bool) -> Tensor:
     """Return the logits ``x @ weight.t()``, without gradient, for who asked for the model's output.
 

@@ -53,17 +53,7 @@ def find_lookups(program: Program) -> Iterator[Lookup]:
         yield Lookup(
             graph=graph,
             size=int(shape[rule.dim if len(shape) > rule.dim else -1]),
-            ignored=_ignored(node),
+            ignored=cross_entropy_arguments(node)[2] if rule.dim else None,
             what=f"{rule.what} of {source.target if source.op == 'get_attr' else 'the loss'}",
             where=program.where(node),
         )
-
-
-def _ignored(node: fx.Node) -> int | None:
-    """The label that is no target."""
-    if node.target is aten.embedding.default:
-        return None
-    if node.target is aten.cross_entropy_loss.default:
-        return cross_entropy_arguments(node)[2]
-    given: Any = node.kwargs.get("ignore_index", node.args[4] if len(node.args) > 4 else -100)
-    return int(given)

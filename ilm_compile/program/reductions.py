@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ilm_compile.program.communicator import communicator
+from ilm_compile.program.functions import graph_function
 
 
+@graph_function()
 def partial_mean(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
     """Return this rank's part of a mean over `dims`, one of which is sharded over `axis`.
 

@@ -7,15 +7,17 @@ placed I; a softmax stays sharded as it was. Numbers are reduced in float32, or 
 
 from __future__ import annotations
 
-from math import inf, nan
+from math import inf, nan, prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.program.communicator import Communicator, communicator
+from ilm_compile.program.functions import graph_function
+from ilm_compile.program.values import tensors_of
 
 NONE, MEAN = 0, 1  # ATen's encoding of a loss's reduction
 
@@ -103,6 +105,36 @@ def _squeezed(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     return x if keepdim else x.squeeze(dims)
 
 
+def _kept(node: fx.Node) -> tuple[int, int]:
+    """Return how many numbers a reduction keeps, and the bytes of one in full precision."""
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    dims = [node.args[1]] if isinstance(node.args[1], int) else node.args[1]
+    reduced = prod(x.shape[dim] for dim in dims)  # type: ignore[union-attr]
+    return x.numel() // reduced, exact_dtype(tensors_of(node.meta["val"])[0]).itemsize
+
+
+def _exponential_sums(node: fx.Node) -> tuple[list[int], ...]:
+    count, itemsize = _kept(node)
+    return ([count * itemsize, count * itemsize],)
+
+
+def _softmax(node: fx.Node) -> tuple[list[int], ...]:
+    count, itemsize = _kept(node)
+    return *_exponential_sums(node), [count * itemsize]
+
+
+def _extreme(node: fx.Node) -> tuple[list[int], ...]:
+    count, itemsize = _kept(node)
+    return [count * node.meta["val"].element_size()], [count * itemsize]  # how many were equal
+
+
+def _place(node: fx.Node) -> tuple[list[int], ...]:
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    count, _ = _kept(node)
+    return ([count * x.element_size(), count * torch.int64.itemsize],)
+
+
+@graph_function(_exponential_sums)
 def sharded_logsumexp(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
     """Return `torch.logsumexp` over `dims`, one of which is sharded. The result has placement I.
 
@@ -112,6 +144,7 @@ def sharded_logsumexp(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> T
     return _squeezed(result, dims, keepdim)
 
 
+@graph_function(_softmax)
 def sharded_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: str) -> Tensor:
     """Return `torch.log_softmax` over the sharded `dim`, placed as `x`."""
     x = x if dtype is None else x.to(dtype)
@@ -119,6 +152,7 @@ def sharded_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: st
     return result
 
 
+@graph_function(_softmax)
 def sharded_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: str) -> Tensor:
     """Return `torch.softmax` over the sharded `dim`, placed as `x`."""
     x = x if dtype is None else x.to(dtype)
@@ -126,17 +160,20 @@ def sharded_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: str) -
     return result
 
 
+@graph_function(_extreme)
 def sharded_amax(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
     """Return `torch.amax` over `dims`, one of which is sharded. The result has placement I."""
     result: Tensor = _Amax.apply(x, dims, communicator(axis))  # type: ignore[no-untyped-call]
     return _squeezed(result, dims, keepdim)
 
 
+@graph_function(_extreme)
 def sharded_amin(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:
     """Return `torch.amin` over `dims`, one of which is sharded. The result has placement I."""
     return -sharded_amax(-x, dims, keepdim, axis)
 
 
+@graph_function(_place)
 @torch.no_grad()
 def sharded_argmax(x: Tensor, dim: int, keepdim: bool, axis: str) -> Tensor:
     """Return `torch.argmax` over the sharded `dim`: of equal values the first. Placement I."""
@@ -170,6 +207,7 @@ torch.library.register_fake(
 )
 
 
+@graph_function()
 def sharded_gather(x: Tensor, dim: int, index: Tensor, axis: str) -> Tensor:
     """Return this rank's part of `torch.gather` along the sharded `dim`; the rest is zero.
 
@@ -185,6 +223,7 @@ def sharded_gather(x: Tensor, dim: int, index: Tensor, axis: str) -> Tensor:
     return picked.masked_fill(unknown, nan) if picked.is_floating_point() else picked
 
 
+@graph_function()
 def sharded_nll_loss(
     log_probs: Tensor, target: Tensor, reduction: int, ignore_index: int, axis: str
 ) -> Tensor:
@@ -201,6 +240,7 @@ def sharded_nll_loss(
     return losses.sum() / (~ignored).sum() if reduction == MEAN else losses.sum()
 
 
+@graph_function()
 def partial_loss(name: str, x: Tensor, target: Tensor, axis: str, **options: Any) -> Tensor:
     """Return this rank's part of the mean of the elementwise loss ``aten::name``; placement P.
 
@@ -208,9 +248,3 @@ def partial_loss(name: str, x: Tensor, target: Tensor, axis: str, **options: Any
     """
     result: Tensor = getattr(torch.ops.aten, name)(x, target, **options)
     return result / communicator(axis).size
-
-
-FUNCTIONS = (
-    *(sharded_logsumexp, sharded_log_softmax, sharded_softmax, sharded_amax, sharded_amin),
-    *(sharded_argmax, sharded_gather, sharded_nll_loss, partial_loss),
-)

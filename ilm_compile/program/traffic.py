@@ -8,30 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, fx
 
-from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move, redistribute
 from ilm_compile.program.expert_rows import SENT as SENT_ROUTES
 from ilm_compile.program.expert_rows import route, route_of
+from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.layout import Sizes
-from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.query_attention import parts_of
-from ilm_compile.program.sharded_reductions import (
-    sharded_amax,
-    sharded_amin,
-    sharded_argmax,
-    sharded_log_softmax,
-    sharded_logsumexp,
-    sharded_softmax,
-)
-from ilm_compile.program.values import tensors_of
-from ilm_compile.program.vocab import vocab_cross_entropy
 
 # What each of n ranks sends, as a share of the full tensor.
 SENT: dict[str, Callable[[int], float]] = {
@@ -91,10 +78,11 @@ def traffic(node: fx.Node, sizes: Sizes, *, has_gradient: bool = True) -> list[M
         return _routed(node, sizes[str(node.kwargs["axis"])], has_gradient)
     if parts_of(node) > 1:
         return _shifted(node, parts_of(node), has_gradient)
-    if node.target not in INSIDE or not node.args[-1]:  # over no axis
+    inside = FUNCTIONS.get(node.target)
+    if inside is None or not node.args[-1]:  # over no axis
         return []
     size = sizes[str(node.args[-1])]
-    reduced = INSIDE[node.target](node)[: 1 + has_gradient]
+    reduced = inside(node)[: 1 + has_gradient]
     return [
         Message("all_reduce", sent_bytes("all_reduce", num_bytes, size), bool(backward))
         for backward, sizes in enumerate(reduced)
@@ -116,62 +104,6 @@ def _shifted(node: fx.Node, size: int, has_gradient: bool) -> list[Message]:
     held = sum(_bytes(value.meta["val"]) for value in node.args[1:3])  # type: ignore[union-attr, misc]
     hops = [Message("shift", held, False)] * (size - 1)
     return hops + [Message("shift", held, True)] * (2 * size - 1) * has_gradient
-
-
-def _cross_entropy(node: fx.Node) -> tuple[list[int], ...]:
-    logits = node.args[0].meta["val"]  # type: ignore[union-attr]
-    tokens = logits.numel() // logits.shape[1]
-    row = tokens * exact_dtype(logits).itemsize  # reduced in float32, or float64
-    stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
-    return ([row, stacked * row],)
-
-
-def _linear_cross_entropy(node: fx.Node) -> tuple[list[int], ...]:
-    x = node.args[0].meta["val"]  # type: ignore[union-attr]
-    row = x.shape[0] * exact_dtype(x).itemsize
-    return ([row, (3 if node.args[5] else 2) * row],)
-
-
-def _kept(node: fx.Node) -> tuple[int, int]:
-    """Return how many numbers a reduction keeps, and the bytes of one in full precision."""
-    x = node.args[0].meta["val"]  # type: ignore[union-attr]
-    dims = [node.args[1]] if isinstance(node.args[1], int) else node.args[1]
-    reduced = prod(x.shape[dim] for dim in dims)  # type: ignore[union-attr]
-    return x.numel() // reduced, exact_dtype(tensors_of(node.meta["val"])[0]).itemsize
-
-
-def _exponentials(node: fx.Node) -> tuple[list[int], ...]:
-    count, itemsize = _kept(node)
-    return ([count * itemsize, count * itemsize],)
-
-
-def _softmax(node: fx.Node) -> tuple[list[int], ...]:
-    count, itemsize = _kept(node)
-    return *_exponentials(node), [count * itemsize]
-
-
-def _extreme(node: fx.Node) -> tuple[list[int], ...]:
-    count, itemsize = _kept(node)
-    return [count * node.meta["val"].element_size()], [count * itemsize]  # how many were equal
-
-
-def _place(node: fx.Node) -> tuple[list[int], ...]:
-    x = node.args[0].meta["val"]  # type: ignore[union-attr]
-    count, _ = _kept(node)
-    return ([count * x.element_size(), count * torch.int64.itemsize],)
-
-
-# The bytes of each all-reduce inside a function of the graph: forward, and backward if any.
-INSIDE: dict[Any, Callable[[fx.Node], tuple[list[int], ...]]] = {
-    vocab_cross_entropy: _cross_entropy,
-    linear_cross_entropy: _linear_cross_entropy,
-    sharded_logsumexp: _exponentials,
-    sharded_log_softmax: _softmax,
-    sharded_softmax: _softmax,
-    sharded_amax: _extreme,
-    sharded_amin: _extreme,
-    sharded_argmax: _place,
-}
 
 
 def _messages(

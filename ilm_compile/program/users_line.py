@@ -7,6 +7,7 @@ import linecache
 import re
 import sys
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import fx
 from ilm_compile.program.program import Source
 
 _FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+)')
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<eval_with_key>")
+_CAPTURE = str(Path(__file__).parent)
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), _CAPTURE, "<eval_with_key>")
 
 
 def is_users_file(filename: str) -> bool:
@@ -33,6 +35,14 @@ def users_line() -> str:
             return f" (at {name}:{frame.f_lineno}: {code})"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def called_from(module: ModuleType) -> bool:
+    """Whether the innermost frame that is not of the capture is in the file of `module`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_CAPTURE):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == module.__file__
 
 
 def defined_at(function: Any) -> str:

@@ -53,3 +53,11 @@ def without_data(value: Any) -> Any:
     return map_tensors(
         lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), value
     )
+
+
+def run_without_data(node: fx.Node) -> Any:
+    """Return what a call gives without data, from the values that its inputs are said to have."""
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs), lambda source: without_data(source.meta["val"])
+    )
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
+from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.kernels.vocab_loss import vocab_cross_entropy_backward, vocab_statistics
 from ilm_compile.program.communicator import Communicator, communicator
+from ilm_compile.program.functions import graph_function
 
 NONE, MEAN, SUM = 0, 1, 2  # ATen's encoding of cross_entropy_loss(reduction=...)
 
 
+@graph_function()
 def vocab_embedding(weight: Tensor, indices: Tensor, padding_idx: int, axis: str) -> Tensor:
     """Return this rank's part of an embedding lookup: rows it does not hold are zero.
 
@@ -66,6 +69,15 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return grads, None, None, None, None
 
 
+def _reduced(node: fx.Node) -> tuple[list[int], ...]:
+    logits = node.args[0].meta["val"]  # type: ignore[union-attr]
+    tokens = logits.numel() // logits.shape[1]
+    row = tokens * exact_dtype(logits).itemsize  # reduced in float32, or float64
+    stacked = 3 if node.args[4] else 2  # label smoothing reduces a third number per token
+    return ([row, stacked * row],)
+
+
+@graph_function(_reduced)
 def vocab_cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from torch import fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.nodes import called_name
 from ilm_compile.program.program import Program
-from ilm_compile.rewrite.precision import called_name
 
 BOUNDED = {
     *("aten::clamp", "aten::clamp_", "aten::clamp_min", "aten::clamp_max", "aten::hardtanh"),

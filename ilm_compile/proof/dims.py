@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.ops.spec import whole_target
+
 Dims = list[int]  # a dimension of a value each, as a number that `Classes` knows
 END = 2**62  # a slice bound above it means the end
 
@@ -111,10 +113,14 @@ class View:
 Relation = Callable[[View], None]
 
 
-def op_name(node: fx.Node) -> str:
-    """Return an op's name without overload, or that of a function of ours."""
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name if schema else getattr(node.target, "__name__", str(node.target))
+def op_name(node: fx.Node, *, whole: bool = False) -> str:
+    """Return an op's name without overload, or that of a function of ours.
+
+    whole: of a sharded form the name of the op that it stands for.
+    """
+    target = whole_target(node) if whole else node.target
+    schema = getattr(target, "_schema", None)
+    name = schema.name if schema else getattr(target, "__name__", str(target))
     return str(name).removeprefix("aten::").removesuffix("_") if schema else str(name)
 
 

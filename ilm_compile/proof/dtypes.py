@@ -13,12 +13,14 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.nodes import called_name
+from ilm_compile.ops.precision import BF16
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.passes.master_weights import is_master
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program, Variable
 from ilm_compile.program.values import tensors_of
-from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.precision import BF16, CARRIERS, called_name, precision_of
+from ilm_compile.rewrite.parameter_free import parameter_free_nodes, precision_of
 
 CAST = torch.ops.aten.to.dtype
 ROWS = {"aten::embedding", "vocab_embedding", "redistribute"}  # what a table's rows go through
@@ -90,7 +92,7 @@ def _is_looked_up(cast: fx.Node) -> bool:
         node = pending.pop()
         if node.op == "call_function" and precision_of(node, ()).result == BF16:
             return True
-        if called_name(node) in CARRIERS or layout_of(node).is_partial:
+        if spec_of(node.target).carries or layout_of(node).is_partial:
             pending += node.all_input_nodes
     return False
 
@@ -98,7 +100,7 @@ def _is_looked_up(cast: fx.Node) -> bool:
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the calls that read `node`, at once or after it was moved about."""
     for user in node.users:
-        if called_name(user) in CARRIERS:
+        if spec_of(user.target).carries:
             yield from _readers(user)
         elif user.op == "call_function":
             yield user

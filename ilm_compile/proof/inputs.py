@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.program.dropout import SEED
+from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Input, Program
 from ilm_compile.program.values import tensors_of
+from ilm_compile.proof.dims import op_name
 from ilm_compile.proof.marks import place_marks
 
 aten = torch.ops.aten
@@ -59,11 +61,11 @@ def _uses(node: fx.Node) -> Iterator[tuple[int, int | None]]:
         for user in current.users:
             if user.op != "call_function":
                 continue
-            name, arguments = _name(user), list(user.args)
+            name, arguments = op_name(user), list(user.args)
             if name in ("embedding", "vocab_embedding") and arguments[1] is current:
                 yield _size(arguments[0], 0), None
             elif name in ("cross_entropy_loss", "nll_loss_nd") and arguments[1] is current:
-                yield _size(arguments[0], 1), _ignored(user)
+                yield _size(arguments[0], 1), cross_entropy_arguments(user)[2]
             elif name == "gather" and arguments[2] is current:
                 yield _size(arguments[0], cast(int, arguments[1])), None
             elif name == "one_hot":
@@ -79,10 +81,10 @@ def lookups(program: Program) -> Iterator[tuple[fx.Node, int, bool]]:
     Where the inputs alone pick, as with token ids and labels, there may be fewer rows.
     """
     for node in program.calls():
-        name = _name(node)
-        if name in ("embedding", "vocab_embedding"):
+        name = op_name(node, whole=True)
+        if name == "embedding":
             yield node.all_input_nodes[0], 0, _is_input(node.args[1], program)  # type: ignore[arg-type]
-        elif name in ("cross_entropy_loss", "vocab_cross_entropy"):
+        elif name == "cross_entropy_loss":
             logits = node.all_input_nodes[0]
             dim = min(1, logits.meta["val"].dim() - 1)
             yield logits, dim, _is_input(node.args[1], program)  # type: ignore[arg-type]
@@ -98,30 +100,20 @@ def _is_input(node: fx.Node, program: Program) -> bool:
         if current.op == "placeholder":
             found = True
         elif current.op == "get_attr" or (
-            _name(current) not in CARRIERS and current.all_input_nodes
+            op_name(current) not in CARRIERS and current.all_input_nodes
         ):
             return False
-        elif _name(current) == "arange":
+        elif op_name(current) == "arange":
             return False
         pending += [n for n in current.all_input_nodes if n not in known]
         known.update(current.all_input_nodes)
     return found
 
 
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name if schema else getattr(node.target, "__name__", "")).split("::")[-1]
-
-
 def _size(node: object, dim: int) -> int:
     assert isinstance(node, fx.Node)
     shape = node.meta["val"].shape
     return int(shape[dim if len(shape) > dim else -1])
-
-
-def _ignored(node: fx.Node) -> int:
-    given = node.kwargs.get("ignore_index", node.args[4] if len(node.args) > 4 else -100)
-    return cast(int, given)
 
 
 def corner_batch(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import fx
 
+from ilm_compile.ops.precision import NORM
 from ilm_compile.program.program import Program
 from ilm_compile.proof.mutate_places import (
     CAST,
@@ -21,7 +22,7 @@ from ilm_compile.proof.mutate_places import (
     without_parameters,
 )
 from ilm_compile.proof.mutate_values import sums
-from ilm_compile.rewrite.precision import NORM, precision_of
+from ilm_compile.rewrite.parameter_free import precision_of
 
 LAST_EXACT = 256  # the last of the integers that bfloat16 has without gaps
 

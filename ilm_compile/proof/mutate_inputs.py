@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ilm_compile.ops.attention import ATTENTION, SDPA
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.layout import INVARIANT, Layout, layout_of
 from ilm_compile.program.placement import Placement, R, S
@@ -19,7 +20,6 @@ from ilm_compile.proof.mutate_places import (
     Place,
     aten,
     calls,
-    ilm,
     inputs,
     put,
     reroute,
@@ -31,11 +31,7 @@ from ilm_compile.proof.mutate_places import (
 
 IGNORED, HIDDEN = -100, -1e9
 WINDOW = 20  # tokens: more than a proof on sixteen could see
-SDPA, ATTENTION, SOFTMAX = (
-    aten.scaled_dot_product_attention.default,
-    ilm.attention.default,
-    aten.softmax.int,
-)
+SOFTMAX = aten.softmax.int
 
 
 def ignore_positions(program: Program) -> Iterator[Place]:

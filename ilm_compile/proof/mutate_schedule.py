@@ -20,7 +20,7 @@ def _with_row(schedule: Schedule, rank: int, row: Sequence[Action]) -> Schedule:
 
 def _relabelled(row: Row, first: int, second: int) -> Row:
     other = {first: second, second: first}
-    return tuple(replace(a, microbatch=other.get(a.microbatch, a.microbatch)) for a in row)
+    return tuple(a._replace(microbatch=other.get(a.microbatch, a.microbatch)) for a in row)
 
 
 def _swapped(row: Row, first: Action, second: Action) -> Row:
@@ -131,7 +131,7 @@ def exchanged(schedule: Schedule, first: Kind, second: Kind) -> Iterator[Place]:
     """Two kinds of action of a micro-batch in the other order."""
     for rank, row in enumerate(schedule.actions):
         for action in row:
-            other = replace(action, kind=second)
+            other = action._replace(kind=second)
             if action.kind is first and other in row:
                 yield (
                     f"{other} before {action} on rank {rank}",

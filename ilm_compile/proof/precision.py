@@ -2,7 +2,7 @@
 
 In float64 a cast rounds nothing, so equality says nothing of where a program rounds. Here every
 distinct region is run in the dtypes that it has, and each value's distance from the exact one is
-compared with that of the traced graph run by the rule alone (`ilm_compile.rewrite.precision`):
+compared with that of the traced graph run by the rule alone (`ilm_compile.ops.precision`):
 products on rounded inputs, norms, softmax, losses and sums in float32, what no parameter reaches as
 it is. A cast in the wrong place, of the residual stream, of positions, of the number of targets,
 makes a value several times worse than its budget.
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.precision import BF16
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import name_of, tensors_of, without_data
@@ -28,8 +30,7 @@ from ilm_compile.proof.pieces import Piece, extract, pieces
 from ilm_compile.proof.regions import random_values
 from ilm_compile.proof.subject import Subject, key_of
 from ilm_compile.proof.weights import tensors_for
-from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.precision import BF16, CARRIERS, called_name, precision_of
+from ilm_compile.rewrite.parameter_free import parameter_free_nodes, precision_of
 
 FACTOR = 6.0  # of the budget: partial sums are rounded on every rank
 NOISE = 3e-5  # of sums in float32
@@ -196,7 +197,7 @@ def _is_read_low(node: fx.Node) -> bool:
         user.op == "call_function"
         and (
             precision_of(user, ()).inputs == BF16
-            or (called_name(user) in CARRIERS and _is_read_low(user))
+            or (spec_of(user.target).carries and _is_read_low(user))
         )
         for user in node.users
     )

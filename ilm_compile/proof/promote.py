@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ilm_compile.program.expert_rows import grouped_product
 
 _CASTS = {Tensor.float, Tensor.to, Tensor.type, torch.softmax, F.softmax, F.log_softmax}
-
-
+# Which want one dtype of all that they multiply.
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.mm, Tensor.bmm}
+_PRODUCTS |= {Tensor.__rmatmul__, Tensor.mm, torch.einsum, F.linear}
 _GROUPED = {f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f}
 
 
@@ -37,6 +38,8 @@ class _KeepFloat64(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _GROUPED and args[0].dtype == torch.float64:
             return grouped_product(*args, **kwargs)
+        if func in _PRODUCTS and torch.float64 in _dtypes(args):
+            args = tree_map_only(Tensor, _widened, args)  # integers, or tables, as float32
         if func is torch.full and "dtype" not in kwargs and _overflows(*args[1:], **kwargs):
             kwargs["dtype"] = torch.float64
         if func in _CASTS and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
@@ -77,6 +80,10 @@ class _Float64Throughout(_KeepFloat64):
             args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
         args, kwargs = tree_map_only(torch.dtype, _wide, (args, kwargs))
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _dtypes(args: tuple[Any, ...]) -> set[torch.dtype]:
+    return {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
 
 
 def _widened(tensor: Tensor) -> Tensor:

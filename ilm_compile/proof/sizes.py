@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import fx
 
+from ilm_compile.ops.call import tensor_inputs
+from ilm_compile.ops.experts import GROUPED
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
@@ -20,8 +22,6 @@ from ilm_compile.proof import place_relations as place
 from ilm_compile.proof import size_relations as size
 from ilm_compile.proof.dims import Classes, Dims, Relation, View, op_name, pin, same
 from ilm_compile.proof.numbers import sizes_of
-from ilm_compile.sharding.rules_select import GROUPED
-from ilm_compile.sharding.strategy import tensor_inputs
 
 
 def dimensions(classes: Classes, program: Program) -> dict[fx.Node, list[Dims]]:
@@ -54,7 +54,7 @@ def is_item(node: fx.Node) -> bool:
 
 def relation_of(node: fx.Node) -> Relation:
     """Return what is known of an op; that of an unknown one pins everything."""
-    name = op_name(node)
+    name = op_name(node, whole=True)
     is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return RELATIONS.get(name) or (same if is_pointwise else pin)
 
@@ -66,7 +66,7 @@ def _item(view: View, found: dict[fx.Node, list[Dims]]) -> None:
 
 ALONG_LAST = (
     *("redistribute", "expert_order", "seeded_dropout", "to", "clone", "contiguous", "detach"),
-    *("alias", "where", "sharded_softmax", "sharded_log_softmax"),
+    *("alias", "where"),
     *("masked_fill", "softmax", "log_softmax", "cumsum", "cumprod", "layer_norm", "rms_norm"),
     *("ilm::rms_norm", "ilm::add_rms_norm", "ilm::swiglu", "tril", "triu", "type_as", "flip"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "fill", "expand", "copy", "dropout"),
@@ -75,12 +75,9 @@ ALONG_LAST = (
 )
 RELATIONS: dict[str, Relation] = {
     **dict.fromkeys(ALONG_LAST, same),
-    **dict.fromkeys(("sum", "mean", "partial_mean", "amax", "amin", "logsumexp", "prod"),
+    **dict.fromkeys(("sum", "mean", "amax", "amin", "logsumexp", "prod"),
                     size.reduced(1, "dim")),
     **dict.fromkeys(("var", "std", "any", "all", "argmax", "argmin"), size.reduced(1, "dim")),
-    **dict.fromkeys(("sharded_logsumexp", "sharded_amax", "sharded_amin", "sharded_argmax"),
-                    size.reduced(1, "dim")),
-    "sharded_gather": place.gather,
     "linalg_vector_norm": size.reduced(2, "dim"),
     **dict.fromkeys(("linear", "output_logits"), size.linear),
     "linear_cross_entropy": size.linear_cross_entropy,
@@ -96,12 +93,11 @@ RELATIONS: dict[str, Relation] = {
     "select": size.select,
     "cat": size.cat,
     "stack": size.stack,
-    **dict.fromkeys(("embedding", "vocab_embedding"), size.embedding),
-    **dict.fromkeys(("scaled_dot_product_attention", "ilm::query_dot_product_attention"),
-                    size.attention),
-    **dict.fromkeys(("ilm::attention", "ilm::query_attention", "ilm::rotary"), size.heads),
+    "embedding": size.embedding,
+    "scaled_dot_product_attention": size.attention,
+    **dict.fromkeys(("ilm::attention", "ilm::rotary"), size.heads),
     "ilm::qkv_rotary": size.packed_heads,
-    **dict.fromkeys(("cross_entropy_loss", "vocab_cross_entropy"), size.cross_entropy),
+    "cross_entropy_loss": size.cross_entropy,
     **dict.fromkeys(("full", "zeros", "ones", "empty", "scalar_tensor", "new_zeros", "new_ones",
                      "new_full", "new_empty"), size.made),
     "arange": size.arange,

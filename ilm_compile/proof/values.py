@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.precision import PRODUCT
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import tensors_of, without_data
-from ilm_compile.rewrite.precision import PRECISIONS, PRODUCT, called_name
+from ilm_compile.program.values import run_without_data, tensors_of
 
 
 def check_values(program: Program) -> None:
@@ -28,14 +29,14 @@ def check_values(program: Program) -> None:
 
 def _check(program: Program, node: fx.Node) -> None:
     try:
-        value = _run(node)
+        value = run_without_data(node)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise ProgramError(
             f"value check: {_name(node)} cannot run on ({_inputs(node)}) at {program.where(node)}: "
             f"{reason}"
         ) from None
-    if PRECISIONS.get(called_name(node)) is PRODUCT and len(dtypes := _float_dtypes(node)) > 1:
+    if spec_of(node.target).precision is PRODUCT and len(dtypes := _float_dtypes(node)) > 1:
         raise ProgramError(  # without data the op does not ask for it, with data it does
             f"value check: {_name(node)} takes one dtype, got {' and '.join(sorted(dtypes))} "
             f"({_inputs(node)}) at {program.where(node)}. Is a cast missing?"
@@ -46,15 +47,6 @@ def _check(program: Program, node: fx.Node) -> None:
             f"value check: {_name(node)} of ({_inputs(node)}) gives {found}, but the program says "
             f"{expected} at {program.where(node)}. Is a cast missing, or a size still global?"
         )
-
-
-def _run(node: fx.Node) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _without_data)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _without_data(node: fx.Node) -> Any:
-    return without_data(node.meta["val"])
 
 
 def _inputs(node: fx.Node) -> str:

@@ -9,9 +9,9 @@ from math import inf
 import numpy as np
 from torch import fx
 
-from ilm_compile.cost.nodes import tensors, value_bytes
+from ilm_compile.ops.nodes import value_bytes
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import is_tuple
+from ilm_compile.program.values import is_tuple, tensors_of
 
 # Stands for infinity in sums and differences, which stay exact: no real number of bytes reaches it.
 _UNSENDABLE = 2.0**50
@@ -31,7 +31,9 @@ def crossing_bytes(calls: Sequence[fx.Node]) -> list[float]:
         used = max((index.get(user, len(calls) - 1) for user in node.users), default=made)
         if used <= made:
             continue
-        is_sendable = not is_tuple(node) and all(v.is_floating_point() for v in tensors(node))
+        is_sendable = not is_tuple(node) and all(
+            v.is_floating_point() for v in tensors_of(node.meta.get("val"))
+        )
         num_bytes = value_bytes(node) if is_sendable else _UNSENDABLE
         change[made + 1] += num_bytes
         change[used + 1] -= num_bytes

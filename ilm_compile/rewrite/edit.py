@@ -17,21 +17,24 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.call import tensor_inputs
+from ilm_compile.ops.strategy import global_call, plain_placements
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.expert_rows import route
 from ilm_compile.program.layout import INVARIANT, Layout, MeshAxis, Sizes, layout_of
 from ilm_compile.program.placement import I, Placement, R
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import shapes_of, take_name, tensors_of, without_data
+from ilm_compile.program.values import (
+    run_without_data,
+    shapes_of,
+    take_name,
+    tensors_of,
+    without_data,
+)
 from ilm_compile.rewrite.pattern import Function, Match, matches, parameters_of, trace_function
 from ilm_compile.sharding import Strategy, strategies
 from ilm_compile.sharding.check import solved_axes
-from ilm_compile.sharding.strategy import (
-    global_call,
-    plain_placements,
-    tensor_inputs,
-)
 
 KEPT = ("region", "stage", "clone", "source")  # what a new call takes over from its neighbour
 
@@ -291,12 +294,8 @@ def _placement(
 
 def _run_without_data(node: fx.Node, sizes: Sizes) -> Any:
     """Return the value of a call as tensors without data, from the values of its inputs."""
-    args: Any
-    args, kwargs = fx.node.map_arg(
-        (node.args, node.kwargs), lambda source: without_data(source.meta["val"])
-    )
     with shape_communicators(sizes), torch.no_grad():
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = run_without_data(node)
     several = isinstance(value, tuple) and getattr(node.target, "namespace", "aten") != "aten"
     if (several and len(tensors_of(value)) == len(value)) or isinstance(value, Tensor):
         return without_data(value)

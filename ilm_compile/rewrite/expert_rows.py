@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.ops.call import aten
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import aten
 
 Call = tuple[Any, tuple[Any, ...]]
 Found = dict[fx.Node, Call]  # a node of the graph, and the call that says what it is

@@ -14,10 +14,10 @@ from math import lcm
 from torch import fx
 
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.attention import HEAD_DIM, SDPA
+from ilm_compile.ops.call import aten, tensor_inputs
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.edit import insert_before
-from ilm_compile.sharding.rules_attention import HEAD_DIM, SDPA
-from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 
 def fit_heads(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import fx
 
 from ilm_compile.cost import Hardware, collective_time, node_time
-from ilm_compile.cost.nodes import value_bytes
 from ilm_compile.cost.ring import ring_time
+from ilm_compile.ops.nodes import value_bytes
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
-from ilm_compile.program.expert_rows import FUNCTIONS as EXPERT_ROWS
 from ilm_compile.program.expert_rows import SENT, route, route_of
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.linear_loss import linear_cross_entropy
@@ -19,17 +18,7 @@ from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import has_mask, parts_of
 from ilm_compile.program.remade import AGAIN
-from ilm_compile.program.sharded_reductions import FUNCTIONS
-from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.program.weight_parts import PRODUCTS
-
-# Bytes that a python function of the graph reads and writes; ops are known to `ilm_compile.cost`.
-_MOVED: dict[Any, Callable[[fx.Node], int]] = {
-    **dict.fromkeys(EXPERT_ROWS, lambda node: 2 * value_bytes(node)),
-    **dict.fromkeys(FUNCTIONS, lambda node: 2 * value_bytes(node.all_input_nodes[0])),
-    vocab_embedding: lambda node: 2 * value_bytes(node),
-    vocab_cross_entropy: lambda node: 2 * value_bytes(node.all_input_nodes[0]),
-}
 
 
 class NodeSeconds(NamedTuple):
@@ -83,9 +72,8 @@ def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: b
         x, weight = (source.meta["val"] for source in node.all_input_nodes[:2])
         flops = (3 if backward else 1) * 2 * x.numel() * weight.shape[0]
         return float(flops / hardware.usable_flops(x.dtype)) + hardware.kernel_overhead_s
-    if node.target in _MOVED:
-        moved = _MOVED[node.target](node)
-        return moved / hardware.usable_bandwidth + hardware.kernel_overhead_s
+    if moves := spec_of(node.target).moves:
+        return moves(node) / hardware.usable_bandwidth + hardware.kernel_overhead_s
     seconds = node_time(node, hardware, backward=backward)
     return _ring_seconds(node, seconds, hardware, backward=backward)
 

@@ -13,10 +13,10 @@ from math import inf
 import torch
 from torch import fx, nn
 
+from ilm_compile.ops.call import aten
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.batch_axis import as_call
-from ilm_compile.sharding.strategy import aten
 
 # Ops that treat each class on its own, given that the last dimension stays what it is.
 CLASSWISE = {

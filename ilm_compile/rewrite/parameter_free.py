@@ -6,19 +6,14 @@ and rounding them to bf16 would save nothing and cost accuracy.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import fx
 
+from ilm_compile.ops.precision import EXACT, Precision
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.program import Program
-
-aten = torch.ops.aten
-# Ops that draw random numbers only for a probability above 0: where that argument stands.
-_PROBABILITY: dict[Any, tuple[int, str]] = {
-    aten.scaled_dot_product_attention.default: (4, "dropout_p"),
-    aten.dropout.default: (1, "p"),
-}
 
 
 def is_random(node: fx.Node) -> bool:
@@ -26,9 +21,10 @@ def is_random(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded not in tags:
         return False
-    if node.target not in _PROBABILITY:
+    argument = spec_of(node.target).probability
+    if argument is None:
         return True
-    position, name = _PROBABILITY[node.target]
+    position, name = argument
     given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
     return bool(given)
 
@@ -46,3 +42,8 @@ def _is_free(program: Program, node: fx.Node, free: set[fx.Node]) -> bool:
     if node.op == "get_attr":
         return not program.variables[str(node.target)].is_parameter
     return node.op == "placeholder" or node in free
+
+
+def precision_of(node: fx.Node, parameter_free: Collection[fx.Node]) -> Precision:
+    """Return in what a call computes. `parameter_free`: the nodes that no parameter reaches."""
+    return EXACT if node in parameter_free else spec_of(node.target).precision

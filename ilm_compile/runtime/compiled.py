@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ilm_compile.program.check import FUNCTIONS
 from ilm_compile.program.dropout import SALT, seeded_dropout
+from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.program import Source
 from ilm_compile.program.remade import NOTES
 from ilm_compile.runtime.mesh import Mesh
@@ -34,7 +34,6 @@ LEAVES_WEIGHTS = (
     "for its products leave the gradients of their weights to W actions, and a compiled backward "
     "is one piece; choose a schedule that does not split it"
 )
-_TRACED = FUNCTIONS - {operator.getitem}
 
 Backend = Callable[[fx.GraphModule, list[Any]], Any]
 Code = Callable[..., Any]
@@ -74,7 +73,8 @@ class RegionCompiler:
     def __init__(self, backend: str) -> None:
         self._backend = _find(backend)
         self._known: dict[object, Compilation] = {}
-        for function in _TRACED:  # as calls of the graph: what they are made of is traced below it
+        # As calls of the graph: what they are made of is traced below it.
+        for function in FUNCTIONS.keys() - {operator.getitem}:
             torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
     @property

@@ -12,19 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.ops import spec_of
 from ilm_compile.program.communicator import Communicator, communicator
 from ilm_compile.program.layout import Layout, layout_of
 from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.token_metrics import TokenMetrics, token_metrics
-from ilm_compile.program.vocab import vocab_cross_entropy
 from ilm_compile.runtime.materialize import graph_modules, recompile
 from ilm_compile.runtime.parallel import Parallel
 
 _WHOLE = torch.ops.aten.cross_entropy_loss.default
-# The losses, and which of their arguments has the class numbers.
-_LOSSES: dict[Any, int] = {_WHOLE: 1, vocab_cross_entropy: 1, linear_cross_entropy: 2}
 
 # Told of one micro-batch: the metrics, and whether each tp rank has tokens of its own.
 Record = Callable[[TokenMetrics, Layout, torch.Size], None]
@@ -58,8 +56,8 @@ def probe(parallel: Parallel, record: Record) -> Iterator[None]:
 def _find_loss(stage: Stage) -> tuple[fx.GraphModule, fx.Node] | None:
     for graph_module in graph_modules(stage.module):
         for node in graph_module.graph.nodes:
-            if node.target in _LOSSES:
-                target: Any = node.args[_LOSSES[node.target]]
+            if (place := spec_of(node.target).labels) is not None:
+                target: Any = node.args[place]
                 if not target.meta["val"].is_floating_point():
                     return graph_module, node
     return None
@@ -68,7 +66,8 @@ def _find_loss(stage: Stage) -> tuple[fx.GraphModule, fx.Node] | None:
 def _observed(node: fx.Node, record: Record) -> Callable[..., Tensor]:
     """The cross entropy of `node`, which also tells `record` what it was given."""
     original: Callable[..., Tensor] = node.target  # type: ignore[assignment]
-    place = _LOSSES[original]
+    place = spec_of(original).labels
+    assert place is not None
     comm: Communicator | None = None
     if original is _WHOLE:
         ignore_index = cross_entropy_arguments(node)[2]

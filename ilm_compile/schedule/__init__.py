@@ -1,5 +1,6 @@
 """Pipeline schedules as data: build them by name, check them, look at them, exchange them."""
 
+from ilm_compile.schedule import split as split  # whose schedules are known by name from then on
 from ilm_compile.schedule.actions import Action as Action
 from ilm_compile.schedule.actions import Kind as Kind
 from ilm_compile.schedule.builders import build as build
@@ -16,4 +17,4 @@ from ilm_compile.schedule.search import search as search
 from ilm_compile.schedule.simulate import Simulation as Simulation
 from ilm_compile.schedule.simulate import StageTimes as StageTimes
 from ilm_compile.schedule.simulate import simulate as simulate
-from ilm_compile.schedule.split import down_and_up as down_and_up
+from ilm_compile.schedule.vee import down_and_up as down_and_up

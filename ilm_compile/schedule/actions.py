@@ -7,8 +7,8 @@ input of stage 1 from stage 0, `1SEND_B3` sends the gradient of that input back 
 """
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from ilm_compile.errors import ScheduleError
 
@@ -23,6 +23,8 @@ class Kind(StrEnum):
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
+
+    __hash__ = str.__hash__  # not Enum's, which is written in Python: actions are keys everywhere
 
 
 SEND_OF = {Kind.F: Kind.SEND_F, Kind.B: Kind.SEND_B}
@@ -40,8 +42,7 @@ _NUMBER = "(0|[1-9][0-9]*)"
 _TEXT = re.compile(f"{_NUMBER}({'|'.join(Kind)}){_NUMBER}")
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One compute, send or receive of one stage for one micro-batch."""
 
     stage: int

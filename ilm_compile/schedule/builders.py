@@ -1,5 +1,5 @@
 """The schedules by name. Stage s lives on rank s % pp, or where its placement says; a rank holds
-`num_chunks` stages. Those that split the backward are in `ilm_compile.schedule.split`.
+`num_chunks` stages. Those that split the backward are in `split` and `vee`, beside this module.
 
 All three here run the forwards and the backwards of a rank in one fixed order and differ only in
 how many forwards a rank runs before its first backward: all of them (gpipe), or just enough to keep

@@ -21,7 +21,7 @@ from ilm_compile.schedule.check import check
 from ilm_compile.schedule.comms import insert_comms
 from ilm_compile.schedule.schedule import Schedule, peak_in_flight
 from ilm_compile.schedule.simulate import StageTimes, simulate
-from ilm_compile.schedule.split import down_and_up
+from ilm_compile.schedule.vee import down_and_up
 
 
 def search(

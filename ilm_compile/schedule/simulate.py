@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from ilm_compile.errors import ScheduleError
@@ -140,7 +140,7 @@ def _run(schedule: Schedule, times: Sequence[StageTimes], overlap: bool) -> dict
     ready = deque(range(schedule.num_ranks))
     while ready:
         rank = ready.popleft()
-        for action in schedule.actions[rank][position[rank] :]:
+        for action in islice(schedule.actions[rank], position[rank], None):
             needed = _needed(schedule, action, overlap)
             if needed is not None and needed not in spans:
                 waiting[needed] = rank

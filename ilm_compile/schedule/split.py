@@ -1,6 +1,5 @@
 """Schedules with a split backward: B for the gradient of the input, W later for the weights'."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ilm_compile.errors import ScheduleError
@@ -10,12 +9,6 @@ from ilm_compile.schedule.builders import (
     one_forward_one_backward,
     register_schedule,
 )
-
-
-def down_and_up(stage: int, pp: int) -> int:
-    """The rank of a stage, if the stages go down the ranks and up again: stage 2 pp - 1 on 0."""
-    way = stage % (2 * pp)
-    return min(way, 2 * pp - 1 - way)
 
 
 @register_schedule("zb_h1")
@@ -61,38 +54,3 @@ def _with_weights(row: Iterable[Action], *, delay: int) -> list[Action]:
             if len(owed) > delay:
                 done.append(owed.pop(0))
     return [*done, *owed]
-
-
-@register_schedule("zb_v", placement=down_and_up)
-def _zb_v(*, pp: int, num_microbatches: int, num_chunks: int) -> Iterable[Sequence[Action]]:
-    """Two stages per rank, down the ranks and up again (arXiv 2401.10241, section 6).
-
-    No rank idles between its first and its last action if F, B and W take the same time and there
-    are 2 pp - 1 micro-batches, and each holds as many activations as the first rank of 1F1B. With
-    fewer micro-batches the others are left out.
-    """
-    if num_chunks != 2:
-        raise ScheduleError(
-            f"schedule 'zb_v' runs two chunks per rank, got num_chunks={num_chunks}; use 2"
-        )
-    num_steady = max(num_microbatches - pp, pp - 1)
-    for rank in range(pp):
-        hops = pp - rank
-        kinds = [
-            *["F down"] * (2 * hops - 1),
-            *["F up", "F down"] * rank,
-            *["F up", "B up", "W up"] * hops,
-            *["F down", "B down", "W down", "F up", "B up", "W up"] * num_steady,
-            *["B down", "B up"] * rank,
-            *["B down", "W down"] * hops,
-            *["W up"] * rank,
-            *["W down"] * rank,
-        ]
-        stages = {"down": rank, "up": 2 * pp - 1 - rank}
-        count: Counter[str] = Counter()
-        row = []
-        for text in kinds:
-            kind, way = text.split()
-            row.append(Action(stages[way], Kind(kind), count[text]))
-            count[text] += 1
-        yield [action for action in row if action.microbatch < num_microbatches]

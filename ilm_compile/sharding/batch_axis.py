@@ -19,6 +19,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ilm_compile.ops import batch_constants as constants
+from ilm_compile.ops.call import Call, Strategy, aten, tensor_inputs
+from ilm_compile.ops.losses import of_tokens
+from ilm_compile.ops.reductions import MEANS
+from ilm_compile.ops.spec import spec_of
+from ilm_compile.ops.strategy import global_call, localize, strategies
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.layout import MeshAxis
@@ -26,11 +32,6 @@ from ilm_compile.program.loss import MEAN
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.reductions import partial_mean
-from ilm_compile.sharding import batch_constants as constants
-from ilm_compile.sharding.batch_rules import BATCH_RULES, CROSS_ENTROPIES, CUTS, MIXERS
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.rules_math import MEANS
-from ilm_compile.sharding.strategy import Call, Strategy, aten, strategies, tensor_inputs
 
 SLICES = 2  # the whole batch has this many slices
 BATCH = MeshAxis("batch", {"batch": SLICES})
@@ -143,7 +144,7 @@ class _Typer:
             return SAME if constants.same(part, whole) else self._lost(whole, "unknown")
         states = [self.states[n] for n in tensor_inputs(whole)]
         lost = [s for s in states if isinstance(s, Lost)]
-        forgiving = whole.target in CROSS_ENTROPIES  # of rows whose order only routing changed
+        forgiving = _is_cross_entropy(whole)  # of rows whose order only routing changed
         worst = min(lost, key=lambda s: ("cuts", "mixes", "unknown").index(s.kind), default=None)
         dim, shift = _row_dim(part, whole), _shift(part, whole)
         self.grown |= {whole} if dim != -1 else set()
@@ -184,7 +185,8 @@ class _Typer:
         wanted = _wanted(call, placed, dim)
         if dim < 0 and len({p.segments for p in placed if p and p.is_shard}) == 1:
             placed = [S(p.dim) if p and p.is_shard else p for p in placed]  # all are added up
-        found = [*BATCH_RULES.get(call.target, _none)(call, wanted, self.values)]
+        rule = spec_of(call.target).batch_rule
+        found = [*rule(call, wanted, self.values)] if rule else []
         weight = _weight(call.target, states, shift)
         if weight is None:
             return None
@@ -224,25 +226,27 @@ class _Typer:
         sums = [n for n, s in known.items() if s.placement == P]
         rows = [n for n, s in known.items() if s.placement.is_shard]
         real_sums, real_rows = ([n for n in x if _is_real(n)] for x in (sums, rows))
+        spec = spec_of(node.target)
+        cuts = spec.rows == "cut"
         words = {  # the first that holds tells most
             "averages over the targets, or class weights, of one micro-batch": (
-                node.target in CROSS_ENTROPIES and as_call(node).named("reduction") == MEAN
+                _is_cross_entropy(node) and as_call(node).named("reduction") == MEAN
             ),
             reason: bool(reason),
             f"is not linear in {sums[-1] if sums else ''}, a sum over one micro-batch's rows": sums,
-            "takes some rows of a micro-batch, not of the batch": rows and node.target in CUTS,
+            "takes some rows of a micro-batch, not of the batch": rows and cuts,
             "may mix the rows of a micro-batch": True,
         }
         kinds = {
-            "cuts": rows and node.target in CUTS,
-            "mixes": real_sums or (real_rows and node.target in MIXERS),
+            "cuts": rows and cuts,
+            "mixes": real_sums or (real_rows and spec.reaches and spec.rows == "mixed"),
             kind: True,
         }
         return Lost(node, _first(kinds), _first(words))
 
 
-def _none(*_: Any) -> tuple[()]:
-    return ()
+def _is_cross_entropy(node: fx.Node) -> bool:
+    return spec_of(node.target).batch_rule is of_tokens
 
 
 def _first(table: Mapping[str, object]) -> str:
@@ -259,9 +263,7 @@ def _is(state: State | None, placement: Placement) -> bool:
 
 def as_call(node: fx.Node) -> Call:
     """Return a call of a program that no axis was sharded in yet."""
-    shapes = tuple(tuple(n.meta["val"].shape) for n in tensor_inputs(node))
-    shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
-    return Call(node, node.target, node.args, dict(node.kwargs), shapes, shape, BATCH)
+    return global_call(node, BATCH)
 
 
 def _row_dim(part: fx.Node, whole: fx.Node) -> int | None:

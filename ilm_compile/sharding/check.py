@@ -10,6 +10,8 @@ from __future__ import annotations
 from torch import fx
 
 from ilm_compile.errors import PlacementError
+from ilm_compile.ops.call import Strategy, axis_of, tensor_inputs
+from ilm_compile.ops.strategy import global_call, strategies
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.expert_rows import OPERAND, ROUTES, route
@@ -24,7 +26,6 @@ from ilm_compile.program.layout import (
 )
 from ilm_compile.program.placement import I, Placement
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.strategy import Strategy, axis_of, global_call, strategies, tensor_inputs
 
 # What a parameter can be at rest.
 AT_REST = {**dict.fromkeys(WEIGHT_AXES, "IS"), **dict.fromkeys(TOKEN_AXES, "R"), EXPERT_AXIS: "RS"}

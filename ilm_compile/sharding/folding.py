@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ilm_compile.ops.call import Strategy
 from ilm_compile.program.placement import Placement
-from ilm_compile.sharding.strategy import Strategy
 
 
 def one_fold(options: Sequence[Strategy], *, is_folded: bool) -> list[Strategy]:

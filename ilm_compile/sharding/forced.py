@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from torch import fx
 
+from ilm_compile.ops.call import tensor_inputs
+from ilm_compile.ops.products import PRODUCTS
 from ilm_compile.program.collectives import TRANSITIONS, WIRE
 from ilm_compile.program.placement import Placement
-from ilm_compile.sharding.rules_products import PRODUCTS
 from ilm_compile.sharding.solver import Solution
-from ilm_compile.sharding.strategy import tensor_inputs
 
 
 class Forced(NamedTuple):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from ilm_compile.errors import IlmCompileError, PlanError
+from ilm_compile.ops.call import aten, tensor_inputs
 from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
 from ilm_compile.program.slices import Use, average_sums, count_in_batch, sources
@@ -30,7 +31,6 @@ from ilm_compile.sharding.batch_axis import (
 )
 from ilm_compile.sharding.pieces import join_pieces
 from ilm_compile.sharding.plain_loss import is_plain
-from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 ALONE = 5  # rows to trace for one: torch has other calls for one row, and no pairs fit into these
 LABELS = ("label", "target")  # parts of the names of inputs that a loss compares with

@@ -15,15 +15,15 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.ops.batch_constants import Values
+from ilm_compile.ops.call import Call, aten, tensor_inputs
+from ilm_compile.ops.spec import spec_of
+from ilm_compile.ops.strategy import global_call, localize, strategies
+from ilm_compile.ops.views import slice_bounds
 from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.loss import insert_after
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
-from ilm_compile.sharding.batch_constants import Values
-from ilm_compile.sharding.batch_rules import BATCH_RULES
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.rules_views import slice_bounds
-from ilm_compile.sharding.strategy import Call, aten, global_call, strategies, tensor_inputs
 
 ONE = MeshAxis("piece", {"piece": 1})
 _SIZES = {aten.reshape.default, aten.expand.default, aten.slice.Tensor}  # in their arguments
@@ -162,7 +162,7 @@ class _Joiner:
     def _results(self, call: Call, places: tuple[Placement, ...]) -> Iterator[Placement]:
         """Yield how the result lies if the inputs lie at `places` and the call is the same."""
         wanted = frozenset({P, *(S(dim) for dim in range(len(call.shape)))})
-        if rule := BATCH_RULES.get(call.target):
+        if rule := spec_of(call.target).batch_rule:
             found = rule(call, wanted, self.values)
             yield from (
                 output for inputs, output, weight in found if inputs == places and not weight

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from ilm_compile.ops.call import aten, tensor_inputs
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.loss import NUM_TARGETS, SUM, cross_entropy_arguments
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.batch_axis import as_call
-from ilm_compile.sharding.batch_rules import CUTS, MIXERS, dims_reached
-from ilm_compile.sharding.strategy import aten, tensor_inputs
 
 _TURNS = {aten.permute.default, aten.transpose.int, aten.t.default, aten.einsum.default}
 
@@ -46,8 +46,10 @@ def _may_reach_over_rows(node: fx.Node) -> bool:
     first = next(iter(tensor_inputs(node)), None)
     if first is None or not first.meta["val"].is_floating_point() or not first.meta["val"].dim():
         return False
-    if node.target in CUTS | MIXERS:
-        return 0 in dims_reached(as_call(node))
+    spec = spec_of(node.target)
+    if spec.reaches and spec.rows != "moved":
+        call = as_call(node)
+        return 0 in {dim % len(call.shapes[0]) for dim in spec.reaches(call)}
     # Rows that leave dimension 0 could be reached over anywhere.
     return node.target in _TURNS and _moves_rows(node)
 

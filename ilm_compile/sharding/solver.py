@@ -28,6 +28,19 @@ from torch import fx
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
 from ilm_compile.cost.ring import ring_time
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.attention import (
+    TOKEN_DIM,
+    has_mask,
+    is_by_queries,
+    is_causal,
+    slowest,
+    way,
+)
+from ilm_compile.ops.call import Call, Strategy, aten, tensor_inputs
+from ilm_compile.ops.experts import is_expert_weight, offsets_of, routing
+from ilm_compile.ops.reductions import exchanged
+from ilm_compile.ops.strategy import global_call, plain_placements, strategies
+from ilm_compile.ops.views import VIEWS
 from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.layout import EXPERT_AXIS, TOKEN_AXES, MeshAxis
@@ -37,27 +50,6 @@ from ilm_compile.program.values import shapes_of, tensors_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.folding import cut_once, one_fold
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
-from ilm_compile.sharding.rules_attention import (
-    TOKEN_DIM,
-    has_mask,
-    is_by_queries,
-    is_causal,
-    slowest,
-    way,
-)
-from ilm_compile.sharding.rules_experts import offsets_of, routing
-from ilm_compile.sharding.rules_select import is_expert_weight
-from ilm_compile.sharding.rules_views import VIEWS
-from ilm_compile.sharding.sharded_forms import exchanged
-from ilm_compile.sharding.strategy import (
-    Call,
-    Strategy,
-    aten,
-    global_call,
-    plain_placements,
-    strategies,
-    tensor_inputs,
-)
 from ilm_compile.sharding.transitions import Restrictions, allowed, token_dims, transition_time
 
 DTYPE = torch.bfloat16  # plans are made for training at scale, whatever the model's dtype is now

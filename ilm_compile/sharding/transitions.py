@@ -9,13 +9,13 @@ from torch import fx
 
 from ilm_compile.cost import Hardware, collective_time
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.attention import way
+from ilm_compile.ops.call import Call, Strategy
 from ilm_compile.program.collectives import TRANSITIONS, WIRE, Move
 from ilm_compile.program.expert_rows import ROUTES, SENT
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
-from ilm_compile.sharding.rules_attention import way
-from ilm_compile.sharding.strategy import Call, Strategy
 
 ELEMENT_BYTES = 2  # of a floating-point value, as plans are made for bf16
 TIE = 1e-9  # seconds: of two equally cheap plans take the one with fewer transitions

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -15,16 +16,18 @@ from torch import nn
 from ilm_compile.config import Config
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.convert import open_weights
-from ilm_compile.cost.memory import static_bytes_per_parameter
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.partitioning import make_plan, partition
+from ilm_compile.partitioning import compile, make_plan
 from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Program
+from ilm_compile.program.trace import trace
 from ilm_compile.runtime.checkpoint.storage import open_storage
 from ilm_compile.runtime.data import BatchNumbers, BatchRamp
 from ilm_compile.runtime.observe.recorders import METRICS_FILE
 from ilm_compile.training.checkpoints import checkpoint_folder, local_path
 from ilm_compile.training.data import global_batch_size
 from ilm_compile.training.earlier_run import died_young
+from ilm_compile.training.fits import available_bytes, expected, too_large
 from ilm_compile.training.hooks import make_sinks
 from ilm_compile.training.launch import Place, read_place
 from ilm_compile.training.model import build_model, input_spec, loss_function, weights_folder
@@ -36,7 +39,7 @@ class StartError(IlmCompileError):
     """A run cannot start; the message has a line for each reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Start:
     """A run that is about to start."""
 
@@ -49,17 +52,39 @@ class Start:
     def data_parallel(self) -> int:
         return max(1, self.place.world_size // self.plan.ranks_per_replica)
 
+    @cached_property
+    def one_block(self) -> Program | None:
+        """The model of one block, traced; None where no field says how many there are."""
+        config = self.config
+        if config.model.type not in FAMILIES:
+            return None
+        fields = {**config.model.fields, "num_layers": 1}
+        return trace(
+            build_model(replace(config, model=replace(config.model, fields=fields))),
+            example_inputs=input_spec(config),
+            loss_fn=loss_function(config),
+        )
+
 
 Check = Callable[[Start], Iterator[str]]
 
 
-def check_start(config: Config) -> None:
+def check_start(config: Config) -> str:
     """Raise `StartError` if the run cannot work here: sizes, plan, paths, disk, dtype, memory.
+
+    Returns in one line what a step is expected to take; nothing for a model of unknown sizes.
 
     Local: no collective, no group, no weight. Costs about a second, in which a small model of the
     same widths is partitioned.
     """
-    _check(config, _CHECKS)
+    start = _check(config, _CHECKS)
+    return expected(
+        config,
+        start.plan,
+        start.one_block,
+        world_size=start.place.world_size,
+        available=available_bytes(start.place),
+    )
 
 
 def check_evaluation(config: Config) -> None:
@@ -70,7 +95,7 @@ def check_evaluation(config: Config) -> None:
     _check(config, _EVALUATION_CHECKS)
 
 
-def _check(config: Config, checks: Sequence[Check]) -> None:
+def _check(config: Config, checks: Sequence[Check]) -> Start:
     try:
         start = Start(config, read_place(), make_plan(config.plan()), build_model(config))
         input_spec(config)
@@ -79,6 +104,7 @@ def _check(config: Config, checks: Sequence[Check]) -> None:
     problems = [problem for check in checks for problem in _run(check, start)]
     if problems:
         raise StartError("\n  ".join(problems))
+    return start
 
 
 def _run(check: Check, start: Start) -> Iterator[str]:
@@ -130,13 +156,9 @@ def _model(start: Start) -> Iterator[str]:
             f"blocks, model.num_layers={num_layers}"
         )
         return
-    fields = {**config.model.fields, "num_layers": 1}
-    partition(
-        build_model(replace(config, model=replace(config.model, fields=fields))),
-        plan=plan.replace(pp=1, num_chunks=1, num_microbatches=1, schedule="1f1b"),
-        example_inputs=input_spec(config),
-        loss_fn=loss_function(config),
-    )
+    if start.one_block is not None:
+        alone = plan.replace(pp=1, num_chunks=1, num_microbatches=1, schedule="1f1b")
+        compile(start.one_block, alone)
 
 
 def _device(start: Start) -> Iterator[str]:
@@ -153,36 +175,15 @@ def _device(start: Start) -> Iterator[str]:
 
 
 def _memory(start: Start) -> Iterator[str]:
-    """Weights, gradients and optimizer state alone must fit; activations come on top."""
-    plan = start.plan
-    total = sum(_held_bytes(p, plan, start.data_parallel) for p in start.model.parameters())
-    needed, available = total / (plan.tp * plan.pp), available_bytes(start.place)
-    if needed > available:
-        yield (
-            f"memory: weights, gradients and optimizer state need about {needed / GIB:.1f} GiB on "
-            f"each rank, {available / GIB:.1f} GiB are there; raise parallel.tensor or "
-            "parallel.pipeline, take parallel.zero=3, or start more processes"
+    if start.config.parallel.check_memory:
+        yield from too_large(
+            start.config,
+            start.plan,
+            start.model,
+            start.one_block,
+            world_size=start.place.world_size,
+            available=available_bytes(start.place),
         )
-
-
-def _held_bytes(parameter: nn.Parameter, plan: Plan, dp: int) -> float:
-    """What one of the ranks that divide the tokens holds of a parameter.
-
-    One of three dimensions may be the matrices of experts, of which it then has a part.
-    """
-    is_expert = parameter.ndim == 3 and parameter.shape[0] % plan.ep == 0
-    parts = plan.ep if is_expert else 1
-    sharing = dp * plan.cp * plan.ep // parts
-    each = static_bytes_per_parameter(parameter.dtype, dp=sharing, zero=plan.zero)
-    return prod(parameter.shape) // parts * each
-
-
-def available_bytes(place: Place) -> float:
-    """Memory of this rank's device: all of its GPU's, or its share of the machine's."""
-    if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
-        return float(torch.cuda.get_device_properties(place.local_rank).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return float(total) / place.local_world_size
 
 
 def _folders(start: Start) -> Iterator[str]:

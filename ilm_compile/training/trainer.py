@@ -57,18 +57,20 @@ def train(config: Config) -> Trainer:
     run cannot work, and `IlmCompileError` on all ranks if one was started otherwise.
     """
     set_torch_flags(config)
-    check_start(config)
+    expected = check_start(config)
     with Guard(config) as guard:
         agree_on_start(config, on_met=guard.watch)
         guard.watch()
         batches = get_train_data_loader(config)  # once ranks can wait for the one that reads
         validation = get_validation_data_loaders(config)
-        trainer = _train(config, batches, validation)
+        trainer = _train(config, batches, validation, expected)
         guard.record_success(trainer)
     return trainer
 
 
-def _train(config: Config, batches: TrainBatches, validation: Mapping[str, Batches]) -> Trainer:
+def _train(
+    config: Config, batches: TrainBatches, validation: Mapping[str, Batches], expected: str
+) -> Trainer:
     parallel = initialize_model(config)
     batches.agree(parallel.mesh)
     optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(config, parallel)
@@ -81,6 +83,8 @@ def _train(config: Config, batches: TrainBatches, validation: Mapping[str, Batch
         hooks=make_hooks(config, parallel, validation),
     )
     is_first = parallel.mesh.rank == 0
+    if is_first and expected and config.logging.console:
+        print(expected, flush=True)
     if config.ckpt.enabled or config.ckpt.load_path is not None:
         manager = initialize_checkpoints(config, trainer, batches)
         started, *changed = start_from(config, manager, trainer)

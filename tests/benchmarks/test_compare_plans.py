@@ -1,5 +1,6 @@
 """Plans compared: what a rank measures, what is made of it, and the table and pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,18 @@ from rich.console import Console
 
 from benchmarks.common import launch
 from benchmarks.compare_plans import PLANS, compare_all, main, show
-from benchmarks.comparison import Comparison, expected_bubble, measured_bubble, summary
+from benchmarks.comparison import (
+    Comparison,
+    expected_bubble,
+    measured_bubble,
+    median_error,
+    predict,
+    regret,
+    summary,
+)
 from benchmarks.plan_run import RankRun, Row, Settings, run_plain, run_plan
 from benchmarks.plots import plot_comparison, plot_timelines, rank_words
+from ilm_compile.cost import HARDWARE
 from ilm_compile.program.plan import Plan
 from tests.support.world import World
 
@@ -101,16 +111,43 @@ def test_table_and_pictures(tmp_path: Path) -> None:
     )
     row = Row("mine", {"pp": 2})
     comparisons = [summary(row, SETTINGS, run, [run, run])]
-    console = Console(record=True, width=120)
+    comparisons = [
+        replace(comparisons[0], predicted_s=0.45),
+        summary(row, SETTINGS, run, [run, run]),
+    ]
+    console = Console(record=True, width=140)
     show(comparisons, SETTINGS, console)
     plot_comparison(comparisons, tmp_path / "comparison.png")
     plot_timelines(comparisons, tmp_path / "timelines.png")
     line = next(line for line in console.export_text().splitlines() if "mine" in line)
     assert [cell.strip() for cell in line.strip("│").split("│")] == (
-        ["mine", "2", "500.0", "64", "1.00", "2.0", "0.0%", "33.3%", "0.0e+00"]
+        ["mine", "2", "500.0", "450.0", "-10.0%", "64", "1.00", "2.0", "0.0%", "33.3%", "0.0e+00"]
     )
     assert (tmp_path / "comparison.png").stat().st_size > 1000
     assert (tmp_path / "timelines.png").stat().st_size > 1000
+
+
+def test_errors_and_regret_are_of_what_was_predicted() -> None:
+    def comparison(measured: float, predicted: float | None) -> Comparison:
+        run = RankRun(
+            step_times_s=[measured], losses=[2.0], sent_bytes={}, peak_bytes=1, timelines=[]
+        )
+        return replace(summary(Row("x", {}), SETTINGS, run, [run]), predicted_s=predicted)
+
+    found = [
+        comparison(1.0, 1.1),
+        comparison(2.0, 1.0),
+        comparison(4.0, 4.4),
+        comparison(0.1, None),
+    ]
+    assert median_error(found) == pytest.approx(0.1)
+    assert regret(found) == pytest.approx(1.0)  # the second was chosen, the first was faster
+
+
+def test_steps_are_predicted_before_they_are_run() -> None:
+    row = Row("two ranks", {"dp": 2, "num_microbatches": 2})
+    alone = predict(Row("one", {"num_microbatches": 4}), SETTINGS, HARDWARE["cpu"])
+    assert 0 < predict(row, SETTINGS, HARDWARE["cpu"]) != alone
 
 
 def test_a_row_of_a_picture_tells_rank_place_and_stages() -> None:

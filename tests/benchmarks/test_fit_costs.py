@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.fit_costs import CONSTANTS, apply, fit, predict, unfitted
+from benchmarks.fit_costs import (
+    CONSTANTS,
+    GIGABYTES,
+    MEMORY,
+    apply,
+    fit,
+    memory,
+    predict,
+    unfitted,
+)
 from benchmarks.step_rows import Step
 from ilm_compile.cost.constants import SOFTWARE
 from ilm_compile.cost.hardware import HARDWARE
@@ -65,3 +74,14 @@ def test_a_constant_of_one_program_leaves_the_others(steps: list[Step]) -> None:
     changed = [*STARTS]
     changed[position] *= 3
     assert predict(apply(changed, steps)) == predict(apply(STARTS, steps))
+
+
+def test_memory_is_fitted_and_held_out_alike(steps: list[Step]) -> None:
+    values = [2e9, 0.5]
+    found = memory(apply(values, steps, MEMORY))
+    held = [replace(step, gigabytes=each) for step, each in zip(steps, found, strict=True)]
+    assert memory(held) != pytest.approx(found, rel=0.01)
+    fitted = memory(apply(fit(held, GIGABYTES), held, MEMORY))
+    assert fitted == pytest.approx(found, rel=0.01)
+    alone = unfitted(held, {"first": [0], "rest": [1, 2]}, GIGABYTES)
+    assert alone[0] == memory(apply(fit(held[1:], GIGABYTES), held[:1], MEMORY))[0]

@@ -212,7 +212,7 @@ class Writer:
 def test_programs_of_hostile_lines(folder: Path) -> None:
     canary = folder.parent / "canary"
 
-    @fuzz(3000)
+    @fuzz(1500)
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         program = Writer(seed, str(canary)).program()
@@ -223,7 +223,7 @@ def test_programs_of_hostile_lines(folder: Path) -> None:
     assert sorted(path.name for path in folder.parent.iterdir()) == ["configs", "secret.py"]
 
 
-@fuzz(600)
+@fuzz(150)
 @given(
     st.binary(max_size=200)
     | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace"))
@@ -245,7 +245,7 @@ def test_a_real_config_with_spans_replaced(folder: Path, suffix: str) -> None:
         st.tuples(st.integers(0, len(text)), st.integers(0, 12), spans), min_size=1, max_size=4
     )
 
-    @fuzz(500)
+    @fuzz(250)
     @given(edits)
     def check(found: list[tuple[int, int, str]]) -> None:
         changed = text
@@ -267,7 +267,7 @@ VALUES = st.recursive(
 SECTIONS = ["model", "train", "data", "parallel", "ckpt", "monitor", "grad_scaler", "adam", "loss"]
 
 
-@fuzz(300)
+@fuzz(150)
 @given(
     st.dictionaries(
         st.sampled_from(SECTIONS),
@@ -284,7 +284,7 @@ def test_any_values_of_known_and_unknown_keys(values: dict[str, Any], overrides:
     settle(lambda: make_config(values, overrides))
 
 
-@fuzz(200)
+@fuzz(100)
 @given(st.dictionaries(st.text(max_size=5), VALUES.filter(lambda value: value is not None)))
 def test_what_is_written_as_toml_is_read_back(values: dict[str, Any]) -> None:
     def clean(value: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 import ilm_compile
 from ilm_compile.cli.entry import main
-from ilm_compile.planner import simulate_step
+from ilm_compile.planner import expect
 from ilm_compile.program.plan import Plan
 
 
@@ -45,7 +45,7 @@ def test_what_differs_and_what_is_predicted(
     assert table["schedule"] == ["1f1b", "zb_h1"]
     assert "pp" not in table
     expected = [
-        simulate_step(ilm_compile.partition(ilm_compile.models.internlm2_tiny(), plan=plan))
+        expect(ilm_compile.partition(ilm_compile.models.internlm2_tiny(), plan=plan))
         for plan in plans
     ]
     assert table["predicted: ms of a step"] == [f"{s.seconds * 1e3:.3f}" for s in expected]

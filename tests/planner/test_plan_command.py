@@ -9,6 +9,8 @@ import pytest
 
 from ilm_compile import Plan, PlanError, models, partition
 from ilm_compile.cli import main
+from ilm_compile.config import load_config
+from tests.training.jobs import tiny as tiny_job
 
 ASKED = ["--gpus", "8", "--tokens-per-batch", "64K", "--seq", "2048"]
 
@@ -46,9 +48,25 @@ def test_it_prints_plans_and_reasons_and_writes_the_fastest(done: tuple[str, Pat
     assert "tokens/s/GPU" in text
     assert "pp=4: has more stages than 2 layers" in text
     assert "x the time" in text
+    assert f"next: ilm-compile explain {MODEL} --plan {path} --seq-len 2048 --rows " in text
     plan = Plan.from_json(path)
     assert plan.ranks_per_replica * (plan.dp or 0) == 8
     assert plan.hardware == "h100"
+
+
+def test_of_a_config_the_keys_are_named(
+    tmp_path: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_job(tmp_path, data={"seq_len": 2048})
+    config.save(tmp_path / "job.toml")
+    command = ["plan", str(tmp_path / "job.toml"), *ASKED, "--memory", "6GiB"]
+    assert main([*command, "--output", str(plan_file)]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith(f"next: ilm-compile train --config {tmp_path / 'job.toml'}")
+    keys = [word for word in told.split() if "=" in word]
+    plan, wanted = load_config(tmp_path / "job.toml", keys).plan(), Plan.from_json(plan_file)
+    assert (plan.tp, plan.pp, plan.zero) == (wanted.tp, wanted.pp, wanted.zero)
+    assert plan.num_microbatches == wanted.num_microbatches
 
 
 def test_other_commands_take_the_file(
@@ -92,7 +110,7 @@ def test_no_plan_that_compiles_is_an_error(
 
     monkeypatch.setattr("ilm_compile.cli.search.partition", refuse)
     assert main(["plan", MODEL, *ASKED, "--output", str(plan_file)]) == 1
-    assert "none of the 5 fastest plans compiles" in capsys.readouterr().err
+    assert "the 8 fastest plans do not compile; the first: no" in capsys.readouterr().err
     assert not plan_file.exists()
 
 

@@ -209,7 +209,7 @@ def test_the_same_arguments_give_the_same_schedule():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ScheduleError, match="'zb'; known: 1f1b, gpipe, interleaved_1f1b, "):
+    with pytest.raises(ScheduleError, match="'zb'; known: 1f1b, dualpipe_v, gpipe, "):
         build("zb", pp=2, num_microbatches=2)
 
 

@@ -1,11 +1,14 @@
+import re
+
 import pytest
 
 from ilm_compile.errors import ScheduleError
-from ilm_compile.schedule import build, check, peak_in_flight, stage_ranks
+from ilm_compile.schedule import StageTimes, build, check, peak_in_flight, simulate, stage_ranks
 from tests.schedule.rows import texts
 from tests.schedule.torch_schedules import looped_order
 
-CHUNKS = {"zb_h1": 1, "zb_h2": 1, "zb_v": 2}
+CHUNKS = {"zb_h1": 1, "zb_h2": 1, "zb_v": 2, "dualpipe_v": 2, "v_half": 2, "v_min": 2}
+IN_V = [name for name, chunks in CHUNKS.items() if chunks == 2]
 SIZES = [(name, pp, m) for name in CHUNKS for pp in (1, 2, 3, 4, 8) for m in (1, 2, 3, 7, 8, 20)]
 
 
@@ -36,22 +39,55 @@ def test_small_schedules_action_by_action(name):
     assert texts(build(name, pp=2, num_microbatches=4).compute_only()) == GOLDEN[name]
 
 
-@pytest.mark.parametrize(("pp", "m"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 4), (4, 7), (4, 12)])
-def test_zb_v_computes_in_the_order_of_torch(pp, m):
+def of_torch(class_name: str, **sizes: int) -> list[str]:
+    """Its rows in our letters: its B is B and W, its I our B, and (0F3;7B1)OVERLAP_F_B two."""
+    rows = looped_order(class_name, **sizes)
+    rows = [re.sub(r"\((\w+);(\w+)\)OVERLAP_F_B", r"\1 \2", row) for row in rows]
+    rows = [re.sub(r"(\d+)B(\d+)", r"\1I\2 \1W\2", row) for row in rows]
+    return [row.replace("I", "B") for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "pp", "m"),
+    [
+        *(("zb_v", "ScheduleZBVZeroBubble", *s) for s in ((1, 1), (1, 4), (2, 1), (2, 3), (3, 4))),
+        *(("zb_v", "ScheduleZBVZeroBubble", *s) for s in ((4, 7), (4, 12))),
+        *(("dualpipe_v", "ScheduleDualPipeV", *s) for s in ((1, 2), (2, 4), (2, 9), (3, 6))),
+        *(("dualpipe_v", "ScheduleDualPipeV", *s) for s in ((4, 8), (5, 13), (8, 16))),
+    ],
+)
+def test_computes_in_the_order_of_torch(name, class_name, pp, m):
     sizes = {"pp": pp, "num_microbatches": m, "num_chunks": 2}
-    # What torch writes I is B here: the part of the backward that gives the input's gradient.
-    expected = [r.replace("I", "B") for r in looped_order("ScheduleZBVZeroBubble", **sizes)]
-    assert texts(build("zb_v", **sizes).compute_only()) == expected
+    assert texts(build(name, **sizes).compute_only()) == of_torch(class_name, **sizes)
 
 
-def test_zb_v_turns_on_the_last_rank():
-    schedule = build("zb_v", pp=3, num_microbatches=2, num_chunks=2)
+@pytest.mark.parametrize("name", IN_V)
+def test_the_stages_turn_on_the_last_rank(name):
+    schedule = build(name, pp=3, num_microbatches=2, num_chunks=2)
     assert schedule.stage_to_rank == (0, 1, 2, 2, 1, 0)
 
 
-def test_zb_v_keeps_as_many_activations_as_the_paper_says():
-    schedule = build("zb_v", pp=4, num_microbatches=7, num_chunks=2)
-    assert peak_in_flight(schedule) == (2 * 4,) * 4  # of half a rank each
+# Of what the first rank of 1F1B holds, counted in halves of a rank: pp micro-batches. The bubble in
+# forwards of half a rank, where 1F1B has 6 (pp - 1).
+PAPER = {
+    "zb_v": (lambda pp: pp, lambda pp: 0),
+    "dualpipe_v": (lambda pp: pp + 0.5, lambda pp: pp - 1),
+    "v_half": (lambda pp: (pp + 2) // 2, lambda pp: max(3, 3 * pp - 4)),
+    "v_min": (lambda pp: (pp + 4) // 3, lambda pp: 4 * pp - 5 + 2 * (pp % 3 == 0)),
+}
+
+
+@pytest.mark.parametrize("pp", range(2, 17))
+@pytest.mark.parametrize("name", IN_V)
+def test_keeps_and_idles_as_the_papers_say(name, pp):
+    """Where F, B and W take the same time; the bubble is the same for any further micro-batches."""
+    m = 2 * pp + pp % 2
+    schedule = build(name, pp=pp, num_microbatches=m, num_chunks=2)
+    check(schedule)
+    held, bubble = PAPER[name]
+    times = [StageTimes(forward=1, backward=1, weight=1)] * (2 * pp)
+    assert max(peak_in_flight(schedule)) == 2 * held(pp)
+    assert simulate(schedule, times).cost == 6 * m + bubble(pp)
 
 
 @pytest.mark.parametrize("m", [1, 3, 4, 7, 20])
@@ -75,6 +111,7 @@ def test_chunks_are_refused(name):
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_zb_v_wants_two_chunks(chunks):
-    with pytest.raises(ScheduleError, match=f"'zb_v' .* two chunks .*={chunks}; use 2"):
-        build("zb_v", pp=2, num_microbatches=4, num_chunks=chunks)
+@pytest.mark.parametrize("name", IN_V)
+def test_two_chunks_are_wanted(name, chunks):
+    with pytest.raises(ScheduleError, match=f"'{name}' .* two chunks .*={chunks}; use 2"):
+        build(name, pp=2, num_microbatches=4, num_chunks=chunks)

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ilm_compile.cost.nodes import op_name
+from ilm_compile.ops.call import Call
+from ilm_compile.ops.experts import COUNTS, GROUPED
+from ilm_compile.ops.nodes import op_name
+from ilm_compile.ops.strategy import global_call, localize, plain_placements
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
 from ilm_compile.program.placement import Placement, S, join_shards, rows_of, split_shards
 from ilm_compile.program.values import tensors_of
 from ilm_compile.proof.threads import run_ranks
 from ilm_compile.sharding import Strategy, strategies
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.rules_experts import COUNTS
-from ilm_compile.sharding.rules_select import GROUPED
-from ilm_compile.sharding.strategy import Call, global_call, plain_placements
 from tests.support.layouts import axis
 
 # Inputs that an op gives no gradient: rotary tables.

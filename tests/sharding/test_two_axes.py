@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.ops.call import Call
+from ilm_compile.ops.spec import spec_of
+from ilm_compile.ops.strategy import global_call, localize, plain_placements, strategies
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.layout import Layout
@@ -20,9 +23,6 @@ from ilm_compile.program.values import map_tensors
 from ilm_compile.proof.numbers import gather, scatter
 from ilm_compile.proof.threads import run_ranks
 from ilm_compile.sharding import Strategy
-from ilm_compile.sharding.localize import localize
-from ilm_compile.sharding.other_axes import STANDS_FOR
-from ilm_compile.sharding.strategy import Call, global_call, plain_placements, strategies
 from tests.sharding.proof import (
     WITHOUT_GRADIENT,
     all_strategies,
@@ -139,7 +139,7 @@ def test_what_an_op_became_on_one_axis_is_placed_on_the_other(target, make):
     args, kwargs = make()
     call, tensors = make_call(target, args, kwargs, 2)
     sharded = [s for s in all_strategies(call) if any(p.is_shard for p in s.inputs)]
-    forms = [s for s in sharded if localize(call, s, "tp")[0] in STANDS_FOR]
+    forms = [s for s in sharded if spec_of(localize(call, s, "tp")[0]).stands_for]
     for strategy in (*forms, *[s for s in sharded if s not in forms][:2]):
         node, inputs = local_call(call, strategy)
         assert prove(node, inputs, tensors, (call.node, (call.target, call.args, call.kwargs))) >= 2

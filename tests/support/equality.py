@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import ilm_compile
 from ilm_compile import models
 from tests.support.experts import MixtureOfExperts
+from tests.support.prepared import run_prepared
 from tests.support.promote import promoted_float32
-from tests.support.traced import traced_once
+from tests.support.traced import compile_only, compiled_before, traced_once
 from tests.support.world import World
 from tests.support.zoo import EXPERTS_LISTED, LISTED, listed_model
 
@@ -39,7 +40,7 @@ def hf_llama() -> nn.Module:
     )
 
 
-def hf_gpt2(heads: int = 8) -> nn.Module:
+def hf_gpt2(heads: int = 8, dropout: float = 0.0) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -51,7 +52,7 @@ def hf_gpt2(heads: int = 8) -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     return GPT2LMHeadModel(config)
 
 
@@ -70,8 +71,10 @@ MODELS = {
     "QWEN3MOE": partial(decoder, "QWEN3MOE", head_dim=16),
     "internlm": lambda: models.internlm_tiny(**TINY),
     "internlm2": lambda: models.internlm2_tiny(**TINY),
+    "eight blocks": lambda: models.internlm2_tiny(**{**TINY, "num_layers": 8}, hidden_size=32),
     "llama": hf_llama,
     "gpt2": hf_gpt2,
+    "dropout": partial(hf_gpt2, dropout=0.1),
     "experts": lambda: MixtureOfExperts(VOCAB),
     "three heads": partial(hf_gpt2, 3),
     "one key head": lambda: models.internlm2_tiny(**TINY, num_kv_attention_heads=1),
@@ -153,12 +156,23 @@ def compare(
     return Errors(float((loss - expected).abs() / expected.abs()), errors[worst], worst)
 
 
+def parallelize(case: Case, model: nn.Module) -> ilm_compile.Parallel:
+    inputs = {**EXAMPLE, **({"cu_seqlens": (BOUNDARIES, torch.int32)} if case.packed else {})}
+    return ilm_compile.parallelize(model, example_inputs=inputs, **case.plan)
+
+
+def compile_cases(size: int, cases: list[Case]) -> None:
+    """Compile what ranks forked from this process will run as `run_cases`."""
+    for case in cases:
+        with promoted_float32(), traced_once((case.model, case.packed)):
+            compile_only(case.model, partial(parallelize, case, make_model(case.model)))
+
+
 def run_case(case: Case) -> tuple[Errors | None, float]:
     """Run one case on this rank; returns the errors on rank 0, and the loss."""
-    with promoted_float32(), traced_once((case.model, case.packed)):
+    with promoted_float32(), traced_once((case.model, case.packed)), compiled_before(case.model):
         model = make_model(case.model)
-        inputs = {**EXAMPLE, **({"cu_seqlens": (BOUNDARIES, torch.int32)} if case.packed else {})}
-        parallel = ilm_compile.parallelize(model, example_inputs=inputs, **case.plan)
+        parallel = parallelize(case, model)
         batch = make_batch(ROWS * parallel.plan.num_microbatches * case.dp, packed=case.packed)
         loss = parallel.execute_schedule(batch)
         gradients = parallel.full_gradients()
@@ -178,9 +192,17 @@ def run_cases(rank: int, cases: list[Case]) -> list[tuple[str, Errors | None, fl
     return [(str(case), *run_case(case)) for case in cases]
 
 
-def assert_equal(world: World, case: Case, bound: float) -> None:
-    """Assert that the loss and every gradient of `case` are those of the single-device model."""
-    results = [rank[0] for rank in world.run(run_cases, [case])]
+def assert_equal(world: World | int, case: Case, bound: float) -> None:
+    """Assert that the loss and every gradient of `case` are those of the single-device model.
+
+    world: whose ranks keep what they trace, for models that come under many plans; or the number of
+    ranks, which then share one compilation, for models that come once.
+    """
+    if isinstance(world, World):
+        answers = world.run(run_cases, [case])
+    else:
+        answers = run_prepared(compile_cases, run_cases, world, [case])
+    results = [answer[0] for answer in answers]
     _, errors, loss = results[0]
     assert errors.loss <= bound, errors
     assert errors.gradient <= bound, errors

@@ -35,12 +35,16 @@ class World:
     function: a module-level function of an importable module, called as `function(rank, *args)`.
     Arguments and results travel by pickle. Every call starts from seed 0 and float32 defaults.
     debug: set TORCH_DISTRIBUTED_DEBUG=DETAIL, which checks that all ranks call the same collective.
-    method: "fork" starts ranks from this very process, with what it holds in memory.
+    method: "fork" starts ranks from this very process, with what it holds in memory; `port` is then
+    that of a store in another process, for a store has a thread.
     """
 
-    def __init__(self, size: int, *, debug: bool = False, method: str = "forkserver") -> None:
+    def __init__(
+        self, size: int, *, debug: bool = False, method: str = "forkserver", port: int | None = None
+    ) -> None:
         self.size = size
         self._debug = debug
+        self._port = port
         self._context = multiprocessing.get_context(method)
         self._store: dist.TCPStore | None = None
         self._processes: list[BaseProcess] = []
@@ -79,13 +83,13 @@ class World:
         self._kill()
 
     def _start(self) -> None:
-        # The store lives here, like torchrun's agent store: its port is chosen by the system and
-        # bound at once, so no other process can take it in between.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        if self._port is None:
+            self._store = new_store()
         self._context.set_forkserver_preload(["tests.support.warm"])
         for rank in range(self.size):
             ours, theirs = self._context.Pipe()
-            environment = _torchrun_environment(rank, self.size, self._store.port, self._debug)
+            port = self._store.port if self._store else self._port
+            environment = torchrun_environment(rank, self.size, port, self._debug)
             # A forked rank holds copies of our ends, which keep it from seeing that we closed them.
             forked = self._context.get_start_method() == "fork"
             inherited = [*self._pipes, ours] if forked else []
@@ -147,7 +151,17 @@ def run_world(
         return world.run(function, *args, timeout=timeout)
 
 
-def _torchrun_environment(rank: int, size: int, port: int, debug: bool) -> dict[str, str]:
+def new_store() -> dist.TCPStore:
+    """A store like that of torchrun's agent.
+
+    Its port is chosen by the system and bound at once: no other process can take it in between.
+    """
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def torchrun_environment(
+    rank: int, size: int, port: int | None, debug: bool = False
+) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

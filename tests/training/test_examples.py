@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import ilm_compile
-from ilm_compile.config import load_config
+from ilm_compile.config import Config, load_config
 from ilm_compile.training.model import build_model, input_spec, loss_function
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +22,11 @@ PARAMETERS = {
 }
 
 
+def with_layers(config: Config, num_layers: int) -> Config:
+    fields = {**config.model.fields, "num_layers": num_layers}
+    return replace(config, model=replace(config.model, fields=fields))
+
+
 def test_there_is_a_config_for_each_job() -> None:
     assert {path.stem for path in CONFIGS} == set(PARAMETERS)
 
@@ -33,9 +38,10 @@ def test_a_config_is_proven_before_launch(path: Path) -> None:
     assert config.job_name == path.stem
     model = build_model(config)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[path.stem]
+    small = with_layers(config, min(config.model.fields["num_layers"], 8))
     report = ilm_compile.verify(
-        model,
-        plan=config.plan(),
+        build_model(small),
+        plan=config.plan().replace(num_microbatches=4),
         example_inputs=input_spec(config),
         loss_fn=loss_function(config),
         dp=2,
@@ -46,8 +52,7 @@ def test_a_config_is_proven_before_launch(path: Path) -> None:
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
 def test_a_file_of_internevo_builds_and_is_partitioned(path: Path) -> None:
     config = load_config(path)
-    fields = {**config.model.fields, "num_layers": 4}
-    small = replace(config, model=replace(config.model, fields=fields))
+    small = with_layers(config, 4)
     program = ilm_compile.partition(
         build_model(small), plan=config.plan(), example_inputs=input_spec(small)
     )

@@ -1,5 +1,6 @@
 """Bad starts fail at once, on a line each, before any process group is made."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 from ilm_compile import StartError, check_start, train
 from ilm_compile.training import preflight
+from ilm_compile.training.model import build_model
 from tests.training.jobs import tiny
 
 
@@ -27,7 +29,9 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_good_start_passes_and_leaves_nothing(tmp_path: Path) -> None:
-    check_start(tiny(tmp_path / "runs"))
+    told = check_start(tiny(tmp_path / "runs"))
+    assert told.startswith("expected on 1 x cpu: ")
+    assert told.endswith(" GiB on the fullest rank")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -60,7 +64,8 @@ def test_a_bad_start_is_named(
 ) -> None:
     monkeypatch.setattr(preflight, "available_bytes", lambda place: 64 * 2.0**30)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: _Usage(free=2**30))
-    monkeypatch.setattr(preflight, "partition", lambda model, **keywords: None)  # takes a second
+    monkeypatch.setattr(preflight.Start, "one_block", None)  # takes a second
+    monkeypatch.setattr(preflight, "compile", lambda *program_and_plan: None)
     with pytest.raises(StartError) as error:
         train(tiny(tmp_path, **sections))
     assert message in str(error.value)
@@ -114,7 +119,8 @@ def test_a_rank_needs_memory_for_its_own_experts(
     with torch.device("meta"):
         model = nn.ParameterList([nn.Parameter(torch.empty(8, 1024, 1024))])
     monkeypatch.setattr(preflight, "build_model", lambda config: model)
-    monkeypatch.setattr(preflight, "partition", lambda model, **keywords: None)
+    monkeypatch.setattr(preflight.Start, "one_block", None)
+    monkeypatch.setattr(preflight, "compile", lambda *program_and_plan: None)
     # 2**23 elements: weight and gradient of 8 bytes whole, moments of 8 over four ranks
     monkeypatch.setattr(preflight, "available_bytes", lambda place: 2**23 * 9.0)
     config = tiny(tmp_path, parallel={"expert": experts})
@@ -123,6 +129,53 @@ def test_a_rank_needs_memory_for_its_own_experts(
     else:
         with pytest.raises(StartError, match=r"memory: weights, .* 0\.1 GiB are there"):
             check_start(config)
+
+
+def memory_of(monkeypatch: pytest.MonkeyPatch, num_bytes: float) -> None:
+    monkeypatch.setattr(preflight, "available_bytes", lambda place: num_bytes)
+
+
+def test_what_cannot_fit_is_refused_with_keys_that_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torchrun: Callable[..., None]
+) -> None:
+    torchrun(2)
+    sections = {
+        "model": {"num_layers": 16, "hidden_size": 512, "num_attention_heads": 8},
+        "data": {"seq_len": 4096, "micro_bsz": 8, "micro_num": 1},
+    }
+    config = tiny(tmp_path, **sections)
+    memory_of(monkeypatch, 4 * 2.0**30)
+    with pytest.raises(StartError) as error:
+        check_start(config)
+    told = str(error.value)
+    assert " with half of the activations; 4.0 GiB are there; take --set " in told
+    assert "parallel.check_memory=false starts it all the same" in told
+    keys = [word for word in told.split() if "=" in word and "check_memory" not in word]
+    changed: dict[str, Any] = {**sections}
+    for key, value in (word.rstrip(",;").split("=") for word in keys):
+        section, name = key.split(".")
+        changed[section] = {**changed.get(section, {}), name: json.loads(value)}
+    check_start(tiny(tmp_path, **changed))
+    check_start(tiny(tmp_path, **sections, parallel={"check_memory": False}))
+
+
+def test_where_no_plan_fits_more_processes_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory_of(monkeypatch, 2 * 2.0**30)
+    sections = {"model": {"num_layers": 16, "hidden_size": 1024, "num_attention_heads": 8}}
+    with pytest.raises(StartError, match=r"start [248] processes with --set parallel\."):
+        check_start(tiny(tmp_path, **sections, data={"seq_len": 1024, "micro_num": 8}))
+
+
+def test_what_just_fits_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path)
+    held = 16.0 * sum(p.numel() for p in build_model(config).parameters())
+    memory_of(monkeypatch, held * 1.2)
+    check_start(config)
+    memory_of(monkeypatch, held * 0.99)
+    with pytest.raises(StartError, match="memory: weights"):
+        check_start(config)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Rules of rows in the order of their experts (T, D and E, see `ilm_compile.program.placement`).
+"""Mixtures of experts: their grouped products, and rows in the order of their experts.
 
-Between the sort and its inverse each row is computed alone. So what holds for rows that are cut
-evenly holds for any rows: the rules of such ops are those for S(0), read with another kind. Only
-the grouped product knows of experts; sort and inverse say which tokens the rows are.
+Rows are T, D and E (see `ilm_compile.program.placement`). Between the sort and its inverse each row
+is computed alone. So what holds for rows that are cut evenly holds for any rows: the rules of such
+ops are those for S(0), read with another kind. Only the grouped product knows of experts; sort and
+inverse say which tokens the rows are.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from typing import Any
 
 from torch import fx
 
-from ilm_compile.cost.nodes import op_name
-from ilm_compile.program.expert_rows import expert_order, route, sort_rows, unsort_rows
+from ilm_compile.ops.call import Call, Strategy, aten
+from ilm_compile.ops.fused import rms_norm, swiglu
+from ilm_compile.ops.nodes import op_name, rewrites_result
+from ilm_compile.ops.pointwise import pointwise
+from ilm_compile.ops.precision import MOVE, PRODUCT
+from ilm_compile.ops.products import product_from
+from ilm_compile.ops.reductions import mixing
+from ilm_compile.ops.spec import OpSpec, define, rule, spec_of
+from ilm_compile.ops.strategy import ROW_RULES, localize
+from ilm_compile.program.expert_rows import (
+    expert_order,
+    grouped_product,
+    route,
+    sort_rows,
+    unsort_rows,
+)
 from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
 from ilm_compile.program.values import shapes_of, tensors_of
-from ilm_compile.sharding.rules_fused import rms_norm, swiglu
-from ilm_compile.sharding.rules_math import mixing, pointwise
-from ilm_compile.sharding.rules_select import GROUPED
-from ilm_compile.sharding.sharded_forms import LOCAL
-from ilm_compile.sharding.strategy import (
-    OTHER_AXIS,
-    ROW_RULES,
-    Call,
-    Strategy,
-    aten,
-    rule,
-    rule_of,
-)
 
 KINDS = "TDE"
 COUNTS = (aten.histc.default, aten.bincount.default)
@@ -38,6 +40,41 @@ _ROWWISE = (aten.slice.Tensor, aten.unsqueeze.default, aten.linear.default)
 _ROW_RULES = (pointwise, mixing, rms_norm, swiglu)
 _SUMMED = (aten.cumsum.default, aten.to.dtype)  # over experts, after which counts end rows
 MOST_SEGMENTS = 64  # in how many parts rows that are counted may lie: the rows of a micro-batch
+
+
+# Grouped products: rows (m, k) times one of (e, k, n) each, chosen by the offsets (e,).
+GROUPED = ("ilm::grouped_product", "transformers::grouped_mm_fallback", "aten::_grouped_mm")
+_BATCHED = ("aten::bmm", "aten::matmul", "aten::einsum", "aten::baddbmm")
+_VIEWS = ("aten::transpose", "aten::permute", "aten::to")
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a value is a variable or a view of one."""
+    return node.op == "get_attr" or (
+        op_name(node) in _VIEWS and all(map(_is_weight, node.all_input_nodes))
+    )
+
+
+def is_expert_weight(node: fx.Node) -> bool:
+    """Whether a weight has a matrix for each expert: only products of groups or batches use it."""
+    if not _is_weight(node) or len(node.meta["val"].shape) != 3:
+        return False
+    return bool(node.users) and all(
+        op_name(user) in GROUPED + _BATCHED or is_expert_weight(user) for user in node.users
+    )
+
+
+@rule(*GROUPED, flops=product_from(0), precision=PRODUCT)
+def grouped(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Every expert sharded column-wise or row-wise; all ranks see all rows and offsets."""
+    if [len(shape) for shape in call.shapes[:2]] != [2, 3]:
+        return
+    rest = tuple(R for _ in call.shapes[2:])
+    for out in wanted:
+        if out.is_shard and out.dim == 1:
+            yield Strategy((R, out.along(2), *rest), out)
+    yield Strategy((S(1), S(1), *rest), P)
+    yield Strategy((P, R, *rest), P)
 
 
 def offsets_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -97,13 +134,13 @@ def _is_vector(node: fx.Node) -> bool:
     return node.op != "output" and len(shapes_of(node)[0]) == 1
 
 
-@rule(expert_order)
+@rule(expert_order, moves=rewrites_result)
 def order(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Of its own rows each rank finds the order alone."""
     yield from (Strategy((rows_of("S", out),), out) for out in wanted if out.kind == "T")
 
 
-@rule(sort_rows)
+@rule(sort_rows, carries=True, moves=rewrites_result)
 def sort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Each rank sorts its own rows; or all, of which it has some columns."""
     repeats = call.args[2]
@@ -116,7 +153,7 @@ def sort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, R), out)
 
 
-@rule(unsort_rows)
+@rule(unsort_rows, carries=True, moves=rewrites_result)
 def unsort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Each rank puts its own rows back; or all, of which it has some columns."""
     yield Strategy((P, R), P)
@@ -153,7 +190,7 @@ def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         elif call.target is aten.index.Tensor:
             if len(call.args[1]) == 1 and [len(s) for s in call.shapes[1:]] == [1]:
                 yield Strategy((R, out), out)
-        elif call.target in _ROWWISE or rule_of(call.target) in _ROW_RULES:
+        elif call.target in _ROWWISE or spec_of(call.target).rule in _ROW_RULES:
             yield from _as_rows(call, out)
 
 
@@ -165,12 +202,10 @@ def _grouped(call: Call, out: Placement) -> Iterator[Strategy]:
 
 def _as_rows(call: Call, out: Placement) -> Iterator[Strategy]:
     even = rows_of("S", out)
-    for inputs, output in rule_of(call.target)(call, frozenset({even})):
-        alone = (
-            call.target not in LOCAL
-            or LOCAL[call.target](call, Strategy(inputs, output), call.axis.name)[0] is call.target
-        )
-        if alone and output == even and set(inputs) <= {even, R} and even in inputs:
+    found = spec_of(call.target).rule
+    for inputs, output in found(call, frozenset({even})) if found else ():
+        local, *_ = localize(call, Strategy(inputs, output), call.axis.name)
+        if local is call.target and output == even and set(inputs) <= {even, R} and even in inputs:
             yield Strategy(tuple(out if p == even else p for p in inputs), out)
 
 
@@ -193,4 +228,5 @@ def routed(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield from (Strategy(pair, pair[0]) for pair in product((I, R), (I, R)))
 
 
-OTHER_AXIS[route] = routed
+define(OpSpec(other_axis=routed, precision=MOVE, carries=True, moves=rewrites_result), route)
+define(OpSpec(moves=rewrites_result), grouped_product)

@@ -1,4 +1,4 @@
-"""Rules of the fused ops of `ilm_compile.kernels`, and of taking one result of several.
+"""The fused ops of `ilm_compile.kernels`, and taking one result of several.
 
 An op with several results has one placement, that of each of them (`ilm_compile.program.values`).
 No fused op is linear in its inputs and keeps them apart from each other, so partial sums are made
@@ -13,19 +13,21 @@ from collections.abc import Iterator
 import torch
 
 import ilm_compile.kernels  # noqa: F401 - registers the ops
+from ilm_compile.ops.call import Call, Strategy
+from ilm_compile.ops.precision import FUSED_1, FUSED_2
+from ilm_compile.ops.spec import rule
 from ilm_compile.program.placement import Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, rule
 
 ilm = torch.ops.ilm
 
 
-@rule(operator.getitem)
+@rule(operator.getitem, carries=True)
 def item(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Placed as the results that it is one of."""
     yield from (Strategy((out,), out) for out in wanted if out.is_shard)
 
 
-@rule(ilm.rms_norm.default)
+@rule(ilm.rms_norm.default, precision=FUSED_1)
 def rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """x (..., H), weight (H,): sharded along any dimension but the last."""
     for out in wanted:
@@ -33,7 +35,7 @@ def rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
 
 
-@rule(ilm.add_rms_norm.default)
+@rule(ilm.add_rms_norm.default, precision=FUSED_2)
 def add_rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """As `rms_norm`, both terms of the sum alike."""
     for out in wanted:
@@ -41,7 +43,8 @@ def add_rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]
             yield Strategy((out, out, *(R for _ in call.shapes[2:])), out)
 
 
-@rule(ilm.rotary.default, ilm.qkv_rotary.default)
+@rule(ilm.rotary.default, precision=FUSED_2)
+@rule(ilm.qkv_rotary.default, precision=FUSED_1)
 def rotary(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """(batch, seq, heads, ...): by batch, by sequence, or by heads, queries and keys alike.
 
@@ -66,7 +69,7 @@ def _table(shape: tuple[int, ...], out: Placement, batch: int, *, by_token: bool
     return out if is_cut else R
 
 
-@rule(ilm.swiglu.default)
+@rule(ilm.swiglu.default, precision=FUSED_2)
 def swiglu(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Elementwise: sharded as wanted, both inputs alike."""
     yield from (Strategy((out, out), out) for out in wanted if out.is_shard)

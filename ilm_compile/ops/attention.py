@@ -1,4 +1,4 @@
-"""Rules of attention: by heads, by batch, or by queries: over every key, or in a ring.
+"""Attention: by heads, by batch, or by queries: over every key, or in a ring.
 
 By queries causal attention depends on where a rank's queries stand: it becomes an op that reads
 that from the axis (`ilm_compile.program.query_attention`). A mask that is a tensor is cut with the
@@ -8,16 +8,20 @@ queries, and then the op stays as it is. In a ring the keys are cut as the queri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import torch
+from torch import fx
 
 from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
+from ilm_compile.ops.call import Call, LocalCall, Strategy, aten, unchanged
+from ilm_compile.ops.nodes import shape_of
+from ilm_compile.ops.pointwise import aligned
+from ilm_compile.ops.precision import PRODUCT
+from ilm_compile.ops.spec import Flops, rule
 from ilm_compile.program.placement import Placement, R, S
-from ilm_compile.program.query_attention import FORMS, slowest_share
-from ilm_compile.sharding.rules_math import aligned
-from ilm_compile.sharding.sharded_forms import LocalCall
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
+from ilm_compile.program.query_attention import FORMS, parts_of, slowest_share
 
 ilm = torch.ops.ilm
 SDPA, ATTENTION = aten.scaled_dot_product_attention.default, ilm.attention.default
@@ -26,9 +30,64 @@ QUERY_SDPA, QUERY_ATTENTION = FORMS
 # The dimension of the query and of the key that counts heads, and the one that counts tokens.
 HEAD_DIM: dict[Any, int] = {ATTENTION: 2, SDPA: -3}
 TOKEN_DIM: dict[Any, int] = {ATTENTION: 1, SDPA: -2}
+_QUERY_DIM: dict[Any, int] = {QUERY_ATTENTION: 1, QUERY_SDPA: -2}
 
 
-@rule(ATTENTION)
+def _local(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    how, causal = way(call, strategy), is_causal(call)
+    if how == "heads" or (how == "queries" and not causal):
+        return unchanged(call)
+    cut = str(strategy.output), call.size if how == "ring" else 1, axis
+    scale = call.named("scale")
+    if call.target is ATTENTION:
+        return QUERY_ATTENTION, (*call.args[:3], call.named("cu_seqlens"), scale, *cut), {}
+    mask, grouped = call.named("attn_mask"), bool(call.named("enable_gqa"))
+    return QUERY_SDPA, (*call.args[:3], mask, causal, scale, grouped, *cut), {}
+
+
+def _products(num_heads: int, queries: int, keys: int, dims: int, causal: bool) -> int:
+    """FLOPs of scores and weighted values of all heads; `dims` of a query and of a value."""
+    full = 2 * num_heads * queries * keys * dims
+    return full // 2 if causal else full
+
+
+def _ilm_attention(node: fx.Node) -> int:
+    (batch, queries, heads, dim), dims = shape_of(node.args[0]), shape_of(node.args[2])
+    return _products(batch * heads, queries, _keys(node), dim + dims[3], causal=True)
+
+
+def _sdpa(node: fx.Node) -> int:
+    (*batch, queries, dim), k, v = (shape_of(argument) for argument in node.args[:3])
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    return _products(prod(batch), queries, k[-2], dim + v[-1], causal=bool(causal))
+
+
+def _queries(node: fx.Node) -> int:
+    """For a share of the queries: the mean over the ranks (see `_slowest`)."""
+    (*batch, queries, dim), dims = shape_of(node.args[0]), shape_of(node.args[2])
+    causal = bool(node.args[4])
+    return _products(prod(batch), queries, _keys(node), dim + dims[-1], causal=causal)
+
+
+def _keys(node: fx.Node) -> int:
+    """The keys of a causal attention, those included that are on other ranks."""
+    return shape_of(node.args[1])[_QUERY_DIM.get(node.target, 1)] * parts_of(node)
+
+
+def _slowest(node: fx.Node) -> float:
+    if node.args[4] is False:  # not causal
+        return 1.0
+    queries, keys = shape_of(node.args[0])[_QUERY_DIM[node.target]], _keys(node)
+    return slowest_share(Placement.parse(str(node.args[-3])), keys, keys // queries)
+
+
+def _flops(
+    forward: Callable[[fx.Node], int], slowest: Callable[[fx.Node], float] = lambda node: 1.0
+) -> Flops:
+    return Flops(forward, lambda node: node.args[:3], slowest)
+
+
+@rule(ATTENTION, local=_local, flops=_flops(_ilm_attention), precision=PRODUCT)
 def attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """q, k, v: (batch, seq, heads, head_dim), sharded by heads, by batch or by queries."""
     boundaries = call.shapes[3:]
@@ -41,7 +100,7 @@ def attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, out, out, *(R for _ in boundaries)), out)
 
 
-@rule(SDPA)
+@rule(SDPA, local=_local, flops=_flops(_sdpa), precision=PRODUCT, probability=(4, "dropout_p"))
 def scaled_dot_product_attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """q, k, v: (..., heads, seq, head_dim), sharded by any dimension before seq, or by queries.
 
@@ -63,7 +122,18 @@ def scaled_dot_product_attention(call: Call, wanted: frozenset[Placement]) -> It
                 yield Strategy((out, out, out, *masks), out)
 
 
-@rule(QUERY_ATTENTION, QUERY_SDPA)
+@rule(
+    QUERY_ATTENTION,
+    stands_for=lambda args: (ATTENTION, args[:5]),
+    flops=_flops(_ilm_attention, _slowest),
+    precision=PRODUCT,
+)
+@rule(
+    QUERY_SDPA,
+    stands_for=lambda args: (SDPA, (*args[:4], 0.0, args[4])),
+    flops=_flops(_queries, _slowest),
+    precision=PRODUCT,
+)
 def by_queries(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The queries are sharded by construction, and keys that travel; a mask as the queries."""
     placement, parts = Placement.parse(call.args[-3]), call.args[-2]
@@ -108,18 +178,3 @@ def slowest(call: Call, strategy: Strategy) -> float:
 def has_mask(call: Call) -> bool:
     """Whether an attention has a mask that is a tensor."""
     return call.target is SDPA and len(call.shapes) > 3
-
-
-def _local(call: Call, strategy: Strategy, axis: str) -> LocalCall:
-    how, causal = way(call, strategy), is_causal(call)
-    if how == "heads" or (how == "queries" and not causal):
-        return call.target, call.args, call.kwargs
-    cut = str(strategy.output), call.size if how == "ring" else 1, axis
-    scale = call.named("scale")
-    if call.target is ATTENTION:
-        return QUERY_ATTENTION, (*call.args[:3], call.named("cu_seqlens"), scale, *cut), {}
-    mask, grouped = call.named("attn_mask"), bool(call.named("enable_gqa"))
-    return QUERY_SDPA, (*call.args[:3], mask, causal, scale, grouped, *cut), {}
-
-
-LOCAL: dict[Any, Callable[[Call, Strategy, str], LocalCall]] = {ATTENTION: _local, SDPA: _local}

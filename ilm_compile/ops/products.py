@@ -1,4 +1,4 @@
-"""Rules of matrix products, from linear layers to einsum.
+"""Matrix products, from linear layers to einsum.
 
 A product is written as einsum letters. For a letter that the output keeps, inputs that carry it are
 sharded on it and the others are R, since their gradient is a sum over the shards. For a contracted
@@ -8,11 +8,17 @@ letter the output is P, and so is an added bias: it must be counted once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from string import ascii_letters
 
+from torch import fx
+
+from ilm_compile.ops.call import Call, Strategy, aten
+from ilm_compile.ops.nodes import shape_of
+from ilm_compile.ops.precision import HEAD, PRODUCT
+from ilm_compile.ops.spec import Flops, OpSpec, define
 from ilm_compile.program.linear_loss import output_logits
 from ilm_compile.program.placement import P, Placement, R, S
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 
 def _linear(call: Call) -> tuple[list[str], str]:
@@ -46,23 +52,48 @@ def _einsum(call: Call) -> tuple[list[str], str]:
     return spelled, output.replace("...", "".join(unused[:free]))
 
 
-# The einsum of each product, and the input that is added to it and not multiplied.
+def product_from(position: int) -> Flops:
+    """Return the FLOPs of a matrix product of the arguments `position` and `position + 1`."""
+
+    def forward(node: fx.Node) -> int:
+        return 2 * int(node.meta["val"].numel()) * int(shape_of(node.args[position])[-1])
+
+    return Flops(forward, lambda node: node.args[position : position + 2])
+
+
+def _einsum_flops(node: fx.Node) -> int:
+    equation, operands = node.args
+    inputs, arrow, result = str(equation).replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, operand in zip(inputs.split(","), operands, strict=True):  # type: ignore[arg-type]
+        leading, _, trailing = term.partition("...")
+        shape = shape_of(operand)
+        sizes |= dict(zip(leading, shape, strict=False))
+        sizes |= dict(zip(reversed(trailing), reversed(shape), strict=False))
+    kept = result if arrow else [letter for letter in sizes if inputs.count(letter) == 1]
+    contracted = prod(size for letter, size in sizes.items() if letter not in kept)
+    num_products = len(operands) - 1  # type: ignore[arg-type]
+    return 2 * num_products * int(node.meta["val"].numel()) * contracted
+
+
+_FIRST, _SECOND = product_from(0), product_from(1)
+_EINSUM = Flops(_einsum_flops, lambda node: node.args[1])  # type: ignore[arg-type, return-value]
+# The einsum of each product, the input that is added to it and not multiplied, and its FLOPs.
 PRODUCTS = {
-    aten.linear.default: (_linear, 2),
-    output_logits: (_linear, None),
-    aten.matmul.default: (_matmul, None),
-    aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None),
-    aten.bmm.default: (lambda call: (["amk", "akn"], "amn"), None),
-    aten.addmm.default: (lambda call: (["n", "mk", "kn"], "mn"), 0),
-    aten.baddbmm.default: (lambda call: (["amn", "amk", "akn"], "amn"), 0),
-    aten.einsum.default: (_einsum, None),
+    aten.linear.default: (_linear, 2, _FIRST),
+    output_logits: (_linear, None, None),
+    aten.matmul.default: (_matmul, None, _FIRST),
+    aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None, _FIRST),
+    aten.bmm.default: (lambda call: (["amk", "akn"], "amn"), None, _FIRST),
+    aten.addmm.default: (lambda call: (["n", "mk", "kn"], "mn"), 0, _SECOND),
+    aten.baddbmm.default: (lambda call: (["amn", "amk", "akn"], "amn"), 0, _SECOND),
+    aten.einsum.default: (_einsum, None, _EINSUM),
 }
 
 
-@rule(*PRODUCTS)
 def product(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Shard on a letter of the einsum: column-wise, row-wise, or by batch and tokens."""
-    letters, added = PRODUCTS[call.target]
+    letters, added, _ = PRODUCTS[call.target]
     inputs, output = letters(call)
     if any(len(term) != len(shape) for term, shape in zip(inputs, call.shapes, strict=True)):
         return
@@ -88,3 +119,10 @@ def _operand(
     """Return how an operand is placed when `letter`, `width` wide, is sharded; R if it lacks it."""
     dim = term.find(letter)
     return out.along(dim) if dim >= 0 and shape[dim] == width else R
+
+
+for _target, (*_, _flops) in PRODUCTS.items():
+    _precision = HEAD if _target is output_logits else PRODUCT
+    define(OpSpec(rule=product, flops=_flops, precision=_precision), _target)
+define(OpSpec(flops=_FIRST, precision=PRODUCT), aten.mm.dtype, aten.bmm.dtype)
+define(OpSpec(flops=_SECOND, precision=PRODUCT), aten.addmm.dtype, aten.baddbmm.dtype)

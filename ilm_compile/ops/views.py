@@ -1,4 +1,4 @@
-"""Rules of views: ops that rename, split, merge, repeat or pick dimensions and compute nothing.
+"""Views: ops that rename, split, merge, repeat or pick dimensions and compute nothing.
 
 A reshape is read as a common refinement of its two shapes: a row of factors whose consecutive
 products give the input's dimensions and, grouped otherwise, the output's. Sharding one factor
@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from ilm_compile.program.layout import MeshAxis
+from ilm_compile.ops.batch_constants import Values
+from ilm_compile.ops.call import Arguments, Call, Found, LocalCall, Strategy, aten, tensor_inputs
+from ilm_compile.ops.spec import OpSpec, define, rule
+from ilm_compile.ops.strategy import global_call
+from ilm_compile.program.layout import MeshAxis, layout_of
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.values import is_tuple
-from ilm_compile.sharding.strategy import Call, Strategy, aten, global_call, rule, tensor_inputs
 
 
 class Factor(NamedTuple):
@@ -59,7 +62,12 @@ def _sharded(dim: int, dim_size: int, outer: int, *, folded: bool = False) -> Pl
     return S(dim, (dim_size // outer,) * outer, folded=folded)
 
 
-@rule(aten.reshape.default)
+def _sizes(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    sizes = list(strategy.output.local_shape(call.shape, call.size))
+    return call.target, (call.args[0], sizes, *call.args[2:]), call.kwargs
+
+
+@rule(aten.reshape.default, local=_sizes, carries=True)
 def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Shard any factor of the common refinement; a dimension kept whole passes segments through."""
     (shape,) = call.shapes
@@ -122,7 +130,7 @@ def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:
     return found | {replace(cut, folded=True) for cut in found}
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, local=_sizes, carries=True)
 def expand(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along a dimension that is kept; from R along one that is repeated."""
     (shape,) = call.shapes
@@ -179,7 +187,9 @@ _RENAMING = {
 VIEWS = {*_RENAMING, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
 
 
-@rule(*_RENAMING)
+@rule(*(aten.permute.default, aten.transpose.int, aten.unsqueeze.default), carries=True)
+@rule(aten.t.default, aten.squeeze.dim)
+@rule(aten.select.int, carries=True, reaches=lambda call: [call.args[1]], rows="cut")
 def renaming(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The output's shard dimension, traced back to the input's."""
     sources = _RENAMING[call.target](call)
@@ -198,7 +208,41 @@ def slice_bounds(call: Call) -> tuple[int, int, int, int]:
     return dim, first, last, step or 1
 
 
-@rule(aten.slice.Tensor)
+def _global_slice(node: fx.Node, inputs: tuple[fx.Node, ...], axis: MeshAxis) -> Arguments:
+    source = inputs[0]
+    x, dim, *bounds = node.args
+    for name, placement in layout_of(source).shards(axis.sizes) if bounds else ():
+        if placement.dim == dim % source.meta["val"].dim():
+            bounds[:2] = [bound * axis.sizes[name] for bound in bounds[:2]]  # type: ignore[operator]
+    return (x, dim, *bounds), dict(node.kwargs)
+
+
+def _slice(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    dim, start, end, step = slice_bounds(call)
+    if strategy.inputs[0].is_shard and strategy.inputs[0].dim == dim:
+        start, end = start // call.size, end // call.size
+    return call.target, (call.args[0], dim, start, end, step), {}
+
+
+def _every_nth(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """Of every group of neighbouring rows the same one: chosen and rejected answers in turns."""
+    (shape,) = call.shapes
+    dim, step = call.argument(1, "dim", 0) % len(shape), call.argument(4, "step", 1)
+    start, end = call.argument(2, "start") or 0, call.argument(3, "end")
+    whole = end is None or end >= shape[dim]
+    if 0 <= start < step and whole and shape[dim] % (step * call.size) == 0:
+        yield (S(dim),), S(dim), 0
+
+
+@rule(
+    aten.slice.Tensor,
+    local=_slice,
+    global_arguments=_global_slice,
+    batch_rule=_every_nth,
+    reaches=lambda call: [call.argument(1, "dim", 0)],
+    rows="cut",
+    carries=True,
+)
 def slicing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along the other dimensions; along this one when the slice is a run of whole segments.
 
@@ -258,3 +302,12 @@ def stack(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             source = out.along(out.dim - (out.dim > dim))
             yield Strategy((source,) * len(call.shapes), out)
     yield Strategy((P,) * len(call.shapes), P)
+
+
+def _squeezed(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    kept = [dim for dim, n in enumerate(call.shapes[0]) if n != 1]
+    if len(kept) == len(call.shape):
+        yield from (((S(dim),), S(index), 0) for index, dim in enumerate(kept))
+
+
+define(OpSpec(batch_rule=_squeezed), aten.squeeze.default, aten.squeeze.dims)

@@ -1,4 +1,4 @@
-"""Rules of ops that write into a copy of their first input: what in-place assignments become.
+"""Ops that write into a copy of their first input: what in-place assignments become.
 
 All are linear in the two values together, so with a partial sum of both they give a partial sum.
 """
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
+from ilm_compile.ops.call import Call, Strategy, aten
+from ilm_compile.ops.lookups import indexed_dims
+from ilm_compile.ops.pointwise import aligned
+from ilm_compile.ops.spec import rule
 from ilm_compile.program.placement import P, Placement, R
-from ilm_compile.sharding.rules_math import aligned
-from ilm_compile.sharding.rules_select import indexed_dims
-from ilm_compile.sharding.strategy import Call, Strategy, aten, rule
 
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default)

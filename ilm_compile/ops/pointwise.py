@@ -1,0 +1,119 @@
+"""Pointwise ops, and dropout, whose mask is cut as the value is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from ilm_compile.ops.batch_constants import Values
+from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, tensor_inputs
+from ilm_compile.ops.precision import CAST, REDUCTION
+from ilm_compile.ops.spec import TAG_RULES, OpSpec, define, rule
+from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.program.layout import Layout
+from ilm_compile.program.placement import P, Placement, R
+
+# Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
+# is linear in each factor); "all": together (a sum); "first": the first only; "": none.
+POINTWISE = {
+    "each": (aten.mul.Tensor,),
+    "all": (aten.add.Tensor, aten.sub.Tensor),
+    "first": (
+        *(aten.neg.default, aten.clone.default, aten.contiguous.default, aten.detach.default),
+        *(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.zeros_like.default),
+    ),
+    "": (
+        *(aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default),
+        *(aten.sigmoid.default, aten.exp.default, aten.log.default, aten.rsqrt.default),
+        *(aten.sqrt.default, aten.reciprocal.default, aten.cos.default, aten.sin.default),
+        *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.abs.default),
+        *(aten.softplus.default, aten.leaky_relu.default, aten.erf.default, aten.square.default),
+        *(aten.clamp.default, aten.maximum.default, aten.minimum.default, aten.to.dtype),
+        *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
+        *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.add.Scalar, aten.sub.Scalar),
+        *(aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor),
+        *(aten.ge.Tensor, aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar),
+        *(aten.gt.Scalar, aten.ge.Scalar, aten.__and__.Tensor, aten.__or__.Tensor),
+        *(aten.logical_not.default, aten.logical_and.default, aten.bitwise_not.default),
+        *(aten.rsub.Scalar, aten.logical_or.default, aten.bitwise_and.Tensor),
+        *(aten.log1p.default, aten.expm1.default, aten.log_sigmoid.default, aten.relu6.default),
+        *(aten.hardtanh.default, aten.elu.default, aten.mish.default, aten.sign.default),
+        *(aten.clamp_min.default, aten.clamp_max.default, aten.remainder.Scalar),
+        *(aten.floor.default, aten.round.default, aten.ones_like.default, aten.full_like.default),
+    ),
+}
+_LINEARITY = {target: kind for kind, targets in POINTWISE.items() for target in targets}
+
+
+def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Output sharded as wanted; an input that is broadcast along that dimension is R."""
+    for out in wanted:
+        if out.is_shard and all(is_broadcast(shape, call.shape) for shape in call.shapes):
+            yield Strategy(tuple(aligned(shape, call.shape, out) for shape in call.shapes), out)
+    count = len(call.shapes)
+    kind = _LINEARITY.get(call.target, "")
+    if kind == "all" and count == 2:  # with a scalar operand a sum is not linear
+        yield Strategy((P, P), P)
+    for index in {"each": range(count), "first": range(1)}.get(kind, range(0)):
+        yield Strategy(tuple(P if i == index else R for i in range(count)), P)
+
+
+def is_broadcast(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> bool:
+    """Whether an operand of `shape` broadcasts to `out_shape`."""
+    pairs = zip(reversed(shape), reversed(out_shape), strict=False)
+    return len(shape) <= len(out_shape) and all(n in (1, out) for n, out in pairs)
+
+
+def broadcast_shape(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Return the shape to which operands of `shapes` broadcast."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def aligned(shape: tuple[int, ...], out_shape: tuple[int, ...], out: Placement) -> Placement:
+    """Return how an operand of `shape` is placed when the broadcast result is placed as `out`."""
+    dim = out.dim - (len(out_shape) - len(shape))
+    broadcast = dim < 0 or shape[dim] != out_shape[out.dim]
+    return R if broadcast else out.along(dim)
+
+
+def _chosen(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """A sum or another one, or 0, by what is the same for all: where there is any target."""
+    places = [(P, R) if values.is_zero(n) else (P,) for n in tensor_inputs(call.node)[1:]]
+    yield from (((R, *pair), P, 0) for pair in product(*places) if P in pair)
+
+
+# What is known of some of them besides.
+_FURTHER = {
+    aten.pow.Tensor_Scalar: OpSpec(precision=REDUCTION),
+    aten.pow.Tensor_Tensor: OpSpec(precision=REDUCTION),
+    aten.pow.Scalar: OpSpec(precision=REDUCTION),
+    aten.rsqrt.default: OpSpec(precision=REDUCTION),
+    aten.exp.default: OpSpec(precision=REDUCTION),
+    aten.log.default: OpSpec(precision=REDUCTION),
+    aten.to.dtype: OpSpec(precision=CAST),
+    aten.contiguous.default: OpSpec(carries=True),
+    aten.where.self: OpSpec(batch_rule=_chosen),
+}
+for _target in _LINEARITY:
+    define(replace(_FURTHER.get(_target, OpSpec()), rule=pointwise), _target)
+TAG_RULES[torch.Tag.pointwise] = pointwise
+
+
+def _dropout(call: Call, strategy: Strategy, axis: str) -> LocalCall:
+    layout = Layout.parse(call.args[4]).with_placement(axis, strategy.output)
+    return call.target, (*call.args[:4], str(layout)), {}
+
+
+@rule(seeded_dropout, local=_dropout)
+def dropout(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Sharded as wanted, since the mask is cut like the value; linear for a given mask."""
+    for out in wanted:
+        if out.is_shard:
+            yield Strategy((out, R), out)
+    yield Strategy((P, R), P)
+
+
+define(OpSpec(probability=(1, "p")), aten.dropout.default)
