@@ -5,7 +5,8 @@ and 4, all ranks emulated in one process, with recompute, for pp 8. Each row tel
 
 loss, gradient    largest relative error against one device in float64, casts to float32 promoted
 runs, planned     executions of blocks (the parts into which stages cut them) on all ranks, counted,
-                  and what they should be: one for each micro-batch, one more where it is recomputed
+                  and what they should be: one for each micro-batch, one more where all of it is
+                  recomputed
 bits              of loss and gradients in float32, as a hash: those of 1F1B on as many stages of
                   the pipeline, where no tensor parallelism adds them up otherwise
 
