@@ -78,6 +78,8 @@ def test_keeps_less_without_running_what_is_dear() -> None:
     assert {"ilm.swiglu.default", "ilm.rms_norm.default"} <= again
     assert not again & {"aten.linear.default", "ilm.attention.default"}
     assert "recomputed in part" in selective.dump()
+    assert "made again" in selective.explain()
+    assert "made again" not in plain.explain()
 
 
 @pytest.mark.parametrize(("model", "plan"), CASES, ids=str)

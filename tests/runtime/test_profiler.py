@@ -29,9 +29,8 @@ from ilm_compile.runtime.observe.timeline_picture import (
     bubble,
     compute_rows,
     draw_timelines,
-    simulated,
 )
-from ilm_compile.schedule import Action, Kind, StageTimes, build, simulate
+from ilm_compile.schedule import Action, Kind, build
 from tests.runtime.handmade import (
     FFN,
     HIDDEN,
@@ -110,22 +109,6 @@ def test_a_timeline_shows_every_action_planned_and_measured(observed: Path) -> N
     assert headings[0] == "planned: 20.0% idle"
     assert headings[1].startswith("simulated from the medians measured: ")
     assert headings[2].startswith("measured: ")
-
-
-def test_simulated_is_what_was_measured_where_all_takes_its_median() -> None:
-    schedule = build("zb_h1", pp=2, num_microbatches=3)
-    times = [
-        StageTimes(forward=2.0, backward=3.0, weight=1.0),
-        StageTimes(forward=1.0, backward=4.0, weight=2.0),
-    ]
-    spans = simulate(schedule, times).spans
-    measured = {
-        a: (5 + spans[a].start, 5 + spans[a].stop) for row in compute_rows(schedule) for a in row
-    }
-    assert simulated(schedule, measured) == measured
-    slow = Action.parse("1B0")
-    measured[slow] = (measured[slow][0], measured[slow][1] + 0.5)
-    assert simulated(schedule, measured)[slow][1] == spans[slow].stop + 5
 
 
 def test_measured_actions_of_two_ranks_share_one_clock(observed: Path) -> None:

@@ -170,6 +170,15 @@ def documents(m: Model, h: Tensor, ids: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(h, h, h, attn_mask=same.tril())
 
 
+def packed(m: Model, h: Tensor, ids: Tensor) -> Tensor:
+    """Positions within documents that end where the row's first ids, in order, say."""
+    ends = ids[:, :2].cumsum(1)
+    here = torch.arange(SEQ, device=h.device).expand(len(h), -1).contiguous()
+    number = torch.searchsorted(ends, here, right=True)
+    starts = F.pad(ends, (1, 0)).gather(1, number)
+    return shown(h, here - starts)
+
+
 def places(m: Model, h: Tensor, ids: Tensor) -> Tensor:
     """Position ids as Hugging Face finds them: of the tokens that are no padding."""
     mask = (ids != 2).long()
@@ -194,6 +203,7 @@ SILENT: dict[str, Mix] = {
         h, torch.arange(SEQ, device=h.device).expand(len(h), -1)
     ),
     "documents": documents,
+    "packed": packed,
     "last token": last_token,
     "frequency, counted in the batch": lambda m, h, ids: shown(
         h, F.one_hot(ids, VOCAB).sum((0, 1))[ids]
