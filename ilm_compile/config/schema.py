@@ -256,7 +256,9 @@ class ProfilerOptions:
     every: int = option(0, "steps from one window to the next; 0: only one window", low=0)
     with_stack: bool = option(False, "the Python stack of every op too")
     memory: bool = option(True, "memory by module as HTML, of the first step of the first window")
-    timeline: bool = option(True, "that step's pipeline as SVG, below that planned and simulated")
+    timeline: bool = option(
+        True, "that step's pipeline as SVG, below the schedule planned and simulated"
+    )
 
 
 SECTIONS: dict[str, Any] = {
