@@ -29,7 +29,7 @@ from ilm_compile.program.copy import copy_program
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.node_cost import step_seconds
 from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.stage_choice import Chooser, StageChoice
+from ilm_compile.rewrite.stage_choice import WHOLE, Chooser, StageChoice
 
 GIB = 2**30
 
@@ -106,7 +106,7 @@ def uniform(chooser: Chooser, begins: Sequence[int]) -> StageChoice:
     ]
     most = max(map(len, regions))
     choices = (
-        chooser.with_recompute(cuts, frozenset(r for own in regions for r in own[:count]))
+        chooser.with_ways(cuts, {r: WHOLE for own in regions for r in own[:count]})
         for count in range(most + 1)
     )
     for choice in choices:

@@ -1,7 +1,7 @@
 """What is known of an op, in one place: where its values may lie, what it computes in and costs.
 
 The files beside this one, one for each family of ops, fill the table. The search and the check, the
-casts and the cost model ask `spec_of(target)`; nothing is said of an op anywhere else.
+casts, the cost model and the proof ask `spec_of(target)`.
 """
 
 from __future__ import annotations

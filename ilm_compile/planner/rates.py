@@ -7,13 +7,16 @@ faster.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+
+from ilm_compile.kernels.attention import attention
 
 TRIES, SECONDS = 3, 0.3  # of each figure
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -28,11 +31,9 @@ def figures(device: torch.device, seconds: float = SECONDS) -> dict[str, float]:
     found = {key: product_flops(dtype, device, seconds) for key, dtype in DTYPES.items()}
     if device.type == "cpu":
         found["fp32"], found["tile"] = product_rates(seconds)
-    return found | {
-        "attention": attention_flops(device, seconds),
-        "bytes": copy_bandwidth(device, seconds),
-        "launch": launch_seconds(device, seconds),
-    }
+    found["attention"] = attention_flops(device, seconds)
+    found["bytes"] = copy_bandwidth(device, seconds)
+    return found | {"launch": launch_seconds(device, seconds, found)}
 
 
 def product_flops(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
@@ -71,64 +72,106 @@ def product_rates(seconds: float) -> tuple[float, float]:
 def attention_flops(device: torch.device, seconds: float) -> float:
     """Return the FLOP/s of fused causal attention, forward and backward; half the scores count."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = (1, 32, 4096, 128) if device.type == "cuda" else (4, 8, 128, 32)
+    shape = (1, 4096, 32, 128) if device.type == "cuda" else (ROWS, TOKENS, HEADS, WIDTH // HEADS)
     q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
 
     def run() -> None:
-        result = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(result.sum(), (q, k, v))
+        torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
 
-    rows, heads, tokens, dim = shape
+    rows, tokens, heads, dim = shape
     return float(3 * 2 * rows * heads * tokens**2 * dim / best_seconds(run, device, seconds))
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
     """Return the bytes/s that a copy of memory larger than any cache reads and writes."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)
+    source = torch.ones(2**30 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     return float(2 * source.nbytes / best_seconds(lambda: target.copy_(source), device, seconds))
 
 
-def launch_seconds(device: torch.device, seconds: float) -> float:
-    """Return the seconds of an op that has next to nothing to do, forward and backward alike."""
-    x = torch.ones(16, device=device, requires_grad=True)
-    many = 200
+def launch_seconds(device: torch.device, seconds: float, found: Mapping[str, float]) -> float:
+    """Return what the host takes for an op of a block, forward and backward alike.
+
+    Views and the sums of gradients with it. On a processor the ops are of a common size, since
+    what lies between them drives the host's own code out of its caches, and what they compute
+    takes as long as `found` says; a GPU computes next to nothing.
+    """
+    rows, tokens, width = (ROWS, TOKENS, WIDTH) if device.type == "cpu" else (1, 8, 16)
+    shapes = {"norm": (width,), "qkv": (width, width), "out": (width, width)}
+    shapes |= {"up": (4 * width, width), "down": (width, 2 * width)}
+    weights = [
+        {name: torch.full(shape, 0.01, device=device) for name, shape in shapes.items()}
+        for _ in range(BLOCKS)
+    ]
+    for weight in (one for block in weights for one in block.values()):
+        weight.requires_grad_()
+    x = torch.ones(rows, tokens, width, device=device, requires_grad=True)
 
     def run() -> None:
         y = x
-        for _ in range(many):
-            y = torch.add(y, 1.0)
-        torch.autograd.grad(y.sum(), x)
+        for block in weights:
+            y = _block(y, block)
+        torch.autograd.backward(y.sum())
 
-    return best_seconds(run, device, seconds) / (2 * many)
+    computed = 0.0
+    if device.type == "cpu":
+        m = rows * tokens
+        for name in ("qkv", "out", "up", "down"):
+            n, k = shapes[name]
+            num_bytes = 4 * (m * n + n * k + m * k)
+            computed += 2 * m * n * k / found["fp32"] + num_bytes / found["tile"]
+        computed += 2 * rows * tokens**2 * width / found["attention"]
+        computed += 4 * m * width * BLOCK_TRAFFIC / found["bytes"]
+    whole = best_seconds(run, device, seconds) / BLOCKS
+    return max(1e-6, (whole - 3 * computed) / (2 * BLOCK_OPS))
+
+
+# A block of common size, and of its ops those that are no views; what those that are no products
+# read and write, in values of the width a token.
+ROWS, TOKENS, HEADS, WIDTH, BLOCKS = 4, 64, 8, 256, 4
+BLOCK_OPS, BLOCK_TRAFFIC = 18, 29
+
+
+def _block(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    rows, tokens, width = x.shape
+    q = F.linear(F.rms_norm(x, (width,), weights["norm"]), weights["qkv"])
+    a, b = q[..., : width // 2], q[..., width // 2 :]
+    q = torch.cat((a * 0.5 - b * 2.0, a * 2.0 + b * 0.5), -1)
+    q = q.view(rows, tokens, HEADS, -1)
+    mixed = attention(q, q, q).view(rows, tokens, width)
+    x = x + F.linear(mixed, weights["out"])
+    up = F.linear(F.rms_norm(x, (width,), weights["norm"]), weights["up"])
+    return x + F.linear(F.silu(up[..., : 2 * width]) * up[..., 2 * width :], weights["down"])
 
 
 def best_mean(calls: Sequence[Callable[[], Any]], seconds: float) -> float:
-    """Return the mean of the least seconds of each of `calls`, done in turn for so long."""
-    best, stop = [float("inf")] * len(calls), time.perf_counter() + seconds
-    while time.perf_counter() < stop or best[0] == float("inf"):
+    """Return the mean of the least seconds of each of `calls` on a processor, done in turn."""
+    best, stop = [float("inf")] * len(calls), time.thread_time() + seconds
+    while time.thread_time() < stop or best[0] == float("inf"):
         for place, call in enumerate(calls):
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
-            best[place] = min(best[place], time.perf_counter() - start)
+            best[place] = min(best[place], time.thread_time() - start)
     return sum(best) / len(best)
 
 
 def best_seconds(run: Callable[[], Any], device: torch.device, seconds: float = SECONDS) -> float:
-    """Return the least seconds of a call, over tries that each go on for a while."""
+    """Return the least seconds of a call, over tries that each go on for a while.
+
+    On a processor those of this thread alone, in which nobody else computes.
+    """
     run()
     wait(device)
+    if device.type == "cpu":
+        return min(best_mean([run], seconds) for _ in range(TRIES))
     best = float("inf")
     for _ in range(TRIES):
         count, start = 0, time.perf_counter()
-        while (passed := time.perf_counter() - start) < seconds or not count:
+        while time.perf_counter() - start < seconds or not count:
             run()
             count += 1
-            if device.type != "cuda":
-                best = min(best, time.perf_counter() - start - passed)
         wait(device)
-        if device.type == "cuda":
-            best = min(best, (time.perf_counter() - start) / count)
+        best = min(best, (time.perf_counter() - start) / count)
     return best
 
 

@@ -28,7 +28,7 @@ from ilm_compile.planner import Candidate, Question, search
 from ilm_compile.planner.candidate import DTYPES
 from ilm_compile.planner.model_sizes import sizes_of
 from ilm_compile.planner.search import candidate_of
-from ilm_compile.program.plan import AUTO, Plan
+from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.training.launch import Place
 
@@ -110,7 +110,7 @@ def _sizes(config: Config, one_block: Program | None) -> ModelSizes | None:
 
 
 def _step_plan(config: Config, plan: Plan, dp: int) -> StepPlan:
-    share = 1.0 if plan.checkpoint == AUTO else float(plan.checkpoint)
+    share = 1.0 if isinstance(plan.checkpoint, str) else float(plan.checkpoint)  # the least kept
     return StepPlan(
         seq=config.data.seq_len,
         micro_batch=config.data.micro_bsz / plan.ep,

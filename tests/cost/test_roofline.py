@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import fx
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
 from ilm_compile.cost import HARDWARE, Hardware, node_bytes, node_time
 from ilm_compile.errors import PlanError
@@ -118,3 +118,22 @@ def test_unknown_dtype_is_refused() -> None:
     node = node_of(torch.mm, meta(4, 4), meta(4, 4))
     with pytest.raises(PlanError, match=r"machine for torch.float64; known: torch.float32"):
         node_time(node, MACHINE, dtype=torch.float64)
+
+
+def test_a_processors_product_takes_its_operands_beside_its_arithmetic() -> None:
+    node = node_of(linear, meta(1000, 2000), meta(3000, 2000))
+    slow = replace(MACHINE, tile_bandwidth=1e11)
+    num_bytes = 4 * (1000 * 2000 + 3000 * 2000 + 1000 * 3000)
+    for backward, products in ((False, 1), (True, 2)):
+        more = node_time(node, slow, backward=backward) - node_time(
+            node, MACHINE, backward=backward
+        )
+        assert more == pytest.approx(products * num_bytes / 1e11)
+
+
+def test_a_processors_attention_has_a_rate_of_its_own() -> None:
+    reached = replace(MACHINE, compute_efficiency=1.0, memory_bandwidth=1e30, kernel_overhead_s=0)
+    reached = replace(reached, efficiency=replace(reached.efficiency, attention=0.25))
+    q = meta(2, 8, 64, 32)
+    node = node_of(scaled_dot_product_attention, q, q, q)
+    assert node_time(node, reached) == pytest.approx(4 * 16 * 64 * 64 * 32 / 0.25e14)

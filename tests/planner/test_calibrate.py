@@ -73,3 +73,14 @@ def test_products_are_told_from_what_they_read(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(rates, "best_mean", seconds)
     assert rates.product_rates(0.01) == pytest.approx((1e11, 2e10))
+
+
+def test_a_blocks_ops_are_what_its_time_leaves_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rates.BLOCKS * 0.1
+    monkeypatch.setattr(rates, "best_seconds", lambda *arguments: whole)
+    endless = {"fp32": 1e30, "tile": 1e30, "attention": 1e30, "bytes": 1e30}
+    tokens, width = rates.ROWS * rates.TOKENS, rates.WIDTH
+    products = 2 * tokens * width**2 * (1 + 1 + 4 + 2)
+    assert rates.launch_seconds(CPU, 0.01, endless) == pytest.approx(0.1 / (2 * rates.BLOCK_OPS))
+    known = rates.launch_seconds(CPU, 0.01, {**endless, "fp32": 3 * products / 0.04})
+    assert known == pytest.approx(0.06 / (2 * rates.BLOCK_OPS))
