@@ -14,7 +14,7 @@ from ilm_compile.ops.precision import CAST, REDUCTION
 from ilm_compile.ops.spec import TAG_RULES, OpSpec, define, rule
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.layout import Layout
-from ilm_compile.program.placement import P, Placement, R
+from ilm_compile.program.placement import P, Placement, R, S
 
 # Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
 # is linear in each factor); "all": together (a sum); "first": the first only; "": none.
@@ -91,6 +91,11 @@ def _counted(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
         yield (P,), P, 0
 
 
+def _each(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    for dim in range(len(call.shape)):
+        yield tuple(aligned(shape, call.shape, S(dim)) for shape in call.shapes), S(dim), 0
+
+
 # What is known of some of them besides.
 _FURTHER = {
     aten.pow.Tensor_Scalar: OpSpec(precision=REDUCTION),
@@ -105,6 +110,7 @@ _FURTHER = {
 }
 for _target in _LINEARITY:
     define(replace(_FURTHER.get(_target, OpSpec()), rule=pointwise), _target)
+define(OpSpec(batch_rule=_each), aten.floor_divide.default)
 TAG_RULES[torch.Tag.pointwise] = pointwise
 
 

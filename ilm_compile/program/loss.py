@@ -21,6 +21,7 @@ from torch import fx, nn
 from ilm_compile.program.arguments import argument
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.program import Count, Program, Source, Variable
+from ilm_compile.program.values import run_without_data
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
@@ -107,9 +108,8 @@ def insert_after(
 
 def find_value(call: fx.Node) -> None:
     """Set what the value of a call is like, from those of its inputs."""
-    args, kwargs = fx.node.map_arg((call.args, call.kwargs), lambda node: node.meta["val"])
     with torch.no_grad():
-        call.meta["val"] = call.target(*args, **kwargs)  # type: ignore[operator]
+        call.meta["val"] = run_without_data(call)
 
 
 def _joined(graph: fx.Graph, node: fx.Node) -> fx.Node:

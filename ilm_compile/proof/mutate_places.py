@@ -18,7 +18,7 @@ from ilm_compile.program.copy import copy_program
 from ilm_compile.program.gradients import wanted_gradients
 from ilm_compile.program.layout import Layout, layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import tensors_of, without_data
+from ilm_compile.program.values import run_without_data, tensors_of, without_data
 from ilm_compile.rewrite.parameter_free import parameter_free_nodes
 
 Edit = Callable[[Program, fx.Node], None]
@@ -114,9 +114,8 @@ def put(
     with graph.inserting_before(point):
         node = graph.call_function(target, args, kwargs)
     node.meta = {key: like.meta[key] for key in KEPT if key in like.meta}
-    given: Any = fx.node.map_arg((args, kwargs), lambda n: without_data(n.meta["val"]))
     with torch.no_grad(), torch.device("meta"):
-        node.meta["val"] = without_data(target(*given[0], **given[1]))
+        node.meta["val"] = without_data(run_without_data(node))
     if placed is not None:
         node.meta["layout"] = placed
     return node

@@ -208,6 +208,7 @@ SILENT: dict[str, Mix] = {
     "frequency, counted in the batch": lambda m, h, ids: shown(
         h, F.one_hot(ids, VOCAB).sum((0, 1))[ids]
     ),
+    "halved": lambda m, h, ids: shown(h, ids // 2),
     "token before": lambda m, h, ids: shown(h, F.pad(ids, (1, 0))[:, :-1] == ids),
     "order within a row": lambda m, h, ids: shown(h, ids.argsort(dim=-1, stable=True)),
     "one-hot experts": one_hot_routes,
