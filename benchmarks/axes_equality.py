@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import ilm_compile
-from benchmarks.common import RESULTS, read_rows, save_json
+from benchmarks.common import RESULTS, make_parser, read_rows, save_json
 from tests.support.axes import MODELS, cases
 from tests.support.equality import EXAMPLE, Case, make_model
 from tests.support.promote import promoted_float32
@@ -115,11 +115,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.axes_equality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("axes_equality", __doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "axes_equality.json")
     known = [model for models in MODELS.values() for model in models]
     parser.add_argument("--only", nargs="+", choices=known, metavar="MODEL", help="some models")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -91,6 +92,15 @@ def circumstances() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
+
+
+def make_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of the command `python -m benchmarks.NAME`, with its doc string as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"benchmarks.{name}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def make_console() -> Console:

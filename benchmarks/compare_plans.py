@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import launch, make_console, save_json
+from benchmarks.common import launch, make_console, make_parser, save_json
 from benchmarks.comparison import Comparison, compare, median_error, predict, regret, summary
 from benchmarks.plan_run import RankRun, Row, Settings, run_plain
 from benchmarks.plots import plot_comparison, plot_timelines
@@ -134,11 +134,7 @@ def _prediction(comparison: Comparison) -> tuple[str, str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.compare_plans",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("compare_plans", __doc__)
     parser.add_argument("--plans", type=Path, help="JSON file of rows as in PLANS")
     parser.add_argument("--only", action="append", help="name of a row to run; may be repeated")
     parser.add_argument("--preset", default="internlm2_tiny", help="of ilm_compile.models")

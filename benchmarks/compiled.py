@@ -8,7 +8,6 @@ losses of a model must agree, or nothing is said of its speed.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ilm_compile
-from benchmarks.common import RESULTS, make_console, make_model, save_json
+from benchmarks.common import RESULTS, make_console, make_model, make_parser, save_json
 
 LAYERS, HEADS, VOCAB = 4, 8, 2048
 Batch = dict[str, Tensor]
@@ -133,7 +132,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("compiled", __doc__)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512])
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)

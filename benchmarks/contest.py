@@ -7,6 +7,7 @@ the same micro-batches in the same processes. So whatever differs is the cost of
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import pipelining
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.nn import functional
 
 from benchmarks.common import random_batch
@@ -25,11 +27,20 @@ from ilm_compile.partitioning import make_plan, make_schedule, partition
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import Boundary, LoweredProgram, Stage
 from ilm_compile.runtime import Mesh, Parallel
+from ilm_compile.schedule import Action
+from ilm_compile.schedule.simulate import Span
 
-# Our name of a schedule -> torch's class, and the stages it puts on a rank.
+# Our name of a schedule -> torch's class, and the stages it puts on a rank. Where torch has no such
+# schedule it is the one that splits the backwards of the same stages.
 SCHEDULES: dict[str, tuple[Any, int]] = {
     "1f1b": (pipelining.Schedule1F1B, 1),
     "interleaved_1f1b": (pipelining.ScheduleInterleaved1F1B, 2),
+    "zb_h1": (pipelining.ScheduleInterleavedZeroBubble, 1),
+    "zb_h2": (pipelining.ScheduleInterleavedZeroBubble, 1),
+    "zb_v": (pipelining.ScheduleZBVZeroBubble, 2),
+    "dualpipe_v": (pipelining.ScheduleDualPipeV, 2),
+    "v_half": (pipelining.ScheduleZBVZeroBubble, 2),
+    "v_min": (pipelining.ScheduleZBVZeroBubble, 2),
 }
 
 
@@ -71,7 +82,7 @@ class Contest:
     """The contestants, ready to run steps: `ours`, `ours_whole`, `theirs` and `loop`."""
 
     def __init__(self, workload: Workload, schedule: str) -> None:
-        pp = dist.get_world_size() if dist.is_initialized() else 2
+        pp = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
         _, num_chunks = SCHEDULES[schedule]
         plan = make_plan(
             pp=pp,
@@ -90,7 +101,7 @@ class Contest:
         self.parallel = Parallel(
             lowered, make_schedule(plan), mesh, model, initializer=program.initializer
         )
-        self.stages = [stage for stage in lowered.stages if stage.index % pp == mesh.pp.rank]
+        self.stages = self.parallel.stages
         self.batch = random_batch(
             workload.rows * workload.num_microbatches, workload.seq_len, VOCAB_SIZE
         )
@@ -120,6 +131,15 @@ class Contest:
         """One step of torch's schedule."""
         args, kwargs = self._torch_inputs
         self._torch_schedule.step(*args, **kwargs, return_outputs=False)
+
+    def timeline(self) -> dict[Action, Span]:
+        """When each compute of one step of ours runs on this rank, in seconds."""
+        executor, row = self.parallel.executor, self.parallel.schedule.actions
+        executor.record_timeline = True
+        self.ours()
+        executor.record_timeline = False
+        spans = {name: Span(start, stop) for name, start, stop in executor.timeline}
+        return {a: spans[str(a)] for a in row[self.parallel.mesh.pp.rank] if a.is_compute}
 
     def loop(self) -> None:
         """The stage computations of a step and nothing more: fixed tensors in, nothing sent."""
@@ -187,10 +207,10 @@ class Contest:
                     group=self.parallel.mesh.pp.group,
                 )
             )
-        make, num_chunks = SCHEDULES[name]
+        make, _ = SCHEDULES[name]
         self._torch_inputs = self._inputs_for_torch()
         return make(
-            stages if num_chunks > 1 else stages[0],
+            stages if issubclass(make, PipelineScheduleMulti) else stages[0],
             self.num_microbatches,
             loss_fn=lambda loss, _: loss / self.num_microbatches,
             scale_grads=False,
@@ -221,13 +241,18 @@ class _TorchStage(nn.Module):
 
     def forward(self, *args: Tensor, **batch: Tensor) -> Any:
         if self.stage.index == 0:
-            return self.module(*args)
+            return _owned(self.module(*args))
         named = [
             batch[name] if name in batch else self.constants[name]
             for name in self.stage.batch_inputs
         ]
         outputs = self.module(*named, *args)
-        return outputs if self.stage.sent else outputs[0]
+        return _owned(outputs) if self.stage.sent else outputs[0]
+
+
+def _owned(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Without views: torch's split backwards detach outputs in place, which views do not allow."""
+    return tuple(output.clone() if output._is_view() else output for output in outputs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ many cores as processes.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import ilm_compile
-from benchmarks.common import RESULTS, launch, make_console, random_batch, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels.attention_blocks import KERNELS
 from ilm_compile.runtime.observe.saved import SavedBytes
@@ -181,7 +180,7 @@ def run_torch(sequence: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="bytes, FLOPs and seconds of context parallelism")
+    parser = make_parser("context_parallel", __doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=SEQUENCES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "context_parallel.json")

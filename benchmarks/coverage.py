@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, save_json
+from benchmarks.common import RESULTS, make_parser, save_json
 from tests.support.coverage import BOUND, TIME_LIMIT, Coverage, Sharded, cover_all
 from tests.support.zoo import architectures
 
@@ -81,11 +81,7 @@ def load(content: dict[str, Any]) -> list[Coverage]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.coverage",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("coverage", __doc__)
     parser.add_argument("--again", action="store_true", help="only what is not equal so far")
     parser.add_argument("--only", action="append", help="an architecture; may be repeated")
     parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds per architecture")

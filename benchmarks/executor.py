@@ -1,7 +1,7 @@
 """What our executor costs beside torch.distributed.pipelining's: `python -m benchmarks.executor`.
 
-Two processes on the CPU, one pipeline stage each (two with the interleaved schedule), over gloo. In
-one run and in turn, both executors run the same stage modules on the same micro-batches: see
+Two processes on the CPU (or `--ranks`), one or two pipeline stages each, over gloo. In one run and
+in turn, both executors run the same stage modules on the same micro-batches: see
 `benchmarks.contest`, which also checks that both leave the same gradients.
 
 Own cost (a model that computes next to nothing): processor time of a step, less that of a plain
@@ -16,25 +16,29 @@ Step time (8 transformer blocks of hidden size 512, 16 sequences of 128 tokens):
 `execute_schedule` and of torch's `step`, per rank, medians; and the processor time of the same
 steps, which other work on the machine disturbs less.
 
+Idle: the part of a step of ours in which the ranks compute nothing, by the recorded timeline, and
+the same step simulated with the median times of its stages. Where there are more ranks than cores,
+computes wait for each other's cores, and neither this nor the step time says much.
+
 Other work on the machine only ever adds: where it is busy, the lower quartile says more than the
 median.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any
+from statistics import mean, median, quantiles
+from typing import TypeVar
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, launch, make_console, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, save_json
 from benchmarks.contest import (
     SCHEDULES,
     Contest,
@@ -44,8 +48,10 @@ from benchmarks.contest import (
     measure,
     transformer,
 )
+from ilm_compile.schedule import Action, Kind, StageTimes, build, simulate
+from ilm_compile.schedule.simulate import Span
 
-NUM_RANKS = 2
+T = TypeVar("T")
 CONTESTANTS = {"theirs": "torch", "ours": "ours", "ours_whole": "ours, whole"}
 
 
@@ -72,13 +78,14 @@ class Figure:
         return cls(schedule, rank, contestant, clock, median(samples), lower, upper)
 
 
-def own_cost_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Figure]:
+Timeline = dict[Action, Span]  # the computes of one rank in one step
+
+
+def own_cost_on_rank(contest: Contest, schedule: str, repeats: int) -> list[Figure]:
     """The processor seconds per micro-batch that each contestant adds to the plain loop."""
-    contest = Contest(workload, schedule)
-    contest.check_equal()
     times = measure(contest, [*CONTESTANTS, "loop"], repeats)
     rank = contest.parallel.mesh.rank
-    return figures_against_loop(times, schedule, rank, workload.num_microbatches)
+    return figures_against_loop(times, schedule, rank, contest.num_microbatches)
 
 
 def figures_against_loop(
@@ -94,27 +101,76 @@ def figures_against_loop(
     return figures
 
 
-def step_time_on_rank(workload: Workload, schedule: str, repeats: int) -> list[Figure]:
-    """The seconds of a whole step by either clock, ours through `execute_schedule`."""
-    contest = Contest(workload, schedule)
-    contest.check_equal()
+def step_time_on_rank(
+    contest: Contest, schedule: str, repeats: int
+) -> tuple[list[Figure], list[Timeline]]:
+    """The seconds of a whole step by either clock, ours through `execute_schedule`, and timelines
+    of as many steps of our executor."""
     rank = contest.parallel.mesh.rank
     times = measure(contest, ["theirs", "ours_whole"], repeats)
-    return [
+    figures = [
         Figure.of(schedule, rank, name, clock, [getattr(time, clock) for time in steps])
         for clock in ("wall", "cpu")
         for name, steps in times.items()
     ]
+    timelines = []
+    for _ in range(repeats):
+        contest.zero_grad()
+        dist.barrier()
+        timelines.append(contest.timeline())
+    return figures, timelines
 
 
-def collect(function: Any, workload: Workload, repeats: int) -> list[Figure]:
-    """The figures of all schedules and ranks."""
-    return [
-        figure
-        for schedule in SCHEDULES
-        for figures in launch(function, NUM_RANKS, workload, schedule, repeats)
-        for figure in figures
+def on_rank(
+    function: Callable[[Contest, str, int], T], workload: Workload, repeats: int
+) -> list[T]:
+    """What `function` finds for each schedule, after a look that both executors do the same."""
+    found = []
+    for schedule in SCHEDULES:
+        contest = Contest(workload, schedule)
+        contest.check_equal()
+        found.append(function(contest, schedule, repeats))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Seconds of a step from the first to the last compute of the longest rank, and the part of it
+    in which the ranks compute nothing: medians of what was measured, and simulated."""
+
+    schedule: str
+    step: float
+    idle: float
+    simulated_step: float
+    simulated_idle: float
+
+
+def idle(name: str, ranks: Sequence[Sequence[Timeline]], num_microbatches: int) -> Idle:
+    """What the steps of all ranks come to, which are lists of equal length."""
+    steps, idles = [], []
+    for spans in zip(*ranks, strict=True):
+        longest = max(
+            max(s.stop for s in r.values()) - min(s.start for s in r.values()) for r in spans
+        )
+        busy = mean(sum(span.stop - span.start for span in r.values()) for r in spans)
+        steps.append(longest)
+        idles.append(1 - busy / longest)
+    took: dict[tuple[int, Kind], list[float]] = defaultdict(list)
+    for action, span in (each for rank in ranks for step in rank for each in step.items()):
+        took[action.stage, action.kind].append(span.stop - span.start)
+    chunks = SCHEDULES[name][1]
+    schedule = build(name, pp=len(ranks), num_microbatches=num_microbatches, num_chunks=chunks)
+    middle = {key: median(seconds) for key, seconds in took.items()}
+    times = [
+        StageTimes(
+            forward=middle[stage, Kind.F],
+            backward=middle[stage, Kind.B],
+            weight=middle.get((stage, Kind.W), 0.0),
+        )
+        for stage in range(schedule.num_stages)
     ]
+    found = simulate(schedule, times)
+    return Idle(name, median(steps), median(idles), found.cost, mean(found.bubbles))
 
 
 def show(figures: Sequence[Figure], title: str, console: Console) -> None:
@@ -141,11 +197,23 @@ def show(figures: Sequence[Figure], title: str, console: Console) -> None:
     console.print(table)
 
 
+def show_idle(found: Sequence[Idle], console: Console) -> None:
+    """Print what was measured beside what is simulated."""
+    table = Table(title="Idle part of a step, ours, all ranks")
+    for column in ("schedule", "step ms", "simulated", "idle", "simulated"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for each in found:
+        times = (f"{1e3 * seconds:.1f}" for seconds in (each.step, each.simulated_step))
+        parts = (f"{part:.1%}" for part in (each.idle, each.simulated_idle))
+        table.add_row(each.schedule, *times, *parts)
+    console.print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.executor", description=__doc__)
-    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("executor", __doc__)
     parser.add_argument("--repeats", type=int, default=80, help="measured steps, own cost")
     parser.add_argument("--step-repeats", type=int, default=10, help="measured steps, step time")
+    parser.add_argument("--ranks", type=int, default=2, help="processes, one pipeline rank each")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
     date = datetime.now(UTC).date().isoformat()
@@ -153,12 +221,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = make_console()
 
     smallest = Workload(make_model=SmallestModel, rows=1, seq_len=16)
-    own = collect(own_cost_on_rank, smallest, options.repeats)
+    found = launch(on_rank, options.ranks, own_cost_on_rank, smallest, options.repeats)
+    own = [figure for by_rank in zip(*found, strict=True) for each in by_rank for figure in each]
     show(own, "Own cost per rank and micro-batch", console)
     real = Workload(make_model=transformer, rows=2, seq_len=128)
-    steps = collect(step_time_on_rank, real, options.step_repeats)
+    found = launch(on_rank, options.ranks, step_time_on_rank, real, options.step_repeats)
+    steps, idles = [], []
+    for schedule, by_rank in zip(SCHEDULES, zip(*found, strict=True), strict=True):
+        steps += [figure for figures, _ in by_rank for figure in figures]
+        timelines = [timelines for _, timelines in by_rank]
+        idles.append(idle(schedule, timelines, real.num_microbatches))
     show(steps, "Step time: hidden 512, 8 blocks, 16 x 128 tokens, 8 micro-batches", console)
-    save_json(output, {"own_cost_s": own, "step_time_s": steps})
+    show_idle(idles, console)
+    save_json(output, {"own_cost_s": own, "step_time_s": steps, "idle": idles})
     console.print(f"written to {output}")
 
 

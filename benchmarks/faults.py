@@ -26,7 +26,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.common import RESULTS, make_console, save_json
+from benchmarks.common import RESULTS, make_console, make_parser, save_json
 from benchmarks.fault_job import INJECTED, Fault
 from benchmarks.fault_kinds import (
     DATA,
@@ -119,7 +119,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser("faults", __doc__)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="faults whose name has a WORD")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,6 @@ rows that no formula explains; bounds are what the physics allows. Deterministic
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
 
+from benchmarks.common import make_parser
 from benchmarks.step_errors import Errors, error_table, regret
 from benchmarks.step_rows import Step, read_rows, read_step
 from ilm_compile.cost.constants import AMPERE, HOPPER, SOFTWARE
@@ -162,7 +162,7 @@ def unfitted(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("fit_costs", __doc__)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--held-out", action="store_true", help="errors on rows not fitted, too")
     options = parser.parse_args(arguments)

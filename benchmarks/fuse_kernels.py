@@ -16,7 +16,6 @@ width, for tp=2 and for tp=2, pp=2.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from benchmarks.common import (
     RESULTS,
     make_console,
     make_model,
+    make_parser,
     random_batch,
     save_json,
 )
@@ -222,11 +222,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.fuse_kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("fuse_kernels", __doc__)
     parser.add_argument("--only", action="append", help="name of a model; may be repeated")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -13,7 +13,6 @@ prefetch           asynchronous copies (cp.async) of a pipelined loop
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ import triton
 from rich.table import Table
 
 from benchmarks.ahead_of_time import Report, compile_kernels
-from benchmarks.common import RESULTS, make_console, save_json
+from benchmarks.common import RESULTS, make_console, make_parser, save_json
 from benchmarks.kernel_samples import SAMPLES
 
 ARCHITECTURES = (80, 90, 100)
@@ -74,8 +73,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=True)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = make_parser("kernel_aot", __doc__)
     parser.add_argument("--only", choices=SAMPLES, nargs="*", default=list(SAMPLES))
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, help="80, 90, 100")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_aot.json")

@@ -7,7 +7,6 @@ python -m benchmarks.kernels --plot    curves too: a PNG of each op, beside the 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, make_console
+from benchmarks.common import RESULTS, make_console, make_parser
 from benchmarks.kernel_plots import plot_op
 from ilm_compile.errors import IlmCompileError
 
@@ -101,11 +100,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("kernels", __doc__)
     parser.add_argument("json", nargs="?", type=Path, help="of benchmarks.gpu.run_all")
     parser.add_argument("--plot", action="store_true", help="write curves")
     parser.add_argument(

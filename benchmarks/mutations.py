@@ -35,7 +35,7 @@ import torch
 from rich.table import Table
 
 import ilm_compile
-from benchmarks.common import RESULTS, make_console, save_json
+from benchmarks.common import RESULTS, make_console, make_parser, save_json
 from benchmarks.mutation_cases import CASES, make_trial
 from benchmarks.torch_schedules import refusal
 from ilm_compile.proof import mutate_schedule
@@ -235,11 +235,7 @@ def _row(item: Judged) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.mutations",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("mutations", __doc__)
     parser.add_argument("--limit", type=int, default=1, help="mutants of a kind in a case (1)")
     parser.add_argument("--only", action="append", choices=CASES, help="a model; may be repeated")
     parser.add_argument("--processes", type=int, default=2)

@@ -8,7 +8,6 @@ median of many rounds in turn, forward alone and with backward; ratios are to th
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import RESULTS, make_console, save_json
+from benchmarks.common import RESULTS, make_console, make_parser, save_json
 from ilm_compile.kernels.library import differentiable
 
 SCHEMA = "(Tensor x, Tensor weight, float eps, bool cast=False, float offset=0.0) -> Tensor"
@@ -117,7 +116,7 @@ def measure(*, rounds: int = 30, calls: int = 200) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("op_host_cost", __doc__)
     parser.add_argument("--rounds", type=int, default=30)
     rows = measure(rounds=parser.parse_args().rounds)
     table = Table("way", "forward us", "x", "with backward us", "x")

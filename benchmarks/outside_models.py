@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import ilm_compile
-from benchmarks.common import RESULTS, circumstances, save_json
+from benchmarks.common import RESULTS, circumstances, make_parser, save_json
 from benchmarks.outside import MODELS, Outside, entry_of
 from benchmarks.outside.table import (
     HEADINGS,
@@ -111,11 +111,7 @@ def _train(world: World, name: str, layout: str) -> Trained:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.outside_models",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("outside_models", __doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="models of the table")
     parser.add_argument("--layout", default="", help="another plan for all, by its name")
     parser.add_argument("--no-proof", action="store_true", help="partition and train only")

@@ -9,7 +9,6 @@ what an idle one would need.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import time
@@ -28,7 +27,7 @@ from rich.table import Table
 from torch import nn
 
 import ilm_compile.partitioning
-from benchmarks.common import RESULTS, make_console, make_model, save_json
+from benchmarks.common import RESULTS, make_console, make_model, make_parser, save_json
 from ilm_compile.passes import shard
 
 SEQ = 4096
@@ -175,8 +174,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.partition_time", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = make_parser("partition_time", __doc__)
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
     context = multiprocessing.get_context("spawn")

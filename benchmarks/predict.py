@@ -8,7 +8,6 @@ is 1. With --errors, what rows say of their measured time and memory is compared
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import sys
@@ -18,6 +17,7 @@ from statistics import median
 
 from rich.console import Console
 
+from benchmarks.common import make_parser
 from benchmarks.step_errors import Errors, error_table, regret
 from benchmarks.step_rows import RowError, Step, read_rows, read_step
 from ilm_compile.cost.step_memory import step_memory
@@ -36,7 +36,7 @@ def predict(step: Step) -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 0, or 1 if no row could be read."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("predict", __doc__)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.csv")
     parser.add_argument("--errors", action="store_true", help="compare with what was measured")

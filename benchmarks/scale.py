@@ -9,7 +9,6 @@ given a share. Whatever grows with the world is marked.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -29,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.common import RESULTS, make_console, make_model, save_json
+from benchmarks.common import RESULTS, make_console, make_model, make_parser, save_json
 from ilm_compile import partition
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import LoweredProgram
@@ -271,7 +270,7 @@ def growing(rows: Sequence[dict[str, Any]], *, tolerance: float = 0.05) -> list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save; 1 if something grows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("scale", __doc__)
     parser.add_argument("--worlds", type=int, nargs="+", default=list(WORLDS))
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     options = parser.parse_args(arguments)

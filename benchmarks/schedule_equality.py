@@ -5,11 +5,12 @@ and 4, all ranks emulated in one process, with recompute, for pp 8. Each row tel
 
 loss, gradient    largest relative error against one device in float64, casts to float32 promoted
 runs, planned     executions of blocks (the parts into which stages cut them) on all ranks, counted,
-                  and what they should be: one for each micro-batch, one more where it is recomputed
+                  and what they should be: one for each micro-batch, one more where all of it is
+                  recomputed
 bits              of loss and gradients in float32, as a hash: those of 1F1B on as many stages of
                   the pipeline, where no tensor parallelism adds them up otherwise
 
-FILE keeps what was measured: a further run goes on with what is missing in it.
+The output keeps what was measured: a further run goes on with what is missing in it or failed.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "schedule_equality.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = [Row(**saved) for saved in read_rows(options.output)]
+    rows = [row for saved in read_rows(options.output) if not (row := Row(**saved)).failure]
     start = time.perf_counter()
     for row in measure_all({row.plan for row in rows}):
         seconds, start = time.perf_counter() - start, time.perf_counter()

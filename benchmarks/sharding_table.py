@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, read_rows, save_json
+from benchmarks.common import RESULTS, make_parser, read_rows, save_json
 from ilm_compile.partitioning import partition
 from ilm_compile.program.trace import trace
 from tests.support.coverage import (
@@ -98,11 +98,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.sharding_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("sharding_table", __doc__)
     known = [*LISTED, *EXPERTS_LISTED]
     parser.add_argument("--only", action="append", choices=known, help="may be repeated")
     parser.add_argument("--output", type=Path, default=RESULTS / "sharding_table.json")

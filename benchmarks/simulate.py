@@ -16,7 +16,6 @@ its last. That is the makespan, except where the rank that ends last also began 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
@@ -24,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import make_parser
 from ilm_compile.errors import ScheduleError
 from ilm_compile.files import write_text
 from ilm_compile.schedule import Schedule, StageTimes, build, known_schedules, simulate
@@ -166,11 +166,7 @@ def bubble_rate(row: Row, schedule: Schedule) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.simulate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("simulate", __doc__)
     parser.add_argument("rows", type=Path, metavar="ROWS.csv")
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.csv")
     options = parser.parse_args(arguments)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.common import RESULTS, THREADS, make_console, save_json
+from benchmarks.common import RESULTS, THREADS, make_console, make_parser, save_json
 from benchmarks.source_mutants import STEP_MUTANTS, SourceMutant
 from benchmarks.source_mutants_state import STATE_MUTANTS
 from benchmarks.source_mutants_update import UPDATE_MUTANTS
@@ -165,11 +165,7 @@ def table_of(fates: Sequence[Fate]) -> Table:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.source_mutations",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("source_mutations", __doc__)
     parser.add_argument("--only", default="", help="only files whose name holds this")
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args(arguments)

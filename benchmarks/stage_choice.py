@@ -9,7 +9,6 @@ with the same seconds and bytes of every block, under the same memory. Nothing i
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 import ilm_compile
-from benchmarks.common import RESULTS, make_console, make_model, save_json
+from benchmarks.common import RESULTS, make_console, make_model, make_parser, save_json
 from benchmarks.partition_time import SEQ, internlm2_7b, llama_70b
 from ilm_compile.cost import HARDWARE
 from ilm_compile.passes import ChooseStages, order_passes, run_passes
@@ -30,7 +29,7 @@ from ilm_compile.program.copy import copy_program
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.node_cost import step_seconds
 from ilm_compile.rewrite.parameter_free import parameter_free_nodes
-from ilm_compile.rewrite.stage_choice import Chooser, StageChoice
+from ilm_compile.rewrite.stage_choice import WHOLE, Chooser, StageChoice
 
 GIB = 2**30
 
@@ -107,7 +106,7 @@ def uniform(chooser: Chooser, begins: Sequence[int]) -> StageChoice:
     ]
     most = max(map(len, regions))
     choices = (
-        chooser.with_recompute(cuts, frozenset(r for own in regions for r in own[:count]))
+        chooser.with_ways(cuts, {r: WHOLE for own in regions for r in own[:count]})
         for count in range(most + 1)
     )
     for choice in choices:
@@ -147,8 +146,7 @@ def _row(choice: StageChoice) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.stage_choice", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = make_parser("stage_choice", __doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "stage_choice.json")
     options = parser.parse_args(arguments)
     rows = [row for case in CASES for row in measure(case)]

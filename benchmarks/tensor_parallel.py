@@ -21,7 +21,6 @@ is that of the first rank's process, all threads, so that waiting for the other 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, launch, make_console, random_batch, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
 from benchmarks.tensor_parallel_contest import CONTESTANTS, VOCAB, Contestant, Size
 from ilm_compile.errors import IlmCompileError
 
@@ -188,8 +187,7 @@ def show(figures: Sequence[Figure], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.tensor_parallel", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = make_parser("tensor_parallel", __doc__)
     parser.add_argument("--sizes", type=int, nargs="*", help="indices of the sizes to measure")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)

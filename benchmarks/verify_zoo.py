@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import ilm_compile
-from benchmarks.common import RESULTS, save_json
+from benchmarks.common import RESULTS, make_parser, save_json
 from tests.support.zoo import LISTED, full_model
 
 LAYERS = 8
@@ -59,11 +59,7 @@ def prove(name: str, plan: str) -> Cell:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.verify_zoo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("verify_zoo", __doc__)
     parser.add_argument("--only", action="append", help="name of a model; may be repeated")
     return parser.parse_args(arguments)
 

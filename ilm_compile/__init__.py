@@ -14,6 +14,7 @@ from ilm_compile.errors import ProgramError as ProgramError
 from ilm_compile.errors import ScheduleError as ScheduleError
 from ilm_compile.errors import TraceError as TraceError
 from ilm_compile.errors import VerificationError as VerificationError
+from ilm_compile.internevo.known import make_known
 from ilm_compile.models import MODEL_INITIALIZER as MODEL_INITIALIZER
 from ilm_compile.partitioning import compile as compile
 from ilm_compile.partitioning import make_plan as make_plan
@@ -40,4 +41,5 @@ from ilm_compile.training import initialize_optimizer as initialize_optimizer
 from ilm_compile.training import initialize_trainer as initialize_trainer
 from ilm_compile.training import train as train
 
+make_known()
 __version__ = "0.2.0"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ilm_compile.automatic import automatic_plans, first_compiled
-from ilm_compile.cost import forward_flops_by_region, model_flops, saved_bytes
+from ilm_compile.cost import forward_flops_by_region, model_flops, region_bytes
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes.standard import plan_passes, settle_kernels, with_passes
@@ -156,7 +156,7 @@ def _compile(program: Program, plan: Plan, how: Rewriting, like: Program | None 
     )
     marked = [index for index, region in enumerate(program.regions) if region.recompute]
     program.recomputed_flops = sum(forward[index] for index in marked)
-    program.saved_bytes = saved_bytes
+    program.region_bytes = region_bytes
     return program
 
 

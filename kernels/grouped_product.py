@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.library import as_written
+from ilm_compile.kernels.library import as_written, differentiable
 
 torch.library.define("ilm::grouped_product", "(Tensor rows, Tensor weights, Tensor offs) -> Tensor")
 torch.library.define(
@@ -114,4 +114,4 @@ for _device in ("cpu", "cuda"):
     torch.library.impl("ilm::grouped_product_backward", _device, as_written(_backward))
 torch.library.register_fake("ilm::grouped_product", _forward_fake)
 torch.library.register_fake("ilm::grouped_product_backward", _backward_fake)
-torch.library.register_autograd("ilm::grouped_product", _differentiate, setup_context=_save_inputs)
+differentiable("ilm::grouped_product", _save_inputs, _differentiate)

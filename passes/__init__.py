@@ -19,6 +19,7 @@ from ilm_compile.passes.manager import order_passes as order_passes
 from ilm_compile.passes.manager import run_passes as run_passes
 from ilm_compile.passes.master_weights import MasterWeights as MasterWeights
 from ilm_compile.passes.pipeline_split import PipelineSplit as PipelineSplit
+from ilm_compile.passes.selective_recompute import SelectiveRecompute as SelectiveRecompute
 from ilm_compile.passes.shard import Shard as Shard
 from ilm_compile.passes.split_backward import SplitBackward as SplitBackward
 from ilm_compile.passes.stage_choice import ChooseStages as ChooseStages

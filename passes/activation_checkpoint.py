@@ -19,14 +19,16 @@ class ActivationCheckpoint(Pass):
     """Mark a `fraction` of the transformer blocks for recompute (True: all, False: none).
 
     The marked blocks are spread evenly over the depth, so that each pipeline stage gets its share.
-    What lies before and after the blocks is never recomputed. Preserves numerics bit for bit: the
-    random state is restored for blocks with dropout.
+    What lies before and after the blocks is never recomputed. selective: they are marked for
+    `SelectiveRecompute`, which runs again what is cheap of them. Preserves numerics
+    bit for bit: the random state is restored for blocks with dropout.
     """
 
     name: ClassVar[str] = "activation-checkpoint"
     ensures: ClassVar[frozenset[str]] = frozenset({"checkpointed"})
 
     fraction: bool | float
+    selective: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
@@ -39,10 +41,13 @@ class ActivationCheckpoint(Pass):
         blocks = [index for index, region in enumerate(program.regions) if region.is_block]
         marked = [index for i, index in enumerate(blocks) if self._quota(i + 1) > self._quota(i)]
         for index in marked:
-            program.regions[index] = replace(program.regions[index], recompute=True)
+            program.regions[index] = replace(
+                program.regions[index], recompute=not self.selective, selective=self.selective
+            )
+        part = ", in part" if self.selective else ""
         program.decisions.append(
-            f"{self.name}: {len(marked)} of {len(blocks)} blocks are computed again in backward "
-            f"(fraction {float(self.fraction):g})"
+            f"{self.name}: {len(marked)} of {len(blocks)} blocks are computed again in backward"
+            f"{part} (fraction {float(self.fraction):g})"
         )
 
     def _quota(self, num_blocks: int) -> int:

@@ -47,6 +47,7 @@ class FuseResidual(Pass):
     after: ClassVar[frozenset[str]] = frozenset(
         {"fused", "sharded", "cast", "checkpointed", "split"}
     )
+    ensures: ClassVar[frozenset[str]] = frozenset({"residuals"})
     numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
     tolerance: ClassVar[float] = 2e-3
 
@@ -83,7 +84,8 @@ def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
     if total.meta.get("stage") != norm.meta.get("stage"):
         return "its norm begins the next stage, which would receive two values and not their sum"
     here, there = total.meta["region"], norm.meta["region"]
-    if here != there and program.regions[there].recompute:
+    next_one = program.regions[there]
+    if here != there and (next_one.recompute or next_one.selective):
         return "its norm begins a recomputed block, which would keep two values and not their sum"
     return None
 

@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-
-import networkx as nx
+from graphlib import CycleError, TopologicalSorter
 
 from ilm_compile.errors import PlanError, ProgramError
 from ilm_compile.passes.base import Pass
@@ -135,30 +134,36 @@ def order_passes(passes: Sequence[Pass], facts: Set[str] = frozenset()) -> list[
         names = sorted(step.name for step in passes)
         twice = sorted({name for name in names if names.count(name) > 1})
         raise PlanError(f"passes: expected each pass once, got {twice} twice; keep one of each")
-    graph = nx.DiGraph()
-    graph.add_nodes_from(positions)
+    earlier: dict[str, list[str]] = {name: [] for name in positions}
     for step in passes:
         for fact in sorted(step.requires | step.after):
             providers = [other.name for other in passes if fact in other.ensures]
             if not providers and fact in step.requires - facts:
                 raise PlanError(_unmet(step, fact))
-            graph.add_edges_from((name, step.name) for name in providers if name != step.name)
+            earlier[step.name] += (name for name in providers if name != step.name)
         if late := sorted(step.before & facts):
             raise PlanError(
                 f"passes: {step.name} must run before {late}, which the program is already; give "
                 "it to the same partition() or run_passes() as the pass that ensures it"
             )
-        followers = [other.name for other in passes if step.before & other.ensures]
-        graph.add_edges_from((step.name, name) for name in followers)
+        for other in passes:
+            if step.before & other.ensures:
+                earlier[other.name].append(step.name)
+    order = TopologicalSorter(earlier)
     try:
-        names = list(nx.lexicographical_topological_sort(graph, key=positions.__getitem__))
-    except nx.NetworkXUnfeasible:
-        circle = [edge[0] for edge in nx.find_cycle(graph)]
+        order.prepare()
+    except CycleError as error:
         raise PlanError(
-            f"passes: {' -> '.join([*circle, circle[0]])} need each other in a circle; "
+            f"passes: {' -> '.join(error.args[1])} need each other in a circle; "
             "remove one of these requirements"
         ) from None
-    return [passes[positions[name]] for name in names]
+    found: list[Pass] = []
+    ready: list[int] = []
+    while order.is_active():
+        ready = sorted([*ready, *(positions[name] for name in order.get_ready())])
+        found.append(passes[ready.pop(0)])
+        order.done(found[-1].name)
+    return found
 
 
 def _enabled(passes: Sequence[Pass], disable: Collection[str]) -> list[Pass]:

@@ -13,7 +13,7 @@ from ilm_compile.errors import PlanError
 from ilm_compile.passes.pipeline_split import PipelineSplit
 from ilm_compile.program.byte_sizes import shown_bytes
 from ilm_compile.program.program import Program
-from ilm_compile.rewrite.stage_choice import Chooser, StageChoice
+from ilm_compile.rewrite.stage_choice import IN_PART, WHOLE, Chooser, StageChoice
 from ilm_compile.rewrite.stage_units import stage_units
 from ilm_compile.schedule import build
 
@@ -52,8 +52,10 @@ class ChooseStages(PipelineSplit):
                 f"block recomputed, and has {shown_bytes(self.usable)}; divide the model further "
                 "(tp, pp, zero=3 over dp), or make the micro-batch smaller"
             )
-        for index in found.recomputed:
-            program.regions[index] = replace(program.regions[index], recompute=True)
+        for index, way in found.ways.items():
+            program.regions[index] = replace(
+                program.regions[index], recompute=way == WHOLE, selective=way == IN_PART
+            )
         seconds[:] = self._seconds(program, calls)
         self._tell(program, found)
         return [edges[unit] for unit in found.cuts]
@@ -78,8 +80,9 @@ class ChooseStages(PipelineSplit):
         blocks = [region.name for region in program.regions if region.is_block]
         program.decisions.append(
             f"{self.name}: {len(found.recomputed)} of {len(blocks)} blocks are computed again in "
-            f"backward, so that each rank stays within {shown_bytes(self.usable)}; the simulated "
-            f"step takes {found.seconds * 1e3:.3f} ms"
+            f"backward, {list(found.ways.values()).count(IN_PART)} of them in part, so that each "
+            f"rank stays within {shown_bytes(self.usable)}; the simulated step takes "
+            f"{found.seconds * 1e3:.3f} ms"
         )
         peaks = ", ".join(map(shown_bytes, found.peaks))
         program.decisions.append(f"{self.name}: predicted peaks of the pipeline ranks: {peaks}")

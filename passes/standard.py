@@ -19,11 +19,12 @@ from ilm_compile.passes.fuse_residual import FuseResidual
 from ilm_compile.passes.interleave import Interleave
 from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.passes.pipeline_split import PipelineSplit
+from ilm_compile.passes.selective_recompute import SelectiveRecompute
 from ilm_compile.passes.split_backward import SplitBackward
 from ilm_compile.passes.stage_choice import ChooseStages
 from ilm_compile.passes.tensor_parallel import TensorParallel
 from ilm_compile.passes.text import name_in, read_pass
-from ilm_compile.program.plan import AUTO, Plan
+from ilm_compile.program.plan import AUTO, SELECTIVE, Plan
 from ilm_compile.program.program import Program
 from ilm_compile.schedule import schedule_of
 
@@ -120,12 +121,16 @@ def standard_passes(plan: Plan) -> list[Pass]:
         )
     else:
         passes += [
-            ActivationCheckpoint(fraction=float(plan.checkpoint)),
+            ActivationCheckpoint(fraction=float(plan.checkpoint))
+            if plan.checkpoint != SELECTIVE
+            else ActivationCheckpoint(fraction=True, selective=True),
             PipelineSplit(num_stages=plan.num_stages, hardware=plan.hardware),
         ]
     passes += [
         Interleave(pp=plan.pp, num_chunks=plan.num_chunks, schedule=plan.schedule),
     ]
+    if plan.checkpoint in (AUTO, SELECTIVE):
+        passes.append(SelectiveRecompute())
     if schedule_of(plan).splits_backwards:
         passes.append(SplitBackward())
     return passes

@@ -44,6 +44,7 @@ def alone():
         ({"tp": 2, "num_microbatches": 4}, 1),
         ({"tp": 4, "num_microbatches": 4, "sequence_parallel": True, "checkpoint": True}, 1),
         ({"pp": 2, "num_microbatches": 2, "checkpoint": 0.5}, 2),
+        ({"tp": 2, "num_microbatches": 4, "checkpoint": "selective"}, 1),
         ({"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 4}, 1),
         (
             {

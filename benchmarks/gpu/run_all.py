@@ -10,7 +10,6 @@ after every section, so that a run that is cut short keeps what it had.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import signal
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.common import RESULTS, make_console, save_json
+from benchmarks.common import RESULTS, make_console, make_parser, save_json
 from benchmarks.gpu import (
     bandwidth,
     blocks,
@@ -141,11 +140,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.gpu.run_all",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("gpu.run_all", __doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, no tests")
     which = parser.add_mutually_exclusive_group()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ilm_compile.errors import PlanError
 from ilm_compile.partitioning import make_plan
-from ilm_compile.program.plan import AUTO, Plan
+from ilm_compile.program.plan import AUTO, SELECTIVE, Plan
 from ilm_compile.schedule import known_schedules
 
 
@@ -23,7 +23,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--embed-split-hidden", action=argparse.BooleanOptionalAction)
     plan.add_argument("--dispatch", action=argparse.BooleanOptionalAction)
     plan.add_argument(
-        "--checkpoint", type=_fraction, metavar="FRACTION", help="of the blocks, or auto"
+        "--checkpoint",
+        type=_fraction,
+        metavar="FRACTION",
+        help="of the blocks, or selective, or auto",
     )
     plan.add_argument("--memory", metavar="BYTES", help="that --checkpoint auto keeps to: 80GiB")
     plan.add_argument("--kernels", help="auto, triton or torch: fused ops, or none")
@@ -32,7 +35,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fraction(text: str) -> float | str:
-    return text if text == AUTO else float(text)
+    return text if text in (AUTO, SELECTIVE) else float(text)
 
 
 def read_plan(options: argparse.Namespace, start: Plan | None = None) -> Plan:

@@ -1,7 +1,6 @@
-"""Config files: TOML and InternEvo's Python-style files, read without running code, and checked.
+"""Config files: TOML and those of a `Dialect`, read without running code, and checked.
 
-`load_config` -> `Config`, a tree of frozen dataclasses; `schema.py` lists every key, `internlm.py`
-every key of InternEvo and what becomes of it.
+`load_config` -> `Config`, a tree of frozen dataclasses; `schema.py` lists every key.
 """
 
 from ilm_compile.config.config import Config as Config

@@ -61,8 +61,11 @@ class ParallelOptions:
     zero: int = option(1, "1: shard optimizer state over dp; 3: parameters too", choices=(1, 3))
     sequence_parallel: bool | None = option(None, "decided by cost if left out")
     embed_split_hidden: bool | None = option(None, "embedding cut by hidden size; by cost")
-    checkpoint: bool | float | Literal["auto"] = option(
-        False, "fraction of blocks that recompute; 'auto': as few as make it fit", low=0, high=1
+    checkpoint: bool | float | Literal["selective", "auto"] = option(
+        False,
+        "fraction of blocks that recompute; 'selective': all, what is cheap; 'auto': what must be",
+        low=0,
+        high=1,
     )
     memory: str | None = option(None, "with checkpoint = 'auto': what a rank may fill, as '80GiB'")
     check_memory: bool = option(True, "refuse at start what the memory of a device cannot hold")
@@ -253,7 +256,7 @@ class ProfilerOptions:
     every: int = option(0, "steps from one window to the next; 0: only one window", low=0)
     with_stack: bool = option(False, "the Python stack of every op too")
     memory: bool = option(True, "memory by module as HTML, of the first step of the first window")
-    timeline: bool = option(True, "that step's pipeline as SVG, beside the schedule planned")
+    timeline: bool = option(True, "that step's pipeline as SVG, below that planned and simulated")
 
 
 SECTIONS: dict[str, Any] = {

@@ -17,8 +17,6 @@ from ilm_compile.convert.hf_model import (
     with_tied,
     write_folder,
 )
-from ilm_compile.convert.internlm_files import InternLMFiles
-from ilm_compile.convert.internlm_rules import choose_rules, split_shapes
 from ilm_compile.convert.rewrite import Joined, Split, check_shapes
 from ilm_compile.convert.safetensors_files import SafetensorsFiles
 from ilm_compile.convert.settings import check_hf_config, check_saved_config
@@ -36,13 +34,14 @@ class Format:
     """open: the files at a path, in the format's names. rules: from those to the model's names.
 
     Without rules the names are the model's. choose: the rules of a format of several kinds, by the
-    model and what was opened. open raises where settings beside the weights are of another model,
-    other than in the keys given.
+    model and what was opened. check: raises for a model that has no such files. open raises where
+    settings beside the weights are of another model, other than in the keys given.
     """
 
     open: Callable[[nn.Module, Path, Collection[str]], Source]
     rules: Rules | None = None
     choose: Callable[[nn.Module, Source], Rules | None] | None = None
+    check: Rules | None = None
     is_written: bool = True
 
 
@@ -104,8 +103,8 @@ def check_formats(model: nn.Module, source: str, target: str) -> None:
     for rules in (_format(source).rules, _format(target).rules):
         if rules is not None:
             rules(model)
-    if source == "internlm":
-        _llama_rules(model)
+    if (check := _format(source).check) is not None:
+        check(model)
 
 
 def _format(name: str) -> Format:
@@ -131,19 +130,15 @@ def _open_own(model: nn.Module, path: Path, allow_change: Collection[str]) -> So
     return with_tied(model, files)
 
 
-def _open_internlm(model: nn.Module, path: Path, _: Collection[str]) -> Source:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return InternLMFiles(path, shapes | split_shapes(model))
-
-
 def _which_hf(model: nn.Module, source: Source) -> Rules | None:
     """Llama's names or those of the hub's InternLM2, told apart by the embedding's."""
     if folder_of(model) is not None:
         return None
-    return _hub_rules if "model.tok_embeddings.weight" in source.specs() else _llama_rules
+    return _hub_rules if "model.tok_embeddings.weight" in source.specs() else llama_rules
 
 
-def _llama_rules(model: nn.Module) -> list[Rule]:
+def llama_rules(model: nn.Module) -> list[Rule]:
+    """Return the rules of hf-llama; raises `IlmCompileError` for a model that is not InternLM's."""
     if not isinstance(model, InternLM | InternLM2):
         raise IlmCompileError(
             f"convert: expected an InternLM or InternLM2, got {type(model).__name__}"
@@ -160,12 +155,10 @@ def _hub_rules(model: nn.Module) -> list[Rule]:
     return hf_internlm2_rules(model)
 
 
+# `ilm_compile.internevo` adds InternEvo's.
 FORMATS: dict[str, Format] = {
     "ilm": Format(_open_own),
     "hf": Format(_open_hf, choose=_which_hf),
-    "hf-llama": Format(_open_hf, rules=_llama_rules),
+    "hf-llama": Format(_open_hf, rules=llama_rules),
     "hf-internlm2": Format(_open_hf, rules=_hub_rules),
-    "internlm": Format(
-        _open_internlm, choose=lambda _, source: choose_rules(source), is_written=False
-    ),
 }

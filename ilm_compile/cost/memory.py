@@ -32,10 +32,25 @@ def held_bytes(program: Program, node: fx.Node) -> float:
 
     Itself, its gradient and Adam's state, under the plan's dp and zero; 0 for what is not trained.
     """
-    variable, value = program.variables[str(node.target)], node.meta["val"]
-    if not (variable.is_parameter and variable.requires_grad):
-        return 0.0
-    plan = program.plan
-    shared = (plan.dp or 1) * prod(plan.axes[axis] for axis in TOKEN_AXES)
-    each = static_bytes_per_parameter(value.dtype, dp=shared, zero=plan.zero)
-    return float(value.numel() * each)
+    each: float = static_bytes_per_parameter(
+        node.meta["val"].dtype, dp=_sharing(program), zero=program.plan.zero
+    )
+    return float(_trained_elements(program, node) * each)
+
+
+def gradient_bytes(program: Program, node: fx.Node) -> float:
+    """Return what of `held_bytes` is the gradient, which the first backward of a step makes."""
+    each: int = max(node.meta["val"].dtype.itemsize, torch.float32.itemsize)
+    shards = _sharing(program) if program.plan.zero == 3 else 1
+    return _trained_elements(program, node) * each / shards
+
+
+def _sharing(program: Program) -> int:
+    """The ranks that share the state of a parameter."""
+    return (program.plan.dp or 1) * prod(program.plan.axes[axis] for axis in TOKEN_AXES)
+
+
+def _trained_elements(program: Program, node: fx.Node) -> int:
+    variable = program.variables[str(node.target)]
+    is_trained = variable.is_parameter and variable.requires_grad
+    return int(node.meta["val"].numel()) if is_trained else 0

@@ -8,7 +8,7 @@ cast among them, are alive anyway and do not count.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from ilm_compile.ops.nodes import tensor_bytes
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.gradients import gradient_nodes
-from ilm_compile.program.program import Program
+from ilm_compile.program.program import Program, Region
 from ilm_compile.program.read_as import cast_weights
+from ilm_compile.program.remade import AGAIN, NEEDED
 from ilm_compile.program.values import is_tuple, tensors_of
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
@@ -59,8 +60,7 @@ class _Trial:
 class SavedMemory:
     """What each call of `program` saves, of one micro-batch on one rank.
 
-    As autograd does it on a CPU, whose attention saves what the flash kernels of a GPU do. Regions
-    that are marked for recompute are taken as if they were not: see `inputs_of`.
+    As autograd does it on a CPU, whose attention saves what the flash kernels of a GPU do.
     """
 
     def __init__(self, program: Program) -> None:
@@ -76,14 +76,26 @@ class SavedMemory:
                 self._of[node] = tuple(self._saved(node))
 
     def of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
-        """Return what these calls save together, in order."""
+        """Return what these calls save together, in order, nothing being computed again."""
         return {storage: None for node in calls for storage in self._of[node]}
+
+    def kept_by(self, calls: Sequence[fx.Node], region: Region) -> dict[Storage, None]:
+        """Return what these calls of a region keep, as it and they are marked."""
+        if region.recompute:
+            return self.inputs_of(calls)
+        return self.kept(calls, {n: n.meta[AGAIN] for n in calls if AGAIN in n.meta})
+
+    def kept(self, calls: Sequence[fx.Node], again: Mapping[fx.Node, str]) -> dict[Storage, None]:
+        """Return what these calls keep if those in `again` run again, with their marks."""
+        made = {s for node, mark in again.items() if mark == NEEDED for s in self.storages(node)}
+        given = self.inputs_of(again)
+        return {s: None for s in (*self.of(calls), *given) if s not in made}
 
     def inputs_of(self, calls: Iterable[fx.Node]) -> dict[Storage, None]:
         """Return what these calls are given by others: what a recompute of them keeps."""
         inside = set(calls)
         given = (n for node in inside for n in node.all_input_nodes if n not in inside)
-        return {s: None for n in given for s in self._storages(n)}
+        return {s: None for n in given for s in self.storages(n)}
 
     def _saved(self, node: fx.Node) -> Iterator[Storage]:
         inputs = node.all_input_nodes
@@ -98,12 +110,13 @@ class SavedMemory:
             if source is not None:
                 self._sources[node, place] = (inputs[source], 0)
         for number in trial.inputs:
-            yield from self._storages(inputs[number])
+            yield from self.storages(inputs[number])
         for place in trial.results:
             yield from self._storage(node, place)
         yield from (Storage(node, -1 - place, size) for place, size in enumerate(trial.own))
 
-    def _storages(self, node: fx.Node) -> Iterator[Storage]:
+    def storages(self, node: fx.Node) -> Iterator[Storage]:
+        """Yield the memory that the results of `node` lie in, but what is alive anyway."""
         for place in range(len(tensors_of(node.meta.get("val")))):
             yield from self._storage(node, place)
 
@@ -115,16 +128,26 @@ class SavedMemory:
             yield Storage(node, place, tensor_bytes(tensors_of(node.meta["val"])[place]))
 
     def _trial(self, node: fx.Node) -> _Trial:
-        key = self._key(node)
+        key = self.key(node)
         if key not in self._trials:
-            forms = {source: self._forms_of(source) for source in node.all_input_nodes}
-            self._trials[key] = _try(node, forms, self._differentiable)
+            self._trials[key] = _try(node, self)
         return self._trials[key]
+
+    def stand_ins(self, node: fx.Node) -> list[Any]:
+        """Return what a call is given, without data."""
+        return [
+            _stand_in(source, self._forms_of(source), source in self._differentiable)
+            for source in node.all_input_nodes
+        ]
+
+    def is_differentiable(self, node: fx.Node) -> bool:
+        """Whether a gradient flows through `node`."""
+        return node in self._differentiable
 
     def _forms_of(self, node: fx.Node) -> tuple[Form, ...]:
         return self._forms.get(node) or tuple(map(_form, tensors_of(node.meta.get("val"))))
 
-    def _key(self, node: fx.Node) -> Hashable:
+    def key(self, node: fx.Node) -> Hashable:
         """Return all that a trial depends on."""
         numbers = {n: i for i, n in enumerate(node.all_input_nodes)}
 
@@ -135,16 +158,20 @@ class SavedMemory:
         return node.target, repr(arguments), node in self._differentiable
 
 
-def _try(
-    node: fx.Node, forms: Mapping[fx.Node, tuple[Form, ...]], differentiable: set[fx.Node]
-) -> _Trial:
-    """Run the call on tensors without data and look at what is saved."""
+def prepare(node: fx.Node, memory: SavedMemory) -> tuple[list[Any], Callable[[], Any]]:
+    """Return stand-ins for the inputs of a call, and what runs it on them."""
+    inputs = memory.stand_ins(node)
+    by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
+    given: Any = (node.args, node.kwargs)
+    args, kwargs = fx.node.map_aggregate(given, lambda v: _on_cpu(by_node.get(v, v)))  # type: ignore[arg-type]
     target: Any = node.target
+    return inputs, lambda: target(*args, **kwargs)
+
+
+def _try(node: fx.Node, memory: SavedMemory) -> _Trial:
+    """Run the call on tensors without data and look at what is saved."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_stand_in(n, forms[n], n in differentiable) for n in node.all_input_nodes]
-        by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
-        given: Any = (node.args, node.kwargs)
-        args, kwargs = fx.node.map_aggregate(given, lambda v: _on_cpu(by_node.get(v, v)))  # type: ignore[arg-type]
+        inputs, call = prepare(node, memory)
         packed: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -152,10 +179,10 @@ def _try(
             return tensor
 
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-            results = tensors_of(target(*args, **kwargs))
-        numbers = {_memory(value): i for i, value in enumerate(inputs) if isinstance(value, Tensor)}
-        places = {_memory(value): i for i, value in enumerate(results)}
-        saved = {_memory(tensor): tensor for tensor in packed if node in differentiable}
+            results = tensors_of(call())
+        numbers = {address(value): i for i, value in enumerate(inputs) if isinstance(value, Tensor)}
+        places = {address(value): i for i, value in enumerate(results)}
+        saved = {address(tensor): tensor for tensor in packed if memory.is_differentiable(node)}
         return _Trial(
             inputs=tuple(numbers[m] for m in saved if m in numbers),
             results=tuple(places[m] for m in saved if m in places and m not in numbers),
@@ -164,7 +191,7 @@ def _try(
                 for m, tensor in saved.items()
                 if m not in numbers and m not in places
             ),
-            views=tuple(numbers.get(_memory(value)) for value in results),
+            views=tuple(numbers.get(address(value)) for value in results),
             forms=tuple(map(_form, results)),
         )
 
@@ -188,5 +215,6 @@ def _on_cpu(value: Any) -> Any:
     return _CPU if isinstance(value, torch.device) else value
 
 
-def _memory(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from that of others, while it lives."""
     return int(tensor.untyped_storage()._cdata)

@@ -7,31 +7,46 @@ once a stage, where it is saved first, but no parameter, no buffer and nothing o
 from __future__ import annotations
 
 from itertools import groupby
+from typing import NamedTuple
 
-from ilm_compile.cost.saved import SavedMemory
+from ilm_compile.cost.saved import SavedMemory, Storage
 from ilm_compile.program.boundaries import stage_of
 from ilm_compile.program.program import Program
 
 Place = tuple[int, int]  # a stage, and a region by its index in `Program.regions`
 
 
-def saved_bytes(program: Program) -> dict[Place, int]:
-    """Return the bytes that each region of each stage keeps, on one rank, in graph order.
+class RegionBytes(NamedTuple):
+    """Of one micro-batch: what is kept for its backward, and what that makes again beside it."""
 
-    A region that is recomputed keeps its inputs. What passes between stages is counted where it is
+    kept: int
+    again: int
+
+
+def saved_bytes(program: Program) -> dict[Place, int]:
+    """Return the bytes that each region of each stage keeps: see `region_bytes`."""
+    return {place: each.kept for place, each in region_bytes(program).items()}
+
+
+def region_bytes(program: Program) -> dict[Place, RegionBytes]:
+    """Return what each region of each stage keeps and makes again, on one rank, in graph order.
+
+    A region that is recomputed keeps its inputs; of one that is in part, what that starts from is
+    kept too. What passes between stages is counted where it is
     saved. Raises `ProgramError` for a program that `lower` would refuse.
     """
     stages = stage_of(program)
     memory = SavedMemory(program)
-    found: dict[Place, int] = {}
-    seen: set[object] = set()
+    found: dict[Place, RegionBytes] = {}
+    seen: set[tuple[int, Storage]] = set()
     for where, group in groupby(stages, lambda node: (stages[node], node.meta["region"])):
         nodes = list(group)
-        is_recomputed = program.regions[where[1]].recompute
-        kept = memory.inputs_of(nodes) if is_recomputed else memory.of(nodes)
-        for storage in kept:
-            if (where[0], storage) not in seen:
-                seen.add((where[0], storage))
-                found[where] = found.get(where, 0) + storage.num_bytes
-        found.setdefault(where, 0)
+        kept = {(where[0], s) for s in memory.kept_by(nodes, program.regions[where[1]])}
+        again = {(where[0], s) for s in memory.of(nodes)} - kept - seen
+        before = found.get(where, RegionBytes(0, 0))
+        found[where] = RegionBytes(
+            before.kept + sum(s.num_bytes for _, s in kept - seen),
+            before.again + sum(s.num_bytes for _, s in again),
+        )
+        seen |= kept
     return found

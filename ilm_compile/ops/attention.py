@@ -20,6 +20,7 @@ from ilm_compile.ops.nodes import shape_of
 from ilm_compile.ops.pointwise import aligned
 from ilm_compile.ops.precision import PRODUCT
 from ilm_compile.ops.spec import Flops, rule
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.placement import Placement, R, S
 from ilm_compile.program.query_attention import FORMS, parts_of, slowest_share
 
@@ -58,8 +59,8 @@ def _ilm_attention(node: fx.Node) -> int:
 
 def _sdpa(node: fx.Node) -> int:
     (*batch, queries, dim), k, v = (shape_of(argument) for argument in node.args[:3])
-    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
-    return _products(prod(batch), queries, k[-2], dim + v[-1], causal=bool(causal))
+    causal = bool(argument(node, "is_causal"))
+    return _products(prod(batch), queries, k[-2], dim + v[-1], causal=causal)
 
 
 def _queries(node: fx.Node) -> int:

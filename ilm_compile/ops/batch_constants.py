@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+aten = torch.ops.aten
 MAX_ELEMENTS = 2**26  # of a constant that is computed to be looked at
 Number = int | float
+# Of their first input they take dtype and device alone, and are the same everywhere.
+CREATED = {
+    *(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default),
+    *(aten.new_full.default, aten.zeros_like.default, aten.empty_like.default),
+}
 
 
 def numbers(node: fx.Node) -> list[Number]:
@@ -54,6 +60,8 @@ class Values:
 
     def is_uniform(self, node: fx.Node, dim: int) -> bool:
         """Whether the constant is the same all along one dimension."""
+        if node.target in CREATED:
+            return True
         value = self._value(node)
         return value is not None and bool((value == value.narrow(dim, 0, 1)).all())
 
@@ -69,6 +77,17 @@ class Values:
             return None
         is_count = torch.equal(value.flatten(), torch.arange(value.numel()))
         return value.shape.index(value.numel()) if is_count else None
+
+    def repeats(self, node: fx.Node) -> int | None:
+        """Return n if the constant is 0, 1, 2, ... along dimension 0, each n times in a row."""
+        value = self._value(node)
+        if value is None or value.dim() == 0 or value.is_floating_point() or not value.numel():
+            return None
+        first = value.flatten(1)[:, 0] if value.dim() > 1 else value
+        times = int((first == first[0]).sum())
+        counted = torch.arange(len(first)).div(times, rounding_mode="floor")
+        same = (value == counted.view(-1, *(1,) * (value.dim() - 1))).all()
+        return times if bool(same) else None
 
     def _value(self, node: fx.Node) -> Tensor | None:
         if node not in self._known:

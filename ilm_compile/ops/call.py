@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ilm_compile.ops.batch_constants import Values
+from ilm_compile.program.arguments import named
 from ilm_compile.program.layout import MeshAxis
 from ilm_compile.program.placement import Placement
 
@@ -61,10 +62,7 @@ class Call:
 
     def named(self, name: str) -> Any:
         """Return the argument that an op's schema calls `name`, or its default; None if none is."""
-        for index, declared in enumerate(self.target._schema.arguments):
-            if declared.name == name:
-                return self.argument(index, name, declared.default_value)
-        return None
+        return named(self.target, self.args, self.kwargs, name)
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -128,4 +128,14 @@ def _one_hot(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
         yield (S(dim),), S(dim), 0
 
 
+def _searched(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """Each row among boundaries of its own, or all among the same."""
+    bounds, asked = call.shapes
+    if len(bounds) == 1:
+        yield from (((R, S(dim)), S(dim), 0) for dim in range(len(asked)))
+    else:
+        yield from (((S(dim), S(dim)), S(dim), 0) for dim in range(len(asked) - 1))
+
+
 define(OpSpec(batch_rule=_one_hot), aten.one_hot.default)
+define(OpSpec(batch_rule=_searched), aten.searchsorted.Tensor)

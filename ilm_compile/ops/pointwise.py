@@ -85,6 +85,12 @@ def _chosen(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
     yield from (((R, *pair), P, 0) for pair in product(*places) if P in pair)
 
 
+def _counted(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """What slices counted adds up in other numbers too."""
+    if call.named("dtype") != torch.bool:
+        yield (P,), P, 0
+
+
 # What is known of some of them besides.
 _FURTHER = {
     aten.pow.Tensor_Scalar: OpSpec(precision=REDUCTION),
@@ -93,7 +99,7 @@ _FURTHER = {
     aten.rsqrt.default: OpSpec(precision=REDUCTION),
     aten.exp.default: OpSpec(precision=REDUCTION),
     aten.log.default: OpSpec(precision=REDUCTION),
-    aten.to.dtype: OpSpec(precision=CAST),
+    aten.to.dtype: OpSpec(precision=CAST, batch_rule=_counted),
     aten.contiguous.default: OpSpec(carries=True),
     aten.where.self: OpSpec(batch_rule=_chosen),
 }

@@ -6,8 +6,7 @@ ranks exchange one or two numbers per kept element, never the dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from math import prod
 
 from ilm_compile.ops.batch_constants import Values
@@ -50,14 +49,13 @@ def reduced_dims(call: Call) -> list[int]:
 
 
 def _along(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
-    (shape,) = call.shapes
-    over = call.named("dim")
+    shape, over = call.shapes[0], call.named("dim")
     if over is None:
         return
     over %= len(shape)
     kept = len(shape) == len(call.shape)
     for dim in (d for d in range(len(shape)) if d != over):
-        yield (S(dim),), S(dim if kept else dim - (dim > over)), 0
+        yield (S(dim),) * len(call.shapes), S(dim if kept else dim - (dim > over)), 0
 
 
 def _pairing(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
@@ -97,9 +95,16 @@ def _softmax(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return SOFTMAXES[call.target], (x, dim, call.named("dtype"), axis), {}
 
 
-def _batch_norm(call: Call) -> Iterable[int]:
-    """All but the channels, if it takes means of the batch."""
-    return set(range(len(call.shapes[0]))) - {1} if call.named("training") else ()
+def _summed(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """Running sums, over classes or experts, of what each slice counted."""
+    yield (P,), P, 0
+
+
+def _batch_norm(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """Each row alone, unless it takes means of the batch."""
+    if not call.named("training"):
+        rest = (R,) * (len(call.shapes) - 1)
+        yield from (((S(d), *rest), S(d), 0) for d in range(len(call.shape)) if d != 1)
 
 
 @rule(
@@ -109,24 +114,23 @@ def _batch_norm(call: Call) -> Iterable[int]:
     reaches=lambda call: [call.args[1]],
     precision=SOFTMAX,
 )
-@rule(aten.cumsum.default, aten.cumprod.default, reaches=lambda call: [call.args[1]])
+@rule(aten.cumsum.default, reaches=lambda call: [call.args[1]], batch_rule=_summed)
+@rule(aten.cumprod.default, reaches=lambda call: [call.args[1]])
 @rule(aten.argsort.default, reaches=lambda call: [call.argument(1, "dim", -1)], batch_rule=_along)
 @rule(
     *(aten.rms_norm.default, aten.layer_norm.default),
     reaches=lambda call: range(-len(call.args[1]), 0),
     precision=NORM,
 )
-@rule(aten.tril.default, aten.triu.default, reaches=lambda call: (-2, -1), rows="moved")
-@rule(aten.flip.default, reaches=lambda call: call.args[1], rows="moved")
+@rule(aten.tril.default, aten.triu.default, reaches=lambda call: (-2, -1))
+@rule(aten.flip.default, reaches=lambda call: call.args[1])
 @rule(
     aten.roll.default,
     reaches=lambda call: call.argument(2, "dims") or range(len(call.shape)),
-    rows="moved",
 )
 @rule(
     *(aten.pad.default, aten.constant_pad_nd.default),
     reaches=lambda call: range(-len(call.args[1]) // 2, 0),
-    rows="moved",
     batch_rule=_padded,
 )
 def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
@@ -142,17 +146,14 @@ def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
 
 
-_reduces = partial(rule, reaches=reduced_dims)
-
-
-@_reduces(*SUMS, precision=REDUCTION)
-@_reduces(*MEANS, local=_mean, precision=REDUCTION)
-@_reduces(aten.var.correction, aten.var.dim, precision=REDUCTION)
-@_reduces(aten.prod.dim_int)
-@_reduces(aten.linalg_vector_norm.default, precision=NORM)
-@_reduces(aten.logsumexp.default, local=_reduced, exchanges=(2, 0), precision=SOFTMAX)
-@_reduces(aten.amax.default, aten.amin.default, local=_reduced, exchanges=(1, 1))
-@_reduces(
+@rule(*SUMS, precision=REDUCTION)
+@rule(*MEANS, local=_mean, precision=REDUCTION)
+@rule(aten.var.correction, aten.var.dim, precision=REDUCTION)
+@rule(aten.prod.dim_int)
+@rule(aten.linalg_vector_norm.default, precision=NORM)
+@rule(aten.logsumexp.default, local=_reduced, exchanges=(2, 0), precision=SOFTMAX)
+@rule(aten.amax.default, aten.amin.default, local=_reduced, exchanges=(1, 1))
+@rule(
     aten.argmax.default,
     local=_reduced,
     exchanges=(3, 0),  # an index is twice as wide
@@ -208,8 +209,9 @@ def sharded_mean(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]
 
 define(OpSpec(precision=REDUCTION), aten.var.default)
 define(OpSpec(precision=NORM), aten.group_norm.default)
-define(OpSpec(reaches=_batch_norm), aten.batch_norm.default)
+define(OpSpec(batch_rule=_batch_norm), aten.batch_norm.default)
 define(OpSpec(batch_rule=_along), aten.argmin.default, aten.any.dim, aten.all.dim)
+define(OpSpec(batch_rule=_along), aten.argsort.stable, aten.diff.default)
 define(OpSpec(batch_rule=_pairing), aten.cosine_similarity.default, aten.pairwise_distance.default)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
-from ilm_compile.ops.call import Call, Strategy, aten
+from ilm_compile.ops.batch_constants import Values
+from ilm_compile.ops.call import Call, Found, Strategy, aten, tensor_inputs
 from ilm_compile.ops.lookups import indexed_dims
 from ilm_compile.ops.pointwise import aligned
 from ilm_compile.ops.spec import rule
-from ilm_compile.program.placement import P, Placement, R
+from ilm_compile.program.placement import P, Placement, R, S
 
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default)
@@ -49,7 +50,14 @@ def index_add(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield Strategy((P, R, P), P)
 
 
-@rule(aten.index_put.default)
+def _masked(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """``x[mask] = number``."""
+    mask, *more = tensor_inputs(call.node)[1:-1]
+    if not more and mask.meta["val"].dtype == torch.bool and call.shapes[-1] == ():
+        yield from (((S(dim), S(dim), R), S(dim), 0) for dim in range(len(call.shapes[1])))
+
+
+@rule(aten.index_put.default, batch_rule=_masked)
 def index_put(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along a dimension that is not indexed; the written values are broadcast."""
     indices = call.args[1]

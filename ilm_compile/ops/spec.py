@@ -1,14 +1,14 @@
 """What is known of an op, in one place: where its values may lie, what it computes in and costs.
 
 The files beside this one, one for each family of ops, fill the table. The search and the check, the
-casts and the cost model ask `spec_of(target)`; nothing is said of an op anywhere else.
+casts, the cost model and the proof ask `spec_of(target)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -43,7 +43,7 @@ class OpSpec:
     numbers per kept element the ranks exchange inside it, forward and backward, if they do.
 
     batch_rule: what further is known on the axis of the batch; reaches: the dimensions of its first
-    input over which it reaches, rows: what becomes of rows that lie along them.
+    input over which it reaches; cuts: it leaves some of them out.
 
     precision: what it computes in under bf16 training; carries: it changes no number.
     flops: of products; reads_rows: of its first input it reads as much as it returns; moves: the
@@ -60,7 +60,7 @@ class OpSpec:
     exchanges: tuple[int, int] = (0, 0)
     batch_rule: BatchRule | None = None
     reaches: Callable[[Call], Iterable[int]] | None = None
-    rows: Literal["mixed", "cut", "moved"] = "mixed"
+    cuts: bool = False
     precision: Precision = FOLLOW
     carries: bool = False
     flops: Flops | None = None

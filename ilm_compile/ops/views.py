@@ -189,7 +189,7 @@ VIEWS = {*_RENAMING, aten.reshape.default, aten.expand.default, aten.slice.Tenso
 
 @rule(*(aten.permute.default, aten.transpose.int, aten.unsqueeze.default), carries=True)
 @rule(aten.t.default, aten.squeeze.dim)
-@rule(aten.select.int, carries=True, reaches=lambda call: [call.args[1]], rows="cut")
+@rule(aten.select.int, carries=True, cuts=True)
 def renaming(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The output's shard dimension, traced back to the input's."""
     sources = _RENAMING[call.target](call)
@@ -239,8 +239,7 @@ def _every_nth(call: Call, wanted: frozenset[Placement], values: Values) -> Foun
     local=_slice,
     global_arguments=_global_slice,
     batch_rule=_every_nth,
-    reaches=lambda call: [call.argument(1, "dim", 0)],
-    rows="cut",
+    cuts=True,
     carries=True,
 )
 def slicing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
@@ -310,4 +309,17 @@ def _squeezed(call: Call, wanted: frozenset[Placement], values: Values) -> Found
         yield from (((S(dim),), S(index), 0) for index, dim in enumerate(kept))
 
 
+def _unfolded(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    over = call.args[1] % len(call.shapes[0])
+    yield from (((S(dim),), S(dim), 0) for dim in range(len(call.shapes[0])) if dim != over)
+
+
+def _complex(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
+    """Real and imaginary parts are the last dimension."""
+    for dim in range(min(len(call.shape), len(call.shapes[0]))):
+        yield (S(dim),), S(dim), 0
+
+
+define(OpSpec(batch_rule=_unfolded), aten.unfold.default)
+define(OpSpec(batch_rule=_complex), aten.view_as_complex.default, aten.view_as_real.default)
 define(OpSpec(batch_rule=_squeezed), aten.squeeze.default, aten.squeeze.dims)

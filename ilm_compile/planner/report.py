@@ -117,7 +117,7 @@ def _stage_rows(program: Program, step: SimulatedStep) -> Iterable[tuple[str, ..
         held = list(names.get(stage, {}))
         runs = " to ".join(dict.fromkeys((held[0], held[-1]))) if held else ""
         seconds = (times.forward, times.backward, times.weight)
-        kept = f"{step.saved[stage] / 2**20:,.1f}"
+        kept = f"{step.held[stage].kept / 2**20:,.1f}"
         yield (str(stage), str(ranks[stage]), runs, *(f"{s * 1e3:.3f}" for s in seconds), kept)
 
 

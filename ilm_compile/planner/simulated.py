@@ -10,22 +10,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from torch import fx
 
 from ilm_compile.cost import (
     HARDWARE,
     Hardware,
     collective_time,
+    gradient_bytes,
     held_bytes,
-    saved_bytes,
 )
+from ilm_compile.cost.holding import Holding
+from ilm_compile.cost.saved import SavedMemory, Storage
 from ilm_compile.files import write_text
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
 from ilm_compile.program.program import Program
-from ilm_compile.rewrite.node_cost import node_seconds
+from ilm_compile.rewrite.node_cost import node_seconds, runs_again
 from ilm_compile.schedule import Kind, Simulation, StageTimes, schedule_of, simulate
+from ilm_compile.schedule.memory import Held, bytes_held
 
 _MARKS = {Kind.F: "F", Kind.B: "B", Kind.W: "W"}
 
@@ -34,14 +40,16 @@ _MARKS = {Kind.F: "F", Kind.B: "B", Kind.W: "W"}
 class SimulatedStep:
     """What `simulate_step` returns.
 
-    times: of each stage, in seconds. saved: bytes that a micro-batch keeps in each stage; static:
-    bytes of parameters, gradients and Adam's state on each pipeline rank.
+    times: of each stage, in seconds. held: bytes of a micro-batch in each stage; static: bytes of
+    parameters, gradients and Adam's state on each pipeline rank; gradients: those of each stage,
+    which its first backward makes, or its first weight part.
     """
 
     simulation: Simulation
     times: tuple[StageTimes, ...]
-    saved: tuple[int, ...]
+    held: tuple[Held, ...]
     static: tuple[float, ...]
+    gradients: tuple[float, ...]
 
     @property
     def seconds(self) -> float:
@@ -57,17 +65,15 @@ class SimulatedStep:
     def memory(self, rank: int) -> list[tuple[float, float]]:
         """Return the bytes that a pipeline rank holds, from which second on each."""
         schedule = self.simulation.schedule
-        row = [action for action in schedule.actions[rank] if action.is_compute]
-        frees = Kind.W if schedule.splits_backwards else Kind.B
-        held, found = self.static[rank], [(0.0, self.static[rank])]
-        for action in row:
+        makes = Kind.W if schedule.splits_backwards else Kind.B
+        own = {s: self.gradients[s] for s, r in enumerate(schedule.stage_to_rank) if r == rank}
+        now = self.static[rank] - sum(own.values())
+        found = [(0.0, now)]
+        for action, most, after in bytes_held(schedule, rank, self.held):
             span = self.simulation.spans[action]
-            if action.kind is Kind.F:
-                held += self.saved[action.stage]
-                found.append((span.start, held))
-            elif action.kind is frees:
-                held -= self.saved[action.stage]
-                found.append((span.stop, held))
+            found.append((span.start, now + most))
+            now += own.pop(action.stage, 0.0) if action.kind is makes else 0.0
+            found.append((span.stop, now + after))
         return found
 
     def peak(self, rank: int) -> float:
@@ -125,23 +131,36 @@ def simulate_step(program: Program, hardware: Hardware | None = None) -> Simulat
     forward, backward, weight = ([0.0] * schedule.num_stages for _ in range(3))
     for node, stage in stages.items():
         forward[stage] += seconds[node].forward
-        again = program.regions[node.meta["region"]].recompute
-        backward[stage] += seconds[node].backward + seconds[node].forward * again
+        again = seconds[node].forward * runs_again(program, node)
+        backward[stage] += seconds[node].backward + again
         weight[stage] += seconds[node].weight
     sent = _sent_seconds(program, schedule.num_stages, hardware)
     times = tuple(
         StageTimes(forward=f, backward=b, weight=w, message=m)
         for f, b, w, m in zip(forward, backward, weight, sent, strict=True)
     )
-    saved = [0] * schedule.num_stages
-    for (stage, _), size in saved_bytes(program).items():
-        saved[stage] += size
     return SimulatedStep(
         simulation=simulate(schedule, times),
         times=times,
-        saved=tuple(saved),
+        held=tuple(map(Held.together, _parts_held(program, schedule.num_stages))),
         static=tuple(_static_bytes(program, schedule.stage_to_rank, schedule.num_ranks)),
+        gradients=tuple(_gradient_bytes(program, schedule.num_stages)),
     )
+
+
+def _parts_held(program: Program, num_stages: int) -> list[list[Held]]:
+    """Return what the regions of each stage hold."""
+    memory = SavedMemory(program)
+    holding = Holding(program, memory)
+    found: list[list[Held]] = [[] for _ in range(num_stages)]
+    counted: list[set[Storage]] = [set() for _ in range(num_stages)]
+    placed = stage_of(program)
+    for (stage, region), group in groupby(placed, lambda n: (placed[n], n.meta["region"])):
+        nodes = list(group)
+        kept = memory.kept_by(nodes, program.regions[region])
+        found[stage].append(holding.of(nodes, kept, counted[stage]))
+        counted[stage].update(kept)
+    return found
 
 
 def _sent_seconds(program: Program, num_stages: int, hardware: Hardware) -> list[float]:
@@ -157,9 +176,24 @@ def _sent_seconds(program: Program, num_stages: int, hardware: Hardware) -> list
 
 def _static_bytes(program: Program, stage_to_rank: tuple[int, ...], num_ranks: int) -> list[float]:
     held: list[dict[str, float]] = [{} for _ in range(num_ranks)]
+    for stage, node in _used(program):
+        held[stage_to_rank[stage]][str(node.target)] = held_bytes(program, node)
+    return [sum(sizes.values()) for sizes in held]
+
+
+def _gradient_bytes(program: Program, num_stages: int) -> list[float]:
+    """Return those of each stage; of a parameter of two stages on one rank, for the first."""
+    found, seen = [0.0] * num_stages, set[tuple[int, str]]()
+    for stage, node in sorted(_used(program), key=lambda each: each[0]):
+        if (place := (program.rank_of(stage), str(node.target))) not in seen:
+            seen.add(place)
+            found[stage] += gradient_bytes(program, node)
+    return found
+
+
+def _used(program: Program) -> Iterator[tuple[int, fx.Node]]:
+    """Yield each stage with what it uses of the model's tensors."""
     for node in program.graph.find_nodes(op="get_attr"):
         for user in node.users:
             if "stage" in user.meta or not user.meta.get("clone"):
-                rank = stage_to_rank[user.meta.get("stage", 0)]
-                held[rank][str(node.target)] = held_bytes(program, node)
-    return [sum(sizes.values()) for sizes in held]
+                yield user.meta.get("stage", 0), node

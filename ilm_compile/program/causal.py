@@ -7,11 +7,10 @@ on no input, parameter or buffer is computed once here, and compared.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.input_graph import graph_to
 from ilm_compile.program.program import Program
 
@@ -24,7 +23,7 @@ def fold_causal_masks(program: Program) -> None:
     known: dict[fx.Node, bool] = {}
     target = aten.scaled_dot_product_attention.default
     for node in program.graph.find_nodes(op="call_function", target=target):
-        mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        mask = argument(node, "attn_mask")
         if not isinstance(mask, fx.Node):
             continue
         if mask not in known:

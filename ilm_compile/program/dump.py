@@ -38,6 +38,7 @@ def _heading(program: Program, node: fx.Node) -> str:
     stage = f"stage {node.meta['stage']}, " if "stage" in node.meta else ""
     path = program.source(node).module_path
     recompute = ", recomputed" if region.recompute else ""
+    recompute += ", recomputed in part" if region.selective else ""
     return f"{stage}{region.name}{recompute}: {path or 'top level'}"
 
 

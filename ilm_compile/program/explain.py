@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import groupby
 
 from torch import fx
@@ -29,9 +30,9 @@ def explain(program: Program) -> str:
     lines += [f"! {sentence}" for sentence in program.warnings]
     lines += ["", "bytes that each rank sends per step, predicted:"]
     lines += _table(_step_rows(program))
-    if program.saved_bytes is not None:
+    if program.region_bytes is not None:
         lines += ["", "bytes that a micro-batch keeps for its backward on each rank, predicted:"]
-        lines += _table(_saved_rows(program, program.saved_bytes(program)))
+        lines += _table(_saved_rows(program, program.region_bytes(program)))
     tables = _tables(program)
     for regions in _alike(program, tables):
         parameters, sent = tables[regions[0]]
@@ -61,15 +62,17 @@ def _step_rows(program: Program) -> list[Row]:
     return [("", *kinds), *rows]
 
 
-def _saved_rows(program: Program, saved: dict[tuple[int, int], int]) -> list[Row]:
+def _saved_rows(program: Program, saved: Mapping[tuple[int, int], tuple[int, int]]) -> list[Row]:
     """Return a row for each run of regions of one stage that keep as much."""
-    rows: list[Row] = [("", "of each", "of the stage")]
+    is_repeated = any(again for _, again in saved.values())
+    rows: list[Row] = [("", "of each", "of the stage", "made again" if is_repeated else "")]
     for stage in dict.fromkeys(stage for stage, _ in saved):
         own = [(region, size) for (at, region), size in saved.items() if at == stage]
-        total = f"{sum(size for _, size in own):,} B"
-        for size, group in groupby(own, lambda each: each[1]):
+        total = f"{sum(kept for _, (kept, _) in own):,} B"
+        for (kept, again), group in groupby(own, lambda each: each[1]):
             title = _title(program, [region for region, _ in group])
-            rows.append((title, f"{size:,} B" if size else "-", total))
+            first, last = (f"{size:,} B" if size else "-" for size in (kept, again))
+            rows.append((title, first, total, last if is_repeated else ""))
             total = ""
     return rows
 

@@ -18,22 +18,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.program import Count, Program, Source, Variable
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
-DEFAULTS = (None, MEAN, -100, 0.0)  # weight, reduction, ignore_index, label_smoothing
 NUM_TARGETS, NUM_SLICES = "num_targets", "num_slices"
 _LOSSES = (aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
 
 
 def cross_entropy_arguments(node: fx.Node) -> tuple[fx.Node | None, int, int, float]:
     """Return (weight, reduction, ignore_index, label_smoothing) of a cross_entropy_loss node."""
-    given = tuple(node.args[2:])
     names = ("weight", "reduction", "ignore_index", "label_smoothing")
-    values = given + DEFAULTS[len(given) :]
-    return tuple(node.kwargs.get(n, v) for n, v in zip(names, values, strict=True))  # type: ignore[return-value]
+    weight, reduction, ignore_index, smoothing = (argument(node, name) for name in names)
+    return weight, reduction, ignore_index, smoothing or 0.0
 
 
 def normalize_loss(program: Program) -> None:

@@ -20,7 +20,7 @@ from ilm_compile.program.byte_sizes import read_bytes
 from ilm_compile.program.layout import AXES, MeshAxis, Sizes
 from ilm_compile.program.placement import I, Placement, S
 
-AUTO = "auto"
+AUTO, SELECTIVE = "auto", "selective"
 DTYPES = (None, "bfloat16", "float16")
 ATTENTION_WAYS = (None, "heads", "queries", "ring")
 KERNELS = ("auto", "triton", "torch")
@@ -47,7 +47,8 @@ class Plan:
     constraints: tuple[tuple[str, str], ...] = ()  # parameter (or glob) to placement, "S(0)"
     passes: tuple[str, ...] = ()  # of the user, beside those of the plan: "soft-cap{cap=30.0}"
     disable: tuple[str, ...] = ()  # names of passes to leave out
-    # Fraction of the blocks that recompute their activations; "auto": as few as make it fit.
+    # Fraction of the blocks that recompute their activations; "selective": what is cheap of all;
+    # "auto": as little as makes it fit.
     checkpoint: bool | float | str = False
     memory: str | int | None = None  # with checkpoint="auto": what a rank may fill, as "80GiB"
     dtype: str | None = None  # compute dtype of matmuls and attention; None: as the model is
@@ -67,11 +68,12 @@ class Plan:
                 raise PlanError(f"plan: {name} must be a positive integer, got {value!r}")
         if self.dp is not None and (not isinstance(self.dp, int) or self.dp < 1):
             raise PlanError(f"plan: dp must be None or a positive integer, got {self.dp!r}")
-        is_number = isinstance(self.checkpoint, (bool, int, float))
-        if self.checkpoint != AUTO and not (is_number and 0 <= float(self.checkpoint) <= 1):
+        again = self.checkpoint
+        is_fraction = isinstance(again, (bool, int, float)) and 0 <= float(again) <= 1
+        if not is_fraction and again not in (AUTO, SELECTIVE):
             raise PlanError(
-                'plan: checkpoint must be False, True, a fraction in [0, 1] or "auto", got '
-                f"{self.checkpoint!r}"
+                "plan: checkpoint must be False, True, a fraction in [0, 1], "
+                f'"selective" or "auto", got {again!r}'
             )
         if self.memory_bytes is not None and self.checkpoint != AUTO:
             raise PlanError(

@@ -11,6 +11,7 @@ loss. What passes learn is kept where it belongs: per node in ``node.meta``
 * ``region``     index into `Program.regions`
 * ``stage``      pipeline stage, or absent before the split
 * ``leaves_weight``  set on a product whose weight gradient is left to W actions
+* ``again``      set on what a block runs again in backward (`ilm_compile.program.remade`)
 
 and per program in the fields below.
 """
@@ -126,15 +127,19 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """About a transformer block: the unit of FSDP, and of recompute if it is marked so."""
+    """About a transformer block: the unit of FSDP, and of recompute if it is marked so.
+
+    recompute: all of it runs again in backward. selective: what is cheap of it does.
+    """
 
     name: str
     is_block: bool = False
     recompute: bool = False
+    selective: bool = False
 
 
-# Of a program: by stage and region, the bytes that one micro-batch keeps on one rank.
-SavedBytes = Callable[["Program"], dict[tuple[int, int], int]]
+# Of a program: by stage and region, the bytes that one micro-batch keeps and makes again on a rank.
+RegionBytes = Callable[["Program"], Mapping[tuple[int, int], tuple[int, int]]]
 
 
 class Reasons(Protocol):
@@ -171,7 +176,7 @@ class Program:
     arguments: dict[str, Any] = field(default_factory=dict)  # of the model, that are no tensors
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     stage_ranks: tuple[int, ...] = ()  # the pipeline rank of each stage, once placed
-    saved_bytes: SavedBytes | None = None  # what a micro-batch keeps for its backward
+    region_bytes: RegionBytes | None = None  # what a micro-batch keeps for its backward
     flops: int = 0  # of one micro-batch of the whole model, forward and backward, nothing twice
     recomputed_flops: int = 0  # of one micro-batch, what activation checkpointing computes twice
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ilm_compile.kernels import attention_blocks as blocks
 from ilm_compile.kernels.documents import documents
-from ilm_compile.kernels.library import as_written, exact_dtype
+from ilm_compile.kernels.library import as_written, differentiable, exact_dtype
 from ilm_compile.program.communicator import Communicator, communicator, communicators
 from ilm_compile.program.placement import Placement
 
@@ -246,4 +246,4 @@ for _name, _run, _fake in (
 ):
     torch.library.impl(_name, ("cpu", "cuda"), as_written(_run))
     torch.library.register_fake(_name, _fake)
-torch.library.register_autograd("ilm::ring_attention", _differentiate, setup_context=_save)
+differentiable("ilm::ring_attention", _save, _differentiate)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ilm_compile.ops.attention import ATTENTION, SDPA
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.layout import INVARIANT, Layout, layout_of
 from ilm_compile.program.placement import Placement, R, S
@@ -127,7 +128,7 @@ def _attentions(program: Program) -> list[fx.Node]:
         assert value is not None
         is_written = node.target is SOFTMAX
         if (is_written and (value.dim() < 3 or value.shape[-1] != value.shape[-2])) or (
-            node.target is ATTENTION and len(node.args) > 3 and node.args[3] is not None
+            node.target is ATTENTION and argument(node, "cu_seqlens") is not None
         ):
             continue
         square.append(node)
@@ -170,14 +171,13 @@ def _look_back(window: int, program: Program, node: fx.Node) -> None:
 
 def _mask(program: Program, node: fx.Node, seen: fx.Node, emit: Callable[..., fx.Node]) -> None:
     """Give a fused attention the mask `seen` beside its own."""
-    own = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
-    is_causal = node.kwargs.get("is_causal", len(node.args) > 5 and node.args[5])
-    mask = emit(aten.tril.default, seen) if is_causal else seen
+    own = argument(node, "attn_mask")
+    mask = emit(aten.tril.default, seen) if argument(node, "is_causal") else seen
     if isinstance(own, fx.Node) and own.meta["val"].dtype == torch.bool:
         mask = emit(aten.logical_and.default, own, mask)
     elif isinstance(own, fx.Node):
         mask = emit(aten.masked_fill.Scalar, own, emit(aten.logical_not.default, mask), HIDDEN)
-    rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    rate = argument(node, "dropout_p")
     node.args = node.args[:3]
     node.kwargs = {**node.kwargs, "attn_mask": mask, "dropout_p": rate, "is_causal": False}
 
@@ -196,7 +196,7 @@ def _write_out(program: Program, node: fx.Node, mask: fx.Node, is_placed: bool) 
         return put(program, node, *call, placed=placed if is_placed else None)
 
     q, k, v = (turned(value) for value in node.all_input_nodes[:3])
-    scale = node.kwargs.get("scale", node.args[4] if len(node.args) > 4 else None)
+    scale = argument(node, "scale")
     made = put(
         program,
         node,
@@ -217,7 +217,7 @@ def see_the_future(program: Program) -> Iterator[Place]:
         set_argument(node, "is_causal", False)
 
     for node in calls(program, SDPA):
-        if node.kwargs.get("is_causal", len(node.args) > 5 and node.args[5]):
+        if argument(node, "is_causal"):
             yield node, "", edit
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.program.arguments import place_of
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.gradients import wanted_gradients
@@ -89,28 +90,14 @@ def without_parameters(program: Program) -> list[fx.Node]:
     return [node for node in program.calls() if node in free]
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """Return the argument of an op by its name in the schema, its default if it is not given."""
-    for position, each in enumerate(_schema(node)):
-        if each.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, each.default_value if each.has_default_value() else None)
-    return None
-
-
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Set the argument of an op by its name in the schema."""
-    names = [each.name for each in _schema(node)]
-    if names.index(name) < len(node.args):
-        node.update_arg(names.index(name), value)
+    place = place_of(node.target, name)
+    assert place is not None, name
+    if place < len(node.args):
+        node.update_arg(place, value)
     else:
         node.update_kwarg(name, value)
-
-
-def _schema(node: fx.Node) -> list[Any]:
-    schema = getattr(node.target, "_schema", None)
-    return list(schema.arguments) if schema else []
 
 
 def put(

@@ -12,13 +12,13 @@ from typing import Any
 from torch import fx
 
 from ilm_compile.ops.attention import ATTENTION, SDPA
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import shapes_of
 from ilm_compile.proof.mutate_places import (
     Kind,
     Place,
-    argument,
     aten,
     calls,
     ilm,

@@ -14,13 +14,13 @@ import torch
 from torch import fx
 
 from ilm_compile.kernels import MAX_HIDDEN
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.fusion import (
     LOW_PRECISION,
     Found,
     Left,
     args,
-    argument,
     aten,
     dtype,
     fuse,

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.edit import insert_after, insert_before
@@ -22,7 +23,6 @@ from ilm_compile.rewrite.fusion import (
     Found,
     Left,
     args,
-    argument,
     aten,
     comes_before_users,
     dtype,

@@ -44,16 +44,6 @@ def args(node: Any) -> Any:
     return node.args
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """Return the argument of a call that its op's schema calls `name`, or its default."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    for index, declared in enumerate(schema.arguments):
-        if declared.name == name:
-            given = node.args[index] if index < len(node.args) else None
-            return node.kwargs.get(name, declared.default_value) if given is None else given
-    return None
-
-
 def shape(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of a node's value."""
     return tuple(node.meta["val"].shape)

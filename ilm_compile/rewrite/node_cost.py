@@ -17,6 +17,7 @@ from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import has_mask, parts_of
+from ilm_compile.program.remade import AGAIN
 from ilm_compile.program.weight_parts import PRODUCTS
 
 
@@ -51,12 +52,17 @@ def node_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, NodeSeco
 def step_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, float]:
     """Return the seconds each call takes per micro-batch, backward included, on one device.
 
-    In a recomputed region it runs forward once more.
+    What is computed again runs forward once more.
     """
     return {
-        node: sum(each) + each.forward * program.regions[node.meta["region"]].recompute
+        node: sum(each) + each.forward * runs_again(program, node)
         for node, each in node_seconds(program, hardware).items()
     }
+
+
+def runs_again(program: Program, node: fx.Node) -> bool:
+    """Whether backward runs a call once more."""
+    return program.regions[node.meta["region"]].recompute or AGAIN in node.meta
 
 
 def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: bool) -> float:

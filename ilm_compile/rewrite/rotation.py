@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import fx
 
+from ilm_compile.program.arguments import argument
 from ilm_compile.rewrite.fusion import (
     args,
-    argument,
     aten,
     dtype,
     is_call,

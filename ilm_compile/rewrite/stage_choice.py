@@ -3,13 +3,14 @@
 A stage must fit into its rank's memory, and the first stages hold more micro-batches than the last:
 what is recomputed there makes them slower, so they should have less to do. Cuts are moved as long
 as the simulated step gets shorter; for each place of the cuts every rank recomputes as little as
-makes it fit, first what frees the most bytes per second. (The same question is asked by AdaPipe,
-Sun et al. 2024, and answered there for a 1F1B pipeline by dynamic programming.)
+makes it fit, blocks in part or whole, first what frees the most bytes per second. (The same
+question is asked by AdaPipe, Sun et al. 2024, and answered there for a 1F1B pipeline by dynamic
+programming.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,25 +18,40 @@ from math import inf
 
 from ilm_compile.rewrite.balance import balance
 from ilm_compile.schedule import Schedule, StageTimes, simulate
-from ilm_compile.schedule.memory import Moment, RankMoments, rank_moments
+from ilm_compile.schedule.memory import Held, Moment, RankMoments, rank_moments
 
 _BETTER = 1 - 1e-9  # of a step time, so that rounding moves no cut
+
+
+NOTHING, IN_PART, WHOLE = "nothing", "in part", "whole"
+Ways = Mapping[int, str]  # of regions; of those that are not there, NOTHING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """What is computed again, in seconds, and what is held then."""
+
+    held: Held
+    again: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """What a unit has of one region; seconds and bytes are of one micro-batch on one rank.
 
-    saved: bytes kept for the backward; kept: those if the region is recomputed.
+    ways: what it may do, the first being that it computes nothing again.
     """
 
     region: int
-    can_recompute: bool
     forward: float
     backward: float
     weight: float
-    saved: float
-    kept: float
+    ways: Mapping[str, Way]
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether it has a choice."""
+        return len(self.ways) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +78,22 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageChoice:
-    """cuts: the units at which the 2nd, 3rd, ... stage begins; recomputed: regions.
+    """cuts: the units at which the 2nd, 3rd, ... stage begins; ways: of the regions.
 
     seconds: of the simulated step. peaks: bytes of each rank. too_much: bytes by which the fullest
     rank does not fit, all that can be recomputed.
     """
 
     cuts: tuple[int, ...]
-    recomputed: frozenset[int]
+    ways: Ways
     seconds: float
     peaks: tuple[float, ...]
     too_much: float = 0.0
+
+    @property
+    def recomputed(self) -> frozenset[int]:
+        """The regions of which something is computed again."""
+        return frozenset(self.ways)
 
     @property
     def order(self) -> tuple[float, float, tuple[int, ...]]:
@@ -131,15 +152,15 @@ class Chooser:
             self._seen[cuts] = self._fitted(cuts)
         return self._seen[cuts]
 
-    def with_recompute(self, cuts: tuple[int, ...], recomputed: frozenset[int]) -> StageChoice:
+    def with_ways(self, cuts: tuple[int, ...], ways: Ways) -> StageChoice:
         """Return what a choice made elsewhere comes to."""
         spans = self._spans(cuts)
-        peaks = tuple(self._peak(rank, spans, recomputed)[0] for rank in self.ranks)
-        times = [self._times(span, recomputed) for span in spans]
+        peaks = tuple(self._peak(rank, spans, ways)[0] for rank in self.ranks)
+        times = [self._times(span, ways) for span in spans]
         result = simulate(self.schedule, times)
         return StageChoice(
             cuts=cuts,
-            recomputed=recomputed,
+            ways=ways,
             seconds=result.cost + self.rest * max(result.busy) / self.simulated,
             peaks=peaks,
             too_much=max(0.0, *(peak - self.memory for peak in peaks)),
@@ -159,53 +180,49 @@ class Chooser:
 
     def _fitted(self, cuts: tuple[int, ...]) -> StageChoice:
         spans = self._spans(cuts)
-        chosen: frozenset[int] = frozenset()
+        ways: dict[int, str] = {}
         for rank in self.ranks:
-            chosen = self._fit(rank, spans, chosen)
-        return self.with_recompute(cuts, chosen)
+            self._fit(rank, spans, ways)
+        return self.with_ways(cuts, ways)
 
-    def _fit(
-        self, rank: RankMoments, spans: Sequence[range], chosen: frozenset[int]
-    ) -> frozenset[int]:
-        """Return `chosen` and the regions of a rank that it must recompute as well."""
+    def _fit(self, rank: RankMoments, spans: Sequence[range], ways: dict[int, str]) -> None:
+        """Add to `ways` what the regions of a rank must compute again as well."""
         while True:
-            peak, moment = self._peak(rank, spans, chosen)
+            peak, moment = self._peak(rank, spans, ways)
             if peak <= self.memory:
-                return chosen
-            gain: dict[int, float] = {}
-            seconds: dict[int, float] = {}
-            for alive, stage in zip(moment.alive, rank.stages, strict=True):
+                return
+            gain: dict[tuple[int, str], float] = {}
+            seconds: dict[tuple[int, str], float] = {}
+            for place, stage in enumerate(rank.stages):
                 for part in self._parts(spans[stage]):
-                    if part.can_recompute and part.region not in chosen:
-                        freed = alive * (part.saved - part.kept)
-                        gain[part.region] = gain.get(part.region, 0.0) + freed
-                        seconds[part.region] = seconds.get(part.region, 0.0) + part.forward
-            worth = {r: gain[r] / seconds[r] if seconds[r] else inf for r in gain if gain[r] > 0}
+                    now = part.ways[ways.get(part.region, NOTHING)]
+                    for name, way in part.ways.items():
+                        key = part.region, name
+                        freed = moment.count(place) * (now.held.kept - way.held.kept)
+                        gain[key] = gain.get(key, 0.0) + freed
+                        seconds[key] = seconds.get(key, 0.0) + way.again - now.again
+            worth = {
+                k: gain[k] / seconds[k] if seconds[k] > 0 else inf for k in gain if gain[k] > 0
+            }
             if not worth:
-                return chosen
-            chosen |= {max(worth, key=lambda region: (worth[region], -region))}
+                return
+            region, name = max(worth, key=lambda key: (worth[key], -key[0], key[1]))
+            ways[region] = name
 
-    def _peak(
-        self, rank: RankMoments, spans: Sequence[range], chosen: frozenset[int]
-    ) -> tuple[float, Moment]:
-        kept, working = [0.0] * len(spans), [0.0] * len(spans)
-        static = 0.0
+    def _peak(self, rank: RankMoments, spans: Sequence[range], ways: Ways) -> tuple[float, Moment]:
+        held, static = [Held()] * len(spans), 0.0
         for stage in rank.stages:
-            again: dict[int, float] = {}
             static += sum(self.units[i].static for i in spans[stage])
-            for part in self._parts(spans[stage]):
-                if part.region in chosen:
-                    kept[stage] += part.kept
-                    again[part.region] = again.get(part.region, 0.0) + part.saved
-                else:
-                    kept[stage] += part.saved
-            working[stage] = max(again.values(), default=0.0)
-        peak, moment = rank.peak(kept, working)
+            parts = self._parts(spans[stage])
+            held[stage] = Held.together(
+                part.ways[ways.get(part.region, NOTHING)].held for part in parts
+            )
+        peak, moment = rank.peak(held)
         return static + peak, moment
 
-    def _times(self, span: range, chosen: frozenset[int]) -> StageTimes:
+    def _times(self, span: range, ways: Ways) -> StageTimes:
         parts = list(self._parts(span))
-        again = sum(part.forward for part in parts if part.region in chosen)
+        again = sum(part.ways[ways.get(part.region, NOTHING)].again for part in parts)
         return StageTimes(
             forward=sum(part.forward for part in parts),
             backward=sum(part.backward for part in parts) + again,

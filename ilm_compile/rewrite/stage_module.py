@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ilm_compile.program.program import Program
+from ilm_compile.program.remade import AGAIN, Remade
 from ilm_compile.program.weight_parts import PRODUCTS, recompute_contexts
 from ilm_compile.rewrite.parameter_free import is_random
 
@@ -116,10 +117,12 @@ class _StageBuilder:
         used = {source: None for node in segment.nodes for source in node.all_input_nodes}
         inputs = [node for node in used if node in self.values]
         outputs = [n for n in segment.nodes if max(self.users.get(n, {position})) > position]
-        module, owned = _region(self.program, name, segment.nodes, inputs, outputs)
-        body = module
+        body, owned = _region(self.program, name, segment.nodes, inputs, outputs)
+        module: nn.Module = body
         if segment.recompute:
-            module = Recomputed(module, is_random=any(map(is_random, segment.nodes)))
+            module = Recomputed(body, is_random=any(map(is_random, segment.nodes)))
+        elif any(AGAIN in node.meta for node in segment.nodes):
+            module = Remade(body)
         self.root.add_module(name, module)
         prefix = name if module is body else f"{name}.body"
         self.variables.update({variable: f"{prefix}.{variable}" for variable in owned})
@@ -148,7 +151,7 @@ def _region(
     nodes: list[fx.Node],
     inputs: list[fx.Node],
     outputs: list[fx.Node],
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[fx.GraphModule, list[str]]:
     """Return the module that computes `nodes`, and the names of the variables it owns."""
     root, body = nn.Module(), fx.Graph()
     values: dict[fx.Node, fx.Node] = {}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby, pairwise
 from math import prod
 
 from torch import fx
 
 from ilm_compile.cost import Hardware, collective_time, held_bytes
+from ilm_compile.cost.holding import Holding
 from ilm_compile.cost.saved import SavedMemory, Storage
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.cut_points import crossing_bytes
 from ilm_compile.rewrite.node_cost import node_seconds
-from ilm_compile.rewrite.stage_choice import Part, Unit
+from ilm_compile.rewrite.selective import calls_again
+from ilm_compile.rewrite.stage_choice import IN_PART, NOTHING, WHOLE, Part, Unit, Way
+from ilm_compile.schedule import schedule_of
 
 
 def stage_units(
@@ -26,6 +29,8 @@ def stage_units(
     plan = program.plan
     seconds = node_seconds(program, hardware)
     saved = SavedMemory(program)
+    splits = schedule_of(plan).splits_backwards
+    holding = Holding(program, saved, splits=splits)
     crossing = [*crossing_bytes(calls), 0.0]
     stride = (plan.dp or 1) * prod(plan.axes.values())
     counted: set[Storage] = set()
@@ -35,19 +40,28 @@ def stage_units(
         for region, group in groupby(calls[start:end], lambda node: int(node.meta["region"])):
             nodes = list(group)
             times = [seconds[node] for node in nodes]
-            own, given = saved.of(nodes), saved.inputs_of(nodes)
+            ways: dict[str, tuple[Collection[fx.Node], Collection[Storage]]]
+            ways = {NOTHING: ((), saved.of(nodes))}
+            if program.regions[region].is_block:
+                again = calls_again(saved, nodes, plan.axes)
+                ways[IN_PART] = again, saved.kept(nodes, again)
+                ways[WHOLE] = nodes, saved.inputs_of(nodes)
             parts.append(
                 Part(
                     region=region,
-                    can_recompute=program.regions[region].is_block,
                     forward=sum(time.forward for time in times),
                     backward=sum(time.backward for time in times),
                     weight=sum(time.weight for time in times),
-                    saved=_new_bytes(own, counted),
-                    kept=_new_bytes(given, counted),
+                    ways={
+                        name: Way(
+                            held=holding.of(nodes, kept, counted),
+                            again=sum(seconds[node].forward for node in repeated),
+                        )
+                        for name, (repeated, kept) in ways.items()
+                    },
                 )
             )
-            counted |= {*own, *given}
+            counted |= {*saved.of(nodes), *saved.inputs_of(nodes)}
         units.append(
             Unit(
                 parts=tuple(parts),
@@ -56,10 +70,6 @@ def stage_units(
             )
         )
     return units
-
-
-def _new_bytes(found: dict[Storage, None], counted: set[Storage]) -> float:
-    return float(sum(storage.num_bytes for storage in found if storage not in counted))
 
 
 def _static_bytes(program: Program, calls: Sequence[fx.Node]) -> float:

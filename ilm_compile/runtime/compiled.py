@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from ilm_compile.program.dropout import SALT, seeded_dropout
 from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.program import Source
+from ilm_compile.program.remade import NOTES
 from ilm_compile.runtime.mesh import Mesh
 
 LOGGER = logging.getLogger("ilm_compile.compile")
@@ -208,6 +209,7 @@ def _is_traceable(graph: fx.Graph) -> bool:
             node.op != "call_function"
             or isinstance(node.target, torch._ops.OpOverload)
             or node.target in FUNCTIONS
+            or node.target in NOTES
         )
         for node in graph.nodes
     )
@@ -236,7 +238,7 @@ def _lift(
     for place, node in enumerate(own.nodes):
         if node.op == "placeholder":
             values[node] = graph.placeholder(f"given{place}")
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target not in NOTES:
             args, kwargs = (
                 fx.node.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs)
             )

@@ -39,7 +39,7 @@ class Binding:
             for node in graph_module.graph.nodes if self.device.type != "cpu" else ():
                 if isinstance(node.target, torch._ops.OpOverload) and _creates(node.target):
                     node.kwargs = {**node.kwargs, "device": self.device}
-            if self.compiler is not None:
+            if self.compiler is not None and not name.endswith(".again"):
                 compile_it = partial(self.compiler.code, name=name.removesuffix(".body"))
                 own_class(graph_module).compile_code = staticmethod(compile_it)
             recompile(graph_module)

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.communicator import Communicator
-from ilm_compile.program.layout import AXES, EXPERT_AXIS, Layout, Place
+from ilm_compile.program.layout import AXES, EXPERT_AXIS, WEIGHT_AXES, Layout, Place
 from ilm_compile.program.plan import Plan
 from ilm_compile.runtime.alike import differences
 from ilm_compile.runtime.communicator import MeasuredCommunicator, communicator_over
@@ -197,15 +197,16 @@ class Mesh:
         dense = layout.flatten(1, 3)
         experts = layout.transpose(1, 2).flatten(2, 3)  # pp, ep, dp and cp, tp
         own = axes["pp"].rank
+        weights = {name: axes[name] for name in WEIGHT_AXES}
         return cls(
             **axes,
             dense=_storage(
-                {"tp": axes["tp"], "dp": _axis(dense, 1, timeout, place)},
+                weights | {"dp": _axis(dense, 1, timeout, place)},
                 dense[own].permute(1, 0),
                 place,
             ),
             experts=_storage(
-                {"tp": axes["tp"], "ep": axes["ep"], "dp": _axis(experts, 2, timeout, place)},
+                weights | {EXPERT_AXIS: axes[EXPERT_AXIS], "dp": _axis(experts, 2, timeout, place)},
                 experts[own].permute(2, 0, 1),
                 place,
             ),

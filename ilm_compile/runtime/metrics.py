@@ -2,10 +2,11 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -79,8 +80,7 @@ class StepMetrics:
 
     def to_json(self) -> str:
         """One line of JSON. A value that is not finite becomes null: JSON has no NaN."""
-        values = asdict(self)
-        return json.dumps({key: v if math.isfinite(v) else None for key, v in values.items()})
+        return _to_json(asdict(self))
 
     def summary(self) -> str:
         """One short line for people."""
@@ -91,16 +91,26 @@ class StepMetrics:
 
 
 class MetricsWriter:
-    """Appends one JSON line per step to a file, on disk as soon as `write` returns."""
+    """Appends one JSON line per step to a file, on disk as soon as `write` returns.
+
+    A line that a full disk tore is ended before the next one. Makes the folder.
+    """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = open(path, "a", encoding="utf-8")
+        self._is_torn = False
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(metrics.to_json() + "\n")
+        self.write_values(asdict(metrics))
+
+    def write_values(self, values: Mapping[str, Any]) -> None:
+        """Append a line with these values; a number that is not finite becomes null."""
+        start, self._is_torn = "\n" if self._is_torn else "", True  # until it is written whole
+        self._file.write(f"{start}{_to_json(values)}\n")
         self._file.flush()
+        self._is_torn = False
 
     def close(self) -> None:
         self._file.close()
@@ -115,6 +125,11 @@ class MetricsWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _to_json(values: Mapping[str, Any]) -> str:
+    lost = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**values, **lost})
 
 
 class Progress:

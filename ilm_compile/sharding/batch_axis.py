@@ -10,18 +10,20 @@ a number of targets, can be counted in the whole batch before a step, and so is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import log2
 from operator import mul
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ilm_compile.ops import batch_constants as constants
-from ilm_compile.ops.call import Call, Strategy, aten, tensor_inputs
+from ilm_compile.ops.call import Call, aten, tensor_inputs
 from ilm_compile.ops.losses import of_tokens
+from ilm_compile.ops.pointwise import pointwise
 from ilm_compile.ops.reductions import MEANS
 from ilm_compile.ops.spec import spec_of
 from ilm_compile.ops.strategy import global_call, localize, strategies
@@ -32,6 +34,7 @@ from ilm_compile.program.loss import MEAN
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
 from ilm_compile.program.reductions import partial_mean
+from ilm_compile.sharding.row_orders import RowOrders, RowsMix
 
 SLICES = 2  # the whole batch has this many slices
 BATCH = MeshAxis("batch", {"batch": SLICES})
@@ -53,17 +56,18 @@ class Known:
 class Lost:
     """A value of which that cannot be said since `node`.
 
-    kind: "mixes" rows for certain, "cuts" rows off, or "unknown". scaled: the last call that scaled
-    it by a number that grows with the batch.
+    cuts: rows were left out. scaled: the last call that scaled it by a number that grows with the
+    batch.
     """
 
     node: fx.Node
-    kind: str
     reason: str
+    cuts: bool = False
     scaled: fx.Node | None = None
 
 
 State = Known | Lost
+MIXES = "may mix the rows of a micro-batch"
 AVERAGE, SAME = Known(P, -1), Known(R)
 _SIZES = (aten.reshape.default, aten.expand.default, aten.slice.Tensor)  # of the value they make
 _AFFINE = {
@@ -79,7 +83,7 @@ _LINEAR = {
     *(aten.cat.default, aten.stack.default, aten.unsqueeze.default, aten.squeeze.dim),
     *(aten.select.int, aten.transpose.int, aten.permute.default, aten.t.default),
     *(aten.detach.default, aten.clone.default, aten.contiguous.default, aten.gather.default),
-    *(aten.index.Tensor, aten.index_select.default),
+    *(aten.index.Tensor, aten.index_select.default, aten.cumsum.default),
 }
 
 
@@ -92,13 +96,13 @@ def batch_states(part: Program, whole: Program) -> tuple[dict[fx.Node, State], d
     """
     typer = _Typer(whole)
     differs = _first_difference(part, whole)
-    lost = Lost(differs, "unknown", "is there or not by the number of rows") if differs else None
+    lost = Lost(differs, "is there or not by the number of rows") if differs else None
     if lost:
         typer.inputs = dict.fromkeys(whole.inputs, lost)
         part = whole
     for ours, theirs in zip(part.graph.nodes, whole.graph.nodes, strict=True):
         if ours.op != "output":
-            typer.states[theirs] = typer.counted(theirs, typer.state(ours, theirs))
+            typer.add(theirs, typer.counted(theirs, typer.state(ours, theirs)))
     return typer.states, typer.counts
 
 
@@ -124,6 +128,13 @@ class _Typer:
         placeholders = whole.graph.find_nodes(op="placeholder")
         self.added = {node for node in placeholders if str(node.target) not in whole.inputs}
         self.values = constants.Values(whole.graph_module)
+        self.placed: dict[fx.Node, Placement] = {}
+        self.orders = RowOrders(self.values, self.placed)
+
+    def add(self, node: fx.Node, state: State) -> None:
+        """Keep the state of a node."""
+        self.states[node] = state
+        self.placed[node] = state.placement if isinstance(state, Known) else R
 
     def counted(self, node: fx.Node, state: State) -> State:
         """Return what `state` is if sums that inputs alone decide are known of the whole batch."""
@@ -141,19 +152,26 @@ class _Typer:
             counts = {name: Known(R, -count.weight) for name, count in given} | {SEED: SAME}
             return (dict(self.inputs) | counts)[name]
         if whole.op == "get_attr":
-            return SAME if constants.same(part, whole) else self._lost(whole, "unknown")
+            return SAME if constants.same(part, whole) else self._lost(whole)
         states = [self.states[n] for n in tensor_inputs(whole)]
         lost = [s for s in states if isinstance(s, Lost)]
-        forgiving = _is_cross_entropy(whole)  # of rows whose order only routing changed
-        worst = min(lost, key=lambda s: ("cuts", "mixes", "unknown").index(s.kind), default=None)
+        forgiving = is_cross_entropy(whole)  # of rows that were mixed, which is told
+        worst = max(lost, key=lambda s: s.cuts, default=None)
         dim, shift = _row_dim(part, whole), _shift(part, whole)
         self.grown |= {whole} if dim != -1 else set()
-        if worst and (worst.kind == "cuts" or not forgiving):
+        if worst and (worst.cuts or not forgiving):
             scaled = shift != 0 or any(s.weight for s in states if isinstance(s, Known))
             again = scaled and whole.target in _PRODUCTS | _QUOTIENTS
             return replace(worst, scaled=whole) if again else worst
+        if whole.target in constants.CREATED and part.args[2:] == whole.args[2:]:
+            return SAME
         if dim is None or shift is None:
-            return self._lost(whole, "unknown", "depends on the number of rows")
+            return self._lost(whole, "depends on the number of rows")
+        try:
+            if not lost and self.orders.moves(whole):
+                return Known(S(0))
+        except RowsMix:
+            return Lost(whole, MIXES)
         call = as_call(whole)
         placed = [s.placement if isinstance(s, Known) else None for s in states]
         return (
@@ -185,26 +203,21 @@ class _Typer:
         wanted = _wanted(call, placed, dim)
         if dim < 0 and len({p.segments for p in placed if p and p.is_shard}) == 1:
             placed = [S(p.dim) if p and p.is_shard else p for p in placed]  # all are added up
-        rule = spec_of(call.target).batch_rule
-        found = [*rule(call, wanted, self.values)] if rule else []
         weight = _weight(call.target, states, shift)
         if weight is None:
             return None
-        for inputs, output, further in found:
-            if self._fits(call, placed, Strategy(inputs, output)) and output in {*wanted, P, R}:
-                return Known(output, weight + further)
         shrinks = dim < 0 and not self.grown.isdisjoint(tensor_inputs(call.node))
-        for strategy in strategies(call, wanted):
-            if strategy.output == R and shrinks:
+        for inputs, output, further in local_strategies(call, wanted, self.values):
+            if output == R and shrinks:
                 continue  # of a constant with rows, which are other ones in each slice
-            if strategy.output in wanted and self._fits(call, placed, strategy):
-                target, *_ = localize(call, strategy, BATCH.name)
-                if target in (call.target, partial_mean):  # no op that talks over the axis
-                    return Known(strategy.output, weight - (target is partial_mean))
+            if self._fits(call, placed, inputs):
+                return Known(output, weight + further)
         return None
 
-    def _fits(self, call: Call, placed: list[Placement | None], strategy: Strategy) -> bool:
-        pairs = zip(tensor_inputs(call.node), placed, strategy.inputs, strict=True)
+    def _fits(
+        self, call: Call, placed: list[Placement | None], needed: tuple[Placement, ...]
+    ) -> bool:
+        pairs = zip(tensor_inputs(call.node), placed, needed, strict=True)
         return all(self._is_placed(node, has, needs) for node, has, needs in pairs)
 
     def _is_placed(self, node: fx.Node, has: Placement | None, needs: Placement) -> bool:
@@ -220,50 +233,56 @@ class _Typer:
         same = all(s == SAME for s in states) and not shrinks
         return SAME if same and (states or constants.same_call(part, whole)) else None
 
-    def _lost(self, node: fx.Node, kind: str = "unknown", reason: str = "") -> Lost:
+    def _lost(self, node: fx.Node, reason: str = "") -> Lost:
         """Return what is known of a call whose result is not."""
         known = {n: s for n in tensor_inputs(node) if isinstance(s := self.states[n], Known)}
         sums = [n for n, s in known.items() if s.placement == P]
-        rows = [n for n, s in known.items() if s.placement.is_shard]
-        real_sums, real_rows = ([n for n in x if _is_real(n)] for x in (sums, rows))
-        spec = spec_of(node.target)
-        cuts = spec.rows == "cut"
+        cuts = spec_of(node.target).cuts and any(s.placement.is_shard for s in known.values())
         words = {  # the first that holds tells most
             "averages over the targets, or class weights, of one micro-batch": (
-                _is_cross_entropy(node) and as_call(node).named("reduction") == MEAN
+                is_cross_entropy(node) and as_call(node).named("reduction") == MEAN
             ),
             reason: bool(reason),
             f"is not linear in {sums[-1] if sums else ''}, a sum over one micro-batch's rows": sums,
-            "takes some rows of a micro-batch, not of the batch": rows and cuts,
-            "may mix the rows of a micro-batch": True,
+            "takes some rows of a micro-batch, not of the batch": cuts,
+            MIXES: True,
         }
-        kinds = {
-            "cuts": rows and cuts,
-            "mixes": real_sums or (real_rows and spec.reaches and spec.rows == "mixed"),
-            kind: True,
-        }
-        return Lost(node, _first(kinds), _first(words))
+        return Lost(node, next(word for word, holds in words.items() if holds), cuts)
 
 
-def _is_cross_entropy(node: fx.Node) -> bool:
+def is_cross_entropy(node: fx.Node) -> bool:
+    """Whether a call is a cross entropy, of class numbers or of probabilities."""
     return spec_of(node.target).batch_rule is of_tokens
 
 
-def _first(table: Mapping[str, object]) -> str:
-    return next(word for word, holds in table.items() if holds)
+def local_strategies(
+    call: Call, wanted: frozenset[Placement], values: constants.Values
+) -> Iterator[tuple[tuple[Placement, ...], Placement, int]]:
+    """Yield the ways to compute a call slice by slice, without an op that talks over the axis.
 
-
-def _is_real(node: fx.Node) -> bool:
-    return bool(node.meta["val"].is_floating_point())
+    As a batch rule does: placements of inputs and result, and the weight it gains.
+    """
+    spec = spec_of(call.target)
+    for way in spec.batch_rule(call, wanted, values) if spec.batch_rule else ():
+        if way[1] in {*wanted, P, R}:
+            yield way
+    found = strategies(call, wanted)
+    if spec.rule is None and torch.Tag.pointwise in getattr(call.target, "tags", ()):
+        found += pointwise(call, wanted)
+    for strategy in found:
+        if strategy.output in wanted:
+            target, *_ = localize(call, strategy, call.axis.name)
+            if target in (call.target, partial_mean):
+                yield *strategy, -(target is partial_mean)
 
 
 def _is(state: State | None, placement: Placement) -> bool:
     return isinstance(state, Known) and state.placement == placement
 
 
-def as_call(node: fx.Node) -> Call:
-    """Return a call of a program that no axis was sharded in yet."""
-    return global_call(node, BATCH)
+def as_call(node: fx.Node, axis: MeshAxis = BATCH) -> Call:
+    """Return a call of a program that no axis was sharded in yet, on the axis of slices."""
+    return global_call(node, axis)
 
 
 def _row_dim(part: fx.Node, whole: fx.Node) -> int | None:

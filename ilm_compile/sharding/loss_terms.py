@@ -207,4 +207,4 @@ def _mixed_logits(program: Program, states: dict[fx.Node, State]) -> Iterator[st
     """Yield where the rows were mixed on the way to a cross entropy, each place once."""
     losses = program.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default)
     found = {s for n in losses for i in tensor_inputs(n) if isinstance(s := states[i], Lost)}
-    yield from {_why(program, s.node, s): None for s in found if s.kind == "mixes"}
+    yield from {_why(program, s.node, s): None for s in found if not s.cuts}

@@ -8,8 +8,9 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.contest import Contest, SmallestModel, Time, Workload, measure
-from benchmarks.executor import Figure, figures_against_loop, show
+from benchmarks.executor import Figure, Idle, figures_against_loop, idle, show
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.schedule import StageTimes, build, simulate
 from tests.support.world import World
 
 WORKLOAD = Workload(make_model=SmallestModel, rows=1, seq_len=4, num_microbatches=4)
@@ -30,7 +31,14 @@ def run_contest(rank: int, schedule: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "stages"), [("1f1b", [[0], [1]]), ("interleaved_1f1b", [[0, 2], [1, 3]])]
+    ("schedule", "stages"),
+    [
+        ("1f1b", [[0], [1]]),
+        ("interleaved_1f1b", [[0, 2], [1, 3]]),
+        ("zb_h1", [[0], [1]]),
+        ("zb_v", [[0, 3], [1, 2]]),
+        ("dualpipe_v", [[0, 3], [1, 2]]),
+    ],
 )
 def test_both_executors_do_the_same_work(
     world2: World, schedule: str, stages: list[list[int]]
@@ -40,6 +48,18 @@ def test_both_executors_do_the_same_work(
     for rank in found:
         assert all(len(walls) == 2 and min(walls) > 0 for walls in rank["walls"].values())
         assert rank["loop_gradients"] == rank["parameters"]
+
+
+def test_idle_is_what_the_timeline_leaves_and_simulates_to_the_same() -> None:
+    """Two steps of 1F1B whose computes take 1 and 2 seconds, messages nothing."""
+    schedule = build("1f1b", pp=2, num_microbatches=4)
+    found = simulate(schedule, [StageTimes(forward=1.0, backward=2.0)] * 2)
+    step = [
+        {action: found.spans[action] for action in row} for row in schedule.compute_only().actions
+    ]
+    assert idle("1f1b", [[step[0]] * 2, [step[1]] * 2], 4) == (
+        Idle("1f1b", 15, pytest.approx(0.2), 15, pytest.approx(0.2))
+    )
 
 
 class Unequal(Contest):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from ilm_compile.config import ConfigError
-from ilm_compile.config.python_file import Reader
 from ilm_compile.config.table import Table
+from ilm_compile.internevo.config.python_file import Reader
 
 
 def read(folder: Path, text: str) -> Table:

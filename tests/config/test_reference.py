@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ilm_compile.config.internlm import KEYS
 from ilm_compile.config.reference import reference
 from ilm_compile.config.schema import SECTIONS
+from ilm_compile.internevo.config.keys import KEYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 

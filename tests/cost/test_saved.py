@@ -19,6 +19,7 @@ from tests.support.world import World
 
 BF16 = {"dtype": torch.bfloat16}
 FUSED = {"passes": [FuseKernels(), FuseResidual()]}
+SELECTIVE = {"checkpoint": "selective"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *[("internlm2", plan) for plan in ({}, BF16, FUSED, BF16 | FUSED, {"checkpoint": 0.5})],
     ("internlm", BF16),
@@ -29,6 +30,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("GPT-NeoX", {}),
     ("Falcon", BF16),
     ("Mixtral", {}),
+    ("llama", BF16 | FUSED | SELECTIVE),
+    ("Mixtral", BF16 | SELECTIVE),  # its router saves a softmax, which is made again
 ]
 
 
@@ -85,6 +88,7 @@ def test_what_is_frozen_keeps_less() -> None:
         {"pp": 2, "num_chunks": 2, "checkpoint": True},
         {**BF16, "zero": 3, "num_microbatches": 2},
         {"cp": 2},
+        {"tp": 2, "sequence_parallel": True, **SELECTIVE},
     ],
     ids=str,
 )

@@ -22,19 +22,19 @@ aten = torch.ops.aten
 OPS = Path(ilm_compile.__file__).parent / "ops"
 
 
-@torch.library.custom_op("specs::product", mutates_args=())
+@torch.library.custom_op("example::product", mutates_args=())
 def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight
 
 
-@torch.library.custom_op("specs::halved", mutates_args=(), tags=(torch.Tag.pointwise,))
+@torch.library.custom_op("example::halved", mutates_args=(), tags=(torch.Tag.pointwise,))
 def halved(x: Tensor) -> Tensor:
     return x / 2
 
 
 product.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[1]))
 halved.register_fake(lambda x: torch.empty_like(x))
-PRODUCT_OP, HALVED = torch.ops.specs.product.default, torch.ops.specs.halved.default
+PRODUCT_OP, HALVED = torch.ops.example.product.default, torch.ops.example.halved.default
 
 
 def by_columns(call, wanted):
@@ -69,7 +69,7 @@ def test_an_op_of_a_user_is_known_everywhere_by_one_definition():
     assert forward_flops(node) == 2 * 2 * 8 * 16 * 16
     assert backward_flops(node) == 2 * forward_flops(node)
     assert PRODUCT.why in next(
-        line for line in CastBF16.report(program).splitlines() if "specs::product" in line
+        line for line in CastBF16.report(program).splitlines() if "example::product" in line
     )
 
 
@@ -99,9 +99,9 @@ def test_an_op_is_not_given_twice(target):
 
 
 def test_an_op_of_which_only_other_things_are_known_can_be_given_a_rule():
-    define(OpSpec(precision=PRODUCT), "specs::late")
-    rule("specs::late")(by_columns)
-    assert spec_of("specs::late") == OpSpec(rule=by_columns, precision=PRODUCT)
+    define(OpSpec(precision=PRODUCT), "example::late")
+    rule("example::late")(by_columns)
+    assert spec_of("example::late") == OpSpec(rule=by_columns, precision=PRODUCT)
 
 
 @pytest.mark.parametrize(

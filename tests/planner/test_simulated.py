@@ -37,13 +37,22 @@ def test_one_rank_takes_the_seconds_of_its_nodes(checkpoint: bool) -> None:
     assert step.bubble == pytest.approx(0)
 
 
-def test_memory_is_what_micro_batches_in_flight_keep() -> None:
-    program, step = simulated(**PIPELINE)
+@pytest.mark.parametrize("checkpoint", [False, "selective", True], ids=str)
+def test_memory_is_what_micro_batches_in_flight_keep(checkpoint: bool | str) -> None:
+    program, step = simulated(**PIPELINE, checkpoint=checkpoint)
     saved = saved_bytes(program)
     of_stage = [sum(v for (s, _), v in saved.items() if s == stage) for stage in (0, 1)]
-    assert step.peak(0) == step.static[0] + 2 * of_stage[0]
-    assert step.peak(1) == step.static[1] + of_stage[1]
+    assert [held.kept for held in step.held] == of_stage
+    assert step.peak(0) == step.static[0] + of_stage[0] + step.held[0].backward
+    assert step.peak(1) == step.static[1] + step.held[1].backward
     assert step.memory(0)[-1][1] == step.static[0]  # nothing is left
+
+
+def test_what_is_made_again_is_held_while_its_backward_runs() -> None:
+    plain, again = (simulated(**PIPELINE, checkpoint=all_of)[1].held[0] for all_of in (False, True))
+    assert again.kept < plain.kept / 4
+    assert again.backward > again.kept + plain.kept / 2  # of the two blocks of the stage, one
+    assert again.backward < plain.backward
 
 
 def test_parameters_count_on_the_rank_that_holds_them() -> None:

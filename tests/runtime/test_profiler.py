@@ -102,12 +102,13 @@ def test_a_timeline_shows_every_action_planned_and_measured(observed: Path) -> N
     svg = (observed / "pipeline-step-3.svg").read_text()
     tips = [e.text or "" for e in ElementTree.fromstring(svg).iter(f"{SVG}title")]
     rows = compute_rows(build("1f1b", pp=2, num_microbatches=4))
-    for unit, after in (("forwards of one stage", []), ("ms", PARTS)):
+    for unit, after in (("of one stage", []), ("ms, simulated", []), ("ms", PARTS)):
         shown = [tip.split(":")[0] for tip in tips if tip.endswith(unit)]
         assert shown == [text for row in rows for text in [*map(str, row), *after]]
     headings = [text for text in texts(svg) if text.endswith("idle")]
     assert headings[0] == "planned: 20.0% idle"
-    assert headings[1].startswith("measured: ")
+    assert headings[1].startswith("simulated from the medians measured: ")
+    assert headings[2].startswith("measured: ")
 
 
 def test_measured_actions_of_two_ranks_share_one_clock(observed: Path) -> None:
@@ -138,7 +139,7 @@ def test_every_planned_forward_is_labelled(pp: int, num_microbatches: int, chunk
     schedule = build(name, pp=pp, num_microbatches=num_microbatches, num_chunks=chunks)
     every = [action for row in compute_rows(schedule) for action in row]
     svg = draw_timelines(schedule, {a: (i, i + 1e-3) for i, a in enumerate(every)}, title="step")
-    planned = svg[: svg.index("measured")]
+    planned = svg[: svg.index("simulated")]
     found = re.findall(r"<rect[^>]*><title>(\d+F\d+): .*\n<text[^>]*>(\w+)</text>", planned)
     assert len(found) == sum(action.kind is Kind.F for action in every)
     assert all(label in (action, action.rpartition("F")[2]) for action, label in found)
@@ -151,10 +152,10 @@ def test_rows_tell_ranks_stages_and_what_came_after_the_schedule() -> None:
     rows = [Row("rank 0 (pp 0, dp 0)", {"optimizer": (20.0, 24.0)}), Row("rank 2 (pp 1, dp 0)")]
     svg = draw_timelines(schedule, spans, title="step", ranks=rows, dp=2)
     for text in ("rank 2 (pp 1, dp 0)", "stages 0, 2", "stages 1, 3"):
-        assert texts(svg).count(text) == 2
+        assert texts(svg).count(text) == 3
     assert "<title>optimizer: 2e+04 to 2.4e+04 ms</title>" in svg
-    # a legend, and the last backward of each of four stages in both panels
-    assert svg.count(PHASES["gradients"][1]) == 1 + 2 * 4
+    # a legend, and the last backward of each of four stages in every panel
+    assert svg.count(PHASES["gradients"][1]) == 1 + 3 * 4
     assert svg.count("reduces over dp") == 1
     assert "reduces over dp" not in draw_timelines(schedule, spans, title="step")
 
@@ -168,10 +169,11 @@ def test_weight_parts_have_a_color_and_the_last_of_a_stage_reduces() -> None:
         "weights, chunk 0",
         "weights, chunk 1",
     ]
-    # a legend, and three weight parts of each of two stages in both panels
-    assert [svg.count(color) for color in WEIGHTS[:2]] == [1 + 2 * 2 * 3] * 2
-    assert svg.count(PHASES["gradients"][1]) == 1 + 2 * 4
-    whole = draw_timelines(build("1f1b", pp=1, num_microbatches=1), spans, title="step")
+    # a legend, and three weight parts of each of two stages in every panel
+    assert [svg.count(color) for color in WEIGHTS[:2]] == [1 + 3 * 2 * 3] * 2
+    assert svg.count(PHASES["gradients"][1]) == 1 + 3 * 4
+    one = build("1f1b", pp=1, num_microbatches=1)
+    whole = draw_timelines(one, dict.fromkeys(one.actions[0], (0.0, 1.0)), title="step")
     assert "weights" not in whole
 
 
@@ -212,7 +214,7 @@ def test_boxes_of_a_timeline_stay_in_the_picture_and_apart(pp: int, chunks: int)
         assert box["x"] + box["width"] <= width
         assert box["y"] + box["height"] <= height
         rows.setdefault(box["y"], []).append((box["x"], box["x"] + box["width"]))
-    assert len(rows) == 2 * pp
+    assert len(rows) == 3 * pp
     for spans_of_row in rows.values():
         ordered = sorted(spans_of_row)
         assert all(a[1] <= b[0] + 0.01 for a, b in pairwise(ordered))

@@ -77,8 +77,13 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("pp", range(2, 17))
-@pytest.mark.parametrize("name", IN_V)
+@pytest.mark.parametrize(
+    ("name", "pp"),
+    [
+        *((name, pp) for name in ("v_half", "v_min") for pp in range(2, 17)),
+        *((name, pp) for name in ("zb_v", "dualpipe_v") for pp in (2, 3, 4, 8)),
+    ],
+)
 def test_keeps_and_idles_as_the_papers_say(name, pp):
     """Where F, B and W take the same time; the bubble is the same for any further micro-batches."""
     m = 2 * pp + pp % 2
@@ -95,13 +100,6 @@ def test_keeps_and_idles_as_the_papers_say(name, pp):
 def test_every_rank_keeps_as_many_activations_as_the_paper_says(name, most, m):
     schedule = build(name, pp=4, num_microbatches=m)
     assert peak_in_flight(schedule) == (min(m, most),) * 4
-
-
-@pytest.mark.parametrize("option", ["pp", "num_microbatches", "num_chunks"])
-def test_sizes_below_one_are_refused(option):
-    sizes = {"pp": 2, "num_microbatches": 2, "num_chunks": 1, option: 0}
-    with pytest.raises(ScheduleError, match=f"'zb_h1': {option} must be at least 1, got 0"):
-        build("zb_h1", **sizes)
 
 
 @pytest.mark.parametrize("name", ["zb_h1", "zb_h2"])

@@ -18,7 +18,7 @@ from ilm_compile.program.lowered import Stage
 from ilm_compile.rewrite.stage_module import Recomputed
 
 SPLIT = {"zb_h1": 1, "zb_h2": 1, "zb_v": 2, "dualpipe_v": 2, "v_half": 2, "v_min": 2}
-CHECKPOINTS = (False, True, "auto")
+CHECKPOINTS = (False, True, "auto", "selective")
 
 
 def recompute(checkpoint: bool | str, model: nn.Module, **options: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def block_runs() -> Iterator[Counter[str]]:
 
 
 def planned_runs(stages: Iterable[Stage], num_microbatches: int) -> Counter[str]:
-    """Return how often they shall: once a micro-batch, and once more where it is recomputed."""
+    """Return how often they shall: once a micro-batch, and once more where all is recomputed."""
     runs: Counter[str] = Counter()
     for stage in stages:
         for name, region in stage.module.named_children():

@@ -5,15 +5,14 @@ None of them may end a training: one that fails is told of once. What is recorde
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.runtime.metrics import MetricsWriter
 
 LOGGER = logging.getLogger("ilm_compile.logger")
 METRICS_FILE = "metrics.jsonl"
@@ -38,22 +37,17 @@ class JsonLines:
     """Appends a line for each group and step to ``metrics.jsonl``; what is not finite is null."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
-        self._is_torn = False
+        self._file: MetricsWriter | None = None
 
     def start(self, folder: Path | None, step: int) -> None:
         assert folder is not None
-        self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")
+        self._file = MetricsWriter(folder / METRICS_FILE)
 
     def record(self, group: str, step: int, values: Mapping[str, float]) -> None:
         assert self._file is not None
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items() if k != "step"}
-        named = {"step": step} if group == TRAIN else {"step": step, "group": group}
-        line = json.dumps({**named, **finite, "time": round(time.time(), 3)}) + "\n"
-        start, self._is_torn = "\n" if self._is_torn else "", True  # until it is written whole
-        self._file.write(start + line)
-        self._file.flush()
-        self._is_torn = False
+        named = {} if group == TRAIN else {"group": group}
+        rest = {key: value for key, value in values.items() if key != "step"}
+        self._file.write_values({"step": step, **named, **rest, "time": round(time.time(), 3)})
 
     def close(self) -> None:
         if self._file is not None:

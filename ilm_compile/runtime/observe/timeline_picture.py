@@ -1,4 +1,4 @@
-"""The picture of a pipeline's step: as planned, and as measured."""
+"""The picture of a pipeline's step: as planned, as simulated, and as measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ilm_compile.runtime.observe.svg import (
     text_width,
     ticks,
 )
-from ilm_compile.schedule import Action, Kind, Schedule
+from ilm_compile.schedule import Action, Kind, Schedule, StageTimes, simulate
 from ilm_compile.schedule.timeline import timeline
 
 Spans = Mapping[Action, tuple[float, float]]  # start and end of each compute action
@@ -56,6 +56,26 @@ def bubble(rows: Sequence[Sequence[Action]], spans: Spans) -> float:
     return 1 - sum(end - start for start, end in every) / (whole * len(rows))
 
 
+def simulated(schedule: Schedule, measured: Spans) -> dict[Action, tuple[float, float]]:
+    """When each compute would run if all of its stage and kind took the median of those measured.
+
+    From the first start measured. Messages take no time, other than they do in fact.
+    """
+    lengths: dict[tuple[int, Kind], list[float]] = {}
+    for action, (start, end) in measured.items():
+        lengths.setdefault((action.stage, action.kind), []).append(end - start)
+    forward, backward, weight = (
+        [median(lengths.get((stage, kind), [0.0])) for stage in range(schedule.num_stages)]
+        for kind in (Kind.F, Kind.B, Kind.W)
+    )
+    times = [
+        StageTimes(forward=f, backward=b, weight=w)
+        for f, b, w in zip(forward, backward, weight, strict=True)
+    ]
+    spans, first = simulate(schedule, times).spans, min(start for start, _ in measured.values())
+    return {a: (first + spans[a].start, first + spans[a].stop) for a in measured}
+
+
 def draw_timelines(
     schedule: Schedule,
     measured: Spans,
@@ -65,6 +85,8 @@ def draw_timelines(
     dp: int = 1,
 ) -> str:
     """An SVG of `schedule` as planned, in forwards of one stage, above `measured`, in seconds.
+
+    In between, on the scale of what was measured, is what `simulated` makes of that.
 
     dp: data-parallel ranks; above 1 the last backward of each stage is marked, which reduces its
     gradients, or the last weight part, after which they are. As wide as it takes to write the
@@ -79,24 +101,30 @@ def draw_timelines(
     needed = longest * (text_width(str(schedule.num_microbatches - 1), SMALL) + 3)
     width = left + RIGHT + min(max(WIDTH - left - RIGHT, needed), WIDEST)
     panel = len(rows) * (ROW + GAP) + 66
-    picture = Picture(width, TOP + 2 * panel)
+    picture = Picture(width, TOP + 3 * panel)
     picture.text(left, 26, f"Pipeline of {title}", size=16, bold=True)
     _legend(picture, left, 46, schedule, ranks, dp)
     reduces = frozenset(_last_gradients(rows)) if dp > 1 else frozenset[Action]()
-    for top, name, spans, unit in (
-        (TOP, "planned", planned, "forwards of one stage"),
-        (TOP + panel, "measured", measured, "ms"),
-    ):
-        is_real = spans is measured
-        origin = min(start for start, _ in spans.values()) if is_real else 0.0
+    as_simulated, names = simulated(schedule, measured), [Row(rank.name) for rank in ranks]
+    first = min(start for start, _ in measured.values())
+    ends = [end for spans in (measured, as_simulated) for _, end in spans.values()]
+    ends += [end for rank in ranks for _, end in rank.phases.values()]
+    panels: list[tuple[str, Spans, str, Sequence[Row]]] = [
+        ("planned", planned, "forwards of one stage", names),
+        ("simulated from the medians measured", as_simulated, "ms, simulated", names),
+        ("measured", measured, "ms", ranks),
+    ]
+    for number, (name, spans, unit, shown) in enumerate(panels):
+        is_planned = spans is planned
         _Panel(
-            picture, schedule, left, top, unit,
-            origin=origin, factor=1e3 if is_real else 1.0, reduces=reduces,
+            picture, schedule, left, TOP + number * panel, unit,
+            origin=0.0 if is_planned else first, factor=1.0 if is_planned else 1e3, reduces=reduces,
         ).draw(
             f"{name}: {bubble(rows, spans):.1%} idle",
             rows,
             spans,
-            ranks if is_real else [Row(rank.name) for rank in ranks],
+            shown,
+            until=longest if is_planned else max(ends),
         )  # fmt: skip
     return picture.render()
 
@@ -109,7 +137,7 @@ def _last_gradients(rows: Sequence[Sequence[Action]]) -> Iterable[Action]:
 
 @dataclass
 class _Panel:
-    """One of the two pictures. Times are multiplied by `factor`, from `origin` on."""
+    """One of the pictures. Times are multiplied by `factor`, from `origin` on."""
 
     picture: Picture
     schedule: Schedule
@@ -127,11 +155,11 @@ class _Panel:
         rows: Sequence[Sequence[Action]],
         spans: Spans,
         ranks: Sequence[Row],
+        *,
+        until: float,
     ) -> None:
         picture, right = self.picture, self.picture.width - RIGHT
-        ends = [end for _, end in spans.values()]
-        ends += [end for rank in ranks for _, end in rank.phases.values()]
-        limit = (max(ends) - self.origin) * self.factor
+        limit = (until - self.origin) * self.factor
         self.scale = (right - self.left) / limit
         bottom = self.top + 24 + len(rows) * (ROW + GAP)
         picture.text(self.left, self.top + 14, heading, size=13, bold=True)

@@ -11,7 +11,7 @@ from typing import Any
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Table
-from ilm_compile.config.translate import Fate, NoEffect, Refusal, Spread
+from ilm_compile.internevo.config.translate import Fate, NoEffect, Refusal, Spread
 from ilm_compile.models import DECODERS
 
 Function = Callable[[Any, Table], Mapping[str, Any]]

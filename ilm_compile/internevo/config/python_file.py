@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ilm_compile.config.expressions import Expressions
 from ilm_compile.config.files import display, inside, read_source
 from ilm_compile.config.limits import MAX_DEPTH, MAX_FILES, Budget, LimitError
 from ilm_compile.config.table import ConfigError, Table
+from ilm_compile.internevo.config.expressions import Expressions
 
 READ_BASE = "read_base"
 
@@ -43,6 +43,28 @@ _INSTEAD: dict[str, str] = {
     "Match": "write a conditional expression, a if b else c",
 }
 _AUGMENTED = "write name = name + value"
+
+
+def read_config(path: Path, root: Path | None, is_key: Callable[[str], bool]) -> Table:
+    """Return what a file assigns, without the names that serve the file alone.
+
+    root: the folder that it may import other configs from, its own when None.
+    """
+    resolved = _resolve(path)
+    reader = Reader(root=_resolve(root) if root is not None else resolved.parent)
+    names = reader.read(resolved)
+    kept = Table()
+    for name, value in names.items():
+        if is_key(name) or not (name.isupper() or name.startswith("_") or name in reader.used):
+            kept.put(name, value, names.places[name])
+    return kept
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{str(path)!r}: not a path: {error}") from None
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Table
-from ilm_compile.config.translate import NoEffect, Refusal
+from ilm_compile.internevo.config.translate import NoEffect, Refusal
 
 _FORMATS = {"internevo": "internlm", "internlm": "internlm", "normal": "internlm"}
 _HF_FORMATS = {"hf": "hf", "hf_llama": "hf-llama", "hf_internlm2": "hf-internlm2"}

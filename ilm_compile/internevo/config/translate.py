@@ -1,6 +1,6 @@
 """Rewrites the keys of InternEvo's configs into those of the schema.
 
-`internlm.KEYS` holds what happens to each of theirs; a key that is not in it is left for the schema
+`keys.KEYS` holds what happens to each of theirs; a key that is not in it is left for the schema
 to judge. Files of either format may use either set of keys, or both.
 """
 
@@ -76,8 +76,8 @@ Fate = To | Spread | Only | Ignored
 
 
 def translate(
-    given: Table,
     keys: Mapping[str, Fate],
+    given: Table,
     sections: Collection[str],
     problems: Problems,
     notices: list[str],

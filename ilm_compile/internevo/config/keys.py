@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ilm_compile.config.internlm_ckpt import choice, endless, folder, load_folder, load_info
-from ilm_compile.config.internlm_experts import EXPERTS, model_type
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.config.options import shown
 from ilm_compile.config.table import Table
-from ilm_compile.config.translate import Fate, Ignored, Only, Refusal, Spread, To
+from ilm_compile.internevo.config.keys_ckpt import choice, endless, folder, load_folder, load_info
+from ilm_compile.internevo.config.keys_experts import EXPERTS, model_type
+from ilm_compile.internevo.config.translate import Fate, Ignored, Only, Refusal, Spread, To
 from ilm_compile.models import DECODERS
 
 _NAMES_OF_DTYPES = {
