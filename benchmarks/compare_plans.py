@@ -179,9 +179,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds=options.rounds,
     )
     show(comparisons, settings, console)
-    save_json(
-        options.output / "comparison.json", {"settings": settings, "comparisons": comparisons}
-    )
+    content: dict[str, Any] = {"settings": settings, "comparisons": comparisons}
+    if options.hardware:
+        content["predictions"] = {
+            "hardware": Path(options.hardware).read_text().splitlines()
+            if options.hardware.endswith(".toml")
+            else options.hardware,
+            "median_error": median_error(comparisons),
+            "regret": regret(comparisons),
+        }
+    save_json(options.output / "comparison.json", content)
     plot_comparison(comparisons, options.output / "comparison.png")
     plot_timelines(comparisons, options.output / "timelines.png")
     console.print(f"written to {options.output}/: comparison.json, comparison.png, timelines.png")
