@@ -1,6 +1,7 @@
 """What context parallelism saves and sends: long rows of a small Llama on 1, 2 and 4 processes.
 
-    python -m benchmarks.context_parallel [--sequences 1024 4096 ...] [--output FILE]
+    python -m benchmarks.context_parallel [--sequences 1024 4096 ...] [--hidden 256] [--layers 4]
+        [--output FILE]
 
 For each length of a row, each cp and each way to divide attention, of the rank with most: the bytes
 that its forward keeps for its backward (storages that autograd saves, parameters not counted), the
@@ -39,10 +40,8 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels.attention_blocks import KERNELS
 from ilm_compile.runtime.observe.saved import SavedBytes
 
-FIELDS = {
-    **{"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 768},
-    **{"num_attention_heads": 8, "num_key_value_heads": 4},
-}
+VOCAB = 2048
+HIDDEN, LAYERS = 256, 4
 SEQUENCES = (1024, 2048, 4096)
 CP = (2, 4)
 WAYS = ("heads", "queries", "ring")
@@ -104,29 +103,39 @@ def _blocks() -> Iterator[list[int]]:
         yield counted
 
 
-def make_llama() -> nn.Module:
+def fields_of(hidden: int, layers: int) -> dict[str, int]:
+    """Return the model's fields of transformers' `LlamaConfig`."""
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 3 * hidden}
+    return {"vocab_size": VOCAB, **sizes, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def make_llama(fields: dict[str, int]) -> nn.Module:
     """The model, with the same weights in each process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**FIELDS, max_position_embeddings=1 << 16))
+    return LlamaForCausalLM(LlamaConfig(**fields, max_position_embeddings=1 << 16))
 
 
-def run_rank(cp: int, sequences: Sequence[int], repeats: int) -> list[Figure]:
+def run_rank(
+    cp: int, sequences: Sequence[int], repeats: int, fields: dict[str, int]
+) -> list[Figure]:
     """This rank's figures: lengths in order, each with its ways to divide attention."""
     ways = WAYS if cp > 1 else (None,)
-    return [_measure(cp, way, sequence, repeats) for sequence in sequences for way in ways]
+    return [_measure(cp, way, sequence, repeats, fields) for sequence in sequences for way in ways]
 
 
-def _measure(cp: int, way: str | None, sequence: int, repeats: int) -> Figure:
+def _measure(
+    cp: int, way: str | None, sequence: int, repeats: int, fields: dict[str, int]
+) -> Figure:
     spec = ((1, sequence), torch.int64)
     parallel = ilm_compile.parallelize(
-        make_llama(),
+        make_llama(fields),
         cp=cp,
         cp_attention=way,
         example_inputs={"input_ids": spec, "labels": spec},
     )
-    batch = random_batch(1, sequence, FIELDS["vocab_size"])
+    batch = random_batch(1, sequence, VOCAB)
     saved = SavedBytes(parallel.stages)
     saved.start()
     loss = parallel.execute_schedule(batch)
@@ -165,8 +174,7 @@ def of_most(ranks: Sequence[Figure]) -> Figure:
 def run_torch(sequence: int) -> str:
     """Whether one causal attention runs under torch's context parallelism, or what it raises."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    heads = FIELDS["num_attention_heads"]
-    q = torch.randn(1, heads, sequence, FIELDS["hidden_size"] // heads)
+    q = torch.randn(1, 8, sequence, HIDDEN // 8)
     try:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]):
@@ -183,17 +191,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("context_parallel", __doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=SEQUENCES)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--output", type=Path, default=RESULTS / "context_parallel.json")
     options = parser.parse_args(arguments)
+    fields = fields_of(options.hidden, options.layers)
+    what = (options.sequences, options.repeats, fields)
     figures = [
         of_most(ranks)
         for cp in (1, *CP)
-        for ranks in zip(*launch(run_rank, cp, cp, options.sequences, options.repeats), strict=True)
+        for ranks in zip(*launch(run_rank, cp, cp, *what), strict=True)
     ]
     show(figures)
     theirs = launch(run_torch, 2, min(options.sequences))[0]
     make_console().print(f"torch {torch.__version__}, context_parallel on the CPU: {theirs}")
-    content = {"model": FIELDS, "figures": [asdict(each) for each in figures], "torch": theirs}
+    content = {"model": fields, "figures": [asdict(each) for each in figures], "torch": theirs}
     save_json(options.output, content)
 
 

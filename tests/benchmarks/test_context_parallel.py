@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.context_parallel import WAYS, Figure, of_most, run_rank, show
+from benchmarks.context_parallel import WAYS, Figure, fields_of, of_most, run_rank, show
 from ilm_compile.errors import IlmCompileError
 from tests.support.world import World
 
@@ -12,7 +12,7 @@ TOKENS = 64
 
 
 def run(rank: int) -> list[Figure]:
-    return run_rank(2, [TOKENS], repeats=1)
+    return run_rank(2, [TOKENS], 1, fields_of(64, 1))
 
 
 def test_every_way_does_the_same_work_and_all_ranks_as_much(world2: World) -> None:
