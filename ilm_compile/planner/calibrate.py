@@ -24,7 +24,8 @@ from ilm_compile.errors import PlanError
 from ilm_compile.planner.rates import DTYPES, SECONDS, figures, wait
 from ilm_compile.runtime.communicator import ProcessGroupCommunicator
 
-CALLS = 12  # of a collective, of which the fastest counts
+CALLS = 16  # of a collective, of which the middle one counts
+BETWEEN = 256  # rows and columns of the products between them
 SMALL, LARGE = 2**12, 2**24  # bytes of a collective's full tensor, by which a link is told
 MESSAGES = (2**8, 2**20)  # bytes of a message, by which that of a point to point link is
 
@@ -148,15 +149,22 @@ def _message_figures(rank: int, device: torch.device) -> tuple[float, float]:
 
 
 def _repeated(run: Callable[[], Any], device: torch.device) -> float:
-    """The least seconds of what all ranks do, as often on every rank."""
-    times = []
-    for _ in range(CALLS):
+    """The usual seconds of what all ranks do, each after it has computed, as in a step.
+
+    Ranks that compute are never ready at once, and a link that was left alone wakes up slowly.
+    """
+    x = torch.ones(BETWEEN, BETWEEN, device=device)
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for talks in [False, True] * CALLS:
         dist.barrier()
         start = time.perf_counter()
-        run()
+        for _ in range(4):
+            torch.mm(x, x)
+        if talks:
+            run()
         wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        took[talks].append(time.perf_counter() - start)
+    return max(1e-7, median(took[True][1:]) - median(took[False][1:]))
 
 
 def _sharers(device: torch.device, num_processes: int) -> int:

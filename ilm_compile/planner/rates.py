@@ -1,7 +1,7 @@
 """What one process reaches on this machine: products, attention, memory, and launches.
 
-Every figure is the best of several tries: what else runs on the machine makes it slower, never
-faster.
+Every figure is the middle of several tries, as a step takes no call's best. On a processor times
+are those of this thread, which what else runs on the machine does not lengthen.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def product_flops(dtype: torch.dtype, device: torch.device, seconds: float) -> f
     """Return the FLOP/s of a large matrix product."""
     size = 8192 if device.type == "cuda" else 512
     x, weight = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    return float(2 * size**3 / best_seconds(partial(F.linear, x, weight), device, seconds))
+    return float(2 * size**3 / usual_seconds(partial(F.linear, x, weight), device, seconds))
 
 
 def product_rates(seconds: float) -> tuple[float, float]:
@@ -60,8 +61,8 @@ def product_rates(seconds: float) -> tuple[float, float]:
             lambda x, w, g: torch.mm(g.t(), x),
         ):
             calls = [partial(product, *each) for each in sets]
-            least = best_mean(calls, seconds)
-            rows.append((2 * m * k * n / least, num_bytes / least))
+            taken = usual_mean(calls, seconds)
+            rows.append((2 * m * k * n / taken, num_bytes / taken))
     # Relative errors: every row is divided by its seconds.
     per_flop, per_byte = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)[0]
     if per_byte <= 0:  # in the noise: nothing beside the arithmetic
@@ -79,14 +80,14 @@ def attention_flops(device: torch.device, seconds: float) -> float:
         torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
 
     rows, tokens, heads, dim = shape
-    return float(3 * 2 * rows * heads * tokens**2 * dim / best_seconds(run, device, seconds))
+    return float(3 * 2 * rows * heads * tokens**2 * dim / usual_seconds(run, device, seconds))
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
     """Return the bytes/s that a copy of memory larger than any cache reads and writes."""
     source = torch.ones(2**30 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
-    return float(2 * source.nbytes / best_seconds(lambda: target.copy_(source), device, seconds))
+    return float(2 * source.nbytes / usual_seconds(lambda: target.copy_(source), device, seconds))
 
 
 def launch_seconds(device: torch.device, seconds: float, found: Mapping[str, float]) -> float:
@@ -122,7 +123,7 @@ def launch_seconds(device: torch.device, seconds: float, found: Mapping[str, flo
             computed += 2 * m * n * k / found["fp32"] + num_bytes / found["tile"]
         computed += 2 * rows * tokens**2 * width / found["attention"]
         computed += 4 * m * width * BLOCK_TRAFFIC / found["bytes"]
-    whole = best_seconds(run, device, seconds) / BLOCKS
+    whole = usual_seconds(run, device, seconds) / BLOCKS
     return max(1e-6, (whole - 3 * computed) / (2 * BLOCK_OPS))
 
 
@@ -144,35 +145,33 @@ def _block(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     return x + F.linear(F.silu(up[..., : 2 * width]) * up[..., 2 * width :], weights["down"])
 
 
-def best_mean(calls: Sequence[Callable[[], Any]], seconds: float) -> float:
-    """Return the mean of the least seconds of each of `calls` on a processor, done in turn."""
-    best, stop = [float("inf")] * len(calls), time.thread_time() + seconds
-    while time.thread_time() < stop or best[0] == float("inf"):
-        for place, call in enumerate(calls):
+def usual_mean(calls: Sequence[Callable[[], Any]], seconds: float) -> float:
+    """Return the mean of the usual seconds of each of `calls` on a processor, done in turn."""
+    taken: list[list[float]] = [[] for _ in calls]
+    stop = time.thread_time() + seconds
+    while time.thread_time() < stop or not taken[0]:
+        for times, call in zip(taken, calls, strict=True):
             start = time.thread_time()
             call()
-            best[place] = min(best[place], time.thread_time() - start)
-    return sum(best) / len(best)
+            times.append(time.thread_time() - start)
+    return mean(map(median, taken))
 
 
-def best_seconds(run: Callable[[], Any], device: torch.device, seconds: float = SECONDS) -> float:
-    """Return the least seconds of a call, over tries that each go on for a while.
-
-    On a processor those of this thread alone, in which nobody else computes.
-    """
+def usual_seconds(run: Callable[[], Any], device: torch.device, seconds: float = SECONDS) -> float:
+    """Return the usual seconds of a call, over tries that each go on for a while."""
     run()
     wait(device)
     if device.type == "cpu":
-        return min(best_mean([run], seconds) for _ in range(TRIES))
-    best = float("inf")
+        return usual_mean([run], TRIES * seconds)
+    tries = []
     for _ in range(TRIES):
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds or not count:
             run()
             count += 1
         wait(device)
-        best = min(best, (time.perf_counter() - start) / count)
-    return best
+        tries.append((time.perf_counter() - start) / count)
+    return median(tries)
 
 
 def wait(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from ilm_compile.cost import HARDWARE, Hardware, collective_time
 from ilm_compile.errors import PlanError
 from ilm_compile.planner import rates
 from ilm_compile.planner.calibrate import calibrate
-from ilm_compile.planner.rates import best_seconds
+from ilm_compile.planner.rates import usual_seconds
 
 CPU = torch.device("cpu")
 
@@ -45,8 +45,8 @@ def test_of_a_gpu_the_peaks_stay_and_the_shares_are_measured(tmp_path: Path) -> 
     assert 0 < found.efficiency.matmul < 0.1  # a processor is no H100
 
 
-def test_the_least_of_several_calls_counts() -> None:
-    waits = iter([0.0, *[0.02, 0.001, 0.02] * 1000])
+def test_the_middle_of_several_calls_counts() -> None:
+    waits = iter([0.0, *[0.02, 0.004, 0.001] * 1000])
 
     def run() -> None:
         torch.ones(1)
@@ -54,7 +54,7 @@ def test_the_least_of_several_calls_counts() -> None:
         while time.perf_counter() < end:
             pass
 
-    assert best_seconds(run, CPU, 0.01) == pytest.approx(0.001, rel=0.5)
+    assert usual_seconds(run, CPU, 0.01) == pytest.approx(0.004, rel=0.5)
 
 
 def test_an_unknown_base_is_refused() -> None:
@@ -71,13 +71,13 @@ def test_products_are_told_from_what_they_read(monkeypatch: pytest.MonkeyPatch) 
         flops, num_bytes = next(sizes)
         return flops / 1e11 + num_bytes / 2e10
 
-    monkeypatch.setattr(rates, "best_mean", seconds)
+    monkeypatch.setattr(rates, "usual_mean", seconds)
     assert rates.product_rates(0.01) == pytest.approx((1e11, 2e10))
 
 
 def test_a_blocks_ops_are_what_its_time_leaves_over(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rates.BLOCKS * 0.1
-    monkeypatch.setattr(rates, "best_seconds", lambda *arguments: whole)
+    monkeypatch.setattr(rates, "usual_seconds", lambda *arguments: whole)
     endless = {"fp32": 1e30, "tile": 1e30, "attention": 1e30, "bytes": 1e30}
     tokens, width = rates.ROWS * rates.TOKENS, rates.WIDTH
     products = 2 * tokens * width**2 * (1 + 1 + 4 + 2)

@@ -97,10 +97,13 @@ def test_counts_are_positive_integers(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"checkpoint": 1.5}, r"checkpoint must be .* a fraction in \[0, 1\] or \"auto\", got 1.5"),
+        (
+            {"checkpoint": 1.5},
+            r"checkpoint must be .* a fraction in \[0, 1\], \"selective\" or \"auto\", got 1.5",
+        ),
         (
             {"checkpoint": -0.1},
-            r"checkpoint must be .* a fraction in \[0, 1\] or \"auto\", got -0.1",
+            r"checkpoint must be .* a fraction in \[0, 1\], \"selective\" or \"auto\", got -0.1",
         ),
         ({"dtype": "float8"}, r"dtype must be one of .*'float16'\), got 'float8'"),
         ({"zero": 2}, "zero must be 1 or 3, got 2"),

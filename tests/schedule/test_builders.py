@@ -1,4 +1,5 @@
 import random
+from unittest import mock
 
 import pytest
 
@@ -8,6 +9,7 @@ from ilm_compile.schedule import (
     Kind,
     Schedule,
     build,
+    builders,
     check,
     forward_only,
     peak_in_flight,
@@ -37,7 +39,6 @@ SIZES = [
 all_sizes = pytest.mark.parametrize(("name", "pp", "m", "chunks"), SIZES)
 
 
-@register_schedule("test_v_shape")
 def v_shape(*, pp, num_microbatches, num_chunks):
     """Two stages per rank, down the ranks and up again."""
     for rank in range(pp):
@@ -46,15 +47,25 @@ def v_shape(*, pp, num_microbatches, num_chunks):
         yield [*forwards, *(Action(a.stage, Kind.B, a.microbatch) for a in forwards[::-1])]
 
 
-@register_schedule("test_backward_first")
 def backward_first(*, pp, num_microbatches, num_chunks):
     yield [Action(0, Kind.B, 0), Action(0, Kind.F, 0)]
 
 
-@register_schedule("test_wrong_rank")
 def wrong_rank(*, pp, num_microbatches, num_chunks):
     yield [Action(0, Kind.F, 0), Action(0, Kind.B, 0), Action(0, Kind.F, 1)]
     yield [Action(0, Kind.B, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """Schedules of one's own, known only while the tests of this module run."""
+    with mock.patch.multiple(
+        builders, _BUILDERS=dict(builders._BUILDERS), _PLACEMENTS=dict(builders._PLACEMENTS)
+    ):
+        register_schedule("test_v_shape")(v_shape)
+        register_schedule("test_backward_first")(backward_first)
+        register_schedule("test_wrong_rank")(wrong_rank)
+        yield
 
 
 def runs_with_everything_blocking(schedule: Schedule) -> bool:
