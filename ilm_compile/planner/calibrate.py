@@ -24,8 +24,8 @@ from ilm_compile.errors import PlanError
 from ilm_compile.planner.rates import DTYPES, SECONDS, figures, wait
 from ilm_compile.runtime.communicator import ProcessGroupCommunicator
 
-CALLS = 16  # of a collective, of which the middle one counts
-BETWEEN = 256  # rows and columns of the products between them
+CALLS, LOOPS = 20, 5  # of a collective, and of loops over them, of which the middle one counts
+BETWEEN = 256  # rows and columns of the products between calls
 SMALL, LARGE = 2**12, 2**24  # bytes of a collective's full tensor, by which a link is told
 MESSAGES = (2**8, 2**20)  # bytes of a message, by which that of a point to point link is
 
@@ -149,22 +149,22 @@ def _message_figures(rank: int, device: torch.device) -> tuple[float, float]:
 
 
 def _repeated(run: Callable[[], Any], device: torch.device) -> float:
-    """The usual seconds of what all ranks do, each after it has computed, as in a step.
+    """The usual seconds of what all ranks do, again and again, each after it has computed.
 
-    Ranks that compute are never ready at once, and a link that was left alone wakes up slowly.
+    As in a step: ranks that compute are never ready at once, and one that waits wakes up slowly.
     """
-    x = torch.ones(BETWEEN, BETWEEN, device=device)
-    took: dict[bool, list[float]] = {False: [], True: []}
-    for talks in [False, True] * CALLS:
+    x, took = torch.ones(BETWEEN, BETWEEN, device=device), []
+    for talks in [False, True] * LOOPS:
         dist.barrier()
         start = time.perf_counter()
-        for _ in range(4):
-            torch.mm(x, x)
-        if talks:
-            run()
+        for _ in range(CALLS):
+            for _ in range(4):
+                torch.mm(x, x)
+            if talks:
+                run()
         wait(device)
-        took[talks].append(time.perf_counter() - start)
-    return max(1e-7, median(took[True][1:]) - median(took[False][1:]))
+        took.append((time.perf_counter() - start) / CALLS)
+    return max(1e-7, median(took[1::2]) - median(took[::2]))
 
 
 def _sharers(device: torch.device, num_processes: int) -> int:
