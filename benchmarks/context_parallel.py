@@ -138,11 +138,10 @@ def _measure(
     batch = random_batch(1, sequence, VOCAB)
     saved = SavedBytes(parallel.stages)
     saved.start()
-    loss = parallel.execute_schedule(batch)
+    with _counter() as counter, _blocks() as blocks:
+        loss = parallel.execute_schedule(batch)
     saved.stop()
     kept = sum(n for regions in saved.bytes.values() for n in regions.values())
-    with _counter() as counter, _blocks() as blocks:
-        parallel.execute_schedule(batch)
     before = sum(traffic.num_bytes for traffic in parallel.traffic().values())
     times = []
     for _ in range(repeats):
