@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 import ilm_compile
-from benchmarks.common import RESULTS, make_parser, read_rows, save_json
+from benchmarks.common import RESULTS, keep_measuring, make_parser, read_rows
 from tests.support.axes import MODELS, cases
 from tests.support.equality import EXAMPLE, Case, make_model
 from tests.support.promote import promoted_float32
@@ -129,12 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [Row(**saved) for saved in read_rows(options.output)]
     rows = [row for row in rows if row.is_equal or not options.again]
     done = {(row.axis, row.model, row.plan) for row in rows}
-    start = time.perf_counter()
-    for row in measure_all(options.only or (), done):
-        seconds, start = time.perf_counter() - start, time.perf_counter()
-        print(f"{row.model}, {row.plan}: {row} ({seconds:.0f} s)", flush=True)
-        rows.append(row)
-        save_json(options.output, {"steps": STEPS, "rows": rows})
+    found = measure_all(options.only or (), done)
+    keep_measuring(options.output, rows, found, lambda row: f"{row.model}, {row.plan}", steps=STEPS)
     print(summary(rows))
     return 0 if all(row.is_equal for row in rows) else 1
 

@@ -9,12 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -27,6 +28,7 @@ from ilm_compile.models.causal_lm import CausalLM
 
 THREADS = "OMP_NUM_THREADS"
 RESULTS = Path(__file__).parent / "results"
+Row = TypeVar("Row")
 
 
 def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) -> list[Any]:
@@ -117,6 +119,21 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The "rows" that were saved there, none if nothing was: for a benchmark that goes on."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def keep_measuring(
+    path: Path, rows: list[Row], found: Iterable[Row], name: Callable[[Row], str], **settings: Any
+) -> None:
+    """Add each row that is found to `rows`, tell it with its seconds, and save all with `settings`.
+
+    What was measured before a run was stopped stays, and `read_rows` gives it to the next.
+    """
+    start = time.perf_counter()
+    for row in found:
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        print(f"{name(row)}: {row} ({seconds:.0f} s)", flush=True)
+        rows.append(row)
+        save_json(path, {**settings, "rows": rows})
 
 
 def _main_module() -> str:

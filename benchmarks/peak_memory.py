@@ -10,7 +10,6 @@ the program alone. Schedules are all that have a name, and one that `search` fin
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import ilm_compile
-from benchmarks.common import RESULTS, launch, make_console, random_batch, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
 from ilm_compile.errors import ScheduleError
 from ilm_compile.models import internlm2_tiny
 from ilm_compile.partitioning import make_plan, make_schedule
@@ -130,8 +129,7 @@ def peak_of(parallel: Parallel) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(prog="benchmarks.peak_memory", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = make_parser("peak_memory", __doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "peak_memory.json")
     options = parser.parse_args(arguments)
     with TemporaryDirectory() as folder:

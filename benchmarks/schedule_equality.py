@@ -15,10 +15,8 @@ The output keeps what was measured: a further run goes on with what is missing i
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ import torch
 from torch import Tensor
 
 import ilm_compile
-from benchmarks.common import RESULTS, read_rows, save_json
+from benchmarks.common import RESULTS, keep_measuring, make_parser, read_rows
 from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.proof.emulate import emulate
@@ -187,23 +185,28 @@ def summary(rows: Sequence[Row]) -> str:
         errors = (f"{max(getattr(r, name) for r in these):.0e}" for name in ("loss", "gradient"))
         counts = (str(chunks), str(len(these)), str(sum(row.is_equal for row in these)))
         lines.append(f"| {' | '.join((schedule, *counts, *errors, f'{same} of {len(pure)}'))} |")
-    lines += [f"{' '.join(map(str, row.plan))}: {row}" for row in rows if not row.is_equal]
+    lines += [f"{_name(row)}: {row}" for row in rows if not row.is_equal]
     return "\n".join(lines)
 
 
+def _name(row: Row) -> str:
+    return " ".join(map(str, row.plan))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.schedule_equality", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = make_parser("schedule_equality", __doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "schedule_equality.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = [row for saved in read_rows(options.output) if not (row := Row(**saved)).failure]
-    start = time.perf_counter()
-    for row in measure_all({row.plan for row in rows}):
-        seconds, start = time.perf_counter() - start, time.perf_counter()
-        print(f"{' '.join(map(str, row.plan))}: {row} ({seconds:.0f} s)", flush=True)
-        rows.append(row)
-        save_json(options.output, {"micro_batches": MICRO_BATCHES, "rows": rows})
+    found = measure_all({row.plan for row in rows})
+    keep_measuring(
+        options.output,
+        rows,
+        found,
+        lambda row: " ".join(map(str, row.plan)),
+        micro_batches=MICRO_BATCHES,
+    )
     print(summary(rows))
     return 0 if all(row.is_equal for row in rows) else 1
 

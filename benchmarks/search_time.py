@@ -8,7 +8,6 @@ step are 4M, or a sequence for each device where that is more.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.common import RESULTS, make_console, save_json
+from benchmarks.common import RESULTS, make_console, make_parser, save_json
 from ilm_compile.cost.sizes import ModelSizes
 from ilm_compile.planner import Search, search
 
@@ -92,7 +91,7 @@ def _row(name: str, found: Search, seconds: float) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Search, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("search_time", __doc__)
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "search_time.json")

@@ -11,7 +11,6 @@ would measure how they are scheduled, so two is all that a machine of two cores 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from rich.table import Table
 
 import ilm_compile
-from benchmarks.common import RESULTS, launch, make_console, random_batch, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
 from benchmarks.peak_memory import MICRO_BATCHES, PP, ROWS, SEQ, VOCAB, name_of, plans, transformer
 from ilm_compile.files import write_text
 from ilm_compile.partitioning import make_schedule
@@ -85,8 +84,7 @@ def makespan(spans: Spans) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table and write the JSON."""
-    parser = argparse.ArgumentParser(prog="benchmarks.simulated_times", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = make_parser("simulated_times", __doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "simulated_times.json")
     parser.add_argument("--steps", type=int, default=9, help="measured of each schedule")
     parser.add_argument("--picture", type=Path, metavar="FOLDER", help="write timelines as SVG")

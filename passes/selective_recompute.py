@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar
 
 from ilm_compile.cost.saved import SavedMemory
 from ilm_compile.passes.base import Pass
-from ilm_compile.program.boundaries import stage_of
+from ilm_compile.program.boundaries import stage_parts
 from ilm_compile.program.program import Program
 from ilm_compile.program.remade import AGAIN
 from ilm_compile.rewrite.selective import mark_again
@@ -31,12 +30,11 @@ class SelectiveRecompute(Pass):
 
     def apply(self, program: Program) -> None:
         memory = SavedMemory(program)
-        stages = stage_of(program)
-        for (_, region), group in groupby(stages, lambda n: (stages[n], n.meta["region"])):
+        for _, region, nodes in stage_parts(program):
             if program.regions[region].selective:
-                mark_again(memory, list(group), program.plan.axes)
+                mark_again(memory, nodes, program.plan.axes)
         blocks = [region for region in program.regions if region.is_block]
-        again = sum(AGAIN in node.meta for node in stages)
+        again = sum(AGAIN in node.meta for node in program.calls())
         program.decisions.append(
             f"{self.name}: {sum(block.selective for block in blocks)} of {len(blocks)} blocks keep "
             f"products, attention and what was sent, and run {again} calls again in backward"

@@ -9,6 +9,7 @@ from torch import fx
 
 from ilm_compile.errors import PlanError
 from ilm_compile.program.layout import TOKEN_AXES
+from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 
 
@@ -33,7 +34,7 @@ def held_bytes(program: Program, node: fx.Node) -> float:
     Itself, its gradient and Adam's state, under the plan's dp and zero; 0 for what is not trained.
     """
     each: float = static_bytes_per_parameter(
-        node.meta["val"].dtype, dp=_sharing(program), zero=program.plan.zero
+        node.meta["val"].dtype, dp=sharing_ranks(program.plan), zero=program.plan.zero
     )
     return float(_trained_elements(program, node) * each)
 
@@ -41,13 +42,13 @@ def held_bytes(program: Program, node: fx.Node) -> float:
 def gradient_bytes(program: Program, node: fx.Node) -> float:
     """Return what of `held_bytes` is the gradient, which the first backward of a step makes."""
     each: int = max(node.meta["val"].dtype.itemsize, torch.float32.itemsize)
-    shards = _sharing(program) if program.plan.zero == 3 else 1
+    shards = sharing_ranks(program.plan) if program.plan.zero == 3 else 1
     return _trained_elements(program, node) * each / shards
 
 
-def _sharing(program: Program) -> int:
-    """The ranks that share the state of a parameter."""
-    return (program.plan.dp or 1) * prod(program.plan.axes[axis] for axis in TOKEN_AXES)
+def sharing_ranks(plan: Plan) -> int:
+    """Return how many ranks share the state of a parameter: those that divide the tokens."""
+    return (plan.dp or 1) * prod(plan.axes[axis] for axis in TOKEN_AXES)
 
 
 def _trained_elements(program: Program, node: fx.Node) -> int:

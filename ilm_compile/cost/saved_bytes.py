@@ -6,11 +6,10 @@ once a stage, where it is saved first, but no parameter, no buffer and nothing o
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import NamedTuple
 
 from ilm_compile.cost.saved import SavedMemory, Storage
-from ilm_compile.program.boundaries import stage_of
+from ilm_compile.program.boundaries import stage_parts
 from ilm_compile.program.program import Program
 
 Place = tuple[int, int]  # a stage, and a region by its index in `Program.regions`
@@ -35,16 +34,14 @@ def region_bytes(program: Program) -> dict[Place, RegionBytes]:
     kept too. What passes between stages is counted where it is
     saved. Raises `ProgramError` for a program that `lower` would refuse.
     """
-    stages = stage_of(program)
     memory = SavedMemory(program)
     found: dict[Place, RegionBytes] = {}
     seen: set[tuple[int, Storage]] = set()
-    for where, group in groupby(stages, lambda node: (stages[node], node.meta["region"])):
-        nodes = list(group)
-        kept = {(where[0], s) for s in memory.kept_by(nodes, program.regions[where[1]])}
-        again = {(where[0], s) for s in memory.of(nodes)} - kept - seen
-        before = found.get(where, RegionBytes(0, 0))
-        found[where] = RegionBytes(
+    for stage, region, nodes in stage_parts(program):
+        kept = {(stage, s) for s in memory.kept_by(nodes, program.regions[region])}
+        again = {(stage, s) for s in memory.of(nodes)} - kept - seen
+        before = found.get((stage, region), RegionBytes(0, 0))
+        found[stage, region] = RegionBytes(
             before.kept + sum(s.num_bytes for _, s in kept - seen),
             before.again + sum(s.num_bytes for _, s in again),
         )

@@ -14,11 +14,11 @@ import torch
 
 from ilm_compile.cost import HARDWARE, Hardware, collective_time, static_bytes_per_parameter
 from ilm_compile.cost.constants import software_named
+from ilm_compile.cost.hardware import GIB
+from ilm_compile.cost.memory import sharing_ranks
 from ilm_compile.planner.simulated import SimulatedStep, simulate_step
-from ilm_compile.program.layout import TOKEN_AXES
 from ilm_compile.program.program import Program
 
-GIB = 2**30
 # Bytes moved per element in float32: Adam reads four values and writes three, the norm reads a
 # gradient and clipping writes it again; adding up a gradient reads two and writes one.
 UPDATE_BYTES, SUM_BYTES = 40, 12
@@ -79,7 +79,7 @@ def expect(program: Program, hardware: Hardware | None = None) -> Expected:
     num_ranks = plan.ranks_per_replica * dp
     crowd = max(1.0, num_ranks / machine.cores) if machine.cores else 1.0
     work = sum(step.simulation.busy) / plan.pp * crowd
-    shared = dp * prod(plan.axes[axis] for axis in TOKEN_AXES)
+    shared = sharing_ranks(plan)
     weights = _weights(step, shared, plan.zero)
     compute = max(step.seconds, work)
     moved = crowd * _gradients(program, weights, shared, machine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from ilm_compile.cost.hardware import GIB
 from ilm_compile.planner.candidate import Candidate
 from ilm_compile.planner.simulated import SimulatedStep
 from ilm_compile.runtime.observe.svg import (
@@ -19,7 +20,6 @@ from ilm_compile.runtime.observe.svg import (
 )
 from ilm_compile.schedule import Kind
 
-GIB = 2**30
 WIDTH, LEFT, RIGHT = 900.0, 76.0, 20.0
 _COLORS = {Kind.F: FORWARD, Kind.B: BACKWARD, Kind.W: WEIGHTS}
 _BEST, _CAP = "#b03a2e", "#b03a2e"

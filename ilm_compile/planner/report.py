@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from ilm_compile.cost.hardware import GIB
 from ilm_compile.files import write_text
 from ilm_compile.planner.candidate import Candidate
 from ilm_compile.planner.pictures import memory_picture, scatter, step_picture
@@ -14,7 +15,6 @@ from ilm_compile.planner.simulated import SimulatedStep, simulate_step
 from ilm_compile.planner.space import Rejected
 from ilm_compile.program.program import Program
 
-GIB = 2**30
 SHOWN = 20  # rows of a table
 _STYLE = """
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #1f2933; margin: 0 auto; padding: 1rem;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ilm_compile.cost.constants import Software, software_named
-from ilm_compile.cost.hardware import HARDWARE, Hardware, hardware_named
+from ilm_compile.cost.hardware import GIB, HARDWARE, Hardware, hardware_named
 from ilm_compile.cost.layer_time import PRECISIONS
 from ilm_compile.cost.sizes import ModelSizes, StepPlan
 from ilm_compile.cost.step_memory import StepMemory, step_memory
@@ -16,8 +16,6 @@ from ilm_compile.planner.model_sizes import sizes_of
 from ilm_compile.planner.space import Question, Rejected, ladder, plans, shapes
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

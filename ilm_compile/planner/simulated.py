@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ilm_compile.cost import (
 from ilm_compile.cost.holding import Holding
 from ilm_compile.cost.saved import SavedMemory, Storage
 from ilm_compile.files import write_text
-from ilm_compile.program.boundaries import stage_boundaries, stage_of
+from ilm_compile.program.boundaries import stage_boundaries, stage_of, stage_parts
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.node_cost import node_seconds, runs_again
 from ilm_compile.schedule import Kind, Simulation, StageTimes, schedule_of, simulate
@@ -65,7 +64,7 @@ class SimulatedStep:
     def memory(self, rank: int) -> list[tuple[float, float]]:
         """Return the bytes that a pipeline rank holds, from which second on each."""
         schedule = self.simulation.schedule
-        makes = Kind.W if schedule.splits_backwards else Kind.B
+        makes = schedule.frees
         own = {s: self.gradients[s] for s, r in enumerate(schedule.stage_to_rank) if r == rank}
         now = self.static[rank] - sum(own.values())
         found = [(0.0, now)]
@@ -154,9 +153,7 @@ def _parts_held(program: Program, num_stages: int) -> list[list[Held]]:
     holding = Holding(program, memory)
     found: list[list[Held]] = [[] for _ in range(num_stages)]
     counted: list[set[Storage]] = [set() for _ in range(num_stages)]
-    placed = stage_of(program)
-    for (stage, region), group in groupby(placed, lambda n: (placed[n], n.meta["region"])):
-        nodes = list(group)
+    for stage, region, nodes in stage_parts(program):
         kept = memory.kept_by(nodes, program.regions[region])
         found[stage].append(holding.of(nodes, kept, counted[stage]))
         counted[stage].update(kept)

@@ -6,6 +6,9 @@ each stage talks to its neighbours only, and its gradient comes back the same wa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
+
 from torch import fx
 
 from ilm_compile.errors import ProgramError
@@ -13,6 +16,16 @@ from ilm_compile.program.gradients import wanted_gradients
 from ilm_compile.program.lowered import Boundary
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple
+
+
+def stage_parts(program: Program) -> Iterator[tuple[int, int, list[fx.Node]]]:
+    """Yield the stage, the region and the calls of each run of calls that share them, in order.
+
+    Raises `ProgramError` as `stage_of` does.
+    """
+    placed = stage_of(program)
+    for (stage, region), group in groupby(placed, lambda n: (placed[n], n.meta["region"])):
+        yield stage, region, list(group)
 
 
 def stage_of(program: Program) -> dict[fx.Node, int]:

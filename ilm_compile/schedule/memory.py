@@ -92,7 +92,7 @@ def bytes_held(
     """Yield each compute of a rank with the most bytes while it runs, and those after it."""
     stages = tuple(s for s, r in enumerate(schedule.stage_to_rank) if r == rank)
     own = [held[stage] for stage in stages]
-    frees = Kind.W if schedule.splits_backwards else Kind.B
+    frees = schedule.frees
     for action, moment in _moments(schedule.actions[rank], stages, schedule):
         most, one = _bytes(moment, own), own[moment.running]
         stays = {Kind.F: one.kept, Kind.B: one.left}.get(action.kind, 0.0)
@@ -104,6 +104,7 @@ def _moments(
     row: Sequence[Action], stages: Sequence[int], schedule: Schedule
 ) -> Iterator[tuple[Action, Moment]]:
     alive, waiting = [0] * len(stages), [0] * len(stages)
+    is_split = schedule.splits_backwards
     for action in row:
         if action.stage not in stages or not action.is_compute:
             continue
@@ -115,7 +116,7 @@ def _moments(
             Moment(alive=tuple(alive), waiting=tuple(waiting), running=place, kind=action.kind),
         )
         alive[place] += action.kind is Kind.F
-        waiting[place] += action.kind is Kind.B and schedule.splits_backwards
+        waiting[place] += action.kind is Kind.B and is_split
 
 
 def _bytes(moment: Moment, own: Sequence[Held]) -> float:

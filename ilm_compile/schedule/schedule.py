@@ -50,6 +50,11 @@ class Schedule:
         """Whether the gradients of the weights are left for actions of their own."""
         return any(action.kind is Kind.W for row in self.actions for action in row)
 
+    @property
+    def frees(self) -> Kind:
+        """The action after which a stage holds nothing of a micro-batch, its last one."""
+        return Kind.W if self.splits_backwards else Kind.B
+
     @classmethod
     def from_rows(cls, name: str, rows: Iterable[Sequence[Action]]) -> "Schedule":
         """The schedule with these rows; a stage lives on the first rank that runs its forward."""
@@ -130,7 +135,7 @@ def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
     The unit is the activations of one micro-batch in one stage. A backward frees them, or its
     weight part where the schedule splits it off. 1F1B: min(num_microbatches, pp - rank).
     """
-    change = {Kind.F: +1, Kind.W if schedule.splits_backwards else Kind.B: -1}
+    change = {Kind.F: +1, schedule.frees: -1}
 
     def peak(row: Sequence[Action]) -> int:
         live = highest = 0

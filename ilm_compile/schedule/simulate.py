@@ -99,7 +99,7 @@ class Simulation:
 
         The unit is that of `peak_in_flight`, which is the highest of these numbers.
         """
-        frees = Kind.W if self.schedule.splits_backwards else Kind.B
+        frees = self.schedule.frees
         events = [
             (self.spans[a].start, 1) if a.kind is Kind.F else (self.spans[a].stop, -1)
             for a in self._computes[rank]

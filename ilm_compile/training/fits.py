@@ -6,7 +6,6 @@ the activations that are predicted half count, and of its device a rank may fill
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
@@ -15,27 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ilm_compile.automatic import hardware_of
+from ilm_compile.automatic import PRECISIONS, hardware_of
 from ilm_compile.config import Config
 from ilm_compile.cost import HARDWARE, Hardware
 from ilm_compile.cost.constants import software_named
+from ilm_compile.cost.hardware import GIB
 from ilm_compile.cost.memory import static_bytes_per_parameter
 from ilm_compile.cost.pipeline_time import FORMS
 from ilm_compile.cost.sizes import ModelSizes, StepPlan
 from ilm_compile.cost.step_memory import step_memory
 from ilm_compile.errors import PlanError
 from ilm_compile.planner import Candidate, Question, search
-from ilm_compile.planner.candidate import DTYPES
+from ilm_compile.planner.calibrate import memory_bytes
 from ilm_compile.planner.model_sizes import sizes_of
 from ilm_compile.planner.search import candidate_of
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.training.launch import Place
 
-GIB = 2**30
 ACTIVATIONS = 0.5  # of those predicted, the part that any program surely keeps
 MOST_RANKS = 1024  # that are tried where this world is too small
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A key of the config, and the field of a plan that says what it should be.
 KEYS: Mapping[str, str] = {
     "parallel.tensor": "tp",
@@ -84,9 +82,8 @@ def too_large(
 def available_bytes(place: Place) -> float:
     """Memory of this rank's device: all of its GPU's, or its share of the machine's."""
     if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
-        return float(torch.cuda.get_device_properties(place.local_rank).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return float(total) / place.local_world_size
+        return float(memory_bytes(torch.device("cuda", place.local_rank)))
+    return memory_bytes(torch.device("cpu")) / place.local_world_size
 
 
 def _held_bytes(parameter: nn.Parameter, plan: Plan, dp: int) -> float:
@@ -126,7 +123,7 @@ def _step_plan(config: Config, plan: Plan, dp: int) -> StepPlan:
         recompute_share=share or 1.0,
         zero=plan.zero,
         sequence_parallel=plan.tp > 1 and plan.sequence_parallel is not False,
-        precision=NAMES[plan.dtype],
+        precision=PRECISIONS[plan.dtype],
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ilm_compile.config import Config
-from ilm_compile.cost.hardware import HARDWARE
+from ilm_compile.cost.hardware import GIB, HARDWARE
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime import Hook, Parallel
 from ilm_compile.runtime.observe import (
@@ -28,7 +28,6 @@ from ilm_compile.training.evaluation import Evaluation
 PROFILE_FOLDER = "profile"
 MONITOR_FOLDER = "monitor"
 ENV = "env:"
-GIB = 2**30
 
 
 def make_hooks(

@@ -16,6 +16,7 @@ from torch import nn
 from ilm_compile.config import Config
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.convert import open_weights
+from ilm_compile.cost.hardware import GIB
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.partitioning import compile, make_plan
 from ilm_compile.program.plan import Plan
@@ -31,8 +32,6 @@ from ilm_compile.training.fits import available_bytes, expected, too_large
 from ilm_compile.training.hooks import make_sinks
 from ilm_compile.training.launch import Place, read_place
 from ilm_compile.training.model import build_model, input_spec, loss_function, weights_folder
-
-GIB = 2**30
 
 
 class StartError(IlmCompileError):
