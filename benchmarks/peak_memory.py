@@ -96,6 +96,7 @@ def measure(plans: Sequence[Plan]) -> list[Peak]:
     example = {name: ((ROWS, SEQ), torch.int64) for name in ("input_ids", "labels")}
     traced = ilm_compile.trace(model, example_inputs=example)
     mesh, peaks = Mesh.create(plans[0]), []
+    batch = random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
     for plan in plans:
         program = ilm_compile.compile(traced, plan=plan)
         parallel = Parallel(
@@ -103,15 +104,16 @@ def measure(plans: Sequence[Plan]) -> list[Peak]:
         )
         rank = mesh.pp.rank
         predicted = simulate_step(program).peak(rank)
-        peaks.append(Peak(name_of(plan), plan.checkpoint, rank, predicted, peak_of(parallel)))
+        peaks.append(
+            Peak(name_of(plan), plan.checkpoint, rank, predicted, peak_of(parallel, batch))
+        )
     return peaks
 
 
-def peak_of(parallel: Parallel) -> int:
-    """Return the most bytes of tensors that are alive in a step."""
+def peak_of(parallel: Parallel, batch: dict[str, Tensor]) -> int:
+    """Return the most bytes of tensors that are alive in a step of `batch`."""
     parameters = [parameter for _, parameter in parallel.named_parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, foreach=False)
-    batch = random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
     parallel.execute_schedule(batch)
     optimizer.step()
     parallel.zero_grad()
