@@ -98,29 +98,28 @@ def compiled(plans: Sequence[Plan]) -> Iterator[tuple[Plan, Program, Parallel]]:
     mesh = Mesh.create(plans[0])
     for plan in plans:
         program = ilm_compile.compile(traced, plan=plan)
-        schedule, initializer = make_schedule(plan), program.initializer
-        yield (
-            plan,
-            program,
-            Parallel(lower(program), schedule, mesh, model, initializer=initializer),
+        parallel = Parallel(
+            lower(program), make_schedule(plan), mesh, model, initializer=program.initializer
         )
+        yield plan, program, parallel
 
 
 def measure(plans: Sequence[Plan]) -> list[Peak]:
     """Return the peaks of this rank under each plan, of its second step with an optimizer."""
-    peaks = []
+    peaks, batch = [], random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
     for plan, program, parallel in compiled(plans):
         rank = parallel.mesh.pp.rank
         predicted = simulate_step(program).peak(rank)
-        peaks.append(Peak(name_of(plan), plan.checkpoint, rank, predicted, peak_of(parallel)))
+        peaks.append(
+            Peak(name_of(plan), plan.checkpoint, rank, predicted, peak_of(parallel, batch))
+        )
     return peaks
 
 
-def peak_of(parallel: Parallel) -> int:
-    """Return the most bytes of tensors that are alive in a step."""
+def peak_of(parallel: Parallel, batch: dict[str, Tensor]) -> int:
+    """Return the most bytes of tensors that are alive in a step of `batch`."""
     parameters = [parameter for _, parameter in parallel.named_parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, foreach=False)
-    batch = random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
     parallel.execute_schedule(batch)
     optimizer.step()
     parallel.zero_grad()
