@@ -6,6 +6,7 @@ names (`SIZES`), dropout is off, and what does not fit then is set by hand (`CHA
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,9 +175,14 @@ def small_model(architecture: str, config_name: str = "", **changes: Any) -> nn.
     config = config_class(**small_values(config_class, **changes))
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
+    return float64(lambda: model_class(config))
+
+
+def float64(make: Callable[[], nn.Module]) -> nn.Module:
+    """Return the model in float64, the same each time, no parameter at its initial value."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = model_class(config).double().train()
+        model = make().double().train()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
