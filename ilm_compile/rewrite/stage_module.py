@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ilm_compile.ops.products import leaving_weight
+from ilm_compile.program.attributes import put_tensor, tensor_at
 from ilm_compile.program.program import Program
 from ilm_compile.program.remade import AGAIN, Remade
-from ilm_compile.program.weight_parts import PRODUCTS, recompute_contexts
+from ilm_compile.program.weight_parts import recompute_contexts
 from ilm_compile.rewrite.parameter_free import is_random
 
 
@@ -102,7 +104,7 @@ class _StageBuilder:
                 # A flat name: every child module of a stage is a region.
                 self.variables[name] = path = _identifier(name)
                 if not hasattr(self.root, path):
-                    _register(self.root, path, _storage(self.program, name))
+                    put_tensor(self.root, path, _storage(self.program, name))
                 self.values[node] = self.graph.create_node("get_attr", path)
                 self.values[node].meta["val"] = node.meta["val"]
 
@@ -164,11 +166,11 @@ def _region(
             if source.op == "get_attr" and source not in values:
                 if source.target not in owned:
                     owned.append(str(source.target))
-                    _register(root, owned[-1], _storage(program, owned[-1]))
+                    put_tensor(root, owned[-1], _storage(program, owned[-1]))
                 values[source] = body.node_copy(source)
         values[node] = copied = body.node_copy(node, values.__getitem__)
         if node.meta.get("leaves_weight"):
-            copied.target = PRODUCTS[node.target].leave  # type: ignore[index]
+            copied.target = leaving_weight(node.target)
     body.output(tuple(values[node] for node in outputs))
     return fx.GraphModule(root, body, name), owned
 
@@ -184,23 +186,9 @@ def _identifier(name: str) -> str:
 def _storage(program: Program, name: str) -> Tensor:
     """Return the rank-local tensor of a variable: on meta, except for constants of the graph."""
     variable = program.variables[name]
-    owner, _, leaf = name.rpartition(".")
-    traced: Tensor = getattr(program.graph_module.get_submodule(owner), leaf)
+    traced = tensor_at(program.graph_module, name)
     if not traced.is_meta:
         return traced
     shape = variable.layout.local_shape(variable.shape, program.plan.axes)
     value = torch.empty(shape, dtype=variable.dtype, device="meta")
     return nn.Parameter(value, variable.requires_grad) if variable.is_parameter else value
-
-
-def _register(root: nn.Module, path: str, tensor: Tensor) -> None:
-    """Put `tensor` at attribute `path` of `root`, making the modules on the way."""
-    *owners, leaf = path.split(".")
-    for name in owners:
-        if not hasattr(root, name):
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    if isinstance(tensor, nn.Parameter):
-        root.register_parameter(leaf, tensor)
-    else:
-        root.register_buffer(leaf, tensor, persistent=False)
