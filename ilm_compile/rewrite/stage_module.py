@@ -102,10 +102,10 @@ class _StageBuilder:
             if len(users) > 1 or len(self.segments) in users:
                 name = str(node.target)
                 # A flat name: every child module of a stage is a region.
-                self.variables[name] = path = _identifier(name)
-                if not hasattr(self.root, path):
+                if name not in self.variables:
+                    self.variables[name] = path = _free_name(self.root, _identifier(name))
                     put_tensor(self.root, path, _storage(self.program, name))
-                self.values[node] = self.graph.create_node("get_attr", path)
+                self.values[node] = self.graph.create_node("get_attr", self.variables[name])
                 self.values[node].meta["val"] = node.meta["val"]
 
     def _placeholder(self, node: fx.Node, name: str) -> None:
@@ -115,7 +115,7 @@ class _StageBuilder:
     def add_segment(self, position: int) -> None:
         """Add the child module of one segment, its call, and the values it returns."""
         segment = self.segments[position]
-        name = self._free_name(_identifier(segment.name))
+        name = _free_name(self.root, _identifier(segment.name))
         used = {source: None for node in segment.nodes for source in node.all_input_nodes}
         inputs = [node for node in used if node in self.values]
         outputs = [n for n in segment.nodes if max(self.users.get(n, {position})) > position]
@@ -127,17 +127,11 @@ class _StageBuilder:
             module = Remade(body)
         self.root.add_module(name, module)
         prefix = name if module is body else f"{name}.body"
-        self.variables.update({variable: f"{prefix}.{variable}" for variable in owned})
+        self.variables.update({variable: f"{prefix}.{path}" for variable, path in owned.items()})
         call = self.graph.call_module(name, tuple(self.values[node] for node in inputs))
         for index, node in enumerate(outputs):
             self.values[node] = self.graph.call_function(operator.getitem, (call, index))
             self.values[node].meta["val"] = node.meta["val"]
-
-    def _free_name(self, name: str) -> str:
-        number, free = 1, name
-        while hasattr(self.root, free):
-            free, number = f"{name}_{number}", number + 1
-        return free
 
     def finish(self) -> tuple[fx.GraphModule, tuple[str, ...], dict[str, str]]:
         """Close the graph and return the stage."""
@@ -153,21 +147,24 @@ def _region(
     nodes: list[fx.Node],
     inputs: list[fx.Node],
     outputs: list[fx.Node],
-) -> tuple[fx.GraphModule, list[str]]:
-    """Return the module that computes `nodes`, and the names of the variables it owns."""
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Return the module that computes `nodes`, and where it holds the variables it owns."""
     root, body = nn.Module(), fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    owned: list[str] = []
+    owned: dict[str, str] = {}
     for node in inputs:
         values[node] = body.placeholder(node.name)
         values[node].meta.update({k: node.meta[k] for k in ("val", "layout") if k in node.meta})
     for node in nodes:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source not in values:
-                if source.target not in owned:
-                    owned.append(str(source.target))
-                    put_tensor(root, owned[-1], _storage(program, owned[-1]))
+                variable = str(source.target)
+                if variable not in owned:
+                    # A flat name: a path costs the host as much as a small op, in each use.
+                    owned[variable] = path = _free_name(root, _identifier(variable))
+                    put_tensor(root, path, _storage(program, variable))
                 values[source] = body.node_copy(source)
+                values[source].target = owned[variable]
         values[node] = copied = body.node_copy(node, values.__getitem__)
         if node.meta.get("leaves_weight"):
             copied.target = leaving_weight(node.target)
@@ -192,3 +189,10 @@ def _storage(program: Program, name: str) -> Tensor:
     shape = variable.layout.local_shape(variable.shape, program.plan.axes)
     value = torch.empty(shape, dtype=variable.dtype, device="meta")
     return nn.Parameter(value, variable.requires_grad) if variable.is_parameter else value
+
+
+def _free_name(root: nn.Module, name: str) -> str:
+    number, free = 1, name
+    while hasattr(root, free):
+        free, number = f"{name}_{number}", number + 1
+    return free
