@@ -16,7 +16,7 @@ from ilm_compile.passes.base import Pass, check_hardware
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.balance import balance
 from ilm_compile.rewrite.cut_points import crossing_bytes, cut_points
-from ilm_compile.rewrite.cuts_like import cuts_like
+from ilm_compile.rewrite.cuts_like import cuts_like, stages_by_variable
 from ilm_compile.rewrite.node_cost import step_seconds
 from ilm_compile.rewrite.parameter_free import parameter_free_nodes
 
@@ -120,11 +120,9 @@ class PipelineSplit(Pass):
 
 def _explain_shared(program: Program) -> None:
     """Report the parameters that several stages hold, and those that none does."""
-    stages: dict[str, set[int]] = {name: set() for name in program.parameters()}
-    for node in program.graph.find_nodes(op="get_attr"):
-        if node.target in stages:
-            stages[str(node.target)] |= {u.meta["stage"] for u in node.users if "stage" in u.meta}
-    for name, holders in stages.items():
+    stages = stages_by_variable(program)
+    for name in program.parameters():
+        holders = stages.get(name, ())
         if len(holders) > 1:
             aliases = ", ".join(program.variables[name].aliases) or "used more than once"
             program.decisions.append(

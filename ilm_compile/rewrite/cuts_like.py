@@ -18,7 +18,7 @@ def cuts_like(first: Program, calls: Sequence[fx.Node], num_stages: int) -> list
     At the node of the same name where that is such a place, else where the fewest bytes cross.
     Raises `PlanError` if there is none.
     """
-    stages = _stages_by_parameter(first)
+    stages = stages_by_variable(first)
     begins = _first_nodes(first)
     crossing = crossing_bytes(calls)
     cuts: list[int] = []
@@ -45,7 +45,8 @@ def cuts_like(first: Program, calls: Sequence[fx.Node], num_stages: int) -> list
     return cuts
 
 
-def _stages_by_parameter(program: Program) -> dict[str, set[int]]:
+def stages_by_variable(program: Program) -> dict[str, set[int]]:
+    """Return the stages that use each variable which the graph has, by its name."""
     found: dict[str, set[int]] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         users = {user.meta["stage"] for user in node.users if "stage" in user.meta}
