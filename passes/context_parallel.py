@@ -71,7 +71,7 @@ class ContextParallel(Shard):
                 f"the {uneven[0]} tokens of an attention; make them a multiple of {self.size}"
             )
         if self.attention == "ring":
-            share_heads(program, self.name)
+            share_heads(program, self.name, masked=True)
         if not by_queries:
             how: dict[str, Any] = {"pays": partial(_heads_pay, step=self)}
             if self.attention == "heads":
