@@ -42,6 +42,7 @@ class Hardware:
     `nic_bytes_per_s`. `efficiency` is that of whole steps, `compute_efficiency` of a kernel alone.
     Of a processor, `tile_bandwidth` is what a product's operands take beside its arithmetic, and
     `cores` are what the ranks of a machine share; a GPU hides the one and has none of the other.
+    `path` is the file that describes it, None for a row of the table.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Hardware:
     memory_efficiency: float = 0.8
     tile_bandwidth: float = inf
     cores: int = 0
+    path: str | None = None
 
     def usable_flops(self, dtype: torch.dtype) -> float:
         """Return the FLOP/s a large matrix product reaches; raises `PlanError` for other dtypes."""

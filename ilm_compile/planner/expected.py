@@ -12,7 +12,12 @@ from math import prod
 
 import torch
 
-from ilm_compile.cost import HARDWARE, Hardware, collective_time, static_bytes_per_parameter
+from ilm_compile.cost import (
+    Hardware,
+    collective_time,
+    hardware_named,
+    static_bytes_per_parameter,
+)
 from ilm_compile.cost.constants import software_named
 from ilm_compile.cost.hardware import GIB
 from ilm_compile.cost.memory import sharing_ranks
@@ -74,7 +79,7 @@ def expect(program: Program, hardware: Hardware | None = None) -> Expected:
     One rank on each part of the rows where the plan has no dp. Raises `ScheduleError` for a
     schedule that cannot run.
     """
-    plan, machine = program.plan, hardware or HARDWARE[program.plan.hardware]
+    plan, machine = program.plan, hardware or hardware_named(program.plan.hardware)
     step, dp = simulate_step(program, machine), plan.dp or 1
     num_ranks = plan.ranks_per_replica * dp
     crowd = max(1.0, num_ranks / machine.cores) if machine.cores else 1.0

@@ -51,8 +51,9 @@ class Search:
 
     def plan_of(self, candidate: Candidate) -> Plan:
         """Return a candidate as `partition` and `parallelize` take it."""
-        plan, name = candidate.to_plan(), self.question.hardware.name
-        return plan.replace(hardware=name) if name in HARDWARE else plan
+        plan, machine = candidate.to_plan(), self.question.hardware
+        name = machine.path or machine.name
+        return plan.replace(hardware=name) if machine.path or name in HARDWARE else plan
 
     def why_not(self) -> list[Rejected]:
         """Return a line for each mesh but the best plan's: its fastest plan, or why none."""

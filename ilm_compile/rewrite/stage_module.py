@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ilm_compile.ops.products import leaving_weight
+from ilm_compile.program.attributes import put_tensor, tensor_at
 from ilm_compile.program.program import Program
 from ilm_compile.program.remade import AGAIN, Remade
-from ilm_compile.program.weight_parts import PRODUCTS, recompute_contexts
+from ilm_compile.program.weight_parts import recompute_contexts
 from ilm_compile.rewrite.parameter_free import is_random
 
 
@@ -102,7 +104,7 @@ class _StageBuilder:
                 # A flat name: every child module of a stage is a region.
                 if name not in self.variables:
                     self.variables[name] = path = _free_name(self.root, _identifier(name))
-                    _register(self.root, path, _storage(self.program, name))
+                    put_tensor(self.root, path, _storage(self.program, name))
                 self.values[node] = self.graph.create_node("get_attr", self.variables[name])
                 self.values[node].meta["val"] = node.meta["val"]
 
@@ -160,12 +162,12 @@ def _region(
                 if variable not in owned:
                     # A flat name: a path costs the host as much as a small op, in each use.
                     owned[variable] = path = _free_name(root, _identifier(variable))
-                    _register(root, path, _storage(program, variable))
+                    put_tensor(root, path, _storage(program, variable))
                 values[source] = body.node_copy(source)
                 values[source].target = owned[variable]
         values[node] = copied = body.node_copy(node, values.__getitem__)
         if node.meta.get("leaves_weight"):
-            copied.target = PRODUCTS[node.target].leave  # type: ignore[index]
+            copied.target = leaving_weight(node.target)
     body.output(tuple(values[node] for node in outputs))
     return fx.GraphModule(root, body, name), owned
 
@@ -181,8 +183,7 @@ def _identifier(name: str) -> str:
 def _storage(program: Program, name: str) -> Tensor:
     """Return the rank-local tensor of a variable: on meta, except for constants of the graph."""
     variable = program.variables[name]
-    owner, _, leaf = name.rpartition(".")
-    traced: Tensor = getattr(program.graph_module.get_submodule(owner), leaf)
+    traced = tensor_at(program.graph_module, name)
     if not traced.is_meta:
         return traced
     shape = variable.layout.local_shape(variable.shape, program.plan.axes)
@@ -195,10 +196,3 @@ def _free_name(root: nn.Module, name: str) -> str:
     while hasattr(root, free):
         free, number = f"{name}_{number}", number + 1
     return free
-
-
-def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
-    if isinstance(tensor, nn.Parameter):
-        root.register_parameter(name, tensor)
-    else:
-        root.register_buffer(name, tensor, persistent=False)
