@@ -74,6 +74,7 @@ def _times(
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Milliseconds of each round in each way, on this rank, and what was compiled."""
     torch.set_num_threads(1)
+    torch.compiler.reset()  # it compiles one function for eight models at most
     model = make_family(step.model, hidden=step.hidden, layers=LAYERS, dtype=torch.float32)
     batch = random_batch(step.rows, step.tokens, VOCAB)
     example = {key: (tuple(value.shape), value.dtype) for key, value in batch.items()}
