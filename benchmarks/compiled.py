@@ -169,7 +169,7 @@ def main() -> None:
         for hidden in options.hidden
     ]
     asked = [asdict(step) for step in steps]
-    rows: list[Any] = [row for row in read_rows(options.output) if row["step"] not in asked]
+    rows: list[Any] = [r for r in read_rows(options.output) if r.get("step") not in (None, *asked)]
     found = (measure(step, options.ways, rounds=options.rounds) for step in steps)
     keep_measuring(options.output, rows, found, lambda row: row.step.model)
     names = [f"{one} / {other}" for one, other in RATIOS]
