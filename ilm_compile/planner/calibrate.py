@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ilm_compile.cost.hardware import GIB, HARDWARE
 from ilm_compile.errors import PlanError
-from ilm_compile.planner.rank_rates import between, shard_figures
+from ilm_compile.planner.rank_rates import between, message_seconds, shard_figures
 from ilm_compile.planner.rates import DTYPES, SECONDS, figures
 from ilm_compile.program.traffic import SENT
 from ilm_compile.runtime.communicator import ProcessGroupCommunicator
 
 SIZES = (2**12, 2**18, 2**24)  # bytes of a collective's full tensor, by which a link is told
-MESSAGES = (2**8, 2**15, 2**20)  # bytes of a message, by which that of a point to point link is
+MESSAGES = (2**8, 2**16, 2**20)  # bytes of a message, by which that of a point to point link is
 
 
 def calibrate(
@@ -154,17 +154,9 @@ def link_of(sent: Sequence[float], seconds: Sequence[float]) -> tuple[float, flo
 
 
 def _message_link(rank: int, device: torch.device, share: float) -> tuple[float, float, float]:
-    """Half of the way there and back between the first two ranks."""
-    seconds = []
-    for num_bytes in MESSAGES:
-        x = torch.ones(num_bytes // 4, device=device)
-        ways: list[Callable[..., Any]] = [dist.send, dist.recv]
-
-        def there_and_back(x: Tensor = x, ways: Sequence[Callable[..., Any]] = ways) -> None:
-            for way in ways if rank == 0 else reversed(ways):
-                way(x, 1 - rank)
-
-        seconds.append(between(there_and_back if rank < 2 else lambda: None, device, share) / 2)
+    seconds = [
+        message_seconds(torch.ones(size // 4, device=device), rank, share) for size in MESSAGES
+    ]
     return link_of(MESSAGES, seconds)
 
 

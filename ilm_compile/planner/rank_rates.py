@@ -21,8 +21,8 @@ from ilm_compile.planner.rates import wait
 from ilm_compile.runtime.data_parallel import ShardedSync, shard
 
 LOOPS = 5  # with and without, of which the middle one counts
-CALLS, STEPS = 20, 5  # of a collective, and of units of FSDP, in a loop
-WIDTH = 256  # rows and columns of the products between calls
+CALLS, STEPS = 12, 4  # of a collective, and of units of FSDP, in a loop
+WIDTH, PRODUCTS = 256, 12  # rows and columns of the products between calls, and how many
 UNITS, FEW, MANY = 4, 1, 9  # units of FSDP, and how many parameters each has
 SMALL = 64  # rows and columns of one
 
@@ -32,17 +32,48 @@ def between(run: Callable[[], Any], device: torch.device, share: float) -> float
 
     share: of the usual number of times.
     """
-    x = torch.ones(WIDTH, WIDTH, device=device)
-
-    def compute() -> None:
-        for _ in range(4):
-            torch.mm(x, x)
+    compute = _Compute(device)
 
     def both() -> None:
         compute()
         run()
 
     return longer(both, compute, device, max(2, round(share * CALLS)))
+
+
+def message_seconds(x: Tensor, rank: int, share: float) -> float:
+    """Return the usual seconds of a message between the first two ranks.
+
+    They compute in turn, as stages do that wait for each other: who waits has slept for a while.
+    """
+    compute, received, other = _Compute(x.device), torch.empty_like(x), 1 - rank
+
+    def turn() -> None:
+        if rank == 0:
+            compute()
+            dist.send(x, other)
+            dist.recv(received, other)
+        elif rank == 1:
+            dist.recv(received, other)
+            compute()
+            dist.send(x, other)
+
+    def alone() -> None:
+        compute()
+        compute()
+
+    return longer(turn, alone, x.device, max(2, round(share * CALLS))) / 2
+
+
+class _Compute:
+    """Some products, a few milliseconds on a processor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.x = torch.ones(WIDTH, WIDTH, device=device)
+
+    def __call__(self) -> None:
+        for _ in range(PRODUCTS):
+            torch.mm(self.x, self.x)
 
 
 def longer(
@@ -65,8 +96,10 @@ class _Unit(nn.Module):
         super().__init__()
         weights = [nn.Parameter(torch.eye(SMALL)) for _ in range(num_parameters)]
         self.weights = nn.ParameterList(weights)
+        self.compute = _Compute(torch.device("cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.compute()
         for weight in self.weights:
             x = x @ weight
         return x
