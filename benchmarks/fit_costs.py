@@ -48,7 +48,7 @@ CONSTANTS = (
     Constant("matmul", ("hopper",), 0.65, 0.45, 0.90),
     Constant("attention", ("ampere",), 0.40, 0.15, 0.70),
     Constant("attention", ("hopper",), 0.30, 0.10, 0.60),
-    Constant("tile_bandwidth", ALL, 1.5, 0.5, 4.0),
+    Constant("operands", ("ampere", "hopper"), 1.5, 0.5, 4.0),
     Constant("scores_traffic", ALL, 5.0, 2.0, 12.0),
     Constant("layer_traffic", ("megatron-deepspeed",), 0.8, 0.3, 3.0),
     Constant("layer_traffic", ("megatron",), 0.8, 0.3, 3.0),
