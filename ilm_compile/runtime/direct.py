@@ -1,9 +1,8 @@
 """The shortest way from Python to an op: what a graph calls by overload, by torch's own binding.
 
-`torch.ops.aten.mul.Tensor` goes through the interpreter of schemas, which boxes every argument;
-`torch.mul` parses them itself, at half of the host time. Both end in the same call of the
-dispatcher. A table, for a binding may take arguments in another order or mean another overload:
-tests/runtime/test_direct.py compares each on the samples of the sharding rules.
+`torch.ops.aten.mul.Tensor` boxes every argument by a schema; `torch.mul` parses them itself, 1 to 2
+us faster. Both end in the same call of the dispatcher. A table, for a binding may take arguments in
+another order or mean another overload.
 """
 
 from __future__ import annotations
@@ -15,33 +14,18 @@ from typing import Any
 import torch
 from torch import fx
 
-aten = torch.ops.aten
+_NAMES: dict[Any, str] = {
+    torch: """
+        add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Scalar neg.default rsqrt.default
+        tanh.default mean.dim matmul.default addmm.default layer_norm.default embedding.default
+        cat.default reshape.default transpose.int permute.default unsqueeze.default select.int""",
+    torch._C._nn: "linear.default silu.default gelu.default scaled_dot_product_attention.default",
+    torch.Tensor: "expand.default to.dtype",
+}
 DIRECT: dict[Any, Any] = {
-    aten.add.Tensor: torch.add,
-    aten.mul.Tensor: torch.mul,
-    aten.sub.Tensor: torch.sub,
-    aten.div.Tensor: torch.div,
-    aten.neg.default: torch.neg,
-    aten.rsqrt.default: torch.rsqrt,
-    aten.pow.Tensor_Scalar: torch.pow,
-    aten.mean.dim: torch.mean,
-    aten.tanh.default: torch.tanh,
-    aten.matmul.default: torch.matmul,
-    aten.addmm.default: torch.addmm,
-    aten.linear.default: torch._C._nn.linear,
-    aten.silu.default: torch._C._nn.silu,
-    aten.gelu.default: torch._C._nn.gelu,
-    aten.scaled_dot_product_attention.default: torch._C._nn.scaled_dot_product_attention,
-    aten.layer_norm.default: torch.layer_norm,
-    aten.embedding.default: torch.embedding,
-    aten.cat.default: torch.cat,
-    aten.reshape.default: torch.reshape,
-    aten.transpose.int: torch.transpose,
-    aten.permute.default: torch.permute,
-    aten.unsqueeze.default: torch.unsqueeze,
-    aten.select.int: torch.select,
-    aten.expand.default: torch.Tensor.expand,
-    aten.to.dtype: torch.Tensor.to,
+    getattr(getattr(torch.ops.aten, name), overload): getattr(owner, name)
+    for owner, names in _NAMES.items()
+    for name, overload in (each.split(".") for each in names.split())
 }
 
 
