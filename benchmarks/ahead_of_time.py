@@ -36,7 +36,7 @@ class Report:
     a thread needs. shared: bytes a program needs. widest_load: bytes of the widest load from global
     memory, asynchronous copies included; narrow_loads and narrow_stores: how many instructions move
     fewer than 16 bytes a thread. async_copies: cp.async instructions, the mark of a pipelined loop.
-    float64: instructions on 64-bit floats.
+    float64: instructions on 64-bit floats. barriers: at which the warps of a program wait.
     """
 
     kernel: str
@@ -50,6 +50,7 @@ class Report:
     narrow_stores: int
     async_copies: int
     float64: int
+    barriers: int
 
 
 class _Driver(DriverBase):  # type: ignore[misc]
@@ -130,6 +131,7 @@ def _report(kernel: Any, arch: int) -> Report:
         narrow_stores=sum(width < WIDEST for width in stores),
         async_copies=len(copies),
         float64=len(re.findall(r"\.f64\b", ptx)),
+        barriers=len(re.findall(r"\bbar(?:rier)?\.", ptx)),
     )
 
 

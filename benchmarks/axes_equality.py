@@ -13,7 +13,6 @@ FILE keeps what was measured: a further run goes on with what is missing in it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 import ilm_compile
-from benchmarks.common import RESULTS, keep_measuring, make_parser, read_rows
+from benchmarks.common import RESULTS, keep_measuring, last_line, make_parser, markdown, read_rows
 from tests.support.axes import MODELS, cases
 from tests.support.equality import EXAMPLE, Case, make_model
 from tests.support.promote import promoted_float32
@@ -73,8 +72,7 @@ def measure(axis: str, case: Case, world: World) -> Row:
     try:
         found = world.run(train_and_compare, case, STEPS, timeout=TIMEOUT)[0]
     except WorldError as error:
-        last = [line for line in str(error).splitlines() if line.strip()][-1]
-        return Row(*names, failure=last[:400])
+        return Row(*names, failure=last_line(error))
     first = found.first
     return Row(*names, first.loss, first.gradient, first.worst, found.weights)
 
@@ -98,8 +96,7 @@ def measure_all(only: Sequence[str], done: set[tuple[str, str, str]]) -> Iterato
 
 def summary(rows: Sequence[Row]) -> str:
     """Return the largest errors of each axis and plan in Markdown, and what is not equal."""
-    lines = ["| plan | models | equal | loss | gradients | weights |"]
-    lines.append("| --- " + "| ---: " * 5 + "|")
+    lines = []
     for axis, plan in dict.fromkeys((row.axis, row.plan) for row in rows):
         these = [row for row in rows if (row.axis, row.plan) == (axis, plan)]
         ran = [row for row in these if not row.failure]
@@ -107,23 +104,18 @@ def summary(rows: Sequence[Row]) -> str:
             f"{max((getattr(row, name) for row in ran), default=0.0):.0e}"
             for name in ("loss", "gradient", "weights")
         )
-        counts = (str(len(these)), str(sum(row.is_equal for row in these)))
-        lines.append(f"| {' | '.join((plan, *counts, *worst))} |")
-    lines += [f"{r.model}, {r.plan}: {r}" for r in rows if not r.is_equal]
-    return "\n".join(lines)
+        lines.append((plan, len(these), sum(row.is_equal for row in these), *worst))
+    table = markdown(("plan", "models", "equal", "loss", "gradients", "weights"), lines)
+    return "\n".join([table, *(f"{r.model}, {r.plan}: {r}" for r in rows if not r.is_equal)])
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("axes_equality", __doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "axes_equality.json")
     known = [model for models in MODELS.values() for model in models]
     parser.add_argument("--only", nargs="+", choices=known, metavar="MODEL", help="some models")
     parser.add_argument("--again", action="store_true", help="measure what failed once more")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = [Row(**saved) for saved in read_rows(options.output)]
     rows = [row for row in rows if row.is_equal or not options.again]

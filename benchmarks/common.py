@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import platform
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -110,10 +114,59 @@ def make_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
+def show_table(
+    title: str | None,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    words: int = 1,
+    sections: int = 0,
+) -> None:
+    """Print a table. words: how many columns are text, before those of numbers.
+
+    sections: how many rows belong together, of lines drawn between them; 0 for no lines.
+    """
+    table = Table(title=title)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < words else "right")
+    for number, row in enumerate(rows, 1):
+        ends = bool(sections) and number % sections == 0
+        table.add_row(*(escape(str(cell)) for cell in row), end_section=ends)
+    make_console().print(table)
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The lines of a table in Markdown, numbers from the second column on."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def dated(name: str) -> Path:
+    """Where a benchmark with a result for every day writes that of today."""
+    return RESULTS / f"{name}-{datetime.now(UTC).date().isoformat()}.json"
+
+
+def last_line(error: Exception) -> str:
+    """What an error of another process came to, without its traceback."""
+    return [line for line in str(error).splitlines() if line.strip()][-1][:400]
+
+
+def words_of(plan: Mapping[str, Any]) -> str:
+    """Fields of a plan as a table has them: "tp=2 pp=4"."""
+    return " ".join(f"{name}={value}" for name, value in plan.items())
+
+
 def save_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, which may hold dataclasses, with the circumstances it was measured under."""
     whole = {"circumstances": circumstances(), **content}
     write_text(path, json.dumps(whole, indent=2, default=asdict) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file with Unix line ends."""
+    target = io.StringIO()
+    csv.writer(target, lineterminator="\n").writerows([header, *rows])
+    write_text(path, target.getvalue())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,18 @@
-"""Steps with ``compile=True`` beside eager ones: `python -m benchmarks.compiled`.
+"""Steps beside those of plain PyTorch: `python -m benchmarks.compiled`.
 
-One process, one thread, no parallelism: forward and backward of a small model of each family in
-four ways, in turn: plain PyTorch, torch.compile of the whole model, `parallelize`, and that with
-``compile=True``. Processor time of the process, medians; ratios say what each is to another. The
-losses of a model must agree, or nothing is said of its speed.
+A small model of each family in four ways, in turn: plain PyTorch, torch.compile of the whole
+model, `parallelize`, and that with ``compile=True``; with --tp 2 the latter two. A step is forward
+and backward, with --train also clipping and AdamW. Processor time of the process, on one thread;
+of two ranks the sum. A ratio is the median of those of single rounds. The losses of a model must
+agree, or nothing is said of its speed. At --hidden 128 the host rules: that is its time per step.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,141 +21,150 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ilm_compile
-from benchmarks.common import RESULTS, make_console, make_model, make_parser, save_json
+from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
+from benchmarks.families import FAMILIES, VOCAB, make_family
+from ilm_compile.runtime import Trainer
 
-LAYERS, HEADS, VOCAB = 4, 8, 2048
-Batch = dict[str, Tensor]
-
-
-def _internlm2(hidden: int) -> nn.Module:
-    sizes = {"num_layers": LAYERS, "hidden_size": hidden, "num_attention_heads": HEADS}
-    fields = {**sizes, "num_kv_attention_heads": HEADS, "vocab_size": VOCAB}
-    return make_model("internlm2_tiny", fields, device="cpu")
+LAYERS = 4
+LR = 1e-12  # the weights stay what they are
+PLAIN, WHOLE, EAGER, COMPILED = WAYS = ("PyTorch", "torch.compile", "eager", "compiled")
+RATIOS = ((EAGER, PLAIN), (COMPILED, PLAIN), (COMPILED, EAGER), (COMPILED, WHOLE))
 
 
-def _llama(hidden: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclass(frozen=True)
+class Step:
+    """What is measured: a micro-batch of `rows` times `tokens`; trains: with the optimizer."""
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            vocab_size=VOCAB,
-            use_cache=False,
-        )
-    )
-
-
-def _gpt2(hidden: int) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_embd=hidden, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCAB)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    config.use_cache = False
-    return GPT2LMHeadModel(config)
-
-
-MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "InternLM2": _internlm2,
-    "Llama": _llama,
-    "GPT-2": _gpt2,
-}
+    model: str
+    hidden: int
+    rows: int = 1
+    tokens: int = 128
+    tp: int = 1
+    trains: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: milliseconds of a step in each way, and what was compiled in how many seconds."""
+    """One model: milliseconds of a step in each way, their ratios, and what was compiled."""
 
-    model: str
-    hidden: int
-    plain_ms: float
-    torch_compile_ms: float
-    eager_ms: float
-    compiled_ms: float
-    compilations: list[str]
-
-    @property
-    def ratios(self) -> tuple[float, float, float]:
-        """Eager to plain PyTorch, compiled to eager, compiled to torch.compile of the model."""
-        return (
-            self.eager_ms / self.plain_ms,
-            self.compiled_ms / self.eager_ms,
-            self.compiled_ms / self.torch_compile_ms,
-        )
+    step: Step
+    ms: dict[str, float]
+    ratios: dict[str, float]
+    compilations: list[str] = field(default_factory=list)
 
 
-def measure(
-    name: str, *, hidden: int, rows: int, tokens: int, rounds: int, backend: str = "inductor"
-) -> Row:
+def measure(step: Step, ways: list[str], *, rounds: int, backend: str = "inductor") -> Row:
     """The row of one model. Raises `AssertionError` if the ways disagree in the loss."""
-    torch.manual_seed(0)
-    model = MODELS[name](hidden).train()
-    shape = (rows, tokens)
-    inputs = {key: (shape, torch.int64) for key in ("input_ids", "labels")}
-    batch = {key: torch.randint(VOCAB, shape) for key in inputs}
-    whole: Any = torch.compile(model, dynamic=False, backend=backend)
-    eager, compiled = (
-        ilm_compile.parallelize(model, example_inputs=inputs, compile=wanted)
-        for wanted in (False, backend)
-    )
+    if step.tp == 1:
+        ranks = [_times(step, ways, rounds, backend)]
+    else:
+        ways = [way for way in ways if way in (EAGER, COMPILED)]
+        ranks = launch(_times, step.tp, step, ways, rounds, backend)
+    times = {way: [sum(rank[0][way][i] for rank in ranks) for i in range(rounds)] for way in ways}
+    ratios = {
+        f"{one} / {other}": median(a / b for a, b in zip(times[one], times[other], strict=True))
+        for one, other in RATIOS
+        if one in times and other in times
+    }
+    return Row(step, {way: median(spent) for way, spent in times.items()}, ratios, ranks[0][1])
 
-    def plain(run: Callable[..., Any]) -> Tensor:
+
+def _times(
+    step: Step, ways: list[str], rounds: int, backend: str
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Milliseconds of each round in each way, on this rank, and what was compiled."""
+    torch.set_num_threads(1)
+    model = make_family(step.model, hidden=step.hidden, layers=LAYERS, dtype=torch.float32)
+    batch = random_batch(step.rows, step.tokens, VOCAB)
+    example = {key: (tuple(value.shape), value.dtype) for key, value in batch.items()}
+    made: list[ilm_compile.Parallel] = []
+
+    def ours(compile: bool | str) -> Callable[[], Tensor]:
+        made.append(
+            ilm_compile.parallelize(model, example_inputs=example, compile=compile, tp=step.tp)
+        )
+        return _our_step(made[-1], batch, trains=step.trains)
+
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        PLAIN: lambda: _plain_step(model, model, batch, trains=step.trains),
+        WHOLE: lambda: _plain_step(
+            model, torch.compile(model, dynamic=False, backend=backend), batch, trains=step.trains
+        ),
+        EAGER: lambda: ours(False),
+        COMPILED: lambda: ours(backend),
+    }
+    runs = {way: makers[way]() for way in ways}
+    losses = [run() for run in runs.values() for _ in range(2)]  # the first step compiles
+    for loss in losses:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-5)
+    times: dict[str, list[float]] = {way: [] for way in runs}
+    for _ in range(rounds):
+        for way, run in runs.items():
+            start = time.process_time()
+            run()
+            times[way].append((time.process_time() - start) * 1e3)
+    return times, [str(each) for parallel in made for each in parallel.compilations]
+
+
+def _plain_step(
+    model: nn.Module, run: Any, batch: dict[str, Tensor], *, trains: bool
+) -> Callable[[], Tensor]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def step() -> Tensor:
         model.zero_grad()
         found = run(**batch)
         loss: Tensor = found if isinstance(found, Tensor) else found.loss
         loss.backward()
+        if trains:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            optimizer.step()
         return loss.detach()
 
-    def ours(parallel: ilm_compile.Parallel) -> Tensor:
-        parallel.zero_grad()
-        loss = parallel.execute_schedule(batch)
+    return step
+
+
+def _our_step(
+    parallel: ilm_compile.Parallel, batch: dict[str, Tensor], *, trains: bool
+) -> Callable[[], Tensor]:
+    trainer = Trainer(parallel, lr=LR)
+
+    def step() -> Tensor:
+        trainer.zero_grad()
+        loss = trainer.execute_schedule(batch)
         assert isinstance(loss, Tensor)
+        if trains:
+            trainer.step()
         return loss
 
-    ways: list[Callable[[], Tensor]] = [
-        lambda: plain(model),
-        lambda: plain(whole),
-        lambda: ours(eager),
-        lambda: ours(compiled),
-    ]
-    losses = [way() for way in ways for _ in range(2)]  # the first step compiles
-    for loss in losses:
-        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-5)
-    times: list[list[float]] = [[] for _ in ways]
-    for _ in range(rounds):
-        for way, spent in zip(ways, times, strict=True):
-            start = time.process_time()
-            way()
-            spent.append((time.process_time() - start) * 1e3)
-    said = [str(each) for each in compiled.compilations]
-    return Row(name, hidden, *map(median, times), said)
+    return step
 
 
 def main() -> None:
     parser = make_parser("compiled", __doc__)
+    parser.add_argument("--models", nargs="+", default=list(FAMILIES[:6]), choices=FAMILIES)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--tp", type=int, nargs="+", default=[1])
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS / "compiled.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    table = Table("model", "hidden", "eager / PyTorch", "compiled / eager", "/ torch.compile")
+    names = [f"{one} / {other}" for one, other in RATIOS]
+    table = Table("model", "hidden", "tp", *names)
     found = []
-    for name in MODELS:
-        for hidden in options.hidden:
-            row = measure(
-                name,
-                hidden=hidden,
-                rows=options.rows,
-                tokens=options.tokens,
-                rounds=options.rounds,
-            )
-            found.append(row)
-            table.add_row(name, str(hidden), *(f"{ratio:.2f}" for ratio in row.ratios))
+    for tp in options.tp:
+        for name in options.models:
+            for hidden in options.hidden:
+                step = Step(name, hidden, options.rows, options.tokens, tp, options.train)
+                row = measure(step, options.ways, rounds=options.rounds)
+                found.append(row)
+                ratios = [f"{row.ratios[n]:.3f}" if n in row.ratios else "" for n in names]
+                table.add_row(name, str(hidden), str(tp), *ratios)
+                save_json(options.output, {"rows": found})
     make_console().print(table)
-    save_json(RESULTS / "compiled.json", {"rows": found})
 
 
 if __name__ == "__main__":

@@ -117,12 +117,10 @@ def make_llama(fields: dict[str, int]) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**fields, max_position_embeddings=1 << 16))
 
 
-def run_rank(
-    cp: int, sequences: Sequence[int], repeats: int, fields: dict[str, int]
-) -> list[Figure]:
-    """This rank's figures: lengths in order, each with its ways to divide attention."""
+def run_rank(cp: int, sequence: int, repeats: int, fields: dict[str, int]) -> list[Figure]:
+    """This rank's figures of one length, one for each way to divide attention."""
     ways = WAYS if cp > 1 else (None,)
-    return [_measure(cp, way, sequence, repeats, fields) for sequence in sequences for way in ways]
+    return [_measure(cp, way, sequence, repeats, fields) for way in ways]
 
 
 def _measure(
@@ -195,17 +193,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "context_parallel.json")
     options = parser.parse_args(arguments)
     fields = fields_of(options.hidden, options.layers)
-    what = (options.sequences, options.repeats, fields)
-    figures = [
-        of_most(ranks)
-        for cp in (1, *CP)
-        for ranks in zip(*launch(run_rank, cp, cp, *what), strict=True)
-    ]
+    content: dict[str, Any] = {"model": fields, "figures": []}
+    content["torch"] = launch(run_torch, 2, min(options.sequences))[0]
+    figures = []
+    for sequence in options.sequences:
+        for cp in (1, *CP):
+            ranks = launch(run_rank, cp, cp, sequence, options.repeats, fields)
+            figures += [of_most(each) for each in zip(*ranks, strict=True)]
+        content["figures"] = [asdict(each) for each in figures]
+        save_json(options.output, content)  # long rows take minutes: what is there is kept
     show(figures)
-    theirs = launch(run_torch, 2, min(options.sequences))[0]
+    theirs = content["torch"]
     make_console().print(f"torch {torch.__version__}, context_parallel on the CPU: {theirs}")
-    content = {"model": fields, "figures": [asdict(each) for each in figures], "torch": theirs}
-    save_json(options.output, content)
 
 
 def show(figures: Sequence[Figure]) -> None:

@@ -15,17 +15,16 @@ wrong      anything else: a bug here
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, make_parser, save_json
+from benchmarks.common import RESULTS, make_parser, markdown, save_json
 from tests.support.coverage import BOUND, TIME_LIMIT, Coverage, Sharded, cover_all
 from tests.support.zoo import architectures
 
@@ -34,22 +33,21 @@ SIZES = (2, 4)
 LONGEST = 200  # characters of a reason in the table; the whole is in the JSON
 
 
-def table(found: Sequence[Coverage]) -> Iterator[str]:
-    """Yield the lines of the table, and the totals."""
-    headings = ["architecture", "outcome", "nodes", "weights, FLOPs repeated", "largest error"]
-    yield f"| {' | '.join([*headings, 'why'])} |"
-    yield "| --- | --- | ---: | ---: | ---: | --- |"
+def table(found: Sequence[Coverage]) -> str:
+    """Return the table, and the totals."""
+    lines = []
     for row in found:
-        shares = [f"{max(s.weights for s in row.sharded):.1%}" if row.sharded else ""]
-        shares += [f"{max(s.flops for s in row.sharded):.1%}" if row.sharded else ""]
-        errors = [max(s.loss_error, s.gradient_error) for s in row.sharded]
-        error = f"{max(errors):.0e}" if errors else ""
-        cells = (row.architecture, row.outcome, str(row.nodes or ""), ", ".join(shares).strip(", "))
-        yield f"| {' | '.join((*cells, error, row.reason[:LONGEST]))} |"
-    yield ""
-    yield f"{len(found)} architectures: " + ", ".join(
-        f"{n} {outcome}" for outcome, n in Counter(row.outcome for row in found).most_common()
-    )
+        shares = error = ""
+        if row.sharded:
+            weights, flops = (max(getattr(s, n) for s in row.sharded) for n in ("weights", "flops"))
+            shares = f"{weights:.1%}, {flops:.1%}"
+            error = f"{max(max(s.loss_error, s.gradient_error) for s in row.sharded):.0e}"
+        cells = (row.architecture, row.outcome, row.nodes or "", shares, error)
+        lines.append((*cells, row.reason[:LONGEST]))
+    counts = Counter(row.outcome for row in found).most_common()
+    totals = ", ".join(f"{n} {outcome}" for outcome, n in counts)
+    headings = ("architecture", "outcome", "nodes", "weights, FLOPs repeated", "largest error")
+    return f"{markdown((*headings, 'why'), lines)}\n\n{len(found)} architectures: {totals}"
 
 
 def sentence(content: dict[str, Any]) -> str:
@@ -80,16 +78,12 @@ def load(content: dict[str, Any]) -> list[Coverage]:
     ]
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("coverage", __doc__)
     parser.add_argument("--again", action="store_true", help="only what is not equal so far")
     parser.add_argument("--only", action="append", help="an architecture; may be repeated")
     parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds per architecture")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     kept = load(json.loads(FILE.read_text())) if options.again or options.only else []
     wanted = options.only or [row.architecture for row in kept if row.outcome != "equal"]
@@ -101,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     release = ".".join(version("transformers").split(".")[:2])
     content = {"transformers": release, "tp": SIZES, "tried": wanted, "architectures": rows}
     save_json(FILE, content)
-    print("\n".join(table(rows)), "", sentence(json.loads(FILE.read_text())), sep="\n")
+    print(table(rows), "", sentence(json.loads(FILE.read_text())), sep="\n")
 
 
 if __name__ == "__main__":

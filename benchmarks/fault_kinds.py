@@ -59,18 +59,18 @@ def _in_step(action: str) -> Callable[[Random], Fault]:
     return draw
 
 
-def _in_save(action: str) -> Callable[[Random], Fault]:
-    def draw(random: Random) -> Fault:
-        rank = random.randrange(NUM_PROCESSES)
-        return Fault(action, "save", rank=rank, at=random.randint(1, _SAVE_OPERATIONS))
+def _counted(action: str, moment: str, most: int) -> Callable[[Random], Fault]:
+    return lambda random: Fault(
+        action, moment, rank=random.randrange(NUM_PROCESSES), at=random.randint(1, most)
+    )
 
-    return draw
+
+def _in_save(action: str) -> Callable[[Random], Fault]:
+    return _counted(action, "save", _SAVE_OPERATIONS)
 
 
 def _in_load(action: str) -> Callable[[Random], Fault]:
-    return lambda random: Fault(
-        action, "load", rank=random.randrange(NUM_PROCESSES), at=random.randint(1, 2)
-    )
+    return _counted(action, "load", 2)
 
 
 def _at_start(action: str) -> Callable[[Random], Fault]:

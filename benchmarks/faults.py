@@ -10,7 +10,6 @@ checkpoint and end with the losses and gradient norms of the undisturbed run, bi
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
@@ -23,10 +22,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from benchmarks.common import RESULTS, make_console, make_parser, save_json
+from benchmarks.common import RESULTS, make_parser, save_json, show_table
 from benchmarks.fault_job import INJECTED, Fault
 from benchmarks.fault_kinds import (
     DATA,
@@ -77,7 +73,14 @@ Experiment = Iterator[Callable[[], bool]]
 
 def main() -> int:
     """Run the experiments a few at a time and show the table."""
-    options = _options()
+    parser = make_parser("faults", __doc__)
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="faults whose name has a WORD")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=3, help="experiments at a time")
+    parser.add_argument("--output", type=Path, default=RESULTS / "faults.json")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of the runs")
+    options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="ilm_faults_"))
     print(f"in {work}", flush=True)
     write_data(work / DATA)
@@ -95,10 +98,10 @@ def main() -> int:
     ]
     start = time.monotonic()
     _finish(experiments, jobs=options.jobs)
-    order = {kind.name: index for index, kind in enumerate(KINDS)}
-    trials.sort(key=lambda trial: order[trial.kind])
-    rows = [_row([t for t in trials if t.kind == k.name]) for k in chosen if _any(trials, k)]
+    by_kind = {kind.name: [t for t in trials if t.kind == kind.name] for kind in chosen}
+    rows = [_row(found) for found in by_kind.values() if found]
     _show(rows)
+    trials = [trial for found in by_kind.values() for trial in found]
     for trial in trials:
         for problem in trial.problems:
             print(f"PROBLEM {trial.kind} {trial.fault}: {problem}")
@@ -116,17 +119,6 @@ def main() -> int:
     if not bad and not options.keep:
         shutil.rmtree(work)
     return int(bad)
-
-
-def _options() -> argparse.Namespace:
-    parser = make_parser("faults", __doc__)
-    parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="faults whose name has a WORD")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=3, help="experiments at a time")
-    parser.add_argument("--output", type=Path, default=RESULTS / "faults.json")
-    parser.add_argument("--keep", action="store_true", help="keep the folders of the runs")
-    return parser.parse_args()
 
 
 def _finish(experiments: list[Experiment], *, jobs: int) -> None:
@@ -245,10 +237,6 @@ def _problems(
         yield f"expected steps 1 to {STEPS}, got {sorted(found)}"
 
 
-def _any(trials: list[Trial], kind: Kind) -> bool:
-    return any(trial.kind == kind.name for trial in trials)
-
-
 def _row(trials: list[Trial]) -> dict[str, Any]:
     """One line of the table."""
     noticed = [t.first.noticed_s for t in trials if t.first.noticed_s is not None]
@@ -271,29 +259,18 @@ def _row(trials: list[Trial]) -> dict[str, Any]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table()
-    names = (
-        "fault",
-        "by",
-        "noticed s",
-        "max",
-        "gone s",
-        "lost",
-        "codes",
-        "ranks",
-        "message",
-        "bad",
-    )
-    for name in names:
-        table.add_column(name)
-    for row in rows:
-        cells = [
-            row["fault"], ", ".join(row["noticed_by"]), row["noticed_s_median"],
-            row["noticed_s_max"], row["all_gone_s_max"], row["lost_steps_max"],
-            row["exit_codes"], row["rank_exit_codes"], row["message"][:90],
-        ]  # fmt: skip
-        table.add_row(*("-" if cell is None else escape(str(cell)) for cell in cells))
-    make_console().print(table)
+    columns = "fault, by, noticed s, max, gone s, lost, codes, ranks, bad, message".split(", ")
+    times = ("noticed_s_median", "noticed_s_max", "all_gone_s_max")
+    rest = ("lost_steps_max", "exit_codes", "rank_exit_codes", "problems")
+    lines = [
+        (
+            *(row["fault"], ", ".join(row["noticed_by"])),
+            *("-" if row[name] is None else row[name] for name in (*times, *rest)),
+            row["message"][:90],
+        )
+        for row in rows
+    ]
+    show_table(None, columns, lines, words=2)
 
 
 if __name__ == "__main__":

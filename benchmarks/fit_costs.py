@@ -9,23 +9,19 @@ rows that no formula explains; bounds are what the physics allows. Deterministic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from scipy.optimize import least_squares
 
-from benchmarks.common import make_parser
-from benchmarks.step_errors import Errors, error_table, regret
+from benchmarks.common import make_parser, show_table
+from benchmarks.step_errors import show_errors
 from benchmarks.step_rows import Step, read_rows, read_step
 from ilm_compile.cost.constants import AMPERE, HOPPER, SOFTWARE
-from ilm_compile.cost.step_memory import step_memory
-from ilm_compile.cost.step_time import step_time
 
 ROBUST = 0.06  # beyond this error, in logarithms, a row counts less
 PRIOR = 0.02  # how strongly a constant is held at where it starts
@@ -100,26 +96,20 @@ def apply(
         )
 
 
-def predict(steps: Iterable[Step]) -> list[float]:
-    """The seconds of each step."""
-    return [step_time(s.sizes, s.plan, s.hardware, s.software).total for s in steps]
-
-
-def memory(steps: Iterable[Step]) -> list[float]:
-    """The gigabytes, of 2**30 bytes, of each step's fullest rank."""
-    return [step_memory(s.sizes, s.plan, s.software).total / 2**30 for s in steps]
-
-
 class Target(NamedTuple):
-    """What is fitted: the field of a step that was measured, its prediction, and by what."""
+    """What is fitted: the fields of a step that was measured and is predicted, and by what."""
 
     field: str
-    predict: Callable[[Iterable[Step]], list[float]]
+    predicted: str
     constants: Sequence[Constant]
 
+    def predict(self, values: Sequence[float], steps: Iterable[Step]) -> list[float]:
+        """What is predicted of each step with `values` for the constants."""
+        return [getattr(step, self.predicted) for step in apply(values, steps, self.constants)]
 
-TIME = Target("seconds", predict, CONSTANTS)
-GIGABYTES = Target("gigabytes", memory, MEMORY)
+
+TIME = Target("seconds", "predicted_s", CONSTANTS)
+GIGABYTES = Target("gigabytes", "predicted_gb", MEMORY)
 
 
 def fit(steps: Sequence[Step], target: Target = TIME) -> list[float]:
@@ -131,8 +121,7 @@ def fit(steps: Sequence[Step], target: Target = TIME) -> list[float]:
     measured = np.log([getattr(step, target.field) for step in steps])
 
     def residuals(point: np.ndarray) -> np.ndarray:
-        applied = apply(np.exp(point), steps, target.constants)
-        predicted = np.log(target.predict(applied))
+        predicted = np.log(target.predict(np.exp(point), steps))
         return np.concatenate([predicted - measured, PRIOR * (point - start)])
 
     found = least_squares(
@@ -154,10 +143,16 @@ def unfitted(
     predicted = [0.0] * len(steps)
     for members in groups.values():
         values = fit([step for i, step in enumerate(steps) if i not in set(members)], target)
-        applied = apply(values, [steps[i] for i in members], target.constants)
-        for i, value in zip(members, target.predict(applied), strict=True):
+        found = target.predict(values, [steps[i] for i in members])
+        for i, value in zip(members, found, strict=True):
             predicted[i] = value
     return predicted
+
+
+def folds_of(steps: Sequence[Step]) -> dict[str, range]:
+    """Each fifth of the steps, by place."""
+    count = min(FOLDS, len(steps))
+    return {str(n): range(n, len(steps), count) for n in range(count)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,36 +161,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--held-out", action="store_true", help="errors on rows not fitted, too")
     options = parser.parse_args(arguments)
-    steps = [step for step in map(read_step, read_rows(options.rows)) if step.seconds]
-    console = Console()
+    rows = list(map(read_step, read_rows(options.rows)))
+    steps, held = ([s for s in rows if getattr(s, t.field)] for t in (TIME, GIGABYTES))
     values = fit(steps)
-    table = Table("constant", "of", "value", "bounds", title="Constants")
-    for constant, value in zip(CONSTANTS, values, strict=True):
-        bounds = f"{constant.low:g} to {constant.high:g}"
-        table.add_row(constant.field, ", ".join(constant.owners), f"{value:g}", bounds)
-    console.print(table)
-    found = {"all rows fitted": predict(apply(values, steps))}
+    lines = [
+        (
+            constant.field,
+            ", ".join(constant.owners),
+            f"{value:g}",
+            f"{constant.low:g} to {constant.high:g}",
+        )
+        for constant, value in zip(CONSTANTS, values, strict=True)
+    ]
+    show_table("Constants", ("constant", "of", "value", "bounds"), lines, words=2)
+    found = {"all rows fitted": TIME.predict(values, steps)}
     if options.held_out:
-        folds = {str(n): range(n, len(steps), FOLDS) for n in range(FOLDS)}
-        found["each fifth unfitted"] = unfitted(steps, folds)
+        found["each fifth unfitted"] = unfitted(steps, folds_of(steps))
         sources: dict[str, list[int]] = {}
         for i, step in enumerate(steps):
             sources.setdefault(step.source, []).append(i)
         found["each source unfitted"] = unfitted(steps, sources)
-    held = [step for step in map(read_step, read_rows(options.rows)) if step.gigabytes]
     if held and options.held_out:
-        folds = {str(n): range(n, len(held), FOLDS) for n in range(min(FOLDS, len(held)))}
         errors = [
             abs(gigabytes / (step.gigabytes or 1) - 1)
-            for step, gigabytes in zip(held, unfitted(held, folds, GIGABYTES), strict=True)
+            for step, gigabytes in zip(held, unfitted(held, folds_of(held), GIGABYTES), strict=True)
         ]
-        console.print(
+        print(
             f"memory, each fifth unfitted: median error {median(errors):.1%}, largest "
             f"{max(errors):.1%} of {len(held)} rows"
         )
     for title, predicted in found.items():
-        console.print(error_table(title, Errors(steps, predicted)))
-        console.print(f"regret {regret(steps, predicted):.1%}")
+        show_errors(title, steps, predicted)
 
 
 if __name__ == "__main__":

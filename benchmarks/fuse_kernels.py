@@ -19,24 +19,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import ilm_compile
-from benchmarks.common import (
-    RESULTS,
-    make_console,
-    make_model,
-    make_parser,
-    random_batch,
-    save_json,
-)
+from benchmarks.common import RESULTS, make_model, make_parser, random_batch, save_json, show_table
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
 from ilm_compile.proof.promote import promoted_float32
@@ -48,6 +39,7 @@ PLANS: tuple[dict[str, Any], ...] = ({"tp": 2}, {"tp": 2, "pp": 2})
 SMALL = {"num_layers": LAYERS, "max_seq_len": TOKENS}
 FULL = {"num_layers": LAYERS}
 Make = Callable[[], nn.Module]
+Line = tuple[str, ...]
 
 
 def _ours(preset: str, full: str, **fields: Any) -> tuple[Make, Make]:
@@ -73,50 +65,6 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bfloat16": (torch.float32, torch.bfloat16),
     "bf16 model": (torch.bfloat16, None),
 }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Relative differences in norm: of the loss, the logits and the worst of all gradients."""
-
-    loss: float
-    logits: float
-    gradient: float
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """One precision: fused against plain, and each against the float32 program."""
-
-    precision: str
-    fused_to_plain: Difference
-    plain_to_float32: Difference
-    fused_to_float32: Difference
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What `ilm_compile.verify` found of one plan of the full-width model."""
-
-    plan: str
-    ok: bool
-    loss_error: float
-    gradient_error: float
-    seconds: float
-    failure: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model."""
-
-    model: str
-    per_block: dict[str, int]
-    calls_before: int
-    calls_after: int
-    left: list[str]
-    numbers: list[Numbers]
-    proofs: list[Proof]
 
 
 def compile_model(model: nn.Module, kernels: str, dtype: torch.dtype | None) -> Program:
@@ -145,35 +93,46 @@ def run(program: Program, model: nn.Module) -> dict[str, Tensor]:
     return {name: value.double().clone() for name, value in found.items()}
 
 
-def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Difference:
+def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative differences in norm: of the loss, the logits and the worst of all gradients."""
     errors = {
         name: float((found[name] - value).norm() / value.norm()) for name, value in expected.items()
     }
-    return Difference(errors.pop("loss"), errors.pop("logits"), max(errors.values()))
+    ends = {name: errors.pop(name) for name in ("loss", "logits")}
+    return {**ends, "gradient": max(errors.values())}
 
 
-def compare(make: Make, precision: str, exact: dict[str, Tensor]) -> Numbers:
+def compare(make: Make, precision: str, exact: dict[str, Tensor]) -> dict[str, Any]:
+    """How far fused is from plain in one precision, and each from the float32 program."""
     weights, compute = PRECISIONS[precision]
     model = make().to(weights)
     plain, fused = (
         run(compile_model(model, kernels, compute), model) for kernels in ("torch", "triton")
     )
-    return Numbers(
-        precision, difference(fused, plain), difference(plain, exact), difference(fused, exact)
-    )
+    return {
+        "precision": precision,
+        "fused_to_plain": difference(fused, plain),
+        "plain_to_float32": difference(plain, exact),
+        "fused_to_float32": difference(fused, exact),
+    }
 
 
-def prove(make: Make, plan: dict[str, Any]) -> Proof:
+def prove(make: Make, plan: dict[str, Any]) -> dict[str, Any]:
+    """What `ilm_compile.verify` finds of one plan of the full-width model."""
     inputs = {name: ((1, FULL_TOKENS), torch.int64) for name in ("input_ids", "labels")}
     start = time.perf_counter()
     report = ilm_compile.verify(make(), example_inputs=inputs, kernels="triton", **plan)
-    words = ", ".join(f"{key}={value}" for key, value in plan.items())
-    failure = "" if report.ok else report.failures[0]
-    errors = report.max_loss_error, report.max_grad_error
-    return Proof(words, report.ok, *errors, time.perf_counter() - start, failure)
+    return {
+        "plan": ", ".join(f"{key}={value}" for key, value in plan.items()),
+        "ok": report.ok,
+        **{"loss_error": report.max_loss_error, "gradient_error": report.max_grad_error},
+        "seconds": time.perf_counter() - start,
+        "failure": "" if report.ok else report.failures[0],
+    }
 
 
-def measure(name: str) -> Row:
+def measure(name: str) -> dict[str, Any]:
+    """What is fused of one model, what that does to its numbers, and whether it is proved."""
     small, full = MODELS[name]
     model = small().double()
     plain, fused = (compile_model(model, kernels, None) for kernels in ("torch", "triton"))
@@ -182,15 +141,14 @@ def measure(name: str) -> Row:
     per_block = Counter(op for op in ops if op.startswith("ilm.") and op != "ilm.attention")
     float32 = small().float()
     exact = run(compile_model(float32, "torch", None), float32)
-    return Row(
-        name,
-        dict(per_block),
-        len(list(plain.calls())),
-        len(list(fused.calls())),
-        [_without_path(d) for d in fused.decisions if "left alone" in d],
-        [compare(small, precision, exact) for precision in PRECISIONS],
-        [prove(full, plan) for plan in PLANS],
-    )
+    return {
+        **{"model": name, "per_block": dict(per_block)},
+        "calls_before": len(list(plain.calls())),
+        "calls_after": len(list(fused.calls())),
+        "left": [_without_path(d) for d in fused.decisions if "left alone" in d],
+        "numbers": [compare(small, precision, exact) for precision in PRECISIONS],
+        "proofs": [prove(full, plan) for plan in PLANS],
+    }
 
 
 def _without_path(decision: str) -> str:
@@ -199,26 +157,28 @@ def _without_path(decision: str) -> str:
     return f"{start.split(', first ')[0]}: {reason}" if reason else decision
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    headings = ("model", "fused ops of a block", f"calls of {LAYERS} blocks", "left alone")
-    found = Table(*headings, title="matches")
-    errors = Table("model", "precision", "loss", "logits", "gradient", title="fused against plain")
-    errors.add_column("gradient: plain to float32")
-    errors.add_column("fused to float32")
-    proofs = Table("model", "plan", "loss", "gradient", "seconds", title='verify, kernels="triton"')
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print what matched, how far the numbers are, and what was proved."""
+    matches, errors, proofs = list[Line](), list[Line](), list[Line]()
     for row in rows:
-        ops = ", ".join(f"{n} {op}" for op, n in sorted(row.per_block.items()))
-        left = "; ".join(row.left) or "-"
-        found.add_row(row.model, ops, f"{row.calls_before} -> {row.calls_after}", left)
-        for n in row.numbers:
-            d = n.fused_to_plain
-            cells = [d.loss, d.logits, d.gradient]
-            cells += [n.plain_to_float32.gradient, n.fused_to_float32.gradient]
-            errors.add_row(row.model, n.precision, *(f"{cell:.1e}" for cell in cells))
-        for p in row.proofs:
-            shown = [f"{p.loss_error:.0e}", f"{p.gradient_error:.0e}"] if p.ok else [p.failure, ""]
-            proofs.add_row(row.model, p.plan, *shown, f"{p.seconds:.1f}")
-    return [found, errors, proofs]
+        name = row["model"]
+        ops = ", ".join(f"{n} {op}" for op, n in sorted(row["per_block"].items()))
+        calls = f"{row['calls_before']} -> {row['calls_after']}"
+        matches.append((name, ops, calls, "; ".join(row["left"]) or "-"))
+        for n in row["numbers"]:
+            cells = [*n["fused_to_plain"].values()]
+            cells += [n[f"{kind}_to_float32"]["gradient"] for kind in ("plain", "fused")]
+            errors.append((name, n["precision"], *(f"{cell:.1e}" for cell in cells)))
+        for p in row["proofs"]:
+            found = (f"{p['loss_error']:.0e}", f"{p['gradient_error']:.0e}")
+            shown = found if p["ok"] else (p["failure"], "")
+            proofs.append((name, p["plan"], *shown, f"{p['seconds']:.1f}"))
+    headings = ("model", "fused ops of a block", f"calls of {LAYERS} blocks", "left alone")
+    show_table("matches", headings, matches, words=4)
+    headings = ("gradient", "gradient: plain to float32", "fused to float32")
+    show_table("fused against plain", ("model", "precision", "loss", "logits", *headings), errors)
+    headings = ("model", "plan", "loss", "gradient", "seconds")
+    show_table('verify, kernels="triton"', headings, proofs, words=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -227,10 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = [measure(name) for name in options.only or MODELS]
-    console = make_console()
-    for table in tables(rows):
-        console.print(table)
-    save_json(RESULTS / "fuse_kernels.json", {"models": [asdict(row) for row in rows]})
+    show(rows)
+    save_json(RESULTS / "fuse_kernels.json", {"models": rows})
 
 
 if __name__ == "__main__":

@@ -14,61 +14,44 @@ prefetch           asynchronous copies (cp.async) of a pipelined loop
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import triton
-from rich.table import Table
 
-from benchmarks.ahead_of_time import Report, compile_kernels
-from benchmarks.common import RESULTS, make_console, make_parser, save_json
+from benchmarks.ahead_of_time import compile_kernels
+from benchmarks.common import RESULTS, make_parser, save_json, show_table
 from benchmarks.kernel_samples import SAMPLES
 
 ARCHITECTURES = (80, 90, 100)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A kernel at a width: hidden size, intermediate size or whatever `meaning` says."""
+def compile_samples(names: Sequence[str], architectures: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each kernel that a sample's launcher launches, width and architecture.
 
-    sample: str
-    meaning: str
-    width: int
-    report: Report
-
-
-def compile_samples(names: Sequence[str], architectures: Sequence[int]) -> Iterator[Row]:
-    """A row for each kernel that a sample's launcher launches, width and architecture."""
+    width: hidden size, intermediate size or whatever `meaning` says.
+    """
     for name in names:
         sample = SAMPLES[name]
-        for width in sample.widths:
-            for arch in architectures:
-                for report in compile_kernels(partial(sample.call, width), arch):
-                    yield Row(name, sample.meaning, width, report)
+        row = {"sample": name, "meaning": sample.meaning}
+        for width, arch in product(sample.widths, architectures):
+            for report in compile_kernels(partial(sample.call, width), arch):
+                yield row | {"width": width, "report": report}
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows for a console."""
-    columns = "kernel, width, sm, warps, registers, spilled, shared, load, narrow, prefetch"
-    found = Table(title="Triton kernels compiled ahead of time, bf16", box=None)
-    for column in columns.split(", "):
-        found.add_column(column, justify="left" if column == "kernel" else "right")
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rows."""
+    lines = []
     for row in rows:
-        report = row.report
-        cells = (
-            f"{row.meaning} {row.width}",
-            report.arch,
-            report.warps,
-            report.registers,
-            report.spilled,
-            report.shared,
-            report.widest_load,
-            report.narrow_loads + report.narrow_stores,
-            report.async_copies,
-        )
-        found.add_row(row.sample, *map(str, cells))
-    return found
+        r = row["report"]
+        sizes = (r.arch, r.warps, r.registers, r.spilled, r.shared, r.widest_load)
+        narrow = r.narrow_loads + r.narrow_stores
+        width = f"{row['meaning']} {row['width']}"
+        lines.append((row["sample"], width, *sizes, narrow, r.async_copies))
+    columns = "kernel, width, sm, warps, registers, spilled, shared, load, narrow, prefetch"
+    show_table("Triton kernels compiled ahead of time, bf16", columns.split(", "), lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_aot.json")
     options = parser.parse_args(arguments)
     rows = list(compile_samples(options.only, options.arch))
-    make_console().print(table(rows))
+    show(rows)
     save_json(options.output, {"triton": triton.__version__, "kernels": rows})
 
 

@@ -12,10 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.common import RESULTS, make_console, make_parser
+from benchmarks.common import RESULTS, make_parser, show_table
 from benchmarks.kernel_plots import plot_op
 from ilm_compile.errors import IlmCompileError
 
@@ -54,24 +51,22 @@ def _has_figures(content: dict[str, Any]) -> bool:
     return bool(content.get("sections", {}).get(SECTION, {}).get("result", {}).get("rows"))
 
 
-def show(content: dict[str, Any], console: Console) -> None:
+def show(content: dict[str, Any]) -> None:
     """One table for each op and direction."""
     result = content["sections"][SECTION]["result"]
     facts = content["circumstances"]
-    console.print(
+    print(
         f"{facts['gpu'] or facts['cpu']}, {facts['date']}, torch {facts['torch']}; a large copy "
-        f"moves {result['copy_gb_per_s']:.0f} GB/s; {result['dtype']}",
-        markup=False,
+        f"moves {result['copy_gb_per_s']:.0f} GB/s; {result['dtype']}"
     )
     for op, rows in by_op(result["rows"]).items():
         for direction in ("forward", "backward"):
-            shown = [row for row in rows if row["direction"] == direction]
-            console.print(_table(f"{op}, {direction}", shown))
+            _show(f"{op}, {direction}", [row for row in rows if row["direction"] == direction])
     for op, reasons in result["peers_left_out"].items():
         for peer, reason in reasons.items():
-            console.print(f"left out of {op}: {peer}, {reason}", markup=False)
+            print(f"left out of {op}: {peer}, {reason}")
     if result["untimed"]:
-        console.print(f"no time for {len(result['untimed'])} sizes: {result['untimed']}")
+        print(f"no time for {len(result['untimed'])} sizes: {result['untimed']}")
 
 
 def by_op(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -82,21 +77,18 @@ def by_op(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title)
+def _show(title: str, rows: Sequence[Row]) -> None:
     goals = list(rows[0]["goals"]) if rows else []
-    columns = ("hidden", "rows", "GB/s", "of copy", "best peer", "its time / ours")
-    for column in (*columns, *(f"{goal}?" for goal in goals)):
-        table.add_column(column, justify="right")
+    lines = []
     for row in rows:
         ours = row["entries"]["ilm"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        table.add_row(
-            *(str(row["hidden"]), str(row["rows"]), f"{ours['gb_per_s']:.0f}"),
-            *(f"{ours['fraction']:.1%}", row["best_peer"] or "-", ratio),
-            *(row["goals"][goal] for goal in goals),
-        )
-    return table
+        speed = f"{ours['gb_per_s']:.0f}", f"{ours['fraction']:.1%}"
+        verdicts = (row["goals"][goal] for goal in goals)
+        sizes = row["hidden"], row["rows"]
+        lines.append((*sizes, *speed, row["best_peer"] or "-", ratio, *verdicts))
+    columns = ("hidden", "rows", "GB/s", "of copy", "best peer", "its time / ours")
+    show_table(title, (*columns, *(f"{goal}?" for goal in goals)), lines, words=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,15 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     path, content = load(options.json)
-    console = make_console()
-    show(content, console)
+    show(content)
     if options.plot:
         result = content["sections"][SECTION]["result"]
         for op, rows in by_op(result["rows"]).items():
             png = (options.output or path.parent) / f"{path.stem}-{op}.png"
             title = f"{op}, {result['dtype']}, {content['circumstances']['gpu']}"
             plot_op(rows, result["copy_gb_per_s"], title, png)
-            console.print(f"written to {png}")
+            print(f"written to {png}")
 
 
 if __name__ == "__main__":

@@ -22,20 +22,18 @@ earlier proof let through, and every schedule that our check refuses to torch's 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 
 import ilm_compile
-from benchmarks.common import RESULTS, make_console, make_parser, save_json
+from benchmarks.common import RESULTS, make_parser, save_json, show_table
 from benchmarks.mutation_cases import CASES, make_trial
 from benchmarks.torch_schedules import refusal
 from ilm_compile.proof import mutate_schedule
@@ -89,6 +87,7 @@ ATTACKS = {
     "parameters of two blocks swapped": ("swap parameters of two blocks",),
     "a gradient cut": ("cut a gradient", "forget a gradient (tied)"),
 }
+Line = tuple[object, ...]
 CSV_SCHEDULES = (("1f1b", 2, 1, 4), ("gpipe", 3, 1, 4), ("interleaved_1f1b", 2, 2, 4))
 
 
@@ -100,16 +99,11 @@ class Judged:
     verdict: Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The verdicts on one case, and how many mutants there would have been."""
+def run_case(limit: int, case: tuple[str, dict[str, Any]]) -> tuple[list[Judged], int]:
+    """Judge the mutants of one model under one plan, at most `limit` of a kind.
 
-    judged: list[Judged]
-    possible: int
-
-
-def run_case(limit: int, case: tuple[str, dict[str, Any]]) -> Result:
-    """Judge the mutants of one model under one plan, at most `limit` of a kind."""
+    Returns the verdicts, and how many mutants there would have been.
+    """
     torch.set_num_threads(1)
     name, plan = case
     trial = make_trial(name, plan)
@@ -118,78 +112,76 @@ def run_case(limit: int, case: tuple[str, dict[str, Any]]) -> Result:
     possible = sum(1 for _ in program_mutants(trial.program))
     if trial.schedule.num_ranks > 1:
         possible += sum(1 for _ in schedule_mutants(trial.schedule))
-    return Result(judged, possible)
+    return judged, possible
 
 
-def by_kind(judged: Sequence[Judged]) -> Table:
+def by_kind(judged: Sequence[Judged]) -> Iterator[Line]:
     """The detection rate of each kind, and which layer refused first."""
-    columns = ("fault", "mutants", "alters", "equivalent", "missed", "caught", *LAYERS)
-    table = Table(*columns, title="Mutants by kind; under a layer: how many it refused first")
-    kinds = dict.fromkeys(item.verdict.kind for item in judged)
-    rows = [(kind, [i.verdict for i in judged if i.verdict.kind == kind]) for kind in kinds]
-    for kind, verdicts in [*rows, ("all", [item.verdict for item in judged])]:
+    kinds: dict[str, list[Verdict]] = {}
+    for item in judged:
+        kinds.setdefault(item.verdict.kind, []).append(item.verdict)
+    for kind, verdicts in {**kinds, "all": [item.verdict for item in judged]}.items():
         outcomes = Counter(verdict.outcome for verdict in verdicts)
         first = Counter(verdict.first() for verdict in verdicts)
         alters = sum(verdict.alters for verdict in verdicts)
-        numbers = [alters, outcomes["equivalent"], outcomes["missed"]]
-        layers = (str(first[layer] or "") for layer in LAYERS)
-        cells = [kind, str(len(verdicts)), *map(str, numbers), _rate(verdicts), *layers]
-        table.add_row(*cells, end_section=kind == rows[-1][0])
-    return table
+        numbers = [len(verdicts), alters, outcomes["equivalent"], outcomes["missed"]]
+        yield (kind, *numbers, _rate(verdicts), *(first[layer] or "" for layer in LAYERS))
 
 
-def ablation(judged: Sequence[Judged]) -> Table:
+def ablation(judged: Sequence[Judged]) -> Iterator[Line]:
     """What each layer alone refuses, and what is left when it is switched off."""
-    columns = ("switched off", "caught", "missed", "of which alter the step", "first kinds missed")
-    table = Table(*columns, title="The same with each layer switched off in turn")
     verdicts = [item.verdict for item in judged if item.verdict.outcome != "equivalent"]
     for layer in ("none", *LAYERS):
         missed = [v for v in verdicts if v.first(without=layer) is None]
         alter = sum(verdict.alters for verdict in missed)
         kinds = Counter(verdict.kind for verdict in missed).most_common(3)
-        table.add_row(
-            layer,
-            f"{1 - len(missed) / len(verdicts):.1%}",
-            str(len(missed)),
-            str(alter),
-            ", ".join(f"{kind} ({count})" for kind, count in kinds),
-        )
-    return table
+        words = ", ".join(f"{kind} ({count})" for kind, count in kinds)
+        yield layer, f"{1 - len(missed) / len(verdicts):.1%}", len(missed), alter, words
 
 
-def equivalents(judged: Sequence[Judged]) -> Table:
+def equivalents(judged: Sequence[Judged]) -> Iterator[Line]:
     """The equivalent mutants by name, with the reason."""
-    table = Table("case", "fault", "where", "why it changes nothing", title="Equivalent mutants")
     for item in judged:
         verdict = item.verdict
         if verdict.outcome == "equivalent":
-            table.add_row(item.case, verdict.kind, verdict.what, REASONS.get(verdict.kind, "?"))
-    return table
+            yield item.case, verdict.kind, verdict.what, REASONS.get(verdict.kind, "?")
 
 
-def attacks(judged: Sequence[Judged]) -> Table:
+def attacks(judged: Sequence[Judged]) -> Iterator[Line]:
     """What became of each attack on the proof that came before, and the layers that refuse it."""
-    columns = ("attack", "mutants", "cases", "equivalent", "missed", "refused by")
-    table = Table(*columns, title="Attacks that went through an earlier proof")
     for attack, kinds in ATTACKS.items():
         items = [item for item in judged if item.verdict.kind in kinds]
         outcomes = Counter(item.verdict.outcome for item in items)
         layers = Counter(layer for item in items for layer in item.verdict.caught)
-        table.add_row(
-            attack,
-            str(len(items)),
-            str(len({item.case for item in items})),
-            str(outcomes["equivalent"]),
-            str(outcomes["missed"]),
-            ", ".join(f"{layer} {layers[layer]}" for layer in LAYERS if layers[layer]),
-        )
-    return table
+        cases = len({item.case for item in items})
+        refused_by = ", ".join(f"{layer} {layers[layer]}" for layer in LAYERS if layers[layer])
+        numbers = len(items), cases, outcomes["equivalent"], outcomes["missed"]
+        yield attack, *numbers, refused_by
 
 
-def torch_table() -> tuple[Table, list[dict[str, Any]]]:
+# Title, columns, how many of them are words, and the lines.
+TABLES = (
+    (
+        "Mutants by kind; under a layer: how many it refused first",
+        ("fault", "mutants", "alters", "equivalent", "missed", "caught", *LAYERS),
+        *(1, by_kind),
+    ),
+    ("Equivalent mutants", ("case", "fault", "where", "why it changes nothing"), 4, equivalents),
+    (
+        "The same with each layer switched off in turn",
+        ("switched off", "caught", "missed", "of which alter the step", "first kinds missed"),
+        *(1, ablation),
+    ),
+    (
+        "Attacks that went through an earlier proof",
+        ("attack", "mutants", "cases", "equivalent", "missed", "refused by"),
+        *(1, attacks),
+    ),
+)
+
+
+def refused_by_torch() -> list[dict[str, Any]]:
     """How many of the schedules that our check refuses torch's CSV loader refuses, too."""
-    title = f"Schedules that our check refuses, loaded by torch {torch.__version__} (compute_comms)"
-    table = Table("fault", "wrong schedules", "accepted by torch", "refused by torch", title=title)
     rows = []
     for kind, places in mutate_schedule.KINDS.items():
         wrong = []
@@ -199,12 +191,7 @@ def torch_table() -> tuple[Table, list[dict[str, Any]]]:
             wrong += [schedule for _, schedule in places(right) if _is_refused(schedule)]
         refused = sum(refusal(schedule) is not None for schedule in wrong)
         rows.append({"fault": kind, "wrong": len(wrong), "refused_by_torch": refused})
-        if wrong:
-            table.add_row(kind, *map(str, (len(wrong), len(wrong) - refused, refused)))
-    total = [sum(row[key] for row in rows) for key in ("wrong", "refused_by_torch")]
-    table.add_section()
-    table.add_row("all", *map(str, (total[0], total[0] - total[1], total[1])))
-    return table, rows
+    return rows
 
 
 def _is_refused(schedule: Schedule) -> bool:
@@ -234,46 +221,39 @@ def _row(item: Judged) -> dict[str, Any]:
     }
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("mutations", __doc__)
     parser.add_argument("--limit", type=int, default=1, help="mutants of a kind in a case (1)")
     parser.add_argument("--only", action="append", choices=CASES, help="a model; may be repeated")
     parser.add_argument("--processes", type=int, default=2)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     start = time.perf_counter()
     cases = [(name, plan) for name in options.only or CASES for plan in CASES[name].plans]
-    judge: Callable[[tuple[str, dict[str, Any]]], Result] = partial(run_case, options.limit)
+    judged: list[Judged] = []
+    possible = 0
     with ProcessPoolExecutor(options.processes) as pool:
-        results = []
-        for case, result in zip(cases, pool.map(judge, cases), strict=True):
-            results.append(result)
+        results = pool.map(partial(run_case, options.limit), cases)
+        for case, (of_case, count) in zip(cases, results, strict=True):
+            judged += of_case
+            possible += count
             seconds = time.perf_counter() - start
-            print(f"{case}: {len(result.judged)} mutants, {seconds:.0f} s", flush=True)
-            for item in result.judged:
-                if item.verdict.outcome == "missed":
-                    print(f"MISSED {item}", flush=True)
-    judged = [item for result in results for item in result.judged]
-    possible = sum(result.possible for result in results)
-    console = make_console()
-    table, torch_rows = torch_table()
-    for shown in (
-        by_kind(judged),
-        equivalents(judged),
-        ablation(judged),
-        attacks(judged),
-        table,
-    ):
-        console.print(shown)
+            print(f"{case}: {len(of_case)} mutants, {seconds:.0f} s", flush=True)
+    torch_rows = refused_by_torch()
+    for title, columns, words, lines in TABLES:
+        show_table(title, columns, lines(judged), words=words)
+    numbers = [(row["wrong"], row["refused_by_torch"]) for row in torch_rows]
+    every = "all", *map(sum, zip(*numbers, strict=True))
+    show_table(
+        f"Schedules that our check refuses, loaded by torch {torch.__version__} (compute_comms)",
+        ("fault", "wrong schedules", "refused by torch"),
+        [*map(dict.values, torch_rows), every],
+    )
     for item in judged:
         if item.verdict.outcome == "missed":
-            console.print(f"MISSED {item}", style="red")
+            print(f"MISSED {item}")
     seconds = time.perf_counter() - start
     models = len({name for name, _ in cases})
-    console.print(
+    print(
         f"{len(judged)} mutants judged of {possible} possible, at most {options.limit} of a kind "
         f"in each of {len(cases)} cases of {models} models; {seconds:.0f} s"
     )

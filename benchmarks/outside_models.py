@@ -13,20 +13,23 @@ loss, weights      largest relative error of a step's loss, of any weight after 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import ilm_compile
-from benchmarks.common import RESULTS, circumstances, make_parser, save_json
+from benchmarks.common import (
+    RESULTS,
+    circumstances,
+    last_line,
+    make_parser,
+    read_rows,
+    save_json,
+)
 from benchmarks.outside import MODELS, Outside, entry_of
 from benchmarks.outside.table import (
     HEADINGS,
@@ -77,9 +80,7 @@ def _refusal(entry: Outside, model: nn.Module) -> str:
     """Return why `partition` refuses the model, or nothing."""
     try:
         with promoted_float32():
-            ilm_compile.partition(
-                model, example_inputs=entry.example(), loss_fn=entry.loss_fn, **entry.plan.keywords
-            )
+            ilm_compile.partition(model, **entry.keywords)
     except IlmCompileError as error:
         return without_folders(f"{type(error).__name__}: {error}")
     except Exception as error:  # a fault of ours: the table goes on and says so
@@ -90,13 +91,7 @@ def _refusal(entry: Outside, model: nn.Module) -> str:
 def _prove(entry: Outside, model: nn.Module) -> tuple[str, float]:
     start = time.perf_counter()
     with promoted_float32():  # the very program that is trained
-        report = ilm_compile.verify(
-            model,
-            dp=entry.plan.dp,
-            example_inputs=entry.example(),
-            loss_fn=entry.loss_fn,
-            **entry.plan.keywords,
-        )
+        report = ilm_compile.verify(model, dp=entry.plan.dp, **entry.keywords)
     verdict = "equal" if report.ok else without_folders(report.failures[0])
     return verdict, time.perf_counter() - start
 
@@ -105,12 +100,11 @@ def _train(world: World, name: str, layout: str) -> Trained:
     try:
         found = world.run(train_both, name, layout, timeout=TIMEOUT)
     except WorldError as error:
-        last = [line for line in str(error).splitlines() if line.strip()][-1]
-        return Trained(refused=without_folders(f"the run failed: {last}"))
+        return Trained(refused=without_folders(f"the run failed: {last_line(error)}"))
     return next((one for one in found if one is not None and one.refused), found[0])
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("outside_models", __doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="models of the table")
     parser.add_argument("--layout", default="", help="another plan for all, by its name")
@@ -119,18 +113,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--saved", action="store_true", help="print the saved results and stop")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--json", action="store_true", help="write benchmarks/results too")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     if options.list:
         print("\n".join(MODELS))
         return 0
+    print(table_line(HEADINGS), table_line(["---"] * len(HEADINGS)), sep="\n")
     if options.saved:
-        return _print_table([Row.read(row) for row in _read(SAVED)])
+        saved = [Row.read(row) for row in read_rows(SAVED)]
+        print("\n".join(table_line(row.cells()) for row in saved))
+        return _conclude(saved)
     torch.set_num_threads(1)
-    _print_head()
     rows: list[Row] = []
     names = list(options.only or MODELS)
     for first in range(0, len(names), PER_WORLD):
@@ -149,17 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _conclude(rows)
 
 
-def _print_table(rows: Sequence[Row]) -> int:
-    _print_head()
-    print("\n".join(table_line(row.cells()) for row in rows))
-    return _conclude(rows)
-
-
-def _print_head() -> None:
-    print(table_line(HEADINGS))
-    print(table_line(["---"] * len(HEADINGS)))
-
-
 def _conclude(rows: Sequence[Row]) -> int:
     print(f"\n{summary(rows)}\n")
     print("\n".join(by_source(rows)))
@@ -168,7 +149,7 @@ def _conclude(rows: Sequence[Row]) -> int:
 
 def save_rows(rows: Sequence[Row]) -> None:
     """Write what was measured, with commit and date, beside what was not measured this time."""
-    kept = {old["model"]: old for old in _read(SAVED)}
+    kept = {old["model"]: old for old in read_rows(SAVED)}
     now = {name: circumstances()[name] for name in ("commit", "date", "load_average")}
     for row in rows:
         new, old = asdict(row), kept.get(row.model, {})
@@ -182,10 +163,6 @@ def save_rows(rows: Sequence[Row]) -> None:
         found = {"ok": Row.read(new).ok, "measured": measured | {"partition": now}}
         kept[row.model] = new | found
     save_json(SAVED, {"steps": STEPS, "rows": [kept[name] for name in MODELS if name in kept]})
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 if __name__ == "__main__":

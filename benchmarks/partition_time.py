@@ -15,19 +15,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import ilm_compile.partitioning
-from benchmarks.common import RESULTS, make_console, make_model, make_parser, save_json
+from benchmarks.common import dated, make_model, make_parser, save_json, show_table, words_of
 from ilm_compile.passes import shard
 
 SEQ = 4096
@@ -115,17 +111,9 @@ class Stopwatch:
         """Measure every call of the functions in `PARTS` until the block ends."""
         with ExitStack() as stack:
             for part, (owner, name) in PARTS.items():
-                timed = self._timed(part, getattr(owner, name))
+                timed = self.measure(part)(getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, timed))
             yield
-
-    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.measure(part):
-                return function(*args, **kwargs)
-
-        return timed
 
 
 def measure(model: nn.Module, plan: dict[str, Any], seq: int = SEQ) -> dict[str, Any]:
@@ -153,41 +141,31 @@ def run_case(index: int) -> dict[str, Any]:
     return {"name": case.name, "plan": case.plan, "seq": SEQ, "goals": case.goals, **figures}
 
 
-def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the figures; a time that misses its goal is marked."""
-    table = Table(title=f"partition on the meta device, {SEQ} tokens: seconds")
-    table.add_column("model, plan")
     parts = ("trace", "solve", "rewrite", "whole")
-    for column in (*parts, "processor", "nodes", "peak GB"):
-        table.add_column(column, justify="right")
+    lines = []
     for row in rows:
-        plan = " ".join(f"{name}={value}" for name, value in row["plan"].items())
         missed = {part for part, goal in row["goals"].items() if row["seconds"][part] > goal}
-        table.add_row(
-            f"{row['name']}, {plan}",
-            *(f"{row['seconds'][part]:.2f}{' !' * (part in missed)}" for part in parts),
-            f"{row['cpu_seconds']['whole']:.2f}",
-            str(row["nodes"]),
-            f"{row['peak_memory_gb']:.2f}",
-        )
-    console.print(table)
+        times = (f"{row['seconds'][part]:.2f}{' !' * (part in missed)}" for part in parts)
+        facts = f"{row['cpu_seconds']['whole']:.2f}", row["nodes"], f"{row['peak_memory_gb']:.2f}"
+        lines.append((f"{row['name']}, {words_of(row['plan'])}", *times, *facts))
+    title = f"partition on the meta device, {SEQ} tokens: seconds"
+    show_table(title, ("model, plan", *parts, "processor", "nodes", "peak GB"), lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("partition_time", __doc__)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--output", type=Path, default=dated("partition-time"))
     options = parser.parse_args(arguments)
     context = multiprocessing.get_context("spawn")
     rows = []
     for index in range(len(CASES)):
         with context.Pool(1) as pool:
             rows.append(pool.apply(run_case, (index,)))
-    console = make_console()
-    show(rows, console)
-    date = datetime.now(UTC).date().isoformat()
-    output = options.output or RESULTS / f"partition-time-{date}.json"
-    save_json(output, {"cases": rows})
-    console.print(f"written to {output}")
+    show(rows)
+    save_json(options.output, {"cases": rows})
+    print(f"written to {options.output}")
 
 
 if __name__ == "__main__":

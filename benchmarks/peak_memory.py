@@ -16,12 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import ilm_compile
-from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
+from benchmarks.common import RESULTS, launch, make_parser, random_batch, save_json, show_table
 from ilm_compile.errors import ScheduleError
 from ilm_compile.models import internlm2_tiny
 from ilm_compile.partitioning import make_plan, make_schedule
@@ -29,6 +28,7 @@ from ilm_compile.passes import lower
 from ilm_compile.planner import simulate_step
 from ilm_compile.program.alive import AliveBytes
 from ilm_compile.program.plan import Plan
+from ilm_compile.program.program import Program
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.schedule import StageTimes, build, known_schedules, search
 
@@ -90,28 +90,36 @@ def chunks_of(schedule: str) -> int:
     return 1
 
 
-def measure(plans: Sequence[Plan]) -> list[Peak]:
-    """Return the peaks of this rank under each plan, of its second step with an optimizer."""
+def compiled(plans: Sequence[Plan]) -> Iterator[tuple[Plan, Program, Parallel]]:
+    """Yield the model under each plan, ready to run on this rank; it is traced once."""
     model = transformer()
     example = {name: ((ROWS, SEQ), torch.int64) for name in ("input_ids", "labels")}
     traced = ilm_compile.trace(model, example_inputs=example)
-    mesh, peaks = Mesh.create(plans[0]), []
+    mesh = Mesh.create(plans[0])
     for plan in plans:
         program = ilm_compile.compile(traced, plan=plan)
         parallel = Parallel(
             lower(program), make_schedule(plan), mesh, model, initializer=program.initializer
         )
-        rank = mesh.pp.rank
+        yield plan, program, parallel
+
+
+def measure(plans: Sequence[Plan]) -> list[Peak]:
+    """Return the peaks of this rank under each plan, of its second step with an optimizer."""
+    peaks, batch = [], random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
+    for plan, program, parallel in compiled(plans):
+        rank = parallel.mesh.pp.rank
         predicted = simulate_step(program).peak(rank)
-        peaks.append(Peak(name_of(plan), plan.checkpoint, rank, predicted, peak_of(parallel)))
+        peaks.append(
+            Peak(name_of(plan), plan.checkpoint, rank, predicted, peak_of(parallel, batch))
+        )
     return peaks
 
 
-def peak_of(parallel: Parallel) -> int:
-    """Return the most bytes of tensors that are alive in a step."""
+def peak_of(parallel: Parallel, batch: dict[str, Tensor]) -> int:
+    """Return the most bytes of tensors that are alive in a step of `batch`."""
     parameters = [parameter for _, parameter in parallel.named_parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, foreach=False)
-    batch = random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
     parallel.execute_schedule(batch)
     optimizer.step()
     parallel.zero_grad()
@@ -135,13 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         ranks = launch(measure, PP, list(plans(Path(folder))))
     peaks = [peak for each in zip(*ranks, strict=True) for peak in each]
-    table = Table(title="MiB of the fullest moment of a rank")
-    for column in ("schedule", "checkpoint", "rank", "predicted", "measured", "error"):
-        table.add_column(column)
+    lines = []
     for p in peaks:
         sizes = (f"{size / 2**20:.2f}" for size in (p.predicted, p.measured))
-        table.add_row(p.schedule, str(p.checkpoint), str(p.rank), *sizes, f"{p.error:+.2%}")
-    make_console().print(table)
+        lines.append((p.schedule, p.checkpoint, p.rank, *sizes, f"{p.error:+.2%}"))
+    headings = ("schedule", "checkpoint", "rank", "predicted", "measured", "error")
+    show_table("MiB of the fullest moment of a rank", headings, lines, words=2)
     worst = max(abs(peak.error) for peak in peaks)
     save_json(options.output, {"bound": BOUND, "worst": worst, "rows": peaks})
 

@@ -8,30 +8,15 @@ is 1. With --errors, what rows say of their measured time and memory is compared
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-
-from benchmarks.common import make_parser
-from benchmarks.step_errors import Errors, error_table, regret
+from benchmarks.common import make_parser, write_csv
+from benchmarks.step_errors import show_errors
 from benchmarks.step_rows import RowError, Step, read_rows, read_step
-from ilm_compile.cost.step_memory import step_memory
-from ilm_compile.cost.step_time import step_time
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.files import write_text
-
-GIB = 2**30
-
-
-def predict(step: Step) -> tuple[float, float]:
-    """The seconds of a step and the gigabytes (of 2**30 bytes) of its fullest rank."""
-    seconds = step_time(step.sizes, step.plan, step.hardware, step.software).total
-    return seconds, step_memory(step.sizes, step.plan, step.software).total / GIB
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,26 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"predict: {error}", file=sys.stderr)
         return 1
 
-    found: list[tuple[Step, tuple[float, float]]] = []
+    found: list[Step] = []
     notes: dict[str, list[str]] = {}
     left_blank = 0
-    target = io.StringIO()
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerow(("id", "predicted_s", "predicted_memory_gb"))
+    lines: list[tuple[str, str, str]] = []
     for row in rows:
         try:
             step = read_step(row)
-            seconds, gigabytes = predict(step)
+            seconds, gigabytes = step.predicted_s, step.predicted_gb
         except IlmCompileError as error:
             print(f"predict: row {row['id']}: {error}", file=sys.stderr)
-            writer.writerow((row["id"], "", ""))
+            lines.append((row["id"], "", ""))
             left_blank += 1
             continue
-        writer.writerow((step.id, f"{seconds:.6g}", f"{gigabytes:.4g}"))
-        found.append((step, (seconds, gigabytes)))
+        lines.append((step.id, f"{seconds:.6g}", f"{gigabytes:.4g}"))
+        found.append(step)
         for note in step.notes:
             notes.setdefault(note, []).append(step.id)
-    write_text(options.output, target.getvalue())
+    write_csv(options.output, ("id", "predicted_s", "predicted_memory_gb"), lines)
     for note, ids in notes.items():
         print(f"predict: {note} ({len(ids)} rows, {ids[0]} first)", file=sys.stderr)
     if left_blank:
@@ -76,16 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if found else 1
 
 
-def _compare(found: Sequence[tuple[Step, tuple[float, float]]]) -> None:
-    console = Console()
-    steps, seconds = [step for step, _ in found], [predicted for _, (predicted, _) in found]
-    console.print(error_table("time", Errors(steps, seconds)))
-    memory = [
-        abs(predicted / step.gigabytes - 1) for step, (_, predicted) in found if step.gigabytes
-    ]
+def _compare(steps: Sequence[Step]) -> None:
+    show_errors("time", steps, [step.predicted_s for step in steps])
+    memory = [abs(s.predicted_gb / s.gigabytes - 1) for s in steps if s.gigabytes]
     if memory:
-        console.print(f"memory: median error {median(memory):.1%} of {len(memory)} rows")
-    console.print(f"regret: {regret(steps, seconds):.1%}")
+        print(f"memory: median error {median(memory):.1%} of {len(memory)} rows")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -23,12 +23,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.common import RESULTS, make_console, make_model, make_parser, save_json
+from benchmarks.common import RESULTS, make_model, make_parser, save_json, show_table
 from ilm_compile import partition
 from ilm_compile.passes import lower
 from ilm_compile.program.lowered import LoweredProgram
@@ -53,15 +51,7 @@ LAYERS, CHUNK = 8, 16  # of the checkpoint: layers of a stage, rows of a tensor 
 FOLDER = "step-00000001"
 
 
-@dataclass
-class Counts:
-    """Of one rank."""
-
-    values: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, number: int = 1) -> None:
-        """Count `number` more."""
-        self.values[name] = self.values.get(name, 0) + number
+Counts = Counter[str]  # of one rank
 
 
 class CountingStorage(LocalStorage):
@@ -73,8 +63,8 @@ class CountingStorage(LocalStorage):
 
     @contextmanager
     def open(self, path: str) -> Iterator[Any]:
-        self._counts.add("checkpoint_files")
-        self._counts.add("manifest_bytes", self.size(path))
+        self._counts["checkpoint_files"] += 1
+        self._counts["manifest_bytes"] += self.size(path)
         with super().open(path) as file:
             yield file
 
@@ -94,7 +84,7 @@ def measure(world: int, folder: Path) -> dict[str, Any]:
     watch(folder / "monitor", world, counts)
     make_groups(world, counts)
     rows = ROWS * MICRO_BATCHES * dp * STEPS
-    return {"world": world, **counts.values, "whole_rows": rows, **whole, **cpu}
+    return {"world": world, **counts, "whole_rows": rows, **whole, **cpu}
 
 
 @cache
@@ -125,13 +115,13 @@ def take_batches(dp: int, counts: Counts) -> None:
     read, call = DummyDataset.batch, fx.GraphModule.__call__
 
     def reading(dataset: DummyDataset, rows: Tensor) -> dict[str, Tensor]:
-        counts.add("rows_read", len(rows))
+        counts["rows_read"] += len(rows)
         batch = read(dataset, rows)
-        counts.add("bytes_read", sum(value.nbytes for value in batch.values()))
+        counts["bytes_read"] += sum(value.nbytes for value in batch.values())
         return batch
 
     def calling(graph: fx.GraphModule, *values: Any) -> Any:
-        counts.add("microbatch_iterations")
+        counts["microbatch_iterations"] += 1
         return call(graph, *values)
 
     with (
@@ -162,7 +152,7 @@ def read_token_files(folder: Path, world: int, counts: Counts) -> None:
         batches = BatchIterator(data, global_batch_size=size, part=RowPart(0, 1))
         next(batches)
         batches.state_dict()
-    counts.add("other_token_files", 1 + len(opened) - ROWS * MICRO_BATCHES)  # the summary
+    counts["other_token_files"] += 1 + len(opened) - ROWS * MICRO_BATCHES  # the summary
 
 
 def write_checkpoint(folder: Path, world: int) -> dict[str, int]:
@@ -230,11 +220,11 @@ def watch(folder: Path, world: int, counts: Counts) -> None:
 
     def listing(path: Path, pattern: str) -> list[Path]:
         found = list(listed(path, pattern))
-        counts.add("watched_files", len(list(path.iterdir())))
+        counts["watched_files"] += len(list(path.iterdir()))
         return found
 
     def looking(path: Path) -> bool:
-        counts.add("watched_files")
+        counts["watched_files"] += 1
         return exists(path)
 
     with mock.patch.object(Path, "glob", listing), mock.patch.object(Path, "exists", looking):
@@ -246,7 +236,7 @@ def make_groups(world: int, counts: Counts) -> None:
     make = dist.new_group
 
     def making(*arguments: Any, **options: Any) -> Any:
-        counts.add("process_groups")
+        counts["process_groups"] += 1
         return make(*arguments, **options)
 
     dist.init_process_group("fake", rank=world - 1, world_size=world, store=FakeStore())
@@ -279,19 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(world, Path(folder)))
     bad = growing(rows)
-    show(rows, bad, make_console())
+    show(rows, bad)
     save_json(options.out, {"rows": rows, "growing": bad})
     return 1 if bad else 0
 
 
-def show(rows: Sequence[dict[str, Any]], bad: Sequence[str], console: Console) -> None:
-    """A line for each count."""
-    table = Table("per rank", *(f"{row['world']} ranks" for row in rows))
-    for name in rows[0]:
-        if name != "world":
-            mark = " !" if name in bad else ""
-            table.add_row(name + mark, *(f"{row[name]:,}" for row in rows))
-    console.print(table)
+def show(rows: Sequence[dict[str, Any]], bad: Sequence[str]) -> None:
+    """Print a line for each count."""
+    names = [name for name in rows[0] if name != "world"]
+    lines = [(f"{n} !" if n in bad else n, *(f"{row[n]:,}" for row in rows)) for n in names]
+    show_table(None, ("per rank", *(f"{row['world']} ranks" for row in rows)), lines)
 
 
 if __name__ == "__main__":

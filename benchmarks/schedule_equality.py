@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import ilm_compile
-from benchmarks.common import RESULTS, keep_measuring, make_parser, read_rows
+from benchmarks.common import RESULTS, keep_measuring, last_line, make_parser, markdown, read_rows
 from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.proof.emulate import emulate
@@ -147,8 +147,7 @@ def measure(row: Row, world: World) -> Row:
         else:
             ranks = [measure_on_rank(0, plan)]
     except (WorldError, ilm_compile.IlmCompileError) as error:
-        last = [line for line in str(error).splitlines() if line.strip()][-1]
-        return Row(*row.plan, failure=last[:400])
+        return Row(*row.plan, failure=last_line(error))
     totals = {name: sum(rank[name] for rank in ranks) for name in ("runs", "planned")}
     return Row(*row.plan, **{**ranks[0], **totals})
 
@@ -176,17 +175,17 @@ def has_bits_of_1f1b(row: Row, rows: Sequence[Row]) -> bool:
 
 def summary(rows: Sequence[Row]) -> str:
     """Return the largest errors of each schedule in Markdown, and what is not equal."""
-    lines = ["| schedule | chunks | plans | equal | loss | gradients | bits of 1F1B |"]
-    lines.append("| --- " + "| ---: " * 6 + "|")
+    lines = []
     for schedule, chunks in dict.fromkeys((row.schedule, row.num_chunks) for row in rows):
         these = [row for row in rows if (row.schedule, row.num_chunks) == (schedule, chunks)]
         pure = [row for row in these if row.tp == 1]
         same = sum(has_bits_of_1f1b(row, rows) for row in pure)
         errors = (f"{max(getattr(r, name) for r in these):.0e}" for name in ("loss", "gradient"))
-        counts = (str(chunks), str(len(these)), str(sum(row.is_equal for row in these)))
-        lines.append(f"| {' | '.join((schedule, *counts, *errors, f'{same} of {len(pure)}'))} |")
-    lines += [f"{_name(row)}: {row}" for row in rows if not row.is_equal]
-    return "\n".join(lines)
+        counts = (chunks, len(these), sum(row.is_equal for row in these))
+        lines.append((schedule, *counts, *errors, f"{same} of {len(pure)}"))
+    headings = ("schedule", "chunks", "plans", "equal", "loss", "gradients", "bits of 1F1B")
+    wrong = (f"{_name(row)}: {row}" for row in rows if not row.is_equal)
+    return "\n".join([markdown(headings, lines), *wrong])
 
 
 def _name(row: Row) -> str:
@@ -200,13 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     rows = [row for saved in read_rows(options.output) if not (row := Row(**saved)).failure]
     found = measure_all({row.plan for row in rows})
-    keep_measuring(
-        options.output,
-        rows,
-        found,
-        lambda row: " ".join(map(str, row.plan)),
-        micro_batches=MICRO_BATCHES,
-    )
+    keep_measuring(options.output, rows, found, _name, micro_batches=MICRO_BATCHES)
     print(summary(rows))
     return 0 if all(row.is_equal for row in rows) else 1
 

@@ -17,7 +17,6 @@ heads. Every other architecture of transformers: `python -m benchmarks.coverage`
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, make_parser, read_rows, save_json
+from benchmarks.common import RESULTS, keep_measuring, make_parser, markdown, read_rows
 from ilm_compile.partitioning import partition
 from ilm_compile.program.trace import trace
-from tests.support.coverage import (
-    EXAMPLE,
-    repeated_flops,
-    repeated_weights,
-)
+from tests.support.coverage import EXAMPLE, repeated_flops, repeated_weights
 from tests.support.equality import Case, Errors, run_cases
 from tests.support.promote import promoted_float32
 from tests.support.world import World
@@ -87,35 +82,29 @@ def measure(name: str, worlds: dict[int, World]) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the table of listed models in Markdown."""
-    headings = ["model", "nodes", "weights repeated", "FLOPs repeated", *PLANS]
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+    lines = []
     for row in rows:
         found = map(row.errors.get, PLANS)
         errors = (f"{e.loss:.0e} / {e.gradient:.0e}" if e else "" for e in found)
         shares = (f"{share:.1%}" for share in (row.weights, row.flops))
-        lines.append([row.model, str(row.nodes), *shares, *errors])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append((row.model, row.nodes, *shares, *errors))
+    return markdown(("model", "nodes", "weights repeated", "FLOPs repeated", *PLANS), lines)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("sharding_table", __doc__)
     known = [*LISTED, *EXPERTS_LISTED]
     parser.add_argument("--only", action="append", choices=known, help="may be repeated")
     parser.add_argument("--output", type=Path, default=RESULTS / "sharding_table.json")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = [Row.read(saved) for saved in read_rows(options.output)]
     done = {row.model for row in rows}
+    left = [name for name in options.only or LISTED | EXPERTS_LISTED if name not in done]
     with World(2) as two, World(4) as four:
-        for name in options.only or LISTED | EXPERTS_LISTED:
-            if name not in done:
-                rows.append(measure(name, {2: two, 4: four}))
-                content = {"tp_of_shares": SHARES_AT, "layers": LAYERS, "rows": rows}
-                save_json(options.output, content)
+        found = (measure(name, {2: two, 4: four}) for name in left)
+        settings = {"tp_of_shares": SHARES_AT, "layers": LAYERS}
+        keep_measuring(options.output, rows, found, lambda row: row.model, **settings)
     print(table(rows))
 
 

@@ -17,15 +17,13 @@ its last. That is the makespan, except where the rank that ends last also began 
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import make_parser
+from benchmarks.common import make_parser, write_csv
 from ilm_compile.errors import ScheduleError
-from ilm_compile.files import write_text
 from ilm_compile.schedule import Schedule, StageTimes, build, known_schedules, simulate
 
 
@@ -178,13 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, UnicodeError, csv.Error) as error:
         raise SystemExit(f"{options.rows}: expected a CSV file in UTF-8: {error}") from None
     schedules = build_all(options.rows, rows)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("id", "bubble_rate"))
-    for row in rows:
-        rate = round(bubble_rate(row, schedules[row.sizes]), 9) + 0.0  # no "-0.0"
-        writer.writerow((row.id, f"{rate:.9f}"))
-    write_text(options.output, out.getvalue())
+    rates = ((row.id, bubble_rate(row, schedules[row.sizes])) for row in rows)
+    lines = [(name, f"{round(rate, 9) + 0.0:.9f}") for name, rate in rates]  # no "-0.0"
+    write_csv(options.output, ("id", "bubble_rate"), lines)
 
 
 if __name__ == "__main__":

@@ -12,51 +12,28 @@ would measure how they are scheduled, so two is all that a machine of two cores 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
-import torch
-from rich.table import Table
-
-import ilm_compile
-from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
-from benchmarks.peak_memory import MICRO_BATCHES, PP, ROWS, SEQ, VOCAB, name_of, plans, transformer
+from benchmarks.common import RESULTS, launch, make_parser, random_batch, save_json, show_table
+from benchmarks.peak_memory import MICRO_BATCHES, PP, ROWS, SEQ, VOCAB, compiled, name_of, plans
 from ilm_compile.files import write_text
 from ilm_compile.partitioning import make_schedule
-from ilm_compile.passes import lower
 from ilm_compile.program.plan import Plan
-from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.runtime.observe.timeline_picture import Spans, draw_timelines, simulated
 from ilm_compile.schedule import Action, Schedule
 
 WARM_UP = 2
+COLUMNS = ("schedule", "simulated", "measured", "error")  # medians over steps; seconds, relative
 Step = dict[str, tuple[float, float]]  # by the text of an action
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    """Of one schedule: medians over its steps, in seconds, and of the error, relative."""
-
-    schedule: str
-    simulated: float
-    measured: float
-    error: float
 
 
 def run_rank(plans: Sequence[Plan], steps: int) -> list[list[Step]]:
     """Return when each action of this rank began and ended, in every step under each plan."""
-    model = transformer()
-    example = {name: ((ROWS, SEQ), torch.int64) for name in ("input_ids", "labels")}
-    traced = ilm_compile.trace(model, example_inputs=example)
-    mesh, found = Mesh.create(plans[0]), []
-    batch = random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
-    for plan in plans:
-        program = ilm_compile.compile(traced, plan=plan)
-        parallel = Parallel(
-            lower(program), make_schedule(plan), mesh, model, initializer=program.initializer
-        )
+    found, batch = [], random_batch(ROWS * MICRO_BATCHES, SEQ, VOCAB)
+    for _, _, parallel in compiled(plans):
         parallel.executor.record_timeline = True
         of_plan: list[Step] = []
         for _ in range(WARM_UP + steps):
@@ -89,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=9, help="measured of each schedule")
     parser.add_argument("--picture", type=Path, metavar="FOLDER", help="write timelines as SVG")
     options = parser.parse_args(arguments)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         tried = list(plans(Path(folder), [False]))
         schedules = [make_schedule(plan) for plan in tried]
@@ -99,22 +76,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for each in zip(*steps, strict=True):
             spans = spans_of(schedule, each)
             both.append((makespan(simulated(schedule, spans)), makespan(spans)))
-        predicted, measured = (median(times) for times in zip(*both, strict=True))
-        error = median(abs(p / m - 1) for p, m in both)
-        rows.append(Error(name_of(plan), predicted, measured, error))
+        middle = (median(times) for times in zip(*both, strict=True))
+        figures = (name_of(plan), *middle, median(abs(p / m - 1) for p, m in both))
+        rows.append(dict(zip(COLUMNS, figures, strict=True)))
         if options.picture:
             name = name_of(plan)
             svg = draw_timelines(schedule, spans, title=f"a step, {name}")
             write_text(options.picture / f"{name}.svg", svg)
-    table = Table(title="milliseconds of a step, and the error of the simulated")
-    for column in ("schedule", "simulated", "measured", "error"):
-        table.add_column(column)
-    for row in rows:
-        times = (f"{time * 1e3:.1f}" for time in (row.simulated, row.measured))
-        table.add_row(row.schedule, *times, f"{row.error:.1%}")
-    make_console().print(table)
-    worst = median(row.error for row in rows)
-    save_json(options.output, {"pp": PP, "median_error": worst, "rows": rows})
+    lines = [
+        (name, f"{simulated * 1e3:.1f}", f"{measured * 1e3:.1f}", f"{error:.1%}")
+        for name, simulated, measured, error in map(dict.values, rows)
+    ]
+    show_table("milliseconds of a step, and the error of the simulated", COLUMNS, lines)
+    median_error = median(row["error"] for row in rows)
+    save_json(options.output, {"pp": PP, "median_error": median_error, "rows": rows})
 
 
 if __name__ == "__main__":

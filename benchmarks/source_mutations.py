@@ -2,7 +2,7 @@
 
     python -m benchmarks.source_mutations [--only norm] [--processes 2]
 
-Each mutant of `benchmarks.source_mutants` and its neighbours is planted in a temporary copy of the
+Each mutant of `benchmarks/source_mutants.txt` is planted in a temporary copy of the
 package, and its killers, test files in the order of their likelihood, are run there until one
 fails. The test that failed must then pass on the unbroken copy, or it has killed nothing.
 Exits with 1 if a mutant survives.
@@ -10,7 +10,6 @@ Exits with 1 if a mutant survives.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import queue
@@ -26,17 +25,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
-from benchmarks.common import RESULTS, THREADS, make_console, make_parser, save_json
-from benchmarks.source_mutants import STEP_MUTANTS, SourceMutant
-from benchmarks.source_mutants_state import STATE_MUTANTS
-from benchmarks.source_mutants_update import UPDATE_MUTANTS
+from benchmarks.common import RESULTS, THREADS, make_parser, save_json, show_table
+from benchmarks.source_mutants import MUTANTS, SourceMutant
 
 ROOT = Path(__file__).parents[1]
 RUNNER = Path(__file__).with_name("source_runner.py")
 COPIED = ("ilm_compile", "passes", "kernels", "tests", "pyproject.toml")
-MUTANTS = [*STEP_MUTANTS, *UPDATE_MUTANTS, *STATE_MUTANTS]
 TIMEOUT_S = 300.0
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - .*)?$", re.MULTILINE)
 
@@ -152,35 +146,31 @@ def judge_all(mutants: Sequence[SourceMutant], processes: int) -> Iterator[Fate]
         yield from pool.map(borrowed, mutants)
 
 
-def table_of(fates: Sequence[Fate]) -> Table:
-    """A line per mutant."""
+def show(fates: Sequence[Fate]) -> None:
+    """Print a line per mutant."""
     survivors = sum(fate.killed_by is None for fate in fates)
     title = f"{len(fates)} source mutants of the runtime, {survivors} survive"
-    table = Table("file", "fault", "killed by", "s", title=title)
+    lines = []
     for fate in fates:
-        killer = fate.killed_by or "[red]SURVIVES"
+        killer = (fate.killed_by or "SURVIVES").rpartition("/")[2]
         file = fate.mutant.file.removeprefix("ilm_compile/runtime/")
-        table.add_row(file, fate.mutant.what, killer.rpartition("/")[2], f"{fate.seconds:.0f}")
-    return table
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("source_mutations", __doc__)
-    parser.add_argument("--only", default="", help="only files whose name holds this")
-    parser.add_argument("--processes", type=int, default=2)
-    return parser.parse_args(arguments)
+        lines.append((file, fate.mutant.what, killer, f"{fate.seconds:.0f}"))
+    show_table(title, ("file", "fault", "killed by", "s"), lines, words=3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    parser = make_parser("source_mutations", __doc__)
+    parser.add_argument("--only", default="", help="only files whose name holds this")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
     start = time.perf_counter()
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.file]
-    console, fates = make_console(), []
+    fates = []
     for fate in judge_all(mutants, options.processes):
         fates.append(fate)
         killer = fate.killed_by or "SURVIVES"
-        console.print(f"{len(fates):3} {fate.mutant.file}: {fate.mutant.what}: {killer}")
-    console.print(table_of(fates))
+        print(f"{len(fates):3} {fate.mutant.file}: {fate.mutant.what}: {killer}", flush=True)
+    show(fates)
     rows = [
         {
             "file": fate.mutant.file,

@@ -71,8 +71,8 @@ CASES = (
 )
 
 
-def chooser_of(traced: Program, plan: dict[str, Any]) -> tuple[Chooser, list[int]]:
-    """What chooses for a traced program under a plan, and the unit at which each block begins."""
+def chooser_of(traced: Program, plan: dict[str, Any]) -> Chooser:
+    """What chooses for a traced program under a plan."""
     program = copy_program(traced)
     program.plan = ilm_compile.make_plan(
         **plan, checkpoint="auto", kernels="triton", dtype=torch.bfloat16
@@ -84,45 +84,52 @@ def chooser_of(traced: Program, plan: dict[str, Any]) -> tuple[Chooser, list[int
     calls = [node for node in program.calls() if node not in clones]
     cost = step_seconds(program, HARDWARE[program.plan.hardware])
     edges = [0, *step.candidates(program, calls, [cost[node] for node in calls])]
-    chooser = step.chooser(program, calls, edges)
-    begins: dict[int, int] = {}
-    for index, unit in enumerate(chooser.units):
-        for part in unit.parts:
-            if part.can_recompute:
-                begins.setdefault(part.region, index)
-    return chooser, list(begins.values())
+    return step.chooser(program, calls, edges)
 
 
-def uniform(chooser: Chooser, begins: Sequence[int]) -> StageChoice:
-    """As many blocks in every stage, and the smallest equal share of them recomputed that fits."""
-    stages = chooser.schedule.num_stages
-    cuts = tuple(begins[round(stage * len(begins) / stages)] for stage in range(1, stages))
-    spans = [range(a, b) for a, b in pairwise((0, *cuts, len(chooser.units)))]
-    regions = [
-        list(
-            dict.fromkeys(p.region for i in span for p in chooser.units[i].parts if p.can_recompute)
+class UniformChooser(Chooser):
+    """Chooses what other systems do."""
+
+    @classmethod
+    def of(cls, other: Chooser) -> UniformChooser:
+        """Return one for the same units, schedule and memory."""
+        found = cls.__new__(cls)
+        found.__dict__.update(other.__dict__)
+        return found
+
+    def best(self) -> StageChoice:
+        """As many blocks in every stage, and the smallest share of them recomputed that fits."""
+        begins: dict[int, int] = {}
+        for index, unit in enumerate(self.units):
+            for part in unit.parts:
+                if part.can_recompute:
+                    begins.setdefault(part.region, index)
+        first, stages = list(begins.values()), self.schedule.num_stages
+        cuts = tuple(first[round(stage * len(first) / stages)] for stage in range(1, stages))
+        spans = [range(a, b) for a, b in pairwise((0, *cuts, len(self.units)))]
+        regions = [
+            list(dict.fromkeys(p.region for p in self._parts(span) if p.can_recompute))
+            for span in spans
+        ]
+        most = max(map(len, regions))
+        choices = (
+            self.with_ways(cuts, {r: WHOLE for own in regions for r in own[:count]})
+            for count in range(most + 1)
         )
-        for span in spans
-    ]
-    most = max(map(len, regions))
-    choices = (
-        chooser.with_ways(cuts, {r: WHOLE for own in regions for r in own[:count]})
-        for count in range(most + 1)
-    )
-    for choice in choices:
-        if not choice.too_much:
-            break
-    return choice
+        for choice in choices:
+            if not choice.too_much:
+                break
+        return choice
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
     """Both choices for one model under each memory."""
     inputs = {name: ((1, SEQ), torch.int64) for name in ("input_ids", "labels")}
-    chooser, begins = chooser_of(ilm_compile.trace(case.model(), example_inputs=inputs), case.plan)
+    chooser = chooser_of(ilm_compile.trace(case.model(), example_inputs=inputs), case.plan)
     rows = []
     for gib in case.memory:
         chooser = chooser.within(gib * GIB)
-        found, plain = chooser.best(), uniform(chooser, begins)
+        found, plain = chooser.best(), UniformChooser.of(chooser).best()
         rows.append(
             {
                 "model": case.name,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from statistics import mean, median
 
-from rich.table import Table
-
+from benchmarks.common import show_table
 from benchmarks.step_rows import Step
 
 KINDS: dict[str, Callable[[Step], bool]] = {
@@ -19,39 +16,26 @@ KINDS: dict[str, Callable[[Step], bool]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """predicted: seconds of each of `steps`."""
+def show_errors(title: str, steps: Sequence[Step], predicted: Sequence[float]) -> None:
+    """Print median, mean and largest error by kind and by source, and the regret.
 
-    steps: Sequence[Step]
-    predicted: Sequence[float]
-
-    def of(self, belongs: Callable[[Step], bool]) -> list[float]:
-        """Relative errors of the measured steps that belong."""
-        return [
-            p / s.seconds - 1
-            for s, p in zip(self.steps, self.predicted, strict=True)
-            if s.seconds and belongs(s)
-        ]
-
-
-def _is_from(source: str, step: Step) -> bool:
-    return step.source == source
-
-
-def error_table(title: str, errors: Errors) -> Table:
-    """Median, mean and largest error by kind and by source."""
-    table = Table("rows", "n", "median", "mean", "largest", "bias", title=title)
-    groups = {name: errors.of(belongs) for name, belongs in KINDS.items()}
-    for source in sorted({step.source for step in errors.steps}):
-        groups[source] = errors.of(partial(_is_from, source))
-    groups["all"] = errors.of(lambda step: True)
-    for name, found in groups.items():
-        if found:
-            sizes = [abs(error) for error in found]
-            figures = (median(sizes), mean(sizes), max(sizes), median(found))
-            table.add_row(name, str(len(found)), *(f"{figure:.1%}" for figure in figures))
-    return table
+    predicted: seconds of each step.
+    """
+    groups: dict[str, list[float]] = {name: [] for name in KINDS}
+    groups |= {source: [] for source in sorted({step.source for step in steps})} | {"all": []}
+    for step, seconds in zip(steps, predicted, strict=True):
+        if step.seconds:
+            kinds = [name for name, belongs in KINDS.items() if belongs(step)]
+            for name in (*kinds, step.source, "all"):
+                groups[name].append(seconds / step.seconds - 1)
+    lines = []
+    for name, errors in groups.items():
+        if errors:
+            sizes = [abs(error) for error in errors]
+            figures = (median(sizes), mean(sizes), max(sizes), median(errors))
+            lines.append((name, len(errors), *(f"{figure:.1%}" for figure in figures)))
+    show_table(title, ("rows", "n", "median", "mean", "largest", "bias"), lines)
+    print(f"regret: {regret(steps, predicted):.1%}")
 
 
 def regret(steps: Sequence[Step], predicted: Sequence[float]) -> float:

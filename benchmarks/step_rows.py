@@ -16,6 +16,8 @@ from pathlib import Path
 from ilm_compile.cost.constants import Software, software_named
 from ilm_compile.cost.hardware import HARDWARE, Hardware
 from ilm_compile.cost.sizes import ModelSizes, StepPlan
+from ilm_compile.cost.step_memory import step_memory
+from ilm_compile.cost.step_time import step_time
 from ilm_compile.errors import IlmCompileError
 
 SIZES = ("hidden", "layers", "heads", "kv_heads", "ffn", "ffn_matrices", "vocab")
@@ -80,6 +82,16 @@ class Step:
     seconds: float | None
     gigabytes: float | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def predicted_s(self) -> float:
+        """The seconds that are predicted."""
+        return step_time(self.sizes, self.plan, self.hardware, self.software).total
+
+    @property
+    def predicted_gb(self) -> float:
+        """The gigabytes that are predicted of the fullest rank."""
+        return step_memory(self.sizes, self.plan, self.software).total / 2**30
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -21,21 +21,18 @@ is that of the first rank's process, all threads, so that waiting for the other 
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch.distributed as dist
 import transformers
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
-from benchmarks.tensor_parallel_contest import CONTESTANTS, VOCAB, Contestant, Size
+from benchmarks.common import dated, launch, make_parser, random_batch, save_json, show_table
+from benchmarks.contest import measure
+from benchmarks.tensor_parallel_contest import CONTESTANTS, VOCAB, All, Size
 from ilm_compile.errors import IlmCompileError
 
 AGREEMENT = 1e-4  # relative, of losses and gradient norms in fp32
@@ -49,32 +46,20 @@ SIZES = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """What a rank saw of one contestant: seconds of each step, loss and gradient norm."""
 
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    loss: float = 0.0
-    grad_norm: float = 0.0
+    wall: list[float]
+    cpu: list[float]
+    loss: float
+    grad_norm: float
 
 
 Samples = dict[str, Sample]  # by contestant
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """The outcome of one contestant at one size; times are in seconds per step."""
-
-    size: Size
-    contestant: str
-    median_s: float
-    fastest_s: float
-    processor_s: float
-    ratio_to_ours: float
-    processor_ratio: float
-    loss: float
-    grad_norm: float
+Figure = dict[str, Any]  # the outcome of one contestant at one size; seconds per step
 
 
 def run_rank(sizes: Sequence[Size]) -> list[Samples]:
@@ -83,41 +68,15 @@ def run_rank(sizes: Sequence[Size]) -> list[Samples]:
         dist.init_process_group("gloo")
     samples = []
     for size in sizes:
-        batch = random_batch(size.rows, size.seq, VOCAB)
-        contestants = {name: make(size, batch) for name, make in CONTESTANTS.items()}
-        samples.append(measure(contestants, size.repeats))
-    return samples
-
-
-def measure(contestants: dict[str, Contestant], repeats: int, warmup: int = 2) -> Samples:
-    """Run the contestants in turn, each round begun by the next of them.
-
-    Garbage is collected between the measured parts.
-    """
-    samples = {name: Sample() for name in contestants}
-    order = list(contestants)
-    gc.collect()
-    gc.freeze()  # what exists by now would be looked through again before every step
-    gc.disable()
-    try:
-        for repetition in range(warmup + repeats):
-            for name in order[repetition % len(order) :] + order[: repetition % len(order)]:
-                contestant = contestants[name]
-                contestant.zero_grad()
-                gc.collect()
-                dist.barrier()
-                wall, cpu = time.perf_counter(), time.process_time()
-                loss = contestant.step()
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                sample = samples[name]
-                if repetition == 0:
-                    sample.loss, sample.grad_norm = float(loss), contestant.grad_norm()
-                if repetition >= warmup:
-                    sample.wall.append(wall)
-                    sample.cpu.append(cpu)
-    finally:
-        gc.enable()
-        gc.unfreeze()
+        every = All(size, random_batch(size.rows, size.seq, VOCAB))
+        results = {name: each.result() for name, each in every.contestants.items()}
+        times = measure(every, list(CONTESTANTS), size.repeats)
+        samples.append(
+            {
+                name: Sample([t.wall for t in found], [t.cpu for t in found], *results[name])
+                for name, found in times.items()
+            }
+        )
     return samples
 
 
@@ -136,17 +95,14 @@ def summarize(size: Size, ranks: Sequence[Samples]) -> list[Figure]:
                     f"from {name}; they would not have done the same work"
                 )
         figures.append(
-            Figure(
-                size=size,
-                contestant=name,
-                median_s=median(wall),
-                fastest_s=min(wall),
-                processor_s=median(sample.cpu),
-                ratio_to_ours=_ratio(wall, walls["ours"]),
-                processor_ratio=_ratio(sample.cpu, ours.cpu),
-                loss=sample.loss,
-                grad_norm=sample.grad_norm,
-            )
+            {
+                **{"size": size, "contestant": name},
+                **{"median_s": median(wall), "fastest_s": min(wall)},
+                "processor_s": median(sample.cpu),
+                "ratio_to_ours": _ratio(wall, walls["ours"]),
+                "processor_ratio": _ratio(sample.cpu, ours.cpu),
+                **{"loss": sample.loss, "grad_norm": sample.grad_norm},
+            }
         )
     return figures
 
@@ -159,37 +115,31 @@ def _slowest(ranks: Sequence[Samples], name: str) -> list[float]:
     return [max(walls) for walls in zip(*(rank[name].wall for rank in ranks), strict=True)]
 
 
-def show(figures: Sequence[Figure], console: Console) -> None:
+def show(figures: Sequence[Figure]) -> None:
     """Print the figures in milliseconds."""
-    table = Table(title="tp=2, forward and backward: milliseconds per step")
-    table.add_column("Llama")
-    for column in (
-        "contestant",
-        "median",
-        "fastest",
-        "processor",
-        "time / ours",
-        "processor / ours",
-    ):
-        table.add_column(column, justify="right")
-    for figure in figures:
-        table.add_row(
-            str(figure.size) if figure.contestant == "ours" else "",
-            figure.contestant,
-            f"{figure.median_s * 1e3:.1f}",
-            f"{figure.fastest_s * 1e3:.1f}",
-            f"{figure.processor_s * 1e3:.1f}",
-            f"{figure.ratio_to_ours:.2f}",
-            f"{figure.processor_ratio:.2f}",
-            end_section=figure.contestant == list(CONTESTANTS)[-1],
-        )
-    console.print(table)
+    headings = "Llama", "contestant", "median", "fastest", "processor"
+    show_table(
+        "tp=2, forward and backward: milliseconds per step",
+        (*headings, "time / ours", "processor / ours"),
+        map(_cells, figures),
+        words=2,
+        sections=len(CONTESTANTS),
+    )
+
+
+def _cells(figure: Figure) -> tuple[Any, ...]:
+    times = ("median_s", "fastest_s", "processor_s")
+    return (
+        *(figure["size"] if figure["contestant"] == "ours" else "", figure["contestant"]),
+        *(f"{figure[name] * 1e3:.1f}" for name in times),
+        *(f"{figure[name]:.2f}" for name in ("ratio_to_ours", "processor_ratio")),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("tensor_parallel", __doc__)
     parser.add_argument("--sizes", type=int, nargs="*", help="indices of the sizes to measure")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--output", type=Path, default=dated("tensor-parallel"))
     options = parser.parse_args(arguments)
     chosen = SIZES if options.sizes is None else [SIZES[i] for i in options.sizes]
     ranks = launch(run_rank, 2, chosen)
@@ -198,12 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for index, size in enumerate(chosen)
         for figure in summarize(size, [rank[index] for rank in ranks])
     ]
-    console = make_console()
-    show(figures, console)
-    date = datetime.now(UTC).date().isoformat()
-    output = options.output or RESULTS / f"tensor-parallel-{date}.json"
-    save_json(output, {"transformers": transformers.__version__, "figures": figures})
-    console.print(f"written to {output}")
+    show(figures)
+    save_json(options.output, {"transformers": transformers.__version__, "figures": figures})
+    print(f"written to {options.output}")
 
 
 if __name__ == "__main__":

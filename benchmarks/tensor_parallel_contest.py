@@ -51,14 +51,15 @@ class Contestant:
     zero_grad: Callable[[], None]
     named_parameters: Callable[[], Any]
 
-    def grad_norm(self) -> float:
-        """The norm of all gradients, whole ones gathered from both ranks. Collective."""
-        total = 0.0
+    def result(self) -> tuple[float, float]:
+        """The loss of a step, and the norm of all gradients, gathered from both ranks."""
+        self.zero_grad()
+        loss, total = float(self.step()), 0.0
         for _, parameter in self.named_parameters():
             grad = parameter.grad
             full = grad.full_tensor() if isinstance(grad, DTensor) else grad
             total += float(full.double().square().sum())
-        return total**0.5
+        return loss, total**0.5
 
 
 class Ours(Contestant):
@@ -152,6 +153,20 @@ CONTESTANTS: dict[str, Callable[[Size, dict[str, Tensor]], Contestant]] = {
     "dtensor": lambda size, batch: Torch(size, batch, dtensor_plan),
     "torchtitan": lambda size, batch: Torch(size, batch, torchtitan_plan),
 }
+
+
+class All:
+    """All contestants, a step of each under its name, as `benchmarks.contest.measure` asks."""
+
+    def __init__(self, size: Size, batch: dict[str, Tensor]) -> None:
+        self.contestants = {name: make(size, batch) for name, make in CONTESTANTS.items()}
+        for name, contestant in self.contestants.items():
+            setattr(self, name, contestant.step)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all."""
+        for contestant in self.contestants.values():
+            contestant.zero_grad()
 
 
 def llama(size: Size) -> nn.Module:

@@ -7,10 +7,9 @@ the seconds that `ilm_compile.verify` took, or why it failed.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -28,56 +27,44 @@ PLANS: dict[str, dict[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one plan's proof found; `failure` is empty if it holds."""
-
-    model: str
-    plan: str
-    loss_error: float
-    gradient_error: float
-    weight_error: float
-    seconds: float
-    failure: str
-
-    def __str__(self) -> str:
-        if self.failure:
-            return self.failure.splitlines()[0][:120]
-        largest = max(self.loss_error, self.gradient_error, self.weight_error)
-        return f"{largest:.0e} ({self.seconds:.0f} s)"
-
-
-def prove(name: str, plan: str) -> Cell:
-    """Return the proof of one listed model under one plan."""
+def prove(name: str, plan: str) -> dict[str, Any]:
+    """Return what the proof of one listed model under one plan finds; no failure if it holds."""
     start = time.perf_counter()
     example = {key: ((ROWS, TOKENS), torch.int64) for key in ("input_ids", "labels")}
     model = full_model(name, layers=LAYERS)
     report = ilm_compile.verify(model, example_inputs=example, **PLANS[plan])
-    seconds = time.perf_counter() - start
-    errors = report.max_loss_error, report.max_grad_error, report.max_weight_error
-    return Cell(name, plan, *errors, seconds, "" if report.ok else report.failures[0])
+    return {
+        **{"model": name, "plan": plan, "loss_error": report.max_loss_error},
+        **{"gradient_error": report.max_grad_error, "weight_error": report.max_weight_error},
+        "seconds": time.perf_counter() - start,
+        "failure": "" if report.ok else report.failures[0],
+    }
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("verify_zoo", __doc__)
-    parser.add_argument("--only", action="append", help="name of a model; may be repeated")
-    return parser.parse_args(arguments)
+def words(cell: dict[str, Any]) -> str:
+    """Return what the table says of a proof."""
+    if cell["failure"]:
+        return str(cell["failure"]).splitlines()[0][:120]
+    largest = max(cell[f"{what}_error"] for what in ("loss", "gradient", "weight"))
+    return f"{largest:.0e} ({cell['seconds']:.0f} s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    parser = make_parser("verify_zoo", __doc__)
+    parser.add_argument("--only", action="append", help="name of a model; may be repeated")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    cells: list[Cell] = []
+    cells = []
     print(f"| model | {' | '.join(PLANS)} |\n| --- |{' ---: |' * len(PLANS)}")
     for name in options.only or LISTED:
         row = [prove(name, plan) for plan in PLANS]
-        print(f"| {name} | {' | '.join(map(str, row))} |", flush=True)
+        print(f"| {name} | {' | '.join(map(words, row))} |", flush=True)
         cells += row
-    total = sum(cell.seconds for cell in cells)
-    failed = sum(bool(cell.failure) for cell in cells)
+    total = sum(cell["seconds"] for cell in cells)
+    failed = sum(bool(cell["failure"]) for cell in cells)
     print(f"\n{len(cells)} proofs, {failed} failed, {total:.0f} s in total")
     content = {"layers": LAYERS, "micro_batch": (ROWS, TOKENS), "seconds": total}
-    save_json(RESULTS / "verify_zoo.json", content | {"cells": [asdict(cell) for cell in cells]})
+    save_json(RESULTS / "verify_zoo.json", content | {"cells": cells})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import nn
 from ilm_compile.automatic import automatic_plans, first_compiled
 from ilm_compile.cost import forward_flops_by_region, model_flops, region_bytes
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.lookups import find_lookups
 from ilm_compile.passes import Pass, PassReport, lower, run_passes
 from ilm_compile.passes.standard import plan_passes, settle_kernels, with_passes
 from ilm_compile.program.copy import copy_program
@@ -144,6 +145,7 @@ class Rewriting:
 
 def _compile(program: Program, plan: Plan, how: Rewriting, like: Program | None = None) -> Program:
     program.plan = plan = with_passes(plan, how.passes, how.disable)
+    program.lookups = tuple(find_lookups(program))
     check_loss(program, num_slices=plan.num_microbatches * (plan.dp or 1))
     program.flops = model_flops(program.graph)
     forward = forward_flops_by_region(program.graph)

@@ -85,6 +85,7 @@ def _forward_kernel(
     EPS: tl.constexpr,
     CAST: tl.constexpr,
     OFFSET: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -96,12 +97,15 @@ def _forward_kernel(
         values += _load(residual, row, residual_stride, HIDDEN, column, mask)
         _store(total, row, HIDDEN, column, mask, values)
         values = values.to(total.dtype.element_ty).to(tl.float32)
+    if EARLY:  # the weight is on its way while the warps wait for their sum
+        scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
     mean_square = tl.sum(values * values, axis=1, keep_dims=True) / HIDDEN
     values *= tl.rsqrt(mean_square + EPS)
     if weight is not None:
         if CAST:
             values = values.to(y.dtype.element_ty).to(tl.float32)
-        scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+        if not EARLY:
+            scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         values *= scale + OFFSET
     _store(y, row, HIDDEN, column, mask, values)
 
@@ -141,9 +145,12 @@ def _backward_kernel(
         scaled = arriving
         if weight is not None:
             scaled *= scale
-        # Both sums come before anything that needs one, so that neither waits for the other.
-        squares = tl.sum(values * values, axis=1, keep_dims=True)
-        products = tl.sum(scaled * values, axis=1, keep_dims=True)
+        if grad_x_low is None:  # one reduction: the warps meet for both sums at once
+            both = tl.sum(tl.join(values * values, scaled * values), axis=1, keep_dims=True)
+            squares, products = tl.split(both)
+        else:  # no registers are left for that beside a float32 stream
+            squares = tl.sum(values * values, axis=1, keep_dims=True)
+            products = tl.sum(scaled * values, axis=1, keep_dims=True)
         rstd = tl.rsqrt(squares / HIDDEN + EPS)
         unit = values * rstd
         if weight is not None:
@@ -220,6 +227,8 @@ def _forward(
             EPS=eps,
             CAST=cast_before_scale,
             OFFSET=weight_offset,
+            # beside a stream of another dtype, its registers would be spilled
+            EARLY=weight is not None and (total is None or total.dtype == y.dtype),
             BLOCK=launch.block,
             ROWS=launch.rows,
             num_warps=launch.warps,

@@ -12,16 +12,17 @@ from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
-from ilm_compile.cost import HARDWARE
+from ilm_compile.cost import hardware_named
 from ilm_compile.errors import PlanError
 from ilm_compile.program.program import Program
 
 
 def check_hardware(name: str, hardware: str) -> None:
     """Raise `PlanError`, of the pass of this name, unless the costs of `hardware` are known."""
-    if hardware not in HARDWARE:
-        known = ", ".join(HARDWARE)
-        raise PlanError(f"{name}: unknown hardware {hardware!r}, known are {known}")
+    try:
+        hardware_named(hardware)
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import is_tuple, run_without_data, tensors_of
+from ilm_compile.rewrite.edit import create_cast
 from ilm_compile.rewrite.parameter_free import parameter_free_nodes, precision_of
 
 _CAST = torch.ops.aten.to.dtype
@@ -199,7 +200,7 @@ class _Caster:
             if _dtype(whole) == dtype or key in self.casts:
                 continue
             with self.program.graph.inserting_after(whole):
-                self.casts[key] = cast = self._create_cast(whole, dtype, near=whole)
+                self.casts[key] = cast = create_cast(self.program, whole, dtype, near=whole)
             whole.replace_all_uses_with(cast, delete_user_cb=partial(operator.is_not, cast))
 
     def _cast(self, source: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
@@ -209,16 +210,8 @@ class _Caster:
         key = source, dtype, near.meta["region"]
         if key not in self.casts:
             with self.program.graph.inserting_before(near):
-                self.casts[key] = self._create_cast(source, dtype, near=near)
+                self.casts[key] = create_cast(self.program, source, dtype, near=near)
         return self.casts[key]
-
-    def _create_cast(self, source: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
-        cast = self.program.graph.call_function(_CAST, (source, dtype))
-        cast.meta.update({k: near.meta[k] for k in ("region", "stage", "source") if k in near.meta})
-        if "layout" in source.meta:
-            cast.meta["layout"] = source.meta["layout"]
-        cast.meta["val"] = source.meta["val"].to(dtype)
-        return cast
 
     def _already(self, source: fx.Node, dtype: Any) -> fx.Node | None:
         """Return a node that holds `source` in `dtype` without a cast, if there is one.

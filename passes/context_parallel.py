@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from ilm_compile.cost import HARDWARE, forward_flops
+from ilm_compile.cost import forward_flops, hardware_named
 from ilm_compile.errors import PlanError
 from ilm_compile.ops.attention import HEAD_DIM, TOKEN_DIM
 from ilm_compile.ops.call import Strategy, tensor_inputs
@@ -71,7 +71,7 @@ class ContextParallel(Shard):
                 f"the {uneven[0]} tokens of an attention; make them a multiple of {self.size}"
             )
         if self.attention == "ring":
-            share_heads(program, self.name)
+            share_heads(program, self.name, masked=True)
         if not by_queries:
             how: dict[str, Any] = {"pays": partial(_heads_pay, step=self)}
             if self.attention == "heads":
@@ -147,7 +147,7 @@ def _heads_pay(node: fx.Node, repeats: int, *, step: ContextParallel) -> bool:
     tokens, heads = (S(dims[node.target] % rank) for dims in (TOKEN_DIM, HEAD_DIM))
 
     def seconds(moved: fx.Node, source: Placement, target: Placement) -> float:
-        return transition_time(moved, source, target, size, HARDWARE[step.hardware], True)
+        return transition_time(moved, source, target, size, hardware_named(step.hardware), True)
 
     by_heads = seconds(query, tokens, heads) + seconds(node, heads, tokens)
     by_heads += repeats * sum(seconds(each, tokens, heads) for each in (key, value))

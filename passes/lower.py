@@ -12,6 +12,7 @@ from torch import fx
 
 from ilm_compile.errors import ProgramError
 from ilm_compile.program.boundaries import stage_boundaries, stage_of
+from ilm_compile.program.input_graph import reached
 from ilm_compile.program.layout import TOKEN_AXES, layout_of, sharded_over
 from ilm_compile.program.lowered import LoweredProgram, Stage
 from ilm_compile.program.program import Program
@@ -68,17 +69,10 @@ def _segments(
 ) -> list[Segment]:
     """Return the clones that a stage needs as one segment, then its regions in order."""
     own = [node for node, index in placed.items() if index == stage]
-    needed: set[fx.Node] = set()
-    pending = [*results, *(source for node in own for source in node.all_input_nodes)]
-    while pending:
-        node = pending.pop()
-        if node.meta.get("clone") and node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
-    segments = []
-    if needed:
-        clones = [node for node in program.calls() if node in needed]
-        segments.append(Segment(name="shared", nodes=clones))
+    used = [*results, *(source for node in own for source in node.all_input_nodes)]
+    needed = set(reached(used, lambda n: n.all_input_nodes if n.meta.get("clone") else ()))
+    clones = [node for node in program.calls() if node in needed and node.meta.get("clone")]
+    segments = [Segment(name="shared", nodes=clones)] if clones else []
     for index, nodes in groupby(own, lambda node: node.meta["region"]):
         region = program.regions[index]
         segments.append(Segment(region.name, list(nodes), recompute=region.recompute))

@@ -11,21 +11,21 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
 
+from ilm_compile.ops.precision import LOOKUP
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.passes.base import Pass
+from ilm_compile.program.attributes import put_tensor, tensor_at
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program, Variable
-from ilm_compile.program.vocab import vocab_embedding
+from ilm_compile.rewrite.edit import create_cast
 
-aten = torch.ops.aten
 LOW = (torch.bfloat16, torch.float16)
-# Rows are rounded after they were looked up: the table is the largest weight of most models.
-_LOOKUPS: tuple[Any, ...] = (aten.embedding.default, vocab_embedding)
 
 
 def master_passes(program: Program) -> list[Pass]:
@@ -79,28 +79,29 @@ class MasterWeights(Pass):
 
 
 def _widen(program: Program, node: fx.Node, dtype: torch.dtype) -> None:
-    owner, _, leaf = str(node.target).rpartition(".")
-    module = program.graph_module.get_submodule(owner)
-    setattr(module, leaf, nn.Parameter(getattr(module, leaf).detach().float()))
+    held = tensor_at(program.graph_module, str(node.target)).detach().float()
+    put_tensor(program.graph_module, str(node.target), nn.Parameter(held))
     node.meta["val"] = node.meta["val"].float()
     casts: dict[tuple[int, int | None], fx.Node] = {}
     for user in list(node.users):
         if user.op == "output":
             continue
-        whole = _whole(user) if user.target in _LOOKUPS and user.args[0] is node else []
+        # Rows are rounded after they were looked up: the table is a model's largest weight.
+        is_table = spec_of(user.target).precision is LOOKUP and user.args[0] is node
+        whole = _whole(user) if is_table else []
         if whole:
             for rows in dict.fromkeys((user, *whole)):
                 rows.meta["val"] = rows.meta["val"].float()
             for rows in whole:
                 with program.graph.inserting_after(rows):
-                    cast = _cast(program, rows, dtype, near=rows)
+                    cast = create_cast(program, rows, dtype, near=rows)
                 rows.replace_all_uses_with(cast, delete_user_cb=partial(operator.is_not, cast))
             continue
         # One for each region: what several share would be kept for a recompute, or sent.
         key = user.meta["region"], user.meta.get("stage")
         if key not in casts:
             with program.graph.inserting_before(user):
-                casts[key] = _cast(program, node, dtype, near=user)
+                casts[key] = create_cast(program, node, dtype, near=user)
         user.replace_input_with(node, casts[key])
 
 
@@ -110,13 +111,3 @@ def _whole(lookup: fx.Node) -> list[fx.Node]:
         return [lookup]
     moved = list(lookup.users)
     return moved if all(node.target is redistribute for node in moved) else []
-
-
-def _cast(program: Program, value: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
-    cast = program.graph.call_function(aten.to.dtype, (value, dtype))
-    names = ("region", "stage", "clone", "source")
-    cast.meta.update({name: near.meta[name] for name in names if name in near.meta})
-    if "layout" in value.meta:
-        cast.meta["layout"] = value.meta["layout"]
-    cast.meta["val"] = value.meta["val"].to(dtype)
-    return cast

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from torch import fx
 
-from ilm_compile.cost import HARDWARE
+from ilm_compile.cost import hardware_named
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass, check_hardware
 from ilm_compile.program.program import Program
@@ -26,7 +26,7 @@ class PipelineSplit(Pass):
     """Give every node a pipeline stage, so that the slowest stage is as fast as it can be.
 
     Costs are the seconds that forward, backward and recompute of each node take on `hardware` (a
-    name in `ilm_compile.cost.HARDWARE`), embedding and head included; layers are not counted. Nodes
+    name that `hardware_named` knows), embedding and head included; layers are not counted. Nodes
     that no parameter reaches (rotary tables, masks) become clones: ``meta["clone"]`` is set instead
     of ``meta["stage"]``, and each stage that uses them computes them for itself. Stages are
     consecutive runs of the graph, and stage s sends to stage s + 1 only. like: a program of the
@@ -89,7 +89,7 @@ class PipelineSplit(Pass):
         return candidates
 
     def _seconds(self, program: Program, calls: Sequence[fx.Node]) -> list[float]:
-        cost = step_seconds(program, HARDWARE[self.hardware])
+        cost = step_seconds(program, hardware_named(self.hardware))
         return [cost[node] for node in calls]
 
     def _explain(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
 
+from ilm_compile.ops.products import operands
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.gradients import gradient_nodes
+from ilm_compile.program.input_graph import reached
 from ilm_compile.program.program import Program
 from ilm_compile.program.step_traffic import keeps
-from ilm_compile.program.weight_parts import PRODUCTS
 
 _Place = tuple[Any, Any]
 
@@ -21,7 +22,7 @@ _Place = tuple[Any, Any]
 class SplitBackward(Pass):
     """Mark the products whose weight gradients a schedule's W actions can compute.
 
-    Those are the products of `ilm_compile.program.weight_parts.PRODUCTS` whose weight is made of
+    Those are the products with an `OpSpec.weight_part` whose weight is made of
     trained parameters by ops that keep nothing for their backward (casts, views, placements), all
     in the region of the product: no other region and no recompute has a part in it. All other
     gradients of weights (norms, biases, a weight that several regions share) are found with those
@@ -63,42 +64,29 @@ class _Chains:
 
     def is_trained_product(self, node: fx.Node) -> bool:
         """Whether `node` multiplies by something that is made of trained parameters alone."""
-        product = PRODUCTS.get(node.target)  # type: ignore[arg-type]
+        product = spec_of(node.target).weight_part
         if product is None or len(node.args) <= max(product.weight, product.value):
             return False
         weight, value = node.args[product.weight], node.args[product.value]
         if not isinstance(weight, fx.Node) or not isinstance(value, fx.Node):
             return False
-        chain = [*self._chain(weight)]
+        chain = [*reached([weight])]
         return (
             weight.meta["val"].dim() == product.dims
             and weight in self._gradients
-            and all(n.op != "placeholder" and n.target not in PRODUCTS for n in chain)
+            and all(n.op != "placeholder" and not spec_of(n.target).weight_part for n in chain)
             and not self._trained.isdisjoint(chain)
         )
 
     def is_local(self, node: fx.Node) -> bool:
         """Whether nothing but the region of a product takes part in its weight."""
-        weight = node.args[PRODUCTS[node.target].weight]  # type: ignore[index]
-        assert isinstance(weight, fx.Node)
-        own = _place(node)
+        (_, weight), own = operands(node), _place(node)
         return all(
             all(place == own for place in self._users[str(n.target)] if place[0] == own[0])
             if n.op == "get_attr"
             else _place(n) == own and not keeps(n, self._gradients, self._sizes)
-            for n in self._chain(weight)
+            for n in reached([weight])
         )
-
-    def _chain(self, weight: fx.Node) -> Iterator[fx.Node]:
-        """Everything that `weight` is made of, itself first."""
-        seen = {weight}
-        pending = [weight]
-        while pending:
-            node = pending.pop()
-            yield node
-            new = set(node.all_input_nodes) - seen
-            seen |= new
-            pending += new
 
 
 def _place(node: fx.Node) -> _Place:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from ilm_compile.cost import HARDWARE
+from ilm_compile.cost import hardware_named
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.pipeline_split import PipelineSplit
 from ilm_compile.program.byte_sizes import shown_bytes
@@ -63,7 +63,7 @@ class ChooseStages(PipelineSplit):
     def chooser(self, program: Program, calls: Sequence[fx.Node], edges: Sequence[int]) -> Chooser:
         """Return what chooses among stages that begin at some of these positions in `calls`."""
         return Chooser(
-            stage_units(program, calls, edges, HARDWARE[self.hardware]),
+            stage_units(program, calls, edges, hardware_named(self.hardware)),
             lambda count: build(
                 self.schedule, pp=self.pp, num_microbatches=count, num_chunks=self.num_chunks
             ),
@@ -74,7 +74,7 @@ class ChooseStages(PipelineSplit):
     @property
     def usable(self) -> int:
         """The bytes that a rank may fill."""
-        return self.memory or HARDWARE[self.hardware].usable_bytes
+        return self.memory or hardware_named(self.hardware).usable_bytes
 
     def _tell(self, program: Program, found: StageChoice) -> None:
         blocks = [region.name for region in program.regions if region.is_block]

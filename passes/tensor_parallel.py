@@ -15,7 +15,7 @@ from ilm_compile.passes.shard import Shard
 from ilm_compile.program.layout import sharded_over
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
-from ilm_compile.rewrite.kv_heads import fit_heads
+from ilm_compile.rewrite.kv_heads import fit_heads, share_heads
 from ilm_compile.rewrite.pad_vocabulary import pad_vocabulary
 from ilm_compile.sharding import Restrictions, Solution
 from ilm_compile.sharding.forced import forced_whole
@@ -34,6 +34,11 @@ class TensorParallel(Shard):
     sequence_parallel: bool | None = None
     embed_split_hidden: bool | None = None
     constraints: tuple[tuple[str, str], ...] = ()  # parameter name or glob, and its placement
+
+    def apply(self, program: Program) -> None:
+        super().apply(program)
+        if program.plan.cp == 1:  # else that pass says what is repeated before it is sent
+            share_heads(program, self.name, masked=False)
 
     def prepare(self, program: Program) -> Restrictions:
         """Repeat key heads and pad the vocabulary so that both divide."""

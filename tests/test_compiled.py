@@ -17,10 +17,10 @@ from torch.nn import functional as F
 import ilm_compile
 from ilm_compile.cli.plan import add_plan_arguments, read_plan
 from ilm_compile.errors import PlanError
+from ilm_compile.ops.products import leaving_weight
 from ilm_compile.program.expert_rows import grouped_product
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Source
-from ilm_compile.program.weight_parts import PRODUCTS
 from ilm_compile.proof import zoo
 from ilm_compile.runtime import Trainer, compiled
 from ilm_compile.runtime.observe import Logger
@@ -220,7 +220,7 @@ def test_what_cannot_be_compiled_runs_as_written_and_names_the_line() -> None:
 def test_what_leaves_weights_to_later_is_not_compiled_and_says_so() -> None:
     graph = fx.Graph()
     given = [graph.placeholder(name) for name in ("x", "weight")]
-    product = graph.call_function(PRODUCTS[torch.ops.aten.linear.default].leave, tuple(given))
+    product = graph.call_function(leaving_weight(torch.ops.aten.linear.default), tuple(given))
     product.meta["leaves_weight"] = True
     graph.output((product,))
     module, compiler = fx.GraphModule(nn.Module(), graph), compiled.RegionCompiler(BACKEND)

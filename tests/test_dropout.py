@@ -10,7 +10,7 @@ from ilm_compile.partitioning import make_schedule
 from ilm_compile.passes import lower
 from ilm_compile.proof.emulate import emulate
 from ilm_compile.proof.promote import promoted_float32
-from ilm_compile.proof.reference import random_batch
+from tests.support.batches import random_batch
 
 INPUTS = {name: ((2, 16), torch.int64) for name in ("input_ids", "labels")}
 

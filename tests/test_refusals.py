@@ -61,7 +61,7 @@ INPUTS = {"x": ((2, 4), torch.float32), "labels": ((2,), torch.int64)}
             models.internlm2_tiny,
             {"tp": 2, "hardware": "abacus"},
             PlanError,
-            "unknown hardware 'abacus', known are .*h100",
+            "unknown hardware 'abacus'; known are .*h100",
         ),
         (models.internlm2_tiny, {"pp": 32}, PlanError, r"32 stages.*cut points"),
         (

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 400
@@ -93,16 +94,39 @@ def test_license_is_apache_2() -> None:
     assert pyproject()["project"]["license"] == "Apache-2.0"
 
 
+def read_pins(name: str) -> dict[str, str]:
+    """Of a file of constraints, what is pinned for this Python."""
+    lines = (ROOT / name).read_text().splitlines()
+    given = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {
+        canonicalize_name(each.name): next(iter(each.specifier)).version
+        for each in given
+        if each.marker is None or each.marker.evaluate()
+    }
+
+
 def test_pins_lie_inside_the_declared_ranges() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    pins = read_pins("constraints.txt")
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
     for text in [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["hf"]]:
         requirement = Requirement(text)
         pin = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), f"{text} does not allow the pin {pin}"
+
+
+def test_the_oldest_releases_are_where_the_declared_ranges_begin() -> None:
+    """What `make test-oldest` installs, numpy apart: torch brings a newer one than is allowed."""
+    oldest = read_pins("constraints-oldest.txt")
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["hf"], *extras["triton"]]:
+        requirement = Requirement(text)
+        if requirement.name in oldest and requirement.name != "numpy":
+            beginning = next(
+                each.version for each in requirement.specifier if each.operator == ">="
+            )
+            assert Version(oldest[requirement.name]).release[:2] == Version(beginning).release[:2]
 
 
 def test_dependencies_are_ranges_and_constraints_are_pins() -> None:
@@ -123,10 +147,22 @@ def test_the_documentation_is_built_strictly_and_not_by_make_test() -> None:
     assert ["mkdocs build --strict" in plan for plan in plans] == [True, False]
 
 
-@pytest.mark.parametrize("target", ["demo", "docs", "test", "lint"])
+@pytest.mark.parametrize("target", ["demo", "docs", "test", "test-oldest", "lint"])
 def test_make_target_installs_first(target: str) -> None:
     plan = make(ROOT, "--dry-run", "--always-make", target)
-    assert "pip install --constraint constraints.txt" in plan.stdout
+    assert re.search(r"pip install --constraint \S*constraints.txt", plan.stdout)
+
+
+def test_the_oldest_releases_stand_instead_of_the_usual_ones(tmp_path: Path) -> None:
+    plan = make(ROOT, "--dry-run", "--always-make", "test-oldest").stdout
+    (rule,) = re.findall(r"^awk .*?constraints.txt > ", plan, flags=re.DOTALL | re.MULTILINE)
+    merged = tmp_path / "constraints.txt"
+    subprocess.run(f"{rule} {merged}", shell=True, check=True, cwd=ROOT)
+    pins = merged.read_text().splitlines()
+    names = [line.partition("==")[0] for line in pins if line.startswith("torch==")]
+    assert names == ["torch"]
+    assert set((ROOT / "constraints-oldest.txt").read_text().splitlines()) <= set(pins)
+    assert "networkx" in merged.read_text()
 
 
 def test_make_refuses_an_old_python(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.gpu.failure import Deadline
 from benchmarks.gpu.ops import TIMED
 from benchmarks.gpu.ops.op import Function, Tensors, maker
 from benchmarks.gpu.peers import COMPILED, OURS, load_peers
-from benchmarks.gpu.pool import run_all
+from benchmarks.gpu.pool import compile_ahead, forget_compiled
 from benchmarks.gpu.reference import relative_error, run
 from benchmarks.gpu.timing import Times, copy_bandwidth, measure
 
@@ -70,8 +70,8 @@ class Row:
 def bandwidth(device: torch.device, smoke: bool) -> dict[str, Any]:
     """Every row that time allows, the copy's bandwidth, who was left out and why."""
     deadline = Deadline(TIME_S)
-    if device.type == "cuda":
-        _compile_ahead(device)
+    tasks = [(op, hidden, device) for op in TIMED for hidden in WIDTHS]
+    compile_ahead(compile_once, tasks, device, PREPARE_S)
     copy = copy_bandwidth(device, smoke=smoke)
     sizes = [(h, r) for h in (SMOKE_WIDTHS if smoke else WIDTHS) for r in _rows(smoke)]
     rows: list[Row] = []
@@ -86,7 +86,7 @@ def bandwidth(device: torch.device, smoke: bool) -> dict[str, Any]:
                 untimed.append(f"{op}, hidden {hidden}, {count} rows")
                 continue
             if hidden != last_hidden:
-                _forget_compiled(device)
+                forget_compiled(device)
                 last_hidden = hidden
             rows += _measure(
                 op, hidden, count, contestants, peers_left_out[op], device, copy, smoke
@@ -140,9 +140,8 @@ def _measure(
     smoke: bool,
 ) -> Iterator[Row]:
     """Both directions. A peer that raises or computes something else is left out from here on."""
-    inputs, grads = _random(op, hidden, count, device)
-    with torch.no_grad():
-        outputs = TIMED[op].fused(inputs)
+    make, width = maker(device, DTYPE, count), _width(op, hidden)
+    inputs, grads, outputs = TIMED[op].random(make, count, width)
     num_bytes = {
         "forward": TIMED[op].forward_bytes(inputs, outputs),
         "backward": TIMED[op].backward_bytes(inputs, outputs),
@@ -166,7 +165,6 @@ def _measure(
             for found in entries.values():
                 found.pop(name, None)
     for direction, found in entries.items():
-        width = _width(op, hidden)
         yield judge(Row(op, direction, hidden, width, count, num_bytes[direction], found))
 
 
@@ -195,42 +193,16 @@ def _check_same(op: str, call: Function, inputs: Tensors, grads: Sequence[Tensor
         raise ValueError(f"computes something else: relative errors {errors}")
 
 
-def _random(op: str, hidden: int, count: int, device: torch.device) -> tuple[Tensors, list[Tensor]]:
-    make = maker(device, DTYPE, count)
-    inputs = TIMED[op].inputs(make, count, _width(op, hidden))
-    with torch.no_grad():
-        outputs = TIMED[op].fused(inputs)
-    return inputs, [make.normal(*out.shape, dtype=out.dtype) for out in outputs]
-
-
-def _forget_compiled(device: torch.device) -> None:
-    """So that what is compiled next is for its own sizes, and not left uncompiled as one too many.
-
-    What is on disk stays there.
-    """
-    if device.type == "cuda":
-        torch.compiler.reset()
-
-
-def _compile_ahead(device: torch.device) -> None:
-    """Fill torch.compile's and Triton's caches on disk, many processes at a time."""
-    tasks = [(op, hidden, device) for op in TIMED for hidden in WIDTHS]
-    for _ in run_all(compile_once, tasks, device, Deadline(PREPARE_S)):
-        pass
-
-
 def compile_once(task: tuple[str, int, torch.device]) -> None:
     """Run torch.compile's version and ours at the first two numbers of rows.
 
-    The second has torch compile for any number. What fails here fails again where it is recorded.
+    The second has torch compile for any number.
     """
     op, hidden, device = task
-    try:
-        _forget_compiled(device)
-        compiled = load_peers(op, device)[0][COMPILED]
-        for count in ROWS[:2]:
-            inputs, grads = _random(op, hidden, count, device)
-            for function in (TIMED[op].fused, compiled):
-                run(TIMED[op], function, inputs, grads)
-    except Exception:
-        return
+    forget_compiled(device)
+    compiled = load_peers(op, device)[0][COMPILED]
+    for count in ROWS[:2]:
+        make = maker(device, DTYPE, count)
+        inputs, grads, _ = TIMED[op].random(make, count, _width(op, hidden))
+        for function in (TIMED[op].fused, compiled):
+            run(TIMED[op], function, inputs, grads)

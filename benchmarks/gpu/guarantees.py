@@ -15,7 +15,7 @@ from benchmarks.gpu.failure import Deadline, SectionError
 from benchmarks.gpu.layouts import sliced
 from benchmarks.gpu.ops import CHECKED, FAMILIES
 from benchmarks.gpu.ops.attentions import SLACK
-from benchmarks.gpu.ops.op import KernelOp, Tensors, maker
+from benchmarks.gpu.ops.op import maker
 from benchmarks.gpu.reference import BOUNDS, exactly, relative_error, run
 from ilm_compile import kernels
 
@@ -61,7 +61,7 @@ def _without_waiting(
 ) -> tuple[str, str | None]:
     """Forward and backward never wait for the device; torch raises where one would."""
     op = CHECKED[name]
-    inputs, grads = _random(op, FIRST_ROWS, _width(smoke), device, seed)
+    inputs, grads, _ = op.random(maker(device, DTYPE, seed), FIRST_ROWS, _width(smoke))
     run(op, op.fused, inputs, grads)
     with no_waiting(device):
         run(op, op.fused, inputs, grads)
@@ -88,7 +88,8 @@ def _compiled_once(
     op = FAMILIES[name]
     with compilations() as compiled:
         for rows in (FIRST_ROWS, *(OTHER_ROWS[:3] if smoke else OTHER_ROWS)):
-            inputs, grads = _random(op, min(max(rows, op.min_rows), op.max_rows), 64, device, seed)
+            count = min(max(rows, op.min_rows), op.max_rows)
+            inputs, grads, _ = op.random(maker(device, DTYPE, seed), count, 64)
             run(op, op.fused, inputs, grads)
             if rows == FIRST_ROWS:
                 first = len(compiled)
@@ -128,9 +129,9 @@ def _long(
     if name == "attention":
         return _long_attention(device, smoke, seed)
     op, width, limit = FAMILIES[name], _width(smoke), SMOKE_LONG if smoke else LONG
-    sample, _ = _random(op, PART, width, torch.device("cpu"), seed)
+    sample = op.inputs(maker(torch.device("cpu"), DTYPE, seed), PART, width)
     rows = limit // (max(t.numel() for t in sample.values()) // PART) + PART
-    inputs, grads = _random(op, rows, width, device, seed)
+    inputs, grads, _ = op.random(maker(device, DTYPE, seed), rows, width)
     for tensor in op.trained:
         if inputs[tensor].dim() > 1:
             inputs[tensor] = sliced(inputs[tensor])
@@ -175,17 +176,6 @@ def _judge(
 def _rows(x: Tensor, rows: int, start: int) -> Tensor:
     """`PART` rows of what has `rows` in some dim; anything else as it is."""
     return x.narrow(x.shape.index(rows), start, PART) if rows in x.shape else x
-
-
-def _random(
-    op: KernelOp, rows: int, width: int, device: torch.device, seed: int
-) -> tuple[Tensors, list[Tensor]]:
-    """Inputs and gradients of the outputs."""
-    make = maker(device, DTYPE, seed)
-    inputs = op.inputs(make, rows, width)
-    with torch.no_grad():
-        outputs = op.fused(inputs)
-    return inputs, [make.normal(*out.shape, dtype=out.dtype) for out in outputs]
 
 
 def _width(smoke: bool) -> int:

@@ -44,91 +44,37 @@ def compiled(function: Any, device: torch.device) -> Any:
     return torch.compile(function) if device.type == "cuda" else function
 
 
-def _get(module: str, name: str) -> Any:
-    return getattr(import_module(module), name)
+def peer(module: str, name: str, call: Callable[..., tuple[Tensor, ...]]) -> Loader:
+    """Return what imports `name` of a `module`, and returns `call` with it and the inputs."""
+
+    def load() -> Function:
+        function = getattr(import_module(module), name)
+        return lambda t: call(function, t)
+
+    return load
 
 
-def _torch_rms_norm() -> Function:
-    return lambda t: (F.rms_norm(t["x"], t["weight"].shape, t["weight"], EPS),)
+def _torch_add_rms_norm(t: Tensors) -> tuple[Tensor, ...]:
+    total = t["x"] + t["residual"]
+    return F.rms_norm(total, t["weight"].shape, t["weight"], EPS), total
 
 
-def _torch_add_rms_norm() -> Function:
-    def call(t: Tensors) -> tuple[Tensor, ...]:
-        total = t["x"] + t["residual"]
-        return F.rms_norm(total, t["weight"].shape, t["weight"], EPS), total
-
-    return call
-
-
-def _liger_rms_norm() -> Function:
-    function = _get("liger_kernel.ops.rms_norm", "LigerRMSNormFunction")
-    return lambda t: (function.apply(t["x"], t["weight"], EPS, 0.0, "gemma"),)
-
-
-def _liger_add_rms_norm() -> Function:
-    function = _get("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
-    return lambda t: tuple(function.apply(t["x"], t["residual"], t["weight"], EPS, 0.0, "gemma"))
-
-
-def _liger_swiglu() -> Function:
-    function = _get("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
-    return lambda t: (function.apply(t["gate"], t["up"]),)
-
-
-def _liger_rope() -> Function:
+def _liger_rope(function: Any, t: Tensors) -> tuple[Tensor, ...]:
     """In place, on heads before tokens; it takes each angle twice."""
-    function = _get("liger_kernel.ops.rope", "LigerRopeFunction")
-
-    def call(t: Tensors) -> tuple[Tensor, ...]:
-        cos, sin = _tables(t, lambda table: torch.cat([table, table], -1))
-        q, k = function.apply(t["q"].transpose(1, 2), t["k"].transpose(1, 2), cos, sin)
-        return q.transpose(1, 2), k.transpose(1, 2)
-
-    return call
+    cos, sin = _tables(t, lambda table: torch.cat([table, table], -1))
+    q, k = function.apply(t["q"].transpose(1, 2), t["k"].transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def _flash_rms_norm() -> Function:
-    function = _get("flash_attn.ops.triton.layer_norm", "rms_norm_fn")
-    return lambda t: (function(t["x"], t["weight"], None, eps=EPS),)
-
-
-def _flash_add_rms_norm() -> Function:
-    function = _get("flash_attn.ops.triton.layer_norm", "rms_norm_fn")
-    return lambda t: tuple(
-        function(t["x"], t["weight"], None, residual=t["residual"], eps=EPS, prenorm=True)
-    )
-
-
-def _flash_rotary() -> Function:
-    function = _get("flash_attn.layers.rotary", "apply_rotary_emb")
-    return _turn_each(function)
-
-
-def _quack_rms_norm() -> Function:
-    function = _get("quack.rmsnorm", "rmsnorm")
-    return lambda t: (function(t["x"], t["weight"], eps=EPS),)
-
-
-def _quack_add_rms_norm() -> Function:
-    function = _get("quack.rmsnorm", "rmsnorm")
-    return lambda t: tuple(
-        function(t["x"], t["weight"], residual=t["residual"], eps=EPS, prenorm=True)
-    )
-
-
-def _quack_rotary() -> Function:
-    function = _get("quack.rotary", "apply_rotary_emb")
-    return _turn_each(function)
-
-
-def _turn_each(function: Any) -> Function:
+def _turn_each(function: Any, t: Tensors) -> tuple[Tensor, ...]:
     """q and k in a launch each, with tables (S, pairs) in their dtype."""
+    cos, sin = _tables(t, lambda table: table[0].to(t["q"].dtype))
+    return tuple(function(t[name], cos, sin) for name in ("q", "k"))
 
-    def call(t: Tensors) -> tuple[Tensor, ...]:
-        cos, sin = _tables(t, lambda table: table[0].to(t["q"].dtype))
-        return tuple(function(t[name], cos, sin) for name in ("q", "k"))
 
-    return call
+def _add_and_keep(function: Any, t: Tensors, *rest: Any) -> tuple[Tensor, ...]:
+    options = {"residual": t["residual"], "eps": EPS, "prenorm": True}
+    return tuple(function(t["x"], t["weight"], *rest, **options))
 
 
 def _tables(t: Tensors, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,25 +85,40 @@ def _tables(t: Tensors, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Ten
     return t["changed cos"], t["changed sin"]
 
 
+_FLASH_NORM = ("flash_attn.ops.triton.layer_norm", "rms_norm_fn")
+_QUACK_NORM = ("quack.rmsnorm", "rmsnorm")
+_LIGER = "liger_kernel.ops"
 PEERS: dict[str, dict[str, Loader]] = {
     "rms_norm": {
-        EAGER: _torch_rms_norm,
-        "Liger": _liger_rms_norm,
-        "flash-attn": _flash_rms_norm,
-        "QuACK": _quack_rms_norm,
+        EAGER: lambda: lambda t: (F.rms_norm(t["x"], t["weight"].shape, t["weight"], EPS),),
+        "Liger": peer(
+            *(f"{_LIGER}.rms_norm", "LigerRMSNormFunction"),
+            lambda f, t: (f.apply(t["x"], t["weight"], EPS, 0.0, "gemma"),),
+        ),
+        "flash-attn": peer(*_FLASH_NORM, lambda f, t: (f(t["x"], t["weight"], None, eps=EPS),)),
+        "QuACK": peer(*_QUACK_NORM, lambda f, t: (f(t["x"], t["weight"], eps=EPS),)),
     },
     "add_rms_norm": {
-        EAGER: _torch_add_rms_norm,
-        "Liger": _liger_add_rms_norm,
-        "flash-attn": _flash_add_rms_norm,
-        "QuACK": _quack_add_rms_norm,
+        EAGER: lambda: _torch_add_rms_norm,
+        "Liger": peer(
+            *(f"{_LIGER}.fused_add_rms_norm", "LigerFusedAddRMSNormFunction"),
+            lambda f, t: tuple(f.apply(t["x"], t["residual"], t["weight"], EPS, 0.0, "gemma")),
+        ),
+        "flash-attn": peer(*_FLASH_NORM, lambda f, t: _add_and_keep(f, t, None)),
+        "QuACK": peer(*_QUACK_NORM, _add_and_keep),
     },
-    "swiglu": {EAGER: lambda: TIMED["swiglu"].plain, "Liger": _liger_swiglu},
+    "swiglu": {
+        EAGER: lambda: TIMED["swiglu"].plain,
+        "Liger": peer(
+            *(f"{_LIGER}.swiglu", "LigerSiLUMulFunction"),
+            lambda f, t: (f.apply(t["gate"], t["up"]),),
+        ),
+    },
     "rotary": {
         EAGER: lambda: TIMED["rotary"].plain,
-        "Liger": _liger_rope,
-        "flash-attn": _flash_rotary,
-        "QuACK": _quack_rotary,
+        "Liger": peer(f"{_LIGER}.rope", "LigerRopeFunction", _liger_rope),
+        "flash-attn": peer("flash_attn.layers.rotary", "apply_rotary_emb", _turn_each),
+        "QuACK": peer("quack.rotary", "apply_rotary_emb", _turn_each),
     },
     "qkv_rotary": {EAGER: lambda: TIMED["qkv_rotary"].plain},
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from multiprocessing.pool import Pool
 from typing import TypeVar
 from unittest import mock
@@ -42,6 +44,35 @@ def run_all(
                 yield results.next(timeout=deadline.left)
             except multiprocessing.TimeoutError:
                 return
+
+
+def compile_ahead(
+    function: Callable[[TaskT], object],
+    tasks: Sequence[TaskT],
+    device: torch.device,
+    seconds: float,
+) -> None:
+    """Fill torch.compile's and Triton's caches on disk, many processes at a time; on CUDA only.
+
+    function: what fails in it fails again where it is recorded.
+    """
+    if device.type == "cuda":
+        for _ in run_all(partial(_quietly, function), tasks, device, Deadline(seconds)):
+            pass
+
+
+def forget_compiled(device: torch.device) -> None:
+    """So that what is compiled next is for its own sizes, and not left uncompiled as one too many.
+
+    What is on disk stays there.
+    """
+    if device.type == "cuda":
+        torch.compiler.reset()
+
+
+def _quietly(function: Callable[[TaskT], object], task: TaskT) -> None:
+    with suppress(Exception):
+        function(task)
 
 
 def _pool(count: int) -> Pool:

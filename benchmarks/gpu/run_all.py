@@ -13,6 +13,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +30,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.common import RESULTS, make_console, make_parser, save_json
-from benchmarks.gpu import (
-    bandwidth,
-    blocks,
-    correctness,
-    guarantees,
-    precision,
-    tests,
-    throughput,
-)
+from benchmarks.gpu import bandwidth, blocks, correctness, guarantees, precision
 from benchmarks.gpu.failure import OutOfTime, SectionError
 from ilm_compile.errors import IlmCompileError
 
@@ -55,19 +49,31 @@ def _sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
     return sweep(device, smoke)
 
 
+def _tests(device: torch.device, smoke: bool) -> dict[str, Any]:
+    """How `pytest -m gpu` ended and the end of what it said; collected only, if `smoke`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command += ["--collect-only"] if smoke else []
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    tail = (run.stdout + run.stderr)[-4000:]
+    if run.returncode not in (0, NO_TESTS):
+        raise IlmCompileError(f"gpu tests: expected exit code 0, got {run.returncode}\n{tail}")
+    return {"exit_code": run.returncode, "tail": tail}
+
+
 # kernel_correctness leaves kernels in Triton's cache that the sections after it need.
 SECTIONS: dict[str, Section] = {
     "equality": Section(precision.equality, 30),
     "bfloat16": Section(precision.bfloat16, 25),
-    "throughput": Section(throughput.throughput, 55),
     "kernel_correctness": Section(correctness.kernel_correctness, 100),
     "kernel_guarantees": Section(guarantees.kernel_guarantees, 40),
     "bandwidth": Section(bandwidth.bandwidth, 110),
-    "blocks": Section(blocks.blocks, 75),
-    "gpu_tests": Section(tests.gpu_tests, 40),
+    "blocks": Section(blocks.blocks, 100),
+    "gpu_tests": Section(_tests, 40),
 }
 SMOKE_PATIENCE = 4  # times the budget, on a machine that may have other work
 SWEEP = {"sweep": Section(_sweep, 400)}
+ROOT = Path(__file__).parents[2]
+NO_TESTS = 5  # pytest's exit code when a selection is empty
 PACKAGES = ("triton", "transformers", "liger-kernel", "flash-attn", "quack-kernels", "numpy")
 
 

@@ -14,14 +14,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.table import Table
 
-from benchmarks.common import make_console
+from benchmarks.common import show_table
 from benchmarks.gpu.bandwidth import WIDTHS
 from benchmarks.gpu.failure import Deadline
 from benchmarks.gpu.ops import TIMED
 from benchmarks.gpu.ops.op import EPS, Tensors, maker
-from benchmarks.gpu.pool import run_all
+from benchmarks.gpu.pool import compile_ahead
 from benchmarks.gpu.timing import copy_bandwidth, measure
 from ilm_compile.kernels import triton_rms_norm
 from ilm_compile.kernels.launch import Launch, launch_for
@@ -54,9 +53,7 @@ def sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
     tasks = [(width, launch, device, smoke) for width in WIDTHS for launch in candidates(width)]
     if smoke:
         tasks = tasks[:3]
-    if device.type == "cuda":
-        for _ in run_all(compile_once, tasks, device, Deadline(PREPARE_S)):
-            pass
+    compile_ahead(compile_once, tasks, device, PREPARE_S)
     copy = copy_bandwidth(device, smoke=smoke)
     found = [_time(*task, copy) for task in tasks if not deadline.passed]
     found.sort(key=lambda choice: (choice.width, -choice.fraction))
@@ -110,18 +107,13 @@ def _time(width: int, launch: Launch, device: torch.device, smoke: bool, copy: f
 
 
 def compile_once(task: tuple[int, Launch, torch.device, bool]) -> None:
-    """Fill Triton's cache on disk. What fails here fails again where it is recorded."""
+    """Launch once."""
     width, launch, device, _ = task
-    try:
-        _run(width, launch, device, SMOKE_ROWS, None)
-    except Exception:
-        return
+    _run(width, launch, device, SMOKE_ROWS, None)
 
 
 def _show(choices: list[Choice]) -> None:
-    table = Table(title="backward of rms_norm (*: the table's choice)")
-    for column in ("hidden", "warps", "stages", "programs/SM", "of copy", ""):
-        table.add_column(column, justify="right")
+    lines = []
     for width in sorted({choice.width for choice in choices}):
         at_width = [choice for choice in choices if choice.width == width]
         for place, choice in enumerate(at_width):
@@ -129,6 +121,6 @@ def _show(choices: list[Choice]) -> None:
                 launch = choice.launch
                 sizes = (width, launch.warps, launch.stages, launch.programs_per_sm)
                 mark = f"* {place + 1}." if choice.in_table else ""
-                table.add_row(*map(str, sizes), f"{choice.fraction:.1%}", mark)
-        table.add_section()
-    make_console().print(table)
+                lines.append((*sizes, f"{choice.fraction:.1%}", mark))
+    headings = ("hidden", "warps", "stages", "programs/SM", "of copy", "")
+    show_table("backward of rms_norm (*: the table's choice)", headings, lines, words=0)

@@ -103,10 +103,12 @@ class Outside:
     def plan(self) -> Layout:
         return LAYOUTS[self.layout]
 
-    def example(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return the example inputs of one micro-batch."""
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `partition` is given beside the model: the plan, the loss, one micro-batch."""
         batch = self.batch(ROWS, torch.Generator())
-        return {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
+        example = {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
+        return {**self.plan.keywords, "loss_fn": self.loss_fn, "example_inputs": example}
 
     def global_batch(self, step: int) -> Batch:
         """Return the batch of all micro-batches of all data-parallel ranks of one step."""
@@ -131,12 +133,16 @@ class LossOf(nn.Module):
         return self.pick(self.model, ids, labels)
 
 
-def float64(make: Callable[[], nn.Module]) -> nn.Module:
-    """Return the model in float64, the same each time, no parameter at its initial value."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = make().double().train()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+def classified_images(
+    rows: int,
+    generator: torch.Generator,
+    *,
+    name: str = "img",
+    side: int = 16,
+    channels: int = 3,
+    classes: int = 10,
+) -> Batch:
+    """A square image for each row under `name`, and a class."""
+    shape = (rows, channels, side, side)
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return {name: pixels, "labels": uneven_(draw((rows,), classes, generator))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,94 +11,82 @@ from tests.support.zoo import small_model
 SOURCE = "transformers"
 
 
-@dataclass(frozen=True)
-class Family:
-    """A class of transformers; `small` changes its small configuration."""
-
-    architecture: str
-    layout: str = TP_PP
-    small: dict[str, Any] = field(default_factory=dict)
-    config: str = ""
-    refusal: str = ""
-
-    def outside(self) -> Outside:
-        return Outside(
-            SOURCE,
-            partial(small_model, self.architecture, self.config, **self.small),
-            self.layout,
-            refusal=self.refusal,
-        )
+def family(
+    architecture: str, layout: str = TP_PP, *, config: str = "", refusal: str = "", **small: Any
+) -> Outside:
+    """Return a class of transformers; `small` changes its small configuration."""
+    build = partial(small_model, architecture, config, **small)
+    return Outside(SOURCE, build, layout, refusal=refusal)
 
 
-_FAMILIES = {
-    "Llama": Family("LlamaForCausalLM", CHUNKS, {"layers": 4}),
-    "Llama 4": Family("Llama4ForCausalLM", TP_DP),
-    "InternLM3": Family("LlamaForCausalLM", TP_DP, config="InternLM3Config"),
-    "Mistral": Family("MistralForCausalLM", "tp=4"),
-    "Mixtral": Family("MixtralForCausalLM"),
-    "Qwen2": Family("Qwen2ForCausalLM", PP_DP),
-    "Qwen2-MoE": Family("Qwen2MoeForCausalLM", TP_DP),
-    "Qwen3": Family("Qwen3ForCausalLM", "dp=4, zero=3"),
-    "Qwen3-MoE, decoder_sparse_step=4": Family(
-        "Qwen3MoeForCausalLM", small={"layers": 4, "decoder_sparse_step": 4}
+FAMILIES = {
+    "Llama": family("LlamaForCausalLM", CHUNKS, layers=4),
+    "Llama 4": family("Llama4ForCausalLM", TP_DP),
+    "InternLM3": family("LlamaForCausalLM", TP_DP, config="InternLM3Config"),
+    "Mistral": family("MistralForCausalLM", "tp=4"),
+    "Mixtral": family("MixtralForCausalLM"),
+    "Qwen2": family("Qwen2ForCausalLM", PP_DP),
+    "Qwen2-MoE": family("Qwen2MoeForCausalLM", TP_DP),
+    "Qwen3": family("Qwen3ForCausalLM", "dp=4, zero=3"),
+    "Qwen3-MoE, decoder_sparse_step=4": family(
+        "Qwen3MoeForCausalLM", layers=4, decoder_sparse_step=4
     ),
-    "Qwen3-Next": Family("Qwen3NextForCausalLM", TP_DP),
-    "DeepSeek V2": Family("DeepseekV2ForCausalLM"),
-    "DeepSeek V3": Family("DeepseekV3ForCausalLM", TP_DP),
-    "Gemma": Family("GemmaForCausalLM", "tp=4"),
-    "Gemma 2": Family("Gemma2ForCausalLM"),
-    "Gemma 3": Family("Gemma3ForCausalLM", TP_DP),
-    "Phi": Family("PhiForCausalLM"),
-    "Phi-3": Family("Phi3ForCausalLM", "tp=4"),
-    "Phi-MoE": Family("PhimoeForCausalLM", TP_DP, refusal="its router draws random numbers"),
-    "GPT-2": Family("GPT2LMHeadModel", "pp=4", {"layers": 4}),
-    "GPT-Neo": Family("GPTNeoForCausalLM"),
-    "GPT-J": Family("GPTJForCausalLM", TP_DP),
-    "GPT-NeoX": Family("GPTNeoXForCausalLM"),
-    "GPT-BigCode": Family("GPTBigCodeForCausalLM"),
-    "CodeGen": Family("CodeGenForCausalLM", PP_DP),
-    "StarCoder2": Family("Starcoder2ForCausalLM"),
-    "Falcon": Family("FalconForCausalLM", "tp=4", {"new_decoder_architecture": True}),
-    "Falcon, one key head": Family("FalconForCausalLM", TP_PP),
-    "BLOOM": Family("BloomForCausalLM"),
-    "OPT": Family("OPTForCausalLM", TP_DP),
-    "MPT": Family("MptForCausalLM"),
-    "XGLM": Family("XGLMForCausalLM", TP_DP),
-    "BioGPT": Family("BioGptForCausalLM", PP_DP),
-    "StableLM": Family("StableLmForCausalLM"),
-    "Persimmon": Family("PersimmonForCausalLM", "tp=4"),
-    "Cohere": Family("CohereForCausalLM"),
-    "Cohere 2": Family("Cohere2ForCausalLM", TP_DP),
-    "OLMo": Family("OlmoForCausalLM"),
-    "OLMo 2": Family("Olmo2ForCausalLM", "tp=4"),
-    "OLMoE": Family("OlmoeForCausalLM"),
-    "SmolLM3, 8 layers": Family(
+    "Qwen3-Next": family("Qwen3NextForCausalLM", TP_DP),
+    "DeepSeek V2": family("DeepseekV2ForCausalLM"),
+    "DeepSeek V3": family("DeepseekV3ForCausalLM", TP_DP),
+    "Gemma": family("GemmaForCausalLM", "tp=4"),
+    "Gemma 2": family("Gemma2ForCausalLM"),
+    "Gemma 3": family("Gemma3ForCausalLM", TP_DP),
+    "Phi": family("PhiForCausalLM"),
+    "Phi-3": family("Phi3ForCausalLM", "tp=4"),
+    "Phi-MoE": family("PhimoeForCausalLM", TP_DP, refusal="its router draws random numbers"),
+    "GPT-2": family("GPT2LMHeadModel", "pp=4", layers=4),
+    "GPT-Neo": family("GPTNeoForCausalLM"),
+    "GPT-J": family("GPTJForCausalLM", TP_DP),
+    "GPT-NeoX": family("GPTNeoXForCausalLM"),
+    "GPT-BigCode": family("GPTBigCodeForCausalLM"),
+    "CodeGen": family("CodeGenForCausalLM", PP_DP),
+    "StarCoder2": family("Starcoder2ForCausalLM"),
+    "Falcon": family("FalconForCausalLM", "tp=4", new_decoder_architecture=True),
+    "Falcon, one key head": family("FalconForCausalLM", TP_PP),
+    "BLOOM": family("BloomForCausalLM"),
+    "OPT": family("OPTForCausalLM", TP_DP),
+    "MPT": family("MptForCausalLM"),
+    "XGLM": family("XGLMForCausalLM", TP_DP),
+    "BioGPT": family("BioGptForCausalLM", PP_DP),
+    "StableLM": family("StableLmForCausalLM"),
+    "Persimmon": family("PersimmonForCausalLM", "tp=4"),
+    "Cohere": family("CohereForCausalLM"),
+    "Cohere 2": family("Cohere2ForCausalLM", TP_DP),
+    "OLMo": family("OlmoForCausalLM"),
+    "OLMo 2": family("Olmo2ForCausalLM", "tp=4"),
+    "OLMoE": family("OlmoeForCausalLM"),
+    "SmolLM3, 8 layers": family(
         "SmolLM3ForCausalLM",
         CHUNKS,
-        {"layers": 8, "no_rope_layers": [1, 1, 1, 0] * 2},
+        layers=8,
+        no_rope_layers=[1, 1, 1, 0] * 2,
     ),
-    "Granite": Family("GraniteForCausalLM"),
-    "Granite-MoE": Family("GraniteMoeForCausalLM", TP_DP),
-    "Nemotron": Family("NemotronForCausalLM"),
-    "GLM": Family("GlmForCausalLM"),
-    "GLM-4": Family("Glm4ForCausalLM", TP_DP),
-    "Helium": Family("HeliumForCausalLM"),
-    "EXAONE 4": Family("Exaone4ForCausalLM", TP_DP),
-    "Seed-OSS": Family("SeedOssForCausalLM", "tp=4"),
-    "ERNIE 4.5": Family("Ernie4_5ForCausalLM"),
-    "Mamba": Family("MambaForCausalLM"),
-    "Mamba 2": Family("Mamba2ForCausalLM", TP_DP),
-    "Falcon-Mamba": Family("FalconMambaForCausalLM", PP_DP),
-    "RWKV-4": Family("RwkvForCausalLM", PP_DP),
-    "GPT-OSS": Family("GptOssForCausalLM"),
-    "OLMo 3": Family("Olmo3ForCausalLM", TP_DP),
-    "LFM2": Family("Lfm2ForCausalLM"),
-    "DBRX": Family("DbrxForCausalLM", TP_DP, refusal=BY_ROW),
-    "MiniMax": Family("MiniMaxForCausalLM", TP_DP),
-    "Gemma 3n": Family("Gemma3nForCausalLM", TP_DP, refusal="it writes to its weights in forward"),
-    "Zamba 2": Family("Zamba2ForCausalLM", PP_DP),
-    "Jamba": Family("JambaForCausalLM", small={"use_cache": False}),
-    "RecurrentGemma": Family("RecurrentGemmaForCausalLM", TP_DP, {"use_cache": False}),
+    "Granite": family("GraniteForCausalLM"),
+    "Granite-MoE": family("GraniteMoeForCausalLM", TP_DP),
+    "Nemotron": family("NemotronForCausalLM"),
+    "GLM": family("GlmForCausalLM"),
+    "GLM-4": family("Glm4ForCausalLM", TP_DP),
+    "Helium": family("HeliumForCausalLM"),
+    "EXAONE 4": family("Exaone4ForCausalLM", TP_DP),
+    "Seed-OSS": family("SeedOssForCausalLM", "tp=4"),
+    "ERNIE 4.5": family("Ernie4_5ForCausalLM"),
+    "Mamba": family("MambaForCausalLM"),
+    "Mamba 2": family("Mamba2ForCausalLM", TP_DP),
+    "Falcon-Mamba": family("FalconMambaForCausalLM", PP_DP),
+    "RWKV-4": family("RwkvForCausalLM", PP_DP),
+    "GPT-OSS": family("GptOssForCausalLM"),
+    "OLMo 3": family("Olmo3ForCausalLM", TP_DP),
+    "LFM2": family("Lfm2ForCausalLM"),
+    "DBRX": family("DbrxForCausalLM", TP_DP, refusal=BY_ROW),
+    "MiniMax": family("MiniMaxForCausalLM", TP_DP),
+    "Gemma 3n": family("Gemma3nForCausalLM", TP_DP, refusal="it writes to its weights in forward"),
+    "Zamba 2": family("Zamba2ForCausalLM", PP_DP),
+    "Jamba": family("JambaForCausalLM", use_cache=False),
+    "RecurrentGemma": family("RecurrentGemmaForCausalLM", TP_DP, use_cache=False),
 }
-
-FAMILIES = {name: family.outside() for name, family in _FAMILIES.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.outside.entry import (
@@ -16,16 +15,13 @@ from benchmarks.outside.entry import (
     TP_PP,
     VOCAB,
     WHOLE,
-    Batch,
     Outside,
     class_loss,
-    draw,
-    float64,
+    classified_images,
     token_loss,
     tokens,
-    uneven_,
 )
-from tests.support.zoo import listed_model
+from tests.support.zoo import float64, listed_model
 
 WORDS = 96
 SIZES = {
@@ -72,11 +68,6 @@ def vision() -> nn.Module:
     return x_transformers.ViTransformerWrapper(
         image_size=16, patch_size=4, num_classes=10, attn_layers=layers
     )
-
-
-def images(rows: int, generator: torch.Generator) -> Batch:
-    pixels = torch.randn((rows, 3, 16, 16), generator=generator, dtype=torch.float64)
-    return {"img": pixels, "labels": uneven_(draw((rows,), 10, generator))}
 
 
 def adapted(base: str, kind: str, **options: Any) -> nn.Module:
@@ -144,7 +135,7 @@ PACKAGES = {
         tokens("src", vocab=WORDS, labels="tgt", ignored=-100),
     ),
     "x-transformers, vision": Outside(
-        "x-transformers", partial(float64, vision), TP_PP, images, class_loss
+        "x-transformers", partial(float64, vision), TP_PP, classified_images, class_loss
     ),
     "peft LoRA of Llama": peft(
         TP_PP, "Llama", "LoraConfig", r=4, target_modules=["q_proj", "v_proj"]

@@ -23,8 +23,8 @@ from benchmarks.outside.entry import (
     MakeBatch,
     Outside,
     class_loss,
+    classified_images,
     draw,
-    float64,
     token_loss,
     tokens,
     uneven_,
@@ -54,6 +54,7 @@ from tests.support.outside import (
     torch_layers,
     vit,
 )
+from tests.support.zoo import float64
 
 SOURCE = "retyped"
 
@@ -93,13 +94,6 @@ def scoring(make: Callable[[], nn.Module], layout: str, ids: str = "x") -> Outsi
 
 def likelihood(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     return F.nll_loss(log_probabilities.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def images(rows: int, generator: torch.Generator) -> Batch:
-    pixels = torch.randn(
-        (rows, vit.CHANNELS, vit.IMAGE, vit.IMAGE), generator=generator, dtype=torch.float64
-    )
-    return {"img": pixels, "labels": uneven_(draw((rows,), vit.CLASSES, generator))}
 
 
 def sentences(rows: int, generator: torch.Generator) -> Batch:
@@ -166,7 +160,7 @@ SINGLE_FILES = {
         scoring(partial(moe.MoELM, moe.RowExperts), TP_DP), refusal=BY_ROW
     ),
     "BERT-pytorch": _entry(sentences, bert.BERTLM, WHOLE, masked_loss),
-    "vit-pytorch": _entry(images, vit.ViT, TP_PP, class_loss),
-    "vit-pytorch, mean": _entry(images, partial(vit.ViT, "mean"), TP_DP, class_loss),
+    "vit-pytorch": _entry(classified_images, vit.ViT, TP_PP, class_loss),
+    "vit-pytorch, mean": _entry(classified_images, partial(vit.ViT, "mean"), TP_DP, class_loss),
     "nanoGPT, LoRA by hand": losing(_lora, TP_PP),
 }

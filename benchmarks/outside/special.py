@@ -19,12 +19,12 @@ from benchmarks.outside.entry import (
     Batch,
     MakeBatch,
     Outside,
+    classified_images,
     draw,
-    float64,
     tokens,
     uneven_,
 )
-from tests.support.zoo import small_model, small_values
+from tests.support.zoo import float64, small_model, small_values
 
 CLASSES = 3
 SIDE, PATCH = 16, 8
@@ -108,9 +108,7 @@ def tagged(rows: int, generator: torch.Generator) -> Batch:
     }
 
 
-def pixels(rows: int, generator: torch.Generator) -> Batch:
-    values = torch.randn((rows, 3, SIDE, SIDE), generator=generator, dtype=torch.float64)
-    return {"pixel_values": values, "labels": uneven_(draw((rows,), CLASSES, generator))}
+pixels = partial(classified_images, name="pixel_values", side=SIDE, classes=CLASSES)
 
 
 def pixels_and_tokens(rows: int, generator: torch.Generator) -> Batch:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common import markdown
 from benchmarks.outside.train import Trained
 
 HEADINGS = ("model", "source", "parameters", "plan", "partition", "proof", "loss", "weights", "")
@@ -106,8 +107,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def by_source(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a table of the counts, largest errors and median seconds of each source."""
-    yield table_line(SOURCE_HEADINGS)
-    yield table_line(["---", *["---:"] * (len(SOURCE_HEADINGS) - 1)])
+    yield from markdown(SOURCE_HEADINGS, ()).splitlines()
     for source in dict.fromkeys(row.source for row in rows):
         mine = [row for row in rows if row.source == source]
         equal = [row for row in mine if row.ok and not row.refused]

@@ -76,9 +76,7 @@ def train_both(rank: int, entry_name: str, layout: str = "") -> Trained | None:
 
 
 def _parallel(entry: Outside, model: nn.Module) -> tuple[list[float], dict[str, Tensor]]:
-    parallel = ilm_compile.parallelize(
-        model, example_inputs=entry.example(), loss_fn=entry.loss_fn, **entry.plan.keywords
-    )
+    parallel = ilm_compile.parallelize(model, **entry.keywords)
     optimizer = adamw(parallel.named_parameters(), lr=LEARNING_RATE)
     trainer = ilm_compile.Trainer(parallel, optimizer=optimizer, max_grad_norm=MAX_NORM)
     losses = []

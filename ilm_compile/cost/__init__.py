@@ -8,6 +8,7 @@ from ilm_compile.cost.flops import forward_flops_by_region as forward_flops_by_r
 from ilm_compile.cost.flops import model_flops as model_flops
 from ilm_compile.cost.hardware import HARDWARE as HARDWARE
 from ilm_compile.cost.hardware import Hardware as Hardware
+from ilm_compile.cost.hardware import hardware_named as hardware_named
 from ilm_compile.cost.memory import gradient_bytes as gradient_bytes
 from ilm_compile.cost.memory import held_bytes as held_bytes
 from ilm_compile.cost.memory import static_bytes_per_parameter as static_bytes_per_parameter

@@ -42,6 +42,7 @@ class Hardware:
     machine share, where ranks are processes of a processor: its figures are what programs reach.
     `shard_s`, `shard_parameter_s`: what the host takes for an FSDP unit and for each parameter of
     it, to gather or to reduce it, beside the collective; a GPU hides it.
+    `path` is the file that describes it, None for a row of the table.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Hardware:
     cores: int = 0
     shard_s: float = 0.0
     shard_parameter_s: float = 0.0
+    path: str | None = None
 
     def usable_flops(self, dtype: torch.dtype) -> float:
         """Return the FLOP/s a large matrix product reaches; raises `PlanError` for other dtypes."""

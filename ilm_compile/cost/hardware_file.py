@@ -69,7 +69,7 @@ def read_hardware(path: Path) -> Hardware:
     if base not in HARDWARE:
         raise PlanError(f"cost: {path}: base={base!r}; known are {', '.join(HARDWARE)}")
     start = HARDWARE[base]
-    changes: dict[str, Any] = {"name": str(given.get("name", path.stem))}
+    changes: dict[str, Any] = {"name": str(given.get("name", path.stem)), "path": str(path)}
     for key, (field, convert) in NUMBERS.items():
         if key in given:
             changes[field] = convert(_positive(path, key, given[key]))

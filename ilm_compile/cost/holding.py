@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilm_compile.cost.saved import SavedMemory, Storage, address, prepare
 from ilm_compile.ops.nodes import value_bytes
+from ilm_compile.ops.products import operands
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.alive import AliveBytes
 from ilm_compile.program.communicator import shape_communicators
 from ilm_compile.program.gradients import wanted_gradients
 from ilm_compile.program.program import Program
 from ilm_compile.program.values import tensors_of
-from ilm_compile.program.weight_parts import PRODUCTS
 from ilm_compile.schedule.memory import Held
 
 
@@ -142,10 +143,9 @@ class Holding:
                 most = max(most, now + work.backward)
                 now += self._pass_on(node, work, own, gradients)
             if own and self._leaves(node):
-                product = PRODUCTS[node.target]  # type: ignore[index]
-                value, weight = node.args[product.value], node.args[product.weight]
-                values = tuple(self._memory.storages(value))  # type: ignore[arg-type]
-                parts.append(_Part(values, own[0], value_bytes(weight)))  # type: ignore[arg-type]
+                value, weight = operands(node)
+                values = tuple(self._memory.storages(value))
+                parts.append(_Part(values, own[0], value_bytes(weight)))
                 own[0].holders += 1
                 left.update(values)
             for gradient in own.values():
@@ -155,9 +155,9 @@ class Holding:
         return most, *_weight_part(parts)
 
     def _leaves(self, node: fx.Node) -> bool:
-        if not self._splits or node.target not in PRODUCTS:
+        if not self._splits or not spec_of(node.target).weight_part:
             return bool(node.meta.get("leaves_weight"))
-        weight: Any = node.args[PRODUCTS[node.target].weight]
+        _, weight = operands(node)
         return any(source.op == "get_attr" for source in (weight, *weight.all_input_nodes))
 
     def _readers(self, node: fx.Node) -> set[fx.Node]:
@@ -226,8 +226,8 @@ def _try(node: fx.Node, memory: SavedMemory, *, leaves: bool) -> _Work:
     with FakeTensorMode(allow_non_fake_inputs=True), AliveBytes() as alive, torch.enable_grad():
         inputs, call = prepare(node, memory)
         if leaves:
-            weight = node.args[PRODUCTS[node.target].weight]  # type: ignore[index]
-            inputs[node.all_input_nodes.index(weight)].requires_grad_(False)  # type: ignore[arg-type]
+            _, weight = operands(node)
+            inputs[node.all_input_nodes.index(weight)].requires_grad_(False)
         tensors = [v for v in inputs if isinstance(v, Tensor)]
         alive.bytes = alive.peak = 0
         results = tensors_of(call())

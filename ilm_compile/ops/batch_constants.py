@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.program.attributes import tensor_at
+
 aten = torch.ops.aten
 MAX_ELEMENTS = 2**26  # of a constant that is computed to be looked at
 Number = int | float
@@ -46,10 +48,8 @@ def same_call(part: fx.Node, whole: fx.Node) -> bool:
 
 
 def _attribute(node: fx.Node) -> Tensor:
-    owner: Any = node.graph.owning_module
-    for name in str(node.target).split("."):
-        owner = getattr(owner, name)
-    return owner  # type: ignore[no-any-return]
+    assert node.graph.owning_module is not None
+    return tensor_at(node.graph.owning_module, str(node.target))
 
 
 class Values:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 from torch import fx
 
@@ -31,8 +30,10 @@ from ilm_compile.program.expert_rows import (
     sort_rows,
     unsort_rows,
 )
+from ilm_compile.program.input_graph import reached
 from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
 from ilm_compile.program.values import shapes_of, tensors_of
+from ilm_compile.program.weight_parts import Product, of_grouped, of_groups, of_rows
 
 KINDS = "TDE"
 COUNTS = (aten.histc.default, aten.bincount.default)
@@ -44,6 +45,7 @@ MOST_SEGMENTS = 64  # in how many parts rows that are counted may lie: the rows 
 
 # Grouped products: rows (m, k) times one of (e, k, n) each, chosen by the offsets (e,).
 GROUPED = ("ilm::grouped_product", "transformers::grouped_mm_fallback", "aten::_grouped_mm")
+_FLOPS = product_from(0)
 _BATCHED = ("aten::bmm", "aten::matmul", "aten::einsum", "aten::baddbmm")
 _VIEWS = ("aten::transpose", "aten::permute", "aten::to")
 
@@ -64,7 +66,9 @@ def is_expert_weight(node: fx.Node) -> bool:
     )
 
 
-@rule(*GROUPED, flops=product_from(0), precision=PRODUCT)
+@rule(GROUPED[0], flops=_FLOPS, precision=PRODUCT, weight_part=Product(0, 1, 3, of_rows))
+@rule(GROUPED[1], flops=_FLOPS, precision=PRODUCT)
+@rule(GROUPED[2], flops=_FLOPS, precision=PRODUCT, weight_part=Product(0, 1, 3, of_grouped))
 def grouped(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Every expert sharded column-wise or row-wise; all ranks see all rows and offsets."""
     if [len(shape) for shape in call.shapes[:2]] != [2, 3]:
@@ -94,36 +98,26 @@ def offsets_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 def _between(node: fx.Node) -> set[fx.Node]:
     """Return the rows that lead to a grouped product or follow from it; none if none come back."""
     rows = node.meta["val"].shape[0]
-    reached = _walk([node], lambda n: [] if n.target is unsort_rows else list(n.users))
-    after = {n for n in reached if n.target is not unsort_rows}
-    if after == reached:
+    found = set(reached([node], lambda n: [] if n.target is unsort_rows else n.users))
+    after = {n for n in found if n.target is not unsort_rows}
+    if after == found:
         return set()
-    before = _walk(
-        list(after),
-        lambda n: [] if n.target is sort_rows else [x for x in n.all_input_nodes if _rows(x, rows)],
-    )
-    return after | before
+
+    def before(n: fx.Node) -> list[fx.Node]:
+        return [x for x in n.all_input_nodes if n.target is not sort_rows and _rows(x, rows)]
+
+    return after.union(reached(after, before))
 
 
 def _rows(node: fx.Node, rows: int) -> bool:
     return node.op == "call_function" and shapes_of(node)[0][:1] == (rows,)
 
 
-def _walk(start: list[fx.Node], step: Any) -> set[fx.Node]:
-    seen, pending = set(start), list(start)
-    while pending:
-        new = [n for n in step(pending.pop()) if n not in seen]
-        seen |= set(new)
-        pending += new
-    return seen
-
-
 def routing(graph: fx.Graph) -> set[fx.Node]:
     """Return the values that say which row goes to which expert, integers among them."""
     orders = list(graph.find_nodes(op="call_function", target=expert_order))
-    chosen = _walk(orders, lambda n: [x for x in n.all_input_nodes if not _is_real(x)])
-    counted = _walk(orders, lambda n: [u for u in n.users if _is_vector(u)])
-    return chosen | counted
+    chosen = reached(orders, lambda n: [x for x in n.all_input_nodes if not _is_real(x)])
+    return {*chosen, *reached(orders, lambda n: filter(_is_vector, n.users))}
 
 
 def _is_real(node: fx.Node) -> bool:
@@ -229,4 +223,7 @@ def routed(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 
 define(OpSpec(other_axis=routed, precision=MOVE, carries=True, moves=rewrites_result), route)
-define(OpSpec(moves=rewrites_result), grouped_product)
+define(
+    OpSpec(moves=rewrites_result, weight_part=Product(0, 1, 3, of_groups)),
+    grouped_product,
+)

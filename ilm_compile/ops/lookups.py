@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
+
+from torch import fx
 
 from ilm_compile.ops.batch_constants import Values
 from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, unchanged
 from ilm_compile.ops.nodes import rewrites_input, rewrites_result
 from ilm_compile.ops.pointwise import aligned, broadcast_shape
 from ilm_compile.ops.precision import LOOKUP
-from ilm_compile.ops.spec import OpSpec, define, form, rule
+from ilm_compile.ops.spec import OpSpec, Picks, define, form, rule, spec_of
+from ilm_compile.program.arguments import argument
+from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.program.program import Lookup, Program
 from ilm_compile.program.sharded_reductions import sharded_gather
 from ilm_compile.program.vocab import vocab_embedding
+from ilm_compile.program.weight_parts import Product, of_embedding, of_vocab_embedding
 
 
 def _embedding(call: Call, strategy: Strategy, axis: str) -> LocalCall:
@@ -29,7 +35,14 @@ def _gather(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return sharded_gather, (*call.args[:3], axis), {}
 
 
-@rule(aten.embedding.default, local=_embedding, precision=LOOKUP, reads_rows=True)
+@rule(
+    aten.embedding.default,
+    local=_embedding,
+    precision=LOOKUP,
+    reads_rows=True,
+    picks=Picks(0, 1, 0, "rows"),
+    weight_part=Product(1, 0, 2, of_embedding),
+)
 def embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """By hidden size, by vocabulary (becomes `vocab_embedding`), or by tokens."""
     yield Strategy((S(1), R), S(len(call.shape) - 1))
@@ -39,7 +52,13 @@ def embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((R, out), out)
 
 
-@form(vocab_embedding, aten.embedding.default, precision=LOOKUP, moves=rewrites_result)
+@form(
+    vocab_embedding,
+    aten.embedding.default,
+    precision=LOOKUP,
+    moves=rewrites_result,
+    weight_part=Product(1, 0, 2, of_vocab_embedding),
+)
 def sharded_embedding(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The vocabulary is sharded by construction."""
     yield Strategy((S(0), R), P)
@@ -76,7 +95,7 @@ def _indexed(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
         yield (S(0), R, *others), rows, 0
 
 
-@rule(aten.index.Tensor, batch_rule=_indexed, reads_rows=True)
+@rule(aten.index.Tensor, batch_rule=_indexed, reads_rows=True, scales="linear")
 def index(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along a dimension that is not indexed; the indices are R."""
     positions = [i for i, entry in enumerate(call.args[1]) if entry is not None]
@@ -93,7 +112,7 @@ def index(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
         yield Strategy((out.along(dim), *rest), out)
 
 
-@rule(aten.index_select.default, reads_rows=True)
+@rule(aten.index_select.default, reads_rows=True, scales="linear")
 def index_select(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along the dimensions that are not indexed."""
     dim = call.args[1] % len(call.shape)
@@ -103,7 +122,7 @@ def index_select(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]
             yield Strategy((out, R), out)
 
 
-@rule(aten.gather.default, local=_gather, reads_rows=True)
+@rule(aten.gather.default, local=_gather, reads_rows=True, scales="linear")
 def gather(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded, values and indices alike, along the other dimensions where they agree in size.
 
@@ -135,6 +154,29 @@ def _searched(call: Call, wanted: frozenset[Placement], values: Values) -> Found
         yield from (((R, S(dim)), S(dim), 0) for dim in range(len(asked)))
     else:
         yield from (((S(dim), S(dim)), S(dim), 0) for dim in range(len(asked) - 1))
+
+
+def find_lookups(program: Program) -> Iterator[Lookup]:
+    """Yield the lookups of a program, as traced, whose index follows from the inputs alone.
+
+    Before any pass the sizes are the user's: a padded vocabulary would take an id behind its end
+    for one of the compiler's rows, and a sharded one answers zeros to any other.
+    """
+    for node in program.calls():
+        if (picks := spec_of(node.target).picks) is None:
+            continue
+        source, index = (cast(fx.Node, node.args[n]) for n in (picks.source, picks.index))
+        graph = None if index.meta["val"].is_floating_point() else graph_from_inputs(index)
+        if graph is None:
+            continue
+        shape = source.meta["val"].shape
+        yield Lookup(
+            graph=graph,
+            size=int(shape[picks.dim if len(shape) > picks.dim else -1]),
+            ignored=argument(node, "ignore_index"),
+            what=f"{picks.what} of {source.target if source.op == 'get_attr' else 'the loss'}",
+            where=program.where(node),
+        )
 
 
 define(OpSpec(batch_rule=_one_hot), aten.one_hot.default)

@@ -9,13 +9,16 @@ from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, tensor_
 from ilm_compile.ops.nodes import rewrites_input
 from ilm_compile.ops.pointwise import aligned, broadcast_shape
 from ilm_compile.ops.precision import HEAD, LOSS, SOFTMAX
-from ilm_compile.ops.spec import OpSpec, define, rule
+from ilm_compile.ops.spec import OpSpec, Picks, define, rule
 from ilm_compile.ops.views import cuts_of
 from ilm_compile.program.linear_loss import linear_cross_entropy
-from ilm_compile.program.loss import MEAN, SUM, cross_entropy_arguments
+from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.placement import I, P, Placement, R, S
-from ilm_compile.program.sharded_reductions import NONE, partial_loss, sharded_nll_loss
+from ilm_compile.program.reductions import MEAN, NONE, SUM
+from ilm_compile.program.sharded_reductions import partial_loss, sharded_nll_loss
 from ilm_compile.program.vocab import vocab_cross_entropy
+
+CLASSES = Picks(0, 1, 1, "classes")
 
 
 def of_tokens(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
@@ -70,6 +73,7 @@ def _elementwise_loss(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     batch_rule=of_tokens,
     precision=SOFTMAX,
     labels=1,
+    picks=CLASSES,
 )
 def cross_entropy(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """By vocabulary (becomes its sharded form); a sum, and no reduction, also by tokens."""
@@ -116,7 +120,13 @@ def sharded_linear_cross_entropy(call: Call, wanted: frozenset[Placement]) -> It
     yield Strategy((R, S(0), R), I)
 
 
-@rule(aten.nll_loss_nd.default, local=_nll_loss, batch_rule=of_tokens, precision=SOFTMAX)
+@rule(
+    aten.nll_loss_nd.default,
+    local=_nll_loss,
+    batch_rule=of_tokens,
+    precision=SOFTMAX,
+    picks=CLASSES,
+)
 def nll_loss(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """By classes: each rank picks what it holds (`sharded_nll_loss`)."""
     if call.argument(2, "weight") is None and len(call.shapes[0]) > 1:

@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 
 from ilm_compile.ops.batch_constants import Values
 from ilm_compile.ops.call import Call, Found, LocalCall, Strategy, aten, tensor_inputs
 from ilm_compile.ops.precision import CAST, REDUCTION
-from ilm_compile.ops.spec import TAG_RULES, OpSpec, define, rule
+from ilm_compile.ops.spec import TAG_RULES, OpSpec, Scaling, define, rule
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.layout import Layout
 from ilm_compile.program.placement import P, Placement, R, S
 
-# Which inputs of a pointwise op may be partial sums. "each": one at a time, the others R (a product
-# is linear in each factor); "all": together (a sum); "first": the first only; "": none.
-POINTWISE = {
-    "each": (aten.mul.Tensor,),
-    "all": (aten.add.Tensor, aten.sub.Tensor),
-    "first": (
+# By `OpSpec.scales`, which says what inputs may be partial sums: of a product one at a time, the
+# others R; of a sum both together; of what is linear, and of a quotient, the first.
+POINTWISE: dict[Scaling, tuple[Any, ...]] = {
+    "product": (aten.mul.Tensor, aten.mul.Scalar),
+    "quotient": (aten.div.Tensor, aten.div.Scalar),
+    "affine": (
+        *(aten.add.Tensor, aten.sub.Tensor),
+        *(aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar),
+    ),
+    "linear": (
         *(aten.neg.default, aten.clone.default, aten.contiguous.default, aten.detach.default),
-        *(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.zeros_like.default),
+        aten.zeros_like.default,
     ),
     "": (
         *(aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default),
@@ -33,15 +38,15 @@ POINTWISE = {
         *(aten.softplus.default, aten.leaky_relu.default, aten.erf.default, aten.square.default),
         *(aten.clamp.default, aten.maximum.default, aten.minimum.default, aten.to.dtype),
         *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
-        *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.add.Scalar, aten.sub.Scalar),
         *(aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor),
         *(aten.ge.Tensor, aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar),
         *(aten.gt.Scalar, aten.ge.Scalar, aten.__and__.Tensor, aten.__or__.Tensor),
-        *(aten.logical_not.default, aten.logical_and.default, aten.bitwise_not.default),
-        *(aten.rsub.Scalar, aten.logical_or.default, aten.bitwise_and.Tensor),
+        *(aten.logical_not.default, aten.logical_and.default, aten.logical_or.default),
+        *(aten.bitwise_not.default, aten.bitwise_and.Tensor, aten.masked_fill.Scalar),
         *(aten.log1p.default, aten.expm1.default, aten.log_sigmoid.default, aten.relu6.default),
         *(aten.hardtanh.default, aten.elu.default, aten.mish.default, aten.sign.default),
         *(aten.clamp_min.default, aten.clamp_max.default, aten.remainder.Scalar),
+        aten.masked_fill.Tensor,
         *(aten.floor.default, aten.round.default, aten.ones_like.default, aten.full_like.default),
     ),
 }
@@ -55,9 +60,10 @@ def pointwise(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy(tuple(aligned(shape, call.shape, out) for shape in call.shapes), out)
     count = len(call.shapes)
     kind = _LINEARITY.get(call.target, "")
-    if kind == "all" and count == 2:  # with a scalar operand a sum is not linear
+    if kind == "affine" and count == 2:  # with a scalar operand a sum is not linear
         yield Strategy((P, P), P)
-    for index in {"each": range(count), "first": range(1)}.get(kind, range(0)):
+    singly = {"product": count, "quotient": 1, "linear": 1}
+    for index in range(singly.get(kind, 0)):
         yield Strategy(tuple(P if i == index else R for i in range(count)), P)
 
 
@@ -98,18 +104,20 @@ def _each(call: Call, wanted: frozenset[Placement], values: Values) -> Found:
 
 # What is known of some of them besides.
 _FURTHER = {
-    aten.pow.Tensor_Scalar: OpSpec(precision=REDUCTION),
-    aten.pow.Tensor_Tensor: OpSpec(precision=REDUCTION),
-    aten.pow.Scalar: OpSpec(precision=REDUCTION),
-    aten.rsqrt.default: OpSpec(precision=REDUCTION),
-    aten.exp.default: OpSpec(precision=REDUCTION),
-    aten.log.default: OpSpec(precision=REDUCTION),
-    aten.to.dtype: OpSpec(precision=CAST, batch_rule=_counted),
+    **dict.fromkeys(
+        (
+            *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar),
+            *(aten.rsqrt.default, aten.exp.default, aten.log.default),
+        ),
+        OpSpec(precision=REDUCTION),
+    ),
     aten.contiguous.default: OpSpec(carries=True),
+    aten.to.dtype: OpSpec(precision=CAST, batch_rule=_counted, scales="linear"),  # but for rounding
     aten.where.self: OpSpec(batch_rule=_chosen),
 }
-for _target in _LINEARITY:
-    define(replace(_FURTHER.get(_target, OpSpec()), rule=pointwise), _target)
+for _target, _scales in _LINEARITY.items():
+    _further = _FURTHER.get(_target, OpSpec())
+    define(replace(_further, rule=pointwise, scales=_further.scales or _scales), _target)
 define(OpSpec(batch_rule=_each), aten.floor_divide.default)
 TAG_RULES[torch.Tag.pointwise] = pointwise
 
@@ -119,7 +127,7 @@ def _dropout(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return call.target, (*call.args[:4], str(layout)), {}
 
 
-@rule(seeded_dropout, local=_dropout)
+@rule(seeded_dropout, local=_dropout, probability=(2, "probability"))
 def dropout(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded as wanted, since the mask is cut like the value; linear for a given mask."""
     for out in wanted:

@@ -7,18 +7,20 @@ letter the output is P, and so is an added bias: it must be counted once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from string import ascii_letters
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from ilm_compile.ops.call import Call, Strategy, aten
 from ilm_compile.ops.nodes import shape_of
 from ilm_compile.ops.precision import HEAD, PRODUCT
-from ilm_compile.ops.spec import Flops, OpSpec, define
+from ilm_compile.ops.spec import Flops, OpSpec, define, spec_of
 from ilm_compile.program.linear_loss import output_logits
 from ilm_compile.program.placement import P, Placement, R, S
+from ilm_compile.program.weight_parts import Product, of_addmm, of_bmm, of_linear, of_matmul, of_mm
 
 
 def _linear(call: Call) -> tuple[list[str], str]:
@@ -78,22 +80,44 @@ def _einsum_flops(node: fx.Node) -> int:
 
 _FIRST, _SECOND = product_from(0), product_from(1)
 _EINSUM = Flops(_einsum_flops, lambda node: node.args[1])  # type: ignore[arg-type, return-value]
-# The einsum of each product, the input that is added to it and not multiplied, and its FLOPs.
-PRODUCTS = {
-    aten.linear.default: (_linear, 2, _FIRST),
-    output_logits: (_linear, None, None),
-    aten.matmul.default: (_matmul, None, _FIRST),
-    aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None, _FIRST),
-    aten.bmm.default: (lambda call: (["amk", "akn"], "amn"), None, _FIRST),
-    aten.addmm.default: (lambda call: (["n", "mk", "kn"], "mn"), 0, _SECOND),
-    aten.baddbmm.default: (lambda call: (["amn", "amk", "akn"], "amn"), 0, _SECOND),
-    aten.einsum.default: (_einsum, None, _EINSUM),
+# The einsum of each product, the input that is added to it and not multiplied, its FLOPs, and the
+# gradient of its weight.
+PRODUCTS: dict[Any, tuple[Any, int | None, Flops | None, Product | None]] = {
+    aten.linear.default: (_linear, 2, _FIRST, Product(0, 1, 2, of_linear)),
+    output_logits: (_linear, None, None, None),
+    aten.matmul.default: (_matmul, None, _FIRST, Product(0, 1, 2, of_matmul)),
+    aten.mm.default: (lambda call: (["mk", "kn"], "mn"), None, _FIRST, Product(0, 1, 2, of_mm)),
+    aten.bmm.default: (
+        *(lambda call: (["amk", "akn"], "amn"), None, _FIRST),
+        Product(0, 1, 3, of_bmm),
+    ),
+    aten.addmm.default: (
+        *(lambda call: (["n", "mk", "kn"], "mn"), 0, _SECOND),
+        Product(1, 2, 2, of_addmm),
+    ),
+    aten.baddbmm.default: (lambda call: (["amn", "amk", "akn"], "amn"), 0, _SECOND, None),
+    aten.einsum.default: (_einsum, None, _EINSUM, None),
 }
+
+
+def leaving_weight(op: Any) -> Callable[..., Tensor]:
+    """Return the function that stands for a product which leaves the gradient of its weight."""
+    weight_part = spec_of(op).weight_part
+    assert weight_part
+    return weight_part.leave(op)
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Return the value and the weight of a call that can leave the gradient of its weight."""
+    weight_part = spec_of(node.target).weight_part
+    assert weight_part
+    value, weight = node.args[weight_part.value], node.args[weight_part.weight]
+    return value, weight  # type: ignore[return-value]
 
 
 def product(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Shard on a letter of the einsum: column-wise, row-wise, or by batch and tokens."""
-    letters, added, _ = PRODUCTS[call.target]
+    letters, added, *_ = PRODUCTS[call.target]
     inputs, output = letters(call)
     if any(len(term) != len(shape) for term, shape in zip(inputs, call.shapes, strict=True)):
         return
@@ -121,8 +145,14 @@ def _operand(
     return out.along(dim) if dim >= 0 and shape[dim] == width else R
 
 
-for _target, (*_, _flops) in PRODUCTS.items():
-    _precision = HEAD if _target is output_logits else PRODUCT
-    define(OpSpec(rule=product, flops=_flops, precision=_precision), _target)
+for _target, (_, _added, _flops, _weight_part) in PRODUCTS.items():
+    _spec = OpSpec(
+        rule=product,
+        flops=_flops,
+        precision=HEAD if _target is output_logits else PRODUCT,
+        scales="product" if _added is None else "",
+        weight_part=_weight_part,
+    )
+    define(_spec, _target)
 define(OpSpec(flops=_FIRST, precision=PRODUCT), aten.mm.dtype, aten.bmm.dtype)
 define(OpSpec(flops=_SECOND, precision=PRODUCT), aten.addmm.dtype, aten.baddbmm.dtype)

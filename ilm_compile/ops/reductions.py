@@ -114,7 +114,12 @@ def _batch_norm(call: Call, wanted: frozenset[Placement], values: Values) -> Fou
     reaches=lambda call: [call.args[1]],
     precision=SOFTMAX,
 )
-@rule(aten.cumsum.default, reaches=lambda call: [call.args[1]], batch_rule=_summed)
+@rule(
+    aten.cumsum.default,
+    reaches=lambda call: [call.args[1]],
+    batch_rule=_summed,
+    scales="linear",
+)
 @rule(aten.cumprod.default, reaches=lambda call: [call.args[1]])
 @rule(aten.argsort.default, reaches=lambda call: [call.argument(1, "dim", -1)], batch_rule=_along)
 @rule(
@@ -146,8 +151,8 @@ def mixing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
 
 
-@rule(*SUMS, precision=REDUCTION)
-@rule(*MEANS, local=_mean, precision=REDUCTION)
+@rule(*SUMS, precision=REDUCTION, scales="linear")
+@rule(*MEANS, local=_mean, precision=REDUCTION, scales="linear")
 @rule(aten.var.correction, aten.var.dim, precision=REDUCTION)
 @rule(aten.prod.dim_int)
 @rule(aten.linalg_vector_norm.default, precision=NORM)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.ops.call import Arguments, BatchRule, Call, LocalCall, Rule, Spelling, Strategy
 from ilm_compile.ops.precision import FOLLOW, Precision
 from ilm_compile.program.layout import MeshAxis
+from ilm_compile.program.weight_parts import Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,19 @@ class Flops:
     slowest: Callable[[fx.Node], float] = lambda node: 1.0
 
 
+Scaling = Literal["", "linear", "affine", "product", "quotient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """Which arguments pick from what: `index` counts along `dim` of `source`."""
+
+    source: int
+    index: int
+    dim: int
+    what: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpSpec:
     """What is known of an op; what is left out is as of any op.
@@ -43,13 +57,18 @@ class OpSpec:
     numbers per kept element the ranks exchange inside it, forward and backward, if they do.
 
     batch_rule: what further is known on the axis of the batch; reaches: the dimensions of its first
-    input over which it reaches; cuts: it leaves some of them out.
+    input over which it reaches; cuts: it leaves some of them out. scales: which factors its result
+    takes over: "linear", one that all inputs have; "affine", one that the numbers it adds have too;
+    "product", that of each; "quotient", that of the first, divided by those of the others. sized:
+    its arguments say how large its result is.
 
     precision: what it computes in under bf16 training; carries: it changes no number.
     flops: of products; reads_rows: of its first input it reads as much as it returns; moves: the
     bytes that a python function reads and writes.
     probability: place and name of the argument without which a random op draws nothing.
-    labels: of a cross entropy, which argument has the numbers of the classes.
+    labels: of a cross entropy, which argument has the numbers of the classes. picks: how integers
+    choose among rows or classes. weight_part: of a product that can leave the gradient of its
+    weight for later.
     """
 
     rule: Rule | None = None
@@ -61,6 +80,8 @@ class OpSpec:
     batch_rule: BatchRule | None = None
     reaches: Callable[[Call], Iterable[int]] | None = None
     cuts: bool = False
+    scales: Scaling = ""
+    sized: bool = False
     precision: Precision = FOLLOW
     carries: bool = False
     flops: Flops | None = None
@@ -68,6 +89,8 @@ class OpSpec:
     moves: Callable[[fx.Node], int] | None = None
     probability: tuple[int, str] | None = None
     labels: int | None = None
+    picks: Picks | None = None
+    weight_part: Product | None = None
 
 
 _SPECS: dict[Any, OpSpec] = {}

@@ -67,7 +67,7 @@ def _sizes(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return call.target, (call.args[0], sizes, *call.args[2:]), call.kwargs
 
 
-@rule(aten.reshape.default, local=_sizes, carries=True)
+@rule(aten.reshape.default, local=_sizes, carries=True, scales="linear", sized=True)
 def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Shard any factor of the common refinement; a dimension kept whole passes segments through."""
     (shape,) = call.shapes
@@ -130,7 +130,7 @@ def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:
     return found | {replace(cut, folded=True) for cut in found}
 
 
-@rule(aten.expand.default, local=_sizes, carries=True)
+@rule(aten.expand.default, local=_sizes, carries=True, scales="linear", sized=True)
 def expand(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along a dimension that is kept; from R along one that is repeated."""
     (shape,) = call.shapes
@@ -187,9 +187,13 @@ _RENAMING = {
 VIEWS = {*_RENAMING, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
 
 
-@rule(*(aten.permute.default, aten.transpose.int, aten.unsqueeze.default), carries=True)
-@rule(aten.t.default, aten.squeeze.dim)
-@rule(aten.select.int, carries=True, cuts=True)
+@rule(
+    *(aten.permute.default, aten.transpose.int, aten.unsqueeze.default),
+    carries=True,
+    scales="linear",
+)
+@rule(aten.t.default, aten.squeeze.dim, scales="linear")
+@rule(aten.select.int, carries=True, cuts=True, scales="linear")
 def renaming(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The output's shard dimension, traced back to the input's."""
     sources = _RENAMING[call.target](call)
@@ -241,6 +245,8 @@ def _every_nth(call: Call, wanted: frozenset[Placement], values: Values) -> Foun
     batch_rule=_every_nth,
     cuts=True,
     carries=True,
+    scales="linear",
+    sized=True,
 )
 def slicing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along the other dimensions; along this one when the slice is a run of whole segments.
@@ -280,7 +286,7 @@ def _segmentations(
     yield [b - a for a, b in pairwise(edges)]
 
 
-@rule(aten.cat.default)
+@rule(aten.cat.default, scales="linear")
 def cat(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along the other dimensions; along this one in one segment per input."""
     dim = call.argument(1, "dim", 0) % len(call.shape)
@@ -292,7 +298,7 @@ def cat(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield Strategy((P,) * len(sizes), P)
 
 
-@rule(aten.stack.default)
+@rule(aten.stack.default, scales="linear")
 def stack(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along any dimension but the new one."""
     dim = call.argument(1, "dim", 0) % len(call.shape)

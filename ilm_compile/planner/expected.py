@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from ilm_compile.cost import HARDWARE, Hardware, static_bytes_per_parameter
+from ilm_compile.cost import Hardware, hardware_named, static_bytes_per_parameter
 from ilm_compile.cost.data_parallel import (
     Share,
     crowd,
@@ -82,7 +82,7 @@ def expect(program: Program, hardware: Hardware | None = None) -> Expected:
     One rank on each part of the rows where the plan has no dp. Raises `ScheduleError` for a
     schedule that cannot run.
     """
-    plan, machine = program.plan, hardware or HARDWARE[program.plan.hardware]
+    plan, machine = program.plan, hardware or hardware_named(program.plan.hardware)
     software = software_of(machine)
     machine = on_network(machine, software)
     step, dp = simulate_step(program, machine), plan.dp or 1

@@ -57,7 +57,8 @@ class Search:
         plan, machine = candidate.to_plan(), self.question.hardware
         if not machine.cores:
             plan = plan.replace(kernels="triton")
-        return plan.replace(hardware=machine.name) if machine.name in HARDWARE else plan
+        name = machine.path or machine.name
+        return plan.replace(hardware=name) if machine.path or name in HARDWARE else plan
 
     def why_not(self) -> list[Rejected]:
         """Return a line for each other schedule and recompute of the best plan, and each mesh."""

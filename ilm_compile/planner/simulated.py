@@ -17,10 +17,10 @@ from typing import Any
 from torch import fx
 
 from ilm_compile.cost import (
-    HARDWARE,
     Hardware,
     collective_time,
     gradient_bytes,
+    hardware_named,
     held_bytes,
 )
 from ilm_compile.cost.data_parallel import software_of
@@ -127,7 +127,7 @@ def simulate_step(program: Program, hardware: Hardware | None = None) -> Simulat
     `ScheduleError` for a schedule that cannot run.
     """
     schedule = schedule_of(program.plan)
-    hardware = hardware or HARDWARE[program.plan.hardware]
+    hardware = hardware or hardware_named(program.plan.hardware)
     stages, seconds = stage_of(program), node_seconds(program, hardware)
     forward, backward, weight = ([0.0] * schedule.num_stages for _ in range(3))
     for node, stage in stages.items():

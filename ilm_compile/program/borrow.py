@@ -118,19 +118,12 @@ class Originals(TorchFunctionMode):
         super().__init__()
         self.loan = loan
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(_is_real(leaf) for leaf in tree_leaves((args, kwargs))):
+        if any(map(_is_real, tree_leaves((args, kwargs)))):
             args, kwargs = tree_map_only(Tensor, self._exchange, (args, kwargs))
-        if getattr(func, "__name__", "") != "__get__":  # what only asks for shape or device
-            for leaf in tree_leaves((args, kwargs)):
-                if _is_real(leaf):
+            if getattr(func, "__name__", "") != "__get__":  # what only asks for shape or device
+                for leaf in filter(_is_real, tree_leaves((args, kwargs))):
                     _check(func, leaf)
         return func(*args, **kwargs)
 

@@ -18,13 +18,7 @@ _READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 class KeepConstants(TorchFunctionMode):
     """While active, rewrites what would lose its value or hide its form."""
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.full, torch.full_like) and len(args) > 1 and _is_computed(args[1]):
             return _spread(func, *args, **kwargs)

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from ilm_compile.program.program import Program
 
@@ -20,7 +21,7 @@ def copy_program(program: Program) -> Program:
     root = _shared_copy(program.graph_module)
     return replace(
         program,
-        graph_module=fx.GraphModule(root, graph),
+        graph_module=_LazyGraphModule(root, graph),
         variables={name: copy.copy(v) for name, v in program.variables.items()},
         inputs=dict(program.inputs),
         target_counts=dict(program.target_counts),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from ilm_compile.program.known import away_from_capture
 from ilm_compile.program.own_backward import run_forward
 
 LARGEST, SHRUNK = 64, 8  # dimensions above the one are tried with the other
@@ -35,19 +35,14 @@ class Verdict:
 
 def tried(apply: Callable[..., Any], cls: Any, args: tuple[Any, ...]) -> Verdict:
     """Return what the function `cls` is on arguments like `args`. `apply`: torch's own."""
-    found: list[Verdict] = []
 
-    def run() -> None:  # on a thread of its own: tracing holds for one thread only
-        try:
-            found.append(_judged(apply, lambda *a: run_forward(cls, a)[0], _random(args)))
-        except Exception as error:
-            reason = f"cannot be tried on random numbers ({type(error).__name__}: {error})"
-            found.append(Verdict(reason))
+    def forward(*args: Any) -> Any:
+        return run_forward(cls, args)[0]
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found[0]
+    try:
+        return away_from_capture(lambda: _judged(apply, forward, _random(args)))
+    except Exception as error:
+        return Verdict(f"cannot be tried on random numbers ({type(error).__name__}: {error})")
 
 
 def _judged(apply: Callable[..., Any], forward: Callable[..., Any], args: Any) -> Verdict:

@@ -44,12 +44,13 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
 def _take_fresh_constants(exported: ExportedProgram) -> None:
     """Drop the ``detach_`` that ``torch.tensor`` puts on what it has made: it writes to nothing."""
     for module in exported.graph_module.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=aten.detach_.default):
-                made = node.args[0]
-                if made.target is aten.lift_fresh_copy.default:
-                    node.replace_all_uses_with(made)
-                    module.graph.erase_node(node)
+        graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
+        written = graph.find_nodes(op="call_function", target=aten.detach_.default)
+        fresh = [n for n in written if n.args[0].target is aten.lift_fresh_copy.default]
+        for node in fresh:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        if fresh:
             module.recompile()
 
 

@@ -103,17 +103,10 @@ class NoGradientHooks(TorchFunctionMode):
         super().__init__()
         self._detached: dict[int, Tensor] = {}  # by storage; held, so that it stays its own
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        for refused, words in _IN_FORWARD.items():
-            # Until torch 2.11 activation checkpointing asks its own value whether it has one.
-            if func == refused and not called_from(checkpoint):
-                raise TraceError(f"trace: the model {words}{users_line()}; {_WAY_OUT}")
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Until torch 2.11 activation checkpointing asks its own value whether it has one.
+        if (words := _IN_FORWARD.get(func)) and not called_from(checkpoint):
+            raise TraceError(f"trace: the model {words}{users_line()}; {_WAY_OUT}")
         kwargs = kwargs or {}
         if (target := written(getattr(func, "__name__", ""), args, kwargs)) is not None:
             self._check_write(target)

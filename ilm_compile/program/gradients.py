@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from ilm_compile.program.input_graph import reached
 from ilm_compile.program.values import tensors_of
 
 CUTS = {torch.ops.aten.detach.default}
@@ -37,11 +38,7 @@ def wanted_gradients(graph: fx.Graph) -> set[fx.Node]:
     The loss is the first output.
     """
     differentiable = gradient_nodes(graph)
-    wanted: set[fx.Node] = set()
-    pending: list[fx.Node] = [graph.output_node().args[0][0]]  # type: ignore[index, list-item]
-    while pending:
-        node = pending.pop()
-        if node in differentiable and node not in wanted:
-            wanted.add(node)
-            pending += node.all_input_nodes
-    return wanted
+    loss: fx.Node = graph.output_node().args[0][0]  # type: ignore[index, assignment]
+    return differentiable.intersection(
+        reached([loss], lambda n: n.all_input_nodes if n in differentiable else ())
+    )

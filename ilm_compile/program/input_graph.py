@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from operator import attrgetter
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import fx, nn
+
+from ilm_compile.program.attributes import tensor_at
 
 
 def graph_from_inputs(value: fx.Node, besides: Collection[fx.Node] = ()) -> fx.GraphModule | None:
@@ -21,14 +22,10 @@ def graph_from_inputs(value: fx.Node, besides: Collection[fx.Node] = ()) -> fx.G
 def graph_to(value: fx.Node, is_refused: Callable[[fx.Node], bool]) -> fx.GraphModule | None:
     """Return the graph of all that `value` needs, itself included; None if any of it is refused."""
     needed: set[fx.Node] = set()
-    pending = [value]
-    while pending:
-        node = pending.pop()
+    for node in reached([value]):
         if is_refused(node):
             return None
-        if node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
+        needed.add(node)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in value.graph.nodes:
@@ -38,12 +35,27 @@ def graph_to(value: fx.Node, is_refused: Callable[[fx.Node], bool]) -> fx.GraphM
     return fx.GraphModule(value.graph.owning_module or nn.Module(), graph)
 
 
+def reached(
+    start: Iterable[fx.Node],
+    step: Callable[[fx.Node], Iterable[fx.Node]] = lambda node: node.all_input_nodes,
+) -> Iterator[fx.Node]:
+    """Yield the nodes of `start` and all that a `step` from one of them leads to, each once."""
+    pending = list(dict.fromkeys(start))
+    found = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        new = [n for n in dict.fromkeys(step(node)) if n not in found]
+        found.update(new)
+        pending += new
+
+
 def _is_variable(node: fx.Node) -> bool:
     """Constants of the graph, unlike what the model holds, have their values in it."""
     if node.op != "get_attr":
         return False
     owner = node.graph.owning_module
-    return owner is None or bool(attrgetter(str(node.target))(owner).is_meta)
+    return owner is None or tensor_at(owner, str(node.target)).is_meta
 
 
 def _is_random(node: fx.Node) -> bool:

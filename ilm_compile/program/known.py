@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ilm_compile.errors import TraceError
 from ilm_compile.program.borrow import Loan
 from ilm_compile.program.users_line import users_line
 
+T = TypeVar("T")
 MAX_ELEMENTS = 2**26  # of a value that is computed for the sake of a branch
 
 _MAKERS = frozenset(
@@ -71,13 +72,7 @@ class KnownValues(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(getattr(func, "__name__", ""))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -113,11 +108,12 @@ class KnownValues(TorchFunctionMode):
     ) -> None:
         """Remember how `result` was made, if it can be made again."""
         target = written(name, args, kwargs)
-        able = name in _MAKERS | _ALIKE if not tensors or name in _ALIKE else True
-        able = able and not any(part in name for part in _NEVER)
-        able = able and (name in _ALIKE or all(map(self._knows, tensors)))
-        able = able and "out" not in kwargs
         inputs = [] if name in _ALIKE else tensors
+        able = bool(tensors) or name in _MAKERS
+        able = able and all(map(self._knows, inputs)) and "out" not in kwargs
+        able = able and not any(part in name for part in _NEVER)
+        if not able and target is None:
+            return
         made_of = self._buffers(inputs)
         recipe = self._recipe(func, args, kwargs, inputs) if able else None
         if target is not None:
@@ -125,8 +121,7 @@ class KnownValues(TorchFunctionMode):
             if recipe is not None and name != "__setitem__" and result is target:
                 self._known[id(target)] = _Value(target, recipe, made_of)
             return
-        if recipe is None:
-            return
+        assert recipe is not None
         several = isinstance(result, (tuple, list))
         for index, item in enumerate(result if several else [result]):
             if isinstance(item, FakeTensor) and not any(item is tensor for tensor in tensors):
@@ -216,9 +211,9 @@ def written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     return target if in_place and isinstance(target, Tensor) else None
 
 
-def away_from_capture(function: Callable[[], Any]) -> Any:
+def away_from_capture(function: Callable[[], T]) -> T:
     """Return what `function` gives outside of the capture, which holds for one thread only."""
-    found: list[Any] = []
+    found: list[T] = []
     failed: list[BaseException] = []
 
     def run() -> None:

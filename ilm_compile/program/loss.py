@@ -21,10 +21,10 @@ from torch import fx, nn
 from ilm_compile.program.arguments import argument
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.program import Count, Program, Source, Variable
+from ilm_compile.program.reductions import MEAN, SUM
 from ilm_compile.program.values import run_without_data
 
 aten = torch.ops.aten
-MEAN, SUM = 1, 2
 NUM_TARGETS, NUM_SLICES = "num_targets", "num_slices"
 _LOSSES = (aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
 

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Lowering = Callable[[Emit, fx.Node, Args, Kwargs], Any]
 
 
 def _input(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
@@ -29,18 +30,16 @@ def _nothing(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     return None
 
 
-def _reshape(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
-    sizes = list(node.meta["val"].shape)
-    if sizes == list(args[0].meta["val"].shape):
-        return args[0]
-    return emit(node, aten.reshape.default, (args[0], sizes))
+def _to_size(target: Any) -> Lowering:
+    def lower(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+        sizes = list(node.meta["val"].shape)
+        is_so = sizes == list(args[0].meta["val"].shape)
+        return args[0] if is_so else emit(node, target, (args[0], sizes))
+
+    return lower
 
 
-def _expand(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
-    sizes = list(node.meta["val"].shape)
-    if sizes == list(args[0].meta["val"].shape):
-        return args[0]
-    return emit(node, aten.expand.default, (args[0], sizes))
+_reshape, _expand = map(_to_size, (aten.reshape.default, aten.expand.default))
 
 
 def _cast(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
@@ -146,7 +145,7 @@ _CASTS = (
 _SPLITS = (
     *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default),
 )
-LOWERINGS: dict[Any, Callable[[Emit, fx.Node, Args, Kwargs], Any]] = {
+LOWERINGS: dict[Any, Lowering] = {
     aten._assert_tensor_metadata.default: _nothing,
     aten.alias.default: _input,
     aten.lift_fresh_copy.default: _input,

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.attributes import put_tensor
 from ilm_compile.program.dropout import SEED, attention_probabilities, seeded_dropout
 from ilm_compile.program.functional import passed_through
 from ilm_compile.program.lifted import lifted_constants, refuse_writes, user_outputs
@@ -79,7 +81,7 @@ def normalize(
             run.values[node] = run.emit(user, aten.full.default, fill, dtype, val)
     outputs = run.inline(exported.graph, exported.graph_module)
     run.graph.output(tuple(outputs[index] for index in user_outputs(exported)))
-    graph_module = fx.GraphModule(root, run.graph)
+    graph_module = _LazyGraphModule(root, run.graph)  # its code is made when it is asked for
     graph_module.graph.eliminate_dead_code()
     return graph_module, tuple(output_names)
 
@@ -121,18 +123,11 @@ class _Normalizer:
         if name in self.attributes:
             return self.attributes[name]
         variable = self.variables[name]
-        *path, leaf = name.split(".")
-        owner = self.root
-        for part in path:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
-        if not hasattr(owner, leaf):
+        if not hasattr(self.root, name):  # as a constant is, with its value
             value = torch.empty(variable.shape, dtype=variable.dtype, device="meta")
             if variable.is_parameter:
-                owner.register_parameter(leaf, nn.Parameter(value, variable.requires_grad))
-            else:
-                owner.register_buffer(leaf, value, persistent=variable.persistent)
+                value = nn.Parameter(value, variable.requires_grad)
+            put_tensor(self.root, name, value, persistent=variable.persistent)
         self.attributes[name] = node = self.graph.create_node("get_attr", name)
         node.meta["val"] = torch.empty(variable.shape, dtype=variable.dtype, device="meta")
         return node

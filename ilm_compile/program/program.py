@@ -171,8 +171,9 @@ class Program:
     pass_log: list[str] = field(default_factory=list)
     parameter_maps: list[ParameterMap] = field(default_factory=list)  # of passes, in order
     initializer: Callable[..., Tensor] | None = None  # of parameters on the meta device
-    # Traces the same model and loss with other inputs; the model must be what it was.
-    retrace: Callable[[Mapping[str, Input]], Program] | None = None
+    # Traces the same model and loss with other inputs, and, by the path of a list of its modules,
+    # with the first of these alone; the model must be what it was.
+    retrace: Callable[..., Program] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)  # of the model, that are no tensors
     reasons: Reasons | None = None  # why parameters lie as they do, once sharded
     stage_ranks: tuple[int, ...] = ()  # the pipeline rank of each stage, once placed
@@ -217,9 +218,8 @@ class Program:
         return f"node {node.name} ({self.source(node)})"
 
     def finish(self) -> None:
-        """Clean up after a rewrite: drop dead nodes, check the graph and regenerate its code."""
+        """Clean up after a rewrite: check the graph, drop dead nodes; its code is made anew."""
         self.graph.eliminate_dead_code()
-        self.graph.lint()
         self.graph_module.recompile()
 
     def dump(self) -> str:

@@ -25,13 +25,7 @@ Cell = Callable[[Tensor, State, list[Tensor]], State]  # the input's share comes
 class UnrolledRecurrence(TorchFunctionMode):
     """While active, runs recurrent layers as ordinary ops."""
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cell = _CELLS.get(getattr(func, "__name__", ""))
         if cell is None or not isinstance(args[0], Tensor):
             return func(*args, **(kwargs or {}))

@@ -7,6 +7,8 @@ from torch import Tensor
 from ilm_compile.program.communicator import communicator
 from ilm_compile.program.functions import graph_function
 
+NONE, MEAN, SUM = 0, 1, 2  # ATen's encoding of a loss's reduction
+
 
 @graph_function()
 def partial_mean(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> Tensor:

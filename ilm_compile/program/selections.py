@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ilm_compile.program.arguments import named
+
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 
 
 def lower_topk(emit: Emit, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The k largest or smallest, in order; among equals any may be taken, as torch does."""
-    x, k = args[0], args[1]
-    dim = _argument(args, kwargs, 2, "dim", -1)
-    largest = _argument(args, kwargs, 3, "largest", True)
+    x, k, dim, largest = (
+        named(node.target, args, kwargs, name) for name in ("self", "k", "dim", "largest")
+    )
     order = emit(node, aten.argsort.default, (x, dim, largest), val=_indices(x.meta["val"]))
     indices = emit(node, aten.slice.Tensor, (order, dim, 0, k), val=node.meta["val"][1])
     return [_gather(emit, node, x, dim, indices), indices]
@@ -28,17 +30,19 @@ def lower_topk(emit: Emit, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 def lower_sort(emit: Emit, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """All values in order."""
-    dim = _argument(args, kwargs, 1, "dim", -1)
-    descending = _argument(args, kwargs, 2, "descending", False)
-    call = (args[0], dim, descending)
-    indices = emit(node, aten.argsort.default, call, val=node.meta["val"][1])
-    return [_gather(emit, node, args[0], dim, indices), indices]
+    x, dim, descending = (
+        named(node.target, args, kwargs, name) for name in ("self", "dim", "descending")
+    )
+    order = (x, dim, descending)
+    indices = emit(node, aten.argsort.default, order, val=node.meta["val"][1])
+    return [_gather(emit, node, x, dim, indices), indices]
 
 
 def lower_max(emit: Emit, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The largest (or smallest) along one dimension."""
-    x, dim = args[0], _argument(args, kwargs, 1, "dim")
-    keepdim = _argument(args, kwargs, 2, "keepdim", False)
+    x, dim, keepdim = (
+        named(node.target, args, kwargs, name) for name in ("self", "dim", "keepdim")
+    )
     find = aten.argmax.default if node.target is aten.max.dim else aten.argmin.default
     values, places = node.meta["val"]
     whole = places if keepdim else places.unsqueeze(dim)
@@ -48,12 +52,6 @@ def lower_max(emit: Emit, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
         return [found, indices]
     pairs = ((found, values), (indices, places))
     return [emit(node, aten.squeeze.dim, (kept, dim), val=val) for kept, val in pairs]
-
-
-def _argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any = None
-) -> Any:
-    return args[index] if len(args) > index else kwargs.get(name, default)
 
 
 def _indices(val: Tensor) -> Tensor:

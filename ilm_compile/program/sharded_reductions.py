@@ -17,9 +17,8 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.program.communicator import Communicator, communicator
 from ilm_compile.program.functions import graph_function
+from ilm_compile.program.reductions import MEAN, NONE
 from ilm_compile.program.values import tensors_of
-
-NONE, MEAN = 0, 1  # ATen's encoding of a loss's reduction
 
 
 def _exponentials(x: Tensor, dims: list[int], comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:

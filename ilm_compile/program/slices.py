@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import torch
 from torch import fx
 
-from ilm_compile.program.input_graph import graph_from_inputs
+from ilm_compile.program.input_graph import graph_from_inputs, reached
 from ilm_compile.program.loss import (
     add_count,
     counting_dtype,
@@ -64,13 +64,7 @@ def sources(
     nodes: Iterable[fx.Node], keep: Callable[[fx.Node], bool] = lambda node: True
 ) -> set[fx.Node]:
     """Return all that `nodes` need, themselves included, as far as it is reached through `keep`."""
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        if (current := pending.pop()) not in found and keep(current):
-            found.add(current)
-            pending += current.all_input_nodes
-    return found
+    return set(reached(filter(keep, nodes), lambda node: filter(keep, node.all_input_nodes)))
 
 
 def _renew(program: Program, changed: Collection[fx.Node]) -> None:

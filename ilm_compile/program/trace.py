@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 
 from ilm_compile.errors import TraceError
@@ -27,6 +29,7 @@ from ilm_compile.program.calling import packing_warning, read_inputs
 from ilm_compile.program.causal import fold_causal_masks
 from ilm_compile.program.constants import KeepConstants
 from ilm_compile.program.custom_functions import kept_functions
+from ilm_compile.program.first_items import first_items
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.gradient_hooks import (
     NoGradientHooks,
@@ -35,14 +38,13 @@ from ilm_compile.program.gradient_hooks import (
 )
 from ilm_compile.program.known import KnownValues
 from ilm_compile.program.lifted import lifted_constants
-from ilm_compile.program.lookups import find_lookups
 from ilm_compile.program.loss import normalize_loss
 from ilm_compile.program.normalize import normalize
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Input, Program, Variable
 from ilm_compile.program.recurrent import UnrolledRecurrence
 from ilm_compile.program.regions import find_regions
-from ilm_compile.program.users_line import is_users_file
+from ilm_compile.program.users_line import NotedLines, is_users_file
 
 
 def trace(
@@ -80,11 +82,15 @@ def trace(
     was_training = model.training
     with borrowed(model) as loan:
         known = KnownValues(loan)
-        modes = (Originals(loan), KeepConstants(), NoGradientHooks(), UnrolledRecurrence(), known)
+        modes = (
+            *(NotedLines(), Originals(loan), KeepConstants(), NoGradientHooks()),
+            *(UnrolledRecurrence(), known),
+        )
         wrapper = _WithLoss(loan, loss_fn, arguments, modes, recorded.append, decided.append)
         fakes = {name: loan.input(i.shape, i.dtype) for name, i in inputs.items()}
         try:
-            with no_saved_tensor_hooks():
+            # No code is made of the graphs on the way: nothing but the graph is looked at.
+            with no_saved_tensor_hooks(), preserve_node_meta(), _use_lazy_graph_module(True):
                 exported = torch.export.export(wrapper, (fakes,), strict=False)
             lifted_constants(exported)
             exported = functionalize(exported)
@@ -123,7 +129,6 @@ def trace(
     fold_causal_masks(program)
     find_regions(program)
     program.finish()
-    program.lookups = tuple(find_lookups(program))
     program.facts.add("traced")
     return program
 
@@ -133,9 +138,12 @@ def _retrace(
     arguments: Mapping[str, Any],
     loss_fn: LossFn | None,
     inputs: Mapping[str, Input],
+    blocks: Mapping[str, int] | None = None,
 ) -> Program:
+    """As `Program.retrace`; blocks: how many of the first of a list of modules, by its path."""
     tensors = {name: (spec.shape, spec.dtype) for name, spec in inputs.items()}
-    return trace(model, example_inputs={**tensors, **arguments}, loss_fn=loss_fn)
+    with first_items(model, blocks or {}):
+        return trace(model, example_inputs={**tensors, **arguments}, loss_fn=loss_fn)
 
 
 class _WithLoss(nn.Module):

@@ -18,8 +18,7 @@ from ilm_compile.kernels.library import exact_dtype
 from ilm_compile.kernels.vocab_loss import vocab_cross_entropy_backward, vocab_statistics
 from ilm_compile.program.communicator import Communicator, communicator
 from ilm_compile.program.functions import graph_function
-
-NONE, MEAN, SUM = 0, 1, 2  # ATen's encoding of cross_entropy_loss(reduction=...)
+from ilm_compile.program.reductions import MEAN, NONE
 
 
 @graph_function()

@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ilm_compile.kernels.grouped_product import weights_gradient
-from ilm_compile.program.expert_rows import grouped_product
-from ilm_compile.program.vocab import local_rows, vocab_embedding
+from ilm_compile.program.vocab import local_rows
 
 aten = torch.ops.aten
 Edge = tuple[Any, int]
@@ -127,42 +126,40 @@ class _Leave(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """An op, the places of its weight and of what meets it, and the gradient of the weight.
+    """Of an op the places of its weight and of what meets it, and the gradient of the weight.
 
     dims: of the weight, for which alone `gradient(grad, value, weight, *others, **kwargs)` holds;
     others: the arguments that are no operands.
     """
 
-    op: Callable[..., Tensor]
     value: int
     weight: int
     dims: int
     gradient: Callable[..., Tensor]
 
-    @property
-    def leave(self) -> Callable[..., Tensor]:
-        """The function that stands for the op in a graph, by a name that can be read."""
+    def leave(self, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the function that stands for the op in a graph, by a name that can be read."""
 
         def leave(*args: Any, **kwargs: Any) -> Tensor:
-            return self.apply(*args, **kwargs)
+            return self.apply(op, *args, **kwargs)
 
-        name = getattr(self.op, "_opname", "") or self.op.__name__
+        name = getattr(op, "_opname", "") or op.__name__
         leave.__name__ = leave.__qualname__ = f"{name}_leaving_weight"
-        if inspect.isfunction(self.op):  # its names are asked for when a graph is bound
-            leave.__signature__ = inspect.signature(self.op)  # type: ignore[attr-defined]
+        if inspect.isfunction(op):  # its names are asked for when a graph is bound
+            leave.__signature__ = inspect.signature(op)  # type: ignore[attr-defined]
         return leave
 
-    def apply(self, *args: Any, **kwargs: Any) -> Tensor:
+    def apply(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The result of the op, whose weight part is left for later while that is asked for."""
         parts, value, weight = _collecting.get(), args[self.value], args[self.weight]
         if parts is None or not (torch.is_grad_enabled() and weight.requires_grad):
-            return self.op(*args, **kwargs)
+            return op(*args, **kwargs)
         given = list(args)
         given[self.weight] = weight.detach()
         if value.dim() > self.dims and not value.is_contiguous():
             # With a weight that needs no gradient torch would multiply matrix by matrix.
             given[self.value] = value.contiguous()
-        result = self.op(*given, **kwargs)
+        result = op(*given, **kwargs)
         others = [a for i, a in enumerate(args) if i not in (self.value, self.weight)]
         known, edge = _Weight(weight.shape, weight.stride()), get_gradient_edge(weight)
 
@@ -174,75 +171,58 @@ class Product:
         return left
 
 
-def _of_mm(grad: Tensor, value: Tensor, weight: _Weight) -> Tensor:
+def of_mm(grad: Tensor, value: Tensor, weight: _Weight) -> Tensor:
     """In the layout of the weight, as torch has it."""
     if weight.stride == (1, weight.shape[0]):
         return (grad.t() @ value).t()
     return value.t() @ grad
 
 
-def _of_matmul(grad: Tensor, value: Tensor, weight: _Weight) -> Tensor:
+def of_matmul(grad: Tensor, value: Tensor, weight: _Weight) -> Tensor:
     rows, width = value.reshape(-1, value.shape[-1]), grad.shape[-1]
-    return _of_mm(grad.reshape(-1, width), rows, weight)
+    return of_mm(grad.reshape(-1, width), rows, weight)
 
 
-def _of_linear(grad: Tensor, value: Tensor, weight: _Weight, bias: Tensor | None = None) -> Tensor:
+def of_linear(grad: Tensor, value: Tensor, weight: _Weight, bias: Tensor | None = None) -> Tensor:
     transposed = _Weight(torch.Size(reversed(weight.shape)), weight.stride[::-1])
-    return _of_matmul(grad, value, transposed).t()
+    return of_matmul(grad, value, transposed).t()
 
 
-def _of_addmm(
+def of_addmm(
     grad: Tensor, value: Tensor, weight: _Weight, bias: Tensor, *, alpha: float = 1, beta: float = 1
 ) -> Tensor:
-    found = _of_mm(grad, value, weight)
+    found = of_mm(grad, value, weight)
     return found if alpha == 1 else found * alpha
 
 
-def _of_bmm(grad: Tensor, value: Tensor, weight: _Weight) -> Tensor:
+def of_bmm(grad: Tensor, value: Tensor, weight: _Weight) -> Tensor:
     return value.transpose(1, 2) @ grad
 
 
-def _of_grouped(
+def of_grouped(
     grad: Tensor, value: Tensor, weight: _Weight, *others: Tensor, **kwargs: Tensor
 ) -> Tensor:
     found: Tensor = aten._grouped_mm.default(value.t(), grad, *others, **kwargs)
     return found
 
 
-def _of_groups(grad: Tensor, value: Tensor, weight: _Weight, offs: Tensor) -> Tensor:
+def of_groups(grad: Tensor, value: Tensor, weight: _Weight, offs: Tensor) -> Tensor:
     bounds = [0, *offs.tolist()]
     return torch.stack([value[a:b].t() @ grad[a:b] for a, b in pairwise(bounds)])
 
 
-def _of_rows(grad: Tensor, value: Tensor, weight: _Weight, offs: Tensor) -> Tensor:
+def of_rows(grad: Tensor, value: Tensor, weight: _Weight, offs: Tensor) -> Tensor:
     return weights_gradient(grad, value, offs)
 
 
-def _of_embedding(grad: Tensor, indices: Tensor, weight: _Weight, padding_idx: int = -1) -> Tensor:
+def of_embedding(grad: Tensor, indices: Tensor, weight: _Weight, padding_idx: int = -1) -> Tensor:
     backward = aten.embedding_dense_backward.default
     found: Tensor = backward(grad, indices, weight.shape[0], padding_idx, False)
     return found
 
 
-def _of_vocab_embedding(
+def of_vocab_embedding(
     grad: Tensor, indices: Tensor, weight: _Weight, padding_idx: int, axis: str
 ) -> Tensor:
     local, absent, padding = local_rows(indices, weight.shape[0], padding_idx, axis)
-    return _of_embedding(grad.masked_fill(absent.unsqueeze(-1), 0.0), local, weight, padding)
-
-
-PRODUCTS = {
-    product.op: product
-    for product in (
-        Product(aten.linear.default, 0, 1, 2, _of_linear),
-        Product(aten.matmul.default, 0, 1, 2, _of_matmul),
-        Product(aten.mm.default, 0, 1, 2, _of_mm),
-        Product(aten.addmm.default, 1, 2, 2, _of_addmm),
-        Product(aten.bmm.default, 0, 1, 3, _of_bmm),
-        Product(aten._grouped_mm.default, 0, 1, 3, _of_grouped),
-        Product(grouped_product, 0, 1, 3, _of_groups),
-        Product(torch.ops.ilm.grouped_product.default, 0, 1, 3, _of_rows),
-        Product(aten.embedding.default, 1, 0, 2, _of_embedding),
-        Product(vocab_embedding, 1, 0, 2, _of_vocab_embedding),
-    )
-}
+    return of_embedding(grad.masked_fill(absent.unsqueeze(-1), 0.0), local, weight, padding)

@@ -12,7 +12,7 @@ from ilm_compile.program.copy import copy_program
 from ilm_compile.program.dropout import SEED, seeded_dropout
 from ilm_compile.program.kept_hooks import GradientHook
 from ilm_compile.program.program import Program
-from ilm_compile.proof.emulate import Step
+from ilm_compile.proof.emulate import Step, clip_coefficient
 from ilm_compile.proof.emulated_rank import optimizer_of
 from ilm_compile.proof.promote import float64_default
 from ilm_compile.runtime.batch import BatchLayout
@@ -101,12 +101,10 @@ def _run_hooks(hooks: Sequence[GradientHook], parameter: torch.nn.Parameter) -> 
 
 
 def _clip(parameters: Mapping[str, Tensor], max_norm: float | None) -> None:
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    if max_norm is None or not gradients:
-        return
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    for gradient in gradients:
-        gradient.mul_(min(1.0, max_norm / (float(norm) + 1e-6)))
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    factor = clip_coefficient(gradients, max_norm)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
 
 
 class _Runner(fx.Interpreter):

@@ -15,6 +15,8 @@ from ilm_compile.proof.mutate_places import (
     Place,
     aten,
     calls,
+    counts,
+    leave_out,
     like,
     put,
     reroute,
@@ -29,14 +31,10 @@ LAST_EXACT = 256  # the last of the integers that bfloat16 has without gaps
 
 def skip_cast(program: Program) -> Iterator[Place]:
     """A value goes on in the dtype it had before the cast."""
-
-    def edit(program: Program, node: fx.Node) -> None:
-        node.replace_all_uses_with(node.all_input_nodes[0])
-
     for node in calls(program, CAST):
         source, value = node.all_input_nodes[0].meta["val"], node.meta["val"]
         if source.dtype != value.dtype:
-            yield node, f"{source.dtype} to {value.dtype}", edit
+            yield node, f"{source.dtype} to {value.dtype}", leave_out
 
 
 def _rounding(find: Callable[[Program], Iterable[fx.Node]]) -> Callable[[Program], Iterator[Place]]:
@@ -83,11 +81,6 @@ def _tables(program: Program) -> Iterator[fx.Node]:
     return (n for n in calls(program, aten.cos.default, aten.sin.default) if n in free)
 
 
-def _counts(program: Program) -> Iterator[fx.Node]:
-    nodes = program.graph.find_nodes(op="placeholder")
-    return (node for node in nodes if str(node.target) in program.target_counts and node.users)
-
-
 def _norm_inputs(program: Program) -> Iterator[fx.Node]:
     for node in program.calls():
         if precision_of(node, ()) is NORM:
@@ -104,7 +97,7 @@ KINDS: dict[str, Kind] = {
     "skip a cast": skip_cast,
     "round the residual stream": _rounding(sums),
     "round positions": _rounding(_positions),
-    "round the target count": _rounding(_counts),
+    "round the target count": _rounding(counts),
     "round rotary tables": _rounding(_tables),
     "round a norm's input": _rounding(_norm_inputs),
     "round logits": _rounding(_logits),

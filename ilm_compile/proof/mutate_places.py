@@ -61,6 +61,12 @@ def calls(program: Program, *targets: object) -> list[fx.Node]:
     return [node for node in program.calls() if node.target in targets]
 
 
+def counts(program: Program) -> list[fx.Node]:
+    """The inputs that say how many targets there are."""
+    nodes = program.graph.find_nodes(op="placeholder")
+    return [node for node in nodes if str(node.target) in program.target_counts and node.users]
+
+
 def users_of(node: fx.Node) -> list[fx.Node]:
     """The users of `node` in graph order, which a copy of the graph keeps."""
     return [user for user in node.graph.nodes if user in node.users]
@@ -131,6 +137,11 @@ def like(program: Program, node: fx.Node, target: Any, *args: Any, **kwargs: Any
     """Return what gives a user ``target(node, *args)``, placed as `node` is."""
     placed = layout_of(node) if "layout" in node.meta else None
     return lambda user: put(program, user, target, node, *args, placed=placed, **kwargs)
+
+
+def leave_out(program: Program, node: fx.Node) -> None:
+    """The edit by which what `node` takes goes on as it is."""
+    node.replace_all_uses_with(node.all_input_nodes[0])
 
 
 def rerouted(target: Any, *args: Any, **kwargs: Any) -> Edit:

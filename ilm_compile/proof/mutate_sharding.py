@@ -13,7 +13,14 @@ from ilm_compile.program.collectives import TRANSITIONS
 from ilm_compile.program.layout import WEIGHT_AXES, layout_of
 from ilm_compile.program.placement import Placement, S
 from ilm_compile.program.program import Program
-from ilm_compile.proof.mutate_places import CAST, Kind, Place, collectives, parameters
+from ilm_compile.proof.mutate_places import (
+    CAST,
+    Kind,
+    Place,
+    collectives,
+    leave_out,
+    parameters,
+)
 
 FUSED = WEIGHT_AXES[0]  # the axis that cuts fused parameters
 
@@ -28,12 +35,8 @@ def _type(node: fx.Node) -> str:
 
 def drop_collective(program: Program) -> Iterator[Place]:
     """The value goes on as it was before the collective."""
-
-    def edit(program: Program, node: fx.Node) -> None:
-        node.replace_all_uses_with(node.all_input_nodes[0])
-
     for node in collectives(program):
-        yield node, _type(node), edit
+        yield node, _type(node), leave_out
 
 
 def double_collective(program: Program) -> Iterator[Place]:

@@ -15,8 +15,10 @@ from ilm_compile.proof.mutate_places import (
     Place,
     aten,
     calls,
+    counts,
     differentiable,
     is_float,
+    leave_out,
     like,
     parameters,
     rerouted,
@@ -71,12 +73,8 @@ def _is_split(node: fx.Node) -> bool:
 
 def remove_dropout(program: Program) -> Iterator[Place]:
     """Nothing is dropped at one place."""
-
-    def edit(program: Program, node: fx.Node) -> None:
-        node.replace_all_uses_with(node.all_input_nodes[0])
-
     for node in calls(program, seeded_dropout):
-        yield node, "", edit
+        yield node, "", leave_out
 
 
 def change_dropout_rate(program: Program) -> Iterator[Place]:
@@ -157,19 +155,14 @@ def _outputs(program: Program, target: object, *args: object) -> Iterator[Place]
 
 def scale_target_count(program: Program) -> Iterator[Place]:
     """The loss is divided by twice the number of targets."""
-    for node in _counts(program):
+    for node in counts(program):
         yield node, "", rerouted(aten.mul.Tensor, 2)
 
 
 def drop_target_count(program: Program) -> Iterator[Place]:
     """The loss is a sum over targets."""
-    for node in _counts(program):
+    for node in counts(program):
         yield node, "", rerouted(aten.ones_like.default)
-
-
-def _counts(program: Program) -> list[fx.Node]:
-    nodes = program.graph.find_nodes(op="placeholder")
-    return [node for node in nodes if str(node.target) in program.target_counts and node.users]
 
 
 def change_buffer(program: Program) -> Iterator[Place]:

@@ -67,16 +67,9 @@ class Trial:
 
     def compare(self, piece: Piece) -> Found:
         """Return how far `piece` is from what it stands for."""
-        old, new = self.sides(piece)
-        tensors, anchors = self._tensors(old, new), random_values(piece)
-        seeds, ours = self._seeds(piece)
-        trained = self._trained(piece)
-        theirs = run(
-            old, tensors, {**self.inputs, **anchors[0]}, seeds, trained=trained[0], keep=False
-        )
-        found = run(
-            new, tensors, {**self.inputs, **anchors[1]}, ours, trained=trained[1], keep=False
-        )
+        old, new = sides = self.sides(piece)
+        tensors = self._tensors(old, new)
+        theirs, found = self._runs(piece, sides, tensors, keep=False)
         result = Found(is_finite=_is_finite(theirs))
         for index, anchor in enumerate(piece.outputs):
             name = piece.names[index] if piece.names else anchor.origin.name
@@ -101,13 +94,22 @@ class Trial:
 
     def locate(self, piece: Piece, tolerance: float) -> Difference | None:
         """Return the first node of `piece` that differs, by running it again and keeping all."""
-        old, new = self.sides(piece)
-        tensors, anchors = self._tensors(old, new), random_values(piece)
-        seeds, ours = self._seeds(piece)
-        trained = self._trained(piece)
-        theirs = run(old, tensors, {**self.inputs, **anchors[0]}, seeds, trained=trained[0])
-        found = run(new, tensors, {**self.inputs, **anchors[1]}, ours, trained=trained[1])
-        return first_difference(old, new, theirs, found, tolerance=tolerance)
+        sides = self.sides(piece)
+        runs = self._runs(piece, sides, self._tensors(*sides), keep=True)
+        return first_difference(*sides, *runs, tolerance=tolerance)
+
+    def _runs(
+        self, piece: Piece, sides: tuple[Side, Side], tensors: Mapping[str, Tensor], *, keep: bool
+    ) -> tuple[Run, Run]:
+        """Return what both graphs of `piece` make of the same values."""
+        each = zip(
+            sides, random_values(piece), self._seeds(piece), self._trained(piece), strict=True
+        )
+        theirs, ours = (
+            run(side, tensors, {**self.inputs, **anchors}, seeds, trained=trained, keep=keep)
+            for side, anchors, seeds, trained in each
+        )
+        return theirs, ours
 
     def sides(self, piece: Piece) -> tuple[Side, Side]:
         """Return both graphs of `piece`, to be run."""

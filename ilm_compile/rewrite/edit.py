@@ -81,6 +81,16 @@ def insert_after(
     return _insert(program, point, like, target, args, kwargs)
 
 
+def create_cast(program: Program, value: fx.Node, dtype: torch.dtype, *, near: fx.Node) -> fx.Node:
+    """Create a cast of `value`, placed as it is, where the graph inserts; it belongs to `near`."""
+    cast = program.graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
+    cast.meta.update({key: near.meta[key] for key in KEPT if key in near.meta})
+    if "layout" in value.meta:
+        cast.meta["layout"] = value.meta["layout"]
+    cast.meta["val"] = value.meta["val"].to(dtype)
+    return cast
+
+
 def replace_call(
     program: Program, node: fx.Node, target: Any, /, *args: Any, **kwargs: Any
 ) -> fx.Node:

@@ -14,6 +14,7 @@ from torch import fx
 
 from ilm_compile.ops.call import aten
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
+from ilm_compile.program.input_graph import reached
 from ilm_compile.program.program import Program
 
 Call = tuple[Any, tuple[Any, ...]]
@@ -36,17 +37,9 @@ def _comes_back(order: fx.Node, uses: dict[fx.Node, Found]) -> bool:
     """Whether rows of this order are put back, and meet none of another order before."""
     found = uses[order]
     others = {node for each, calls in uses.items() if each is not order for node in calls}
-    pending: list[Any] = [args[0] for target, args in found.values() if target is unsort_rows]
-    seen: set[fx.Node] = set()
-    has_any = bool(pending)
-    while pending:
-        node = pending.pop()
-        if node in others:
-            return False
-        if node not in seen and node not in found:
-            seen.add(node)
-            pending += node.all_input_nodes
-    return has_any
+    rows: list[Any] = [args[0] for target, args in found.values() if target is unsort_rows]
+    before = reached(rows, lambda n: () if n in found else n.all_input_nodes)
+    return bool(rows) and others.isdisjoint(before)
 
 
 def _uses(order: fx.Node) -> Found:

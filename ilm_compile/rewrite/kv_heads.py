@@ -59,21 +59,25 @@ def fit_heads(
             )
 
 
-def share_heads(program: Program, name: str) -> None:
+def share_heads(program: Program, name: str, *, masked: bool) -> None:
     """Have attention read key-value heads as they are where a model repeats them for its queries.
 
-    For a pass, `name`, after which they are sent: the repeats need not be.
+    For a pass, `name`: repeats need not be sent, and not be kept for a backward. masked: also where
+    there is a mask, with which few kernels share heads.
     """
+    shared = 0
     for node in [n for n in program.calls() if n.target is SDPA]:
-        found = [_repeated(value) for value in tensor_inputs(node)[1:3]]
-        if None not in found:
-            node.args = (node.args[0], *found, *node.args[3:])
+        query, *values = tensor_inputs(node)
+        found = [_repeated(value) for value in values[:2]]
+        if None not in found and (masked or len(values) == 2):
+            node.args = (query, *found, *node.args[3:])
             node.kwargs = {**node.kwargs, "enable_gqa": True}
-            program.decisions.append(
-                f"{name}: the key-value heads of {program.source(node).module_path} are sent "
-                "before they are repeated"
-            )
-    program.graph.eliminate_dead_code()
+            shared += 1
+    if shared:
+        program.decisions.append(
+            f"{name}: {shared} attentions read their key-value heads before they are repeated"
+        )
+        program.graph.eliminate_dead_code()
 
 
 def _repeated(value: fx.Node) -> fx.Node | None:

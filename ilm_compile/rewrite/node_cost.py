@@ -18,7 +18,6 @@ from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import has_mask, parts_of
 from ilm_compile.program.remade import AGAIN
 from ilm_compile.program.traffic import SENT, traffic
-from ilm_compile.program.weight_parts import PRODUCTS
 
 # For which ranks wait that arrive apart: not for a parameter's, which follows another one.
 REDUCING = ("all_reduce", "reduce_scatter")
@@ -46,9 +45,8 @@ def node_seconds(program: Program, hardware: Hardware) -> dict[fx.Node, NodeSeco
             result[node] = NodeSeconds(forward)
             continue
         backward = _seconds(program, node, hardware, backward=True)
-        product = PRODUCTS.get(node.target)  # type: ignore[arg-type]
         # A product's two gradients are as much work as each other.
-        weight = backward / 2 if product is not None else 0.0
+        weight = backward / 2 if spec_of(node.target).weight_part else 0.0
         result[node] = NodeSeconds(forward, backward - weight, weight)
     return result
 

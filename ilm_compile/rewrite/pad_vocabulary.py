@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from ilm_compile.ops.call import aten
+from ilm_compile.program.attributes import put_tensor
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.program import Program
 from ilm_compile.sharding.batch_axis import as_call
@@ -88,9 +89,8 @@ def _pad(program: Program, node: fx.Node, padding: int) -> None:
     variable.shape = (variable.shape[0] + padding, *variable.shape[1:])
     variable.padding = padding
     meta = torch.empty(variable.shape, dtype=variable.dtype, device="meta")
-    path, _, name = variable.name.rpartition(".")
-    owner = program.graph_module.get_submodule(path)
-    setattr(owner, name, nn.Parameter(meta, requires_grad=variable.requires_grad))
+    held = nn.Parameter(meta, requires_grad=variable.requires_grad)
+    put_tensor(program.graph_module, variable.name, held)
     node.meta["val"] = meta
 
 

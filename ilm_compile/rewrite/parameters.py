@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.program.attributes import put_tensor
 from ilm_compile.program.parameter_map import ParameterMap, Tensors
 from ilm_compile.program.program import Program, Variable
 from ilm_compile.program.users_line import defined_at
@@ -111,13 +112,7 @@ def _insert(
         requires_grad=like.requires_grad,
     )
     meta = nn.Parameter(torch.empty_like(value), requires_grad=like.requires_grad)
-    owner: nn.Module = program.graph_module
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    owner.register_parameter(leaf, meta)
+    put_tensor(program.graph_module, name, meta)
     with program.graph.inserting_before(before):
         node = program.graph.get_attr(name)
     node.meta.update({k: v for k, v in before.meta.items() if k != "val"}, val=meta.detach())

@@ -46,8 +46,7 @@ class Rotation:
     sin: fx.Node
     heads_dim: int  # of x: 1 or 2
     is_doubled: bool  # width is the number of turned numbers, not half of it
-    is_sorted: bool = False  # the numbers of x were (0, 2, ..., 1, 3, ...): see `unsorted`
-    unsorted: fx.Node | None = None  # what x was sorted from
+    unsorted: fx.Node | None = None  # what x was sorted from: its numbers are 0, 2, ..., 1, 3, ...
 
 
 def read_rotation(node: fx.Node) -> Rotation | str | None:
@@ -156,8 +155,7 @@ def _finished(
         result = cast
     if dtype(result) != dtype(x):
         return f"it gives {dtype(result)} of {dtype(x)}, the fused op gives what it is given"
-    unsorted = _unsorted(x)
-    return Rotation(x, result, cos, sin, heads_dim, is_doubled, unsorted is not None, unsorted)
+    return Rotation(x, result, cos, sin, heads_dim, is_doubled, _unsorted(x))
 
 
 def _heads_dim(x: fx.Node, table: fx.Node) -> int | None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ilm_compile.ops.products import leaving_weight
+from ilm_compile.program.attributes import put_tensor, tensor_at
 from ilm_compile.program.program import Program
 from ilm_compile.program.remade import AGAIN, Remade
-from ilm_compile.program.weight_parts import PRODUCTS, recompute_contexts
+from ilm_compile.program.weight_parts import recompute_contexts
 from ilm_compile.rewrite.parameter_free import is_random
 
 
@@ -100,10 +102,10 @@ class _StageBuilder:
             if len(users) > 1 or len(self.segments) in users:
                 name = str(node.target)
                 # A flat name: every child module of a stage is a region.
-                self.variables[name] = path = _identifier(name)
-                if not hasattr(self.root, path):
-                    _register(self.root, path, _storage(self.program, name))
-                self.values[node] = self.graph.create_node("get_attr", path)
+                if name not in self.variables:
+                    self.variables[name] = path = _free_name(self.root, _identifier(name))
+                    put_tensor(self.root, path, _storage(self.program, name))
+                self.values[node] = self.graph.create_node("get_attr", self.variables[name])
                 self.values[node].meta["val"] = node.meta["val"]
 
     def _placeholder(self, node: fx.Node, name: str) -> None:
@@ -113,7 +115,7 @@ class _StageBuilder:
     def add_segment(self, position: int) -> None:
         """Add the child module of one segment, its call, and the values it returns."""
         segment = self.segments[position]
-        name = self._free_name(_identifier(segment.name))
+        name = _free_name(self.root, _identifier(segment.name))
         used = {source: None for node in segment.nodes for source in node.all_input_nodes}
         inputs = [node for node in used if node in self.values]
         outputs = [n for n in segment.nodes if max(self.users.get(n, {position})) > position]
@@ -125,17 +127,11 @@ class _StageBuilder:
             module = Remade(body)
         self.root.add_module(name, module)
         prefix = name if module is body else f"{name}.body"
-        self.variables.update({variable: f"{prefix}.{variable}" for variable in owned})
+        self.variables.update({variable: f"{prefix}.{path}" for variable, path in owned.items()})
         call = self.graph.call_module(name, tuple(self.values[node] for node in inputs))
         for index, node in enumerate(outputs):
             self.values[node] = self.graph.call_function(operator.getitem, (call, index))
             self.values[node].meta["val"] = node.meta["val"]
-
-    def _free_name(self, name: str) -> str:
-        number, free = 1, name
-        while hasattr(self.root, free):
-            free, number = f"{name}_{number}", number + 1
-        return free
 
     def finish(self) -> tuple[fx.GraphModule, tuple[str, ...], dict[str, str]]:
         """Close the graph and return the stage."""
@@ -151,24 +147,27 @@ def _region(
     nodes: list[fx.Node],
     inputs: list[fx.Node],
     outputs: list[fx.Node],
-) -> tuple[fx.GraphModule, list[str]]:
-    """Return the module that computes `nodes`, and the names of the variables it owns."""
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Return the module that computes `nodes`, and where it holds the variables it owns."""
     root, body = nn.Module(), fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    owned: list[str] = []
+    owned: dict[str, str] = {}
     for node in inputs:
         values[node] = body.placeholder(node.name)
         values[node].meta.update({k: node.meta[k] for k in ("val", "layout") if k in node.meta})
     for node in nodes:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source not in values:
-                if source.target not in owned:
-                    owned.append(str(source.target))
-                    _register(root, owned[-1], _storage(program, owned[-1]))
+                variable = str(source.target)
+                if variable not in owned:
+                    # A flat name: a path costs the host as much as a small op, in each use.
+                    owned[variable] = path = _free_name(root, _identifier(variable))
+                    put_tensor(root, path, _storage(program, variable))
                 values[source] = body.node_copy(source)
+                values[source].target = owned[variable]
         values[node] = copied = body.node_copy(node, values.__getitem__)
         if node.meta.get("leaves_weight"):
-            copied.target = PRODUCTS[node.target].leave  # type: ignore[index]
+            copied.target = leaving_weight(node.target)
     body.output(tuple(values[node] for node in outputs))
     return fx.GraphModule(root, body, name), owned
 
@@ -184,8 +183,7 @@ def _identifier(name: str) -> str:
 def _storage(program: Program, name: str) -> Tensor:
     """Return the rank-local tensor of a variable: on meta, except for constants of the graph."""
     variable = program.variables[name]
-    owner, _, leaf = name.rpartition(".")
-    traced: Tensor = getattr(program.graph_module.get_submodule(owner), leaf)
+    traced = tensor_at(program.graph_module, name)
     if not traced.is_meta:
         return traced
     shape = variable.layout.local_shape(variable.shape, program.plan.axes)
@@ -193,14 +191,8 @@ def _storage(program: Program, name: str) -> Tensor:
     return nn.Parameter(value, variable.requires_grad) if variable.is_parameter else value
 
 
-def _register(root: nn.Module, path: str, tensor: Tensor) -> None:
-    """Put `tensor` at attribute `path` of `root`, making the modules on the way."""
-    *owners, leaf = path.split(".")
-    for name in owners:
-        if not hasattr(root, name):
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    if isinstance(tensor, nn.Parameter):
-        root.register_parameter(leaf, tensor)
-    else:
-        root.register_buffer(leaf, tensor, persistent=False)
+def _free_name(root: nn.Module, name: str) -> str:
+    number, free = 1, name
+    while hasattr(root, free):
+        free, number = f"{name}_{number}", number + 1
+    return free

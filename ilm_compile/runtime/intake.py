@@ -76,6 +76,8 @@ class Intake:
     def _sums(self, own: Sequence[Tensor]) -> list[Tensor]:
         """The first number summed over all ranks, the others over data-parallel ranks."""
         mesh = self._mesh
+        if not mesh.is_distributed:
+            return list(own)
         if mesh.pp.rank or not mesh.speaks:  # they have the same rows as the first
             own = [own[0], *map(torch.zeros_like, own[1:])]
         flat = torch.cat([value.flatten().double() for value in own])  # exact up to 2**53

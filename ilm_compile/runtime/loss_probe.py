@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -19,6 +18,7 @@ from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.loss import cross_entropy_arguments
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.token_metrics import TokenMetrics, token_metrics
+from ilm_compile.runtime.agree import any_rank
 from ilm_compile.runtime.materialize import graph_modules, recompile
 from ilm_compile.runtime.parallel import Parallel
 
@@ -33,7 +33,7 @@ def probe(parallel: Parallel, record: Record) -> Iterator[None]:
     """Have the first cross entropy of the program tell `record` of every micro-batch it sees."""
     stage = last_stage(parallel)
     found = None if stage is None else _find_loss(stage)
-    if not _any_rank(found is not None, parallel):
+    if not any(any_rank([found is not None], parallel.mesh)):
         raise IlmCompileError(
             "evaluate: expected a model whose loss is a cross entropy of class numbers "
             "(torch.nn.functional.cross_entropy), found none in its graph; "
@@ -88,13 +88,6 @@ def _observed(node: fx.Node, record: Record) -> Callable[..., Tensor]:
         return original(*args, **kwargs)
 
     return observed_cross_entropy
-
-
-def _any_rank(own: bool, parallel: Parallel) -> bool:
-    flag = torch.tensor(int(own), device=parallel.mesh.device)
-    if parallel.mesh.is_distributed:
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=parallel.mesh.group)
-    return bool(flag.item())
 
 
 def last_stage(parallel: Parallel) -> Stage | None:

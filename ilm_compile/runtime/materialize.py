@@ -15,6 +15,7 @@ from ilm_compile.program.bound import BoundCommunicator, bind_axes
 from ilm_compile.program.lowered import Stage
 from ilm_compile.program.program import Variable
 from ilm_compile.runtime.compiled import RegionCompiler
+from ilm_compile.runtime.direct import direct_calls
 from ilm_compile.runtime.initial_values import InitialValues
 from ilm_compile.runtime.mesh import Mesh
 
@@ -113,7 +114,8 @@ def recompile(graph_module: fx.GraphModule) -> None:
     wrapped = type(graph_module)
     own = graph_module.__class__ = own_class(graph_module)
     try:
-        graph_module.recompile()
+        with direct_calls(graph_module.graph):
+            graph_module.recompile()
     finally:
         graph_module.__class__ = wrapped
     if (compile_code := getattr(own, "compile_code", None)) is not None:

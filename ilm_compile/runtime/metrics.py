@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
@@ -48,39 +47,24 @@ class StepMetrics:
     def measured(
         cls,
         *,
-        step: int,
-        loss: float,
-        grad_norm: float,
-        lr: float,
         num_tokens: int,
         model_flops: float,
         step_time_s: float,
         world_size: int,
-        loss_scale: float = 1.0,
-        is_skipped: bool = False,
-        num_skipped_steps: int = 0,
-        num_consumed_tokens: int = 0,
+        **rest: Any,
     ) -> Self:
-        """The metrics of a step that took `step_time_s` seconds and `model_flops` operations."""
+        """The metrics of a step that took `step_time_s` seconds and `model_flops` operations.
+
+        rest: the fields that do not follow from these.
+        """
         return cls(
-            step=step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
             num_tokens=num_tokens,
             step_time_s=step_time_s,
             tokens_per_second=num_tokens / step_time_s,
             tokens_per_second_per_rank=num_tokens / step_time_s / world_size,
             model_flops_per_second=model_flops / step_time_s,
-            loss_scale=loss_scale,
-            is_skipped=is_skipped,
-            num_skipped_steps=num_skipped_steps,
-            num_consumed_tokens=num_consumed_tokens,
+            **rest,
         )
-
-    def to_json(self) -> str:
-        """One line of JSON. A value that is not finite becomes null: JSON has no NaN."""
-        return _to_json(asdict(self))
 
     def summary(self) -> str:
         """One short line for people."""
@@ -108,7 +92,8 @@ class MetricsWriter:
     def write_values(self, values: Mapping[str, Any]) -> None:
         """Append a line with these values; a number that is not finite becomes null."""
         start, self._is_torn = "\n" if self._is_torn else "", True  # until it is written whole
-        self._file.write(f"{start}{_to_json(values)}\n")
+        lost = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+        self._file.write(f"{start}{json.dumps({**values, **lost})}\n")
         self._file.flush()
         self._is_torn = False
 
@@ -118,18 +103,8 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _to_json(values: Mapping[str, Any]) -> str:
-    lost = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps({**values, **lost})
 
 
 class Progress:
@@ -162,12 +137,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -6,41 +6,29 @@ Logits that only an output needs are computed where it is asked for.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 
-from ilm_compile.program.dropout import seeded_dropout
+from ilm_compile.ops import spec_of
 from ilm_compile.program.linear_loss import output_logits
 from ilm_compile.runtime.materialize import graph_modules, recompile
 
-aten = torch.ops.aten
-
-# op -> (position and name of the argument that asks for dropout, its value in evaluation)
-_DROPOUT: dict[Any, tuple[int, str, object]] = {
-    aten.dropout.default: (2, "train", False),
-    aten.native_dropout.default: (2, "train", False),
-    aten.feature_dropout.default: (2, "train", False),
-    aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
-    seeded_dropout: (2, "probability", 0.0),
-}
 _TRAINED_WITH = "trained_with"  # in node.meta: the argument as it was traced
 
 
 def set_training(module: nn.Module, training: bool) -> None:
     """Switch every graph of `module` to training or to evaluation."""
     for graph_module in graph_modules(module):
-        nodes = [node for node in graph_module.graph.nodes if node.target in _DROPOUT]
-        for node in nodes:
-            position, name, value = _DROPOUT[node.target]
+        random = {
+            n: found for n in graph_module.graph.nodes if (found := spec_of(n.target).probability)
+        }
+        for node, (position, name) in random.items():
             if position < len(node.args):
                 traced = node.meta.setdefault(_TRAINED_WITH, node.args[position])
-                node.update_arg(position, traced if training else value)
+                node.update_arg(position, traced if training else 0.0)
             elif name in node.kwargs:
                 traced = node.meta.setdefault(_TRAINED_WITH, node.kwargs[name])
-                node.update_kwarg(name, traced if training else value)
-        if nodes:
+                node.update_kwarg(name, traced if training else 0.0)
+        if random:
             recompile(graph_module)
 
 

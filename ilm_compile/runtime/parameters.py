@@ -90,6 +90,11 @@ class Parameters:
         # In the order of the user's model, which is also the same on every rank.
         self.shards = {n: self.shards[n] for n in lowered.variables if n in self.shards}
         self._tied_groups = self._make_tied_groups(lowered)
+        self._dp: dict[str, Communicator] = {}  # whose gradients are added up here
+        for own in self.parameters():
+            ranks = mesh.data_parallel(own.variable.layout)
+            if not own.is_dp_sharded and ranks.size > 1:
+                self._dp[own.variable.name] = ranks
 
     def parameters(self) -> Iterator[Shard]:
         """The shards that are parameters, one per name."""
@@ -130,12 +135,14 @@ class Parameters:
             grad = own.take_gradient()
             for follower in self._followers.get(own.variable.name, []):
                 grad = _sum(grad, follower.take_gradient())
-            dp = self._mesh.data_parallel(own.variable.layout)
-            if grad is not None and not own.is_dp_sharded and dp.size > 1:
+            dp = self._dp.get(own.variable.name)
+            if grad is not None and dp is not None:
                 grad = dp.all_reduce(grad)
             if (group := self._tied_groups.get(own.variable.name)) is not None:
                 grad = group.all_reduce(torch.zeros_like(own.local) if grad is None else grad)
-            if grad is not None:
+            if grad is not None and not own.variable.gradient_hooks:
+                own.add_gradient(grad, self._mesh)
+            elif grad is not None:
                 hooked = own.apply_hooks(grad, self._mesh, is_post=False, scale=scale)
                 own.add_gradient(hooked, self._mesh)
                 if (total := own.gradient()) is not None:

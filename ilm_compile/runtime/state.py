@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.program import Variable
+from ilm_compile.runtime.agree import broadcast
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.parameters import Parameters
 from ilm_compile.runtime.shard import Axes, Shard
@@ -84,8 +85,8 @@ def check_full(full: Mapping[str, Tensor], variables: list[Variable], mesh: Mesh
 
     That is their names and aliases, user shapes and dtypes.
     """
-    problem = _broadcast_text(_find_problem(full, variables) if mesh.rank == 0 else "", mesh)
-    if problem:
+    found = _find_problem(full, variables) if mesh.rank == 0 else ""
+    if problem := broadcast(found.encode(), mesh).decode():
         raise IlmCompileError(f"load_state_dict: {problem}; nothing was loaded")
 
 
@@ -119,17 +120,3 @@ def _find_problem(full: Mapping[str, Tensor], variables: list[Variable]) -> str:
         if name != variable.name and not torch.equal(full[name], full[variable.name]):
             return f"{name} and {variable.name} are one tensor in the model, got two values"
     return ""
-
-
-def _broadcast_text(text: str, mesh: Mesh) -> str:
-    """Rank 0's text, on every rank."""
-    if not mesh.is_distributed:
-        return text
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=mesh.device)
-    length = torch.tensor(len(data), device=mesh.device)
-    dist.broadcast(length, src=0, group=mesh.group)
-    if mesh.rank != 0:
-        data = torch.empty(int(length), dtype=torch.uint8, device=mesh.device)
-    if int(length):
-        dist.broadcast(data, src=0, group=mesh.group)
-    return bytes(data.tolist()).decode()

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ilm_compile.errors import IlmCompileError, NoTargetsError
 from ilm_compile.runtime.agree import exchange
 from ilm_compile.runtime.batch import Batch, LocalBatch
-from ilm_compile.runtime.fit_hooks import fit_hooks
+from ilm_compile.runtime.fit_hooks import FitKeywords
 from ilm_compile.runtime.guard.activity import ACTIVITY
 from ilm_compile.runtime.hooks import Hook, Hooks
 from ilm_compile.runtime.metrics import StepMetrics
@@ -176,8 +176,7 @@ class Trainer:
         """
         self.total_steps = self.num_steps + num_steps
         self.stop_reason = self._stop_wish = None
-        extra = fit_hooks(metrics_path=metrics_path, progress=progress, callback=callback)
-        hooks = Hooks([*extra, *self.hooks])
+        hooks = Hooks([FitKeywords(metrics_path, progress, callback), *self.hooks])
         history: deque[StepMetrics] = deque(maxlen=MAX_HISTORY)
         error: BaseException | None = None
         try:

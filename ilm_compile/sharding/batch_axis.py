@@ -21,19 +21,17 @@ import torch
 from torch import Tensor, fx
 
 from ilm_compile.ops import batch_constants as constants
-from ilm_compile.ops.call import Call, aten, tensor_inputs
+from ilm_compile.ops.call import Call, tensor_inputs
 from ilm_compile.ops.losses import of_tokens
 from ilm_compile.ops.pointwise import pointwise
-from ilm_compile.ops.reductions import MEANS
 from ilm_compile.ops.spec import spec_of
 from ilm_compile.ops.strategy import global_call, localize, strategies
 from ilm_compile.program.dropout import SEED
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.layout import MeshAxis
-from ilm_compile.program.loss import MEAN
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
-from ilm_compile.program.reductions import partial_mean
+from ilm_compile.program.reductions import MEAN, partial_mean
 from ilm_compile.sharding.row_orders import RowOrders, RowsMix
 
 SLICES = 2  # the whole batch has this many slices
@@ -69,22 +67,6 @@ class Lost:
 State = Known | Lost
 MIXES = "may mix the rows of a micro-batch"
 AVERAGE, SAME = Known(P, -1), Known(R)
-_SIZES = (aten.reshape.default, aten.expand.default, aten.slice.Tensor)  # of the value they make
-_AFFINE = {
-    *(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar),
-}
-_PRODUCTS = {
-    *(aten.mul.Tensor, aten.mul.Scalar, aten.matmul.default, aten.mm.default, aten.bmm.default),
-    aten.einsum.default,
-}
-_QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
-_LINEAR = {
-    *(*_SIZES, *MEANS, aten.sum.default, aten.sum.dim_IntList, aten.neg.default, aten.to.dtype),
-    *(aten.cat.default, aten.stack.default, aten.unsqueeze.default, aten.squeeze.dim),
-    *(aten.select.int, aten.transpose.int, aten.permute.default, aten.t.default),
-    *(aten.detach.default, aten.clone.default, aten.contiguous.default, aten.gather.default),
-    *(aten.index.Tensor, aten.index_select.default, aten.cumsum.default),
-}
 
 
 def batch_states(part: Program, whole: Program) -> tuple[dict[fx.Node, State], dict[fx.Node, int]]:
@@ -161,7 +143,7 @@ class _Typer:
         self.grown |= {whole} if dim != -1 else set()
         if worst and (worst.cuts or not forgiving):
             scaled = shift != 0 or any(s.weight for s in states if isinstance(s, Known))
-            again = scaled and whole.target in _PRODUCTS | _QUOTIENTS
+            again = scaled and spec_of(whole.target).scales in ("product", "quotient")
             return replace(worst, scaled=whole) if again else worst
         if whole.target in constants.CREATED and part.args[2:] == whole.args[2:]:
             return SAME
@@ -184,7 +166,7 @@ class _Typer:
 
     def _affine(self, node: fx.Node, states: list[State], shift: int) -> State | None:
         """A sum over slices plus what is the same in each."""
-        if node.target not in _AFFINE or not any(_is(s, P) for s in states):
+        if spec_of(node.target).scales != "affine" or not any(_is(s, P) for s in states):
             return None
         weights = {s.weight - (not _is(s, P)) for s in states if isinstance(s, Known)}
         if len(states) == 1 and any(constants.numbers(node)):  # it adds a number
@@ -299,12 +281,13 @@ def _row_dim(part: fx.Node, whole: fx.Node) -> int | None:
 
 def _shift(part: fx.Node, whole: fx.Node) -> int | None:
     """Return by which power of SLICES the numbers in a call grow with the batch."""
-    if whole.target in _SIZES or not whole.all_input_nodes:
+    spec = spec_of(whole.target)
+    if spec.sized or not whole.all_input_nodes:
         return 0
     ours, theirs = (constants.numbers(n) for n in (part, whole))
     if ours == theirs:
         return 0
-    if whole.target not in _PRODUCTS | _QUOTIENTS | _AFFINE or len(ours) != 1 or not ours[0]:
+    if spec.scales in ("", "linear") or len(ours) != 1 or not ours[0]:
         return None
     ratio = theirs[0] / ours[0]
     power = round(log2(ratio) / log2(SLICES)) if ratio > 0 else 0
@@ -313,12 +296,13 @@ def _shift(part: fx.Node, whole: fx.Node) -> int | None:
 
 def _weight(target: Any, states: list[State], shift: int) -> int | None:
     """Return the weight of an op's result; None if no power of SLICES comes out of it."""
+    scales = spec_of(target).scales
     weights = [s.weight if isinstance(s, Known) else 0 for s in states]
-    if target in _PRODUCTS:
+    if scales == "product":
         return sum(weights) + shift
-    if target in _QUOTIENTS:
+    if scales == "quotient":
         return weights[0] - sum(weights[1:]) - shift
-    if target in _LINEAR | _AFFINE and shift == 0:
+    if scales and shift == 0:
         return weights[0] if len(set(weights)) == 1 else None
     return 0 if not any(weights) and shift == 0 else None
 

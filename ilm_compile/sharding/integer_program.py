@@ -52,17 +52,12 @@ class IntegerProgram:
         self.lower.append(lower)
         self.upper.append(upper)
 
-    def solve(self, *, chosen: int | None = None, limit: float | None = None) -> Answer | None:
-        """Return the best solution, None if there is none.
-
-        `chosen` is a column that must be 1; `limit` a repeated share to stay under instead of the
-        least one.
-        """
-        if limit is None:
-            least = self._minimize(self.repeated, chosen, np.inf)
-            if least is None:
-                return None
-            limit = float(np.dot(least, self.repeated))
+    def solve(self, *, chosen: int | None = None) -> Answer | None:
+        """Return the best solution, None if there is none. `chosen` is a column that must be 1."""
+        least = self._minimize(self.repeated, chosen, np.inf)
+        if least is None:
+            return None
+        limit = float(np.dot(least, self.repeated))
         values = self._minimize(self.costs, chosen, limit + TOLERANCE)
         if values is None:
             return None

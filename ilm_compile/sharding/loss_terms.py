@@ -11,12 +11,15 @@ its nature. All else is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 
 from ilm_compile.errors import IlmCompileError, PlanError
 from ilm_compile.ops.call import aten, tensor_inputs
+from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.placement import P
 from ilm_compile.program.program import Program
 from ilm_compile.program.slices import Use, average_sums, count_in_batch, sources
@@ -29,17 +32,13 @@ from ilm_compile.sharding.batch_axis import (
     State,
     batch_states,
 )
+from ilm_compile.sharding.distinct_blocks import distinct_blocks
 from ilm_compile.sharding.pieces import join_pieces
 from ilm_compile.sharding.plain_loss import is_plain
 
 ALONE = 5  # rows to trace for one: torch has other calls for one row, and no pairs fit into these
 LABELS = ("label", "target")  # parts of the names of inputs that a loss compares with
 _MOVED = {aten.contiguous.default, aten.clone.default}
-_ADDED = {aten.add.Tensor, aten.sub.Tensor}
-_SCALED = {
-    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default),
-    *(aten.to.dtype, aten.clone.default, aten.add.Scalar, aten.sub.Scalar),
-}
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,20 @@ def check_loss(program: Program, *, num_slices: int) -> None:
 def loss_terms(program: Program) -> Terms:
     """Return the terms of the loss of `program`, from traces with two numbers of rows."""
 
-    def traced(rows: int) -> Program:
+    def traced(rows: int, **how: Any) -> Program:
         assert program.retrace is not None
         shapes = {n: replace(i, shape=(rows, *i.shape[1:])) for n, i in program.inputs.items()}
-        return program.retrace(shapes)
+        return program.retrace(shapes, **how)
 
     given = next(iter(program.inputs.values())).shape[0]
     rows = given if given > 1 else ALONE
+    if rows != given and (blocks := distinct_blocks(program)):
+        with suppress(IlmCompileError):  # then all blocks tell
+            if is_plain(traced(rows, blocks=blocks)):
+                return Terms()
     try:
         part = program if rows == given else traced(rows)
-        if part is not program and is_plain(part):  # which one row does not tell
+        if part is not program and is_plain(part):
             return Terms()
         whole = traced(SLICES * rows)
     except IlmCompileError as error:
@@ -181,10 +184,11 @@ def _terms(
         return
     # Whether what is wrong is what this very call does.
     here = isinstance(state, Known) or node in (state.node, state.scaled)
+    scales = spec_of(node.target).scales
     inputs = [n for n in tensor_inputs(node) if states[n] != SAME]
-    divides = node.target is aten.div.Tensor and inputs[:1] != [node.args[0]]
-    is_scaled = node.target in _SCALED and len(inputs) == 1 and not (here or divides)
-    if node.target in _ADDED or is_scaled:
+    divides = scales == "quotient" and inputs[:1] != [node.args[0]]
+    is_scaled = scales and len(inputs) == 1 and inputs[0].meta["val"].dim() == 0
+    if scales == "affine" or (is_scaled and not (here or divides)):
         joints.add(node)
         for term in inputs:
             yield from _terms(term, node, states, joints)

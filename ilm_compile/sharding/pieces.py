@@ -26,7 +26,6 @@ from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
 
 ONE = MeshAxis("piece", {"piece": 1})
-_SIZES = {aten.reshape.default, aten.expand.default, aten.slice.Tensor}  # in their arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,8 @@ class _Joiner:
         """Join calls that are the same but for the piece that they are of."""
         taken = [self.pieces.get(n) for n in tensor_inputs(node)]
         cuts = {(p.ends, p.held) for p in taken if p is not None}
-        if len(cuts) != 1 or node.target in _SIZES or any(p and p.base is not None for p in taken):
+        added = any(p and p.base is not None for p in taken)
+        if len(cuts) != 1 or spec_of(node.target).sized or added:
             return
         ((ends, held),) = cuts
         if len(held) > 1:

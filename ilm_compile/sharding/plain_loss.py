@@ -16,9 +16,10 @@ from ilm_compile.ops.batch_constants import CREATED, Values
 from ilm_compile.ops.call import aten, tensor_inputs
 from ilm_compile.ops.experts import COUNTS
 from ilm_compile.program.layout import MeshAxis
-from ilm_compile.program.loss import NUM_TARGETS, SUM, cross_entropy_arguments
+from ilm_compile.program.loss import NUM_TARGETS, cross_entropy_arguments
 from ilm_compile.program.placement import P, Placement, R, S
 from ilm_compile.program.program import Program
+from ilm_compile.program.reductions import SUM
 from ilm_compile.sharding.batch_axis import as_call, is_cross_entropy, local_strategies
 from ilm_compile.sharding.row_orders import RowOrders, RowsMix
 
@@ -26,8 +27,13 @@ ROWS = S(0)
 
 
 def is_plain(program: Program) -> bool:
-    """Whether the loss of `program`, as traced, is a sum of mean cross entropies of single rows."""
-    return _is_mean_cross_entropy(program.outputs[0]) and _Rows(program).stay_apart()
+    """Whether the loss of `program`, as traced, is a sum of mean cross entropies of single rows.
+
+    One row does not tell: a dimension of size 1 may be that of the rows or another.
+    """
+    rows = next(iter(program.inputs.values())).shape[0]
+    is_mean = rows > 1 and _is_mean_cross_entropy(program.outputs[0])
+    return is_mean and _Rows(program, rows).stay_apart()
 
 
 def _is_mean_cross_entropy(node: fx.Node) -> bool:
@@ -45,13 +51,12 @@ def _is_mean_cross_entropy(node: fx.Node) -> bool:
 
 
 class _Rows:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, rows: int) -> None:
         self.program = program
         self.placed: dict[fx.Node, Placement] = {}
         self.orders = RowOrders(Values(program.graph_module), self.placed)
         self.repeated: dict[fx.Node, bool] = {}
         self.known: dict[str, Placement | None] = {}  # by what a call is but for its names
-        rows = next(iter(program.inputs.values())).shape[0]
         self.axis = MeshAxis("batch", {"batch": rows})
 
     def stay_apart(self) -> bool:

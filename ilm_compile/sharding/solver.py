@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ilm_compile.cost import HARDWARE, Hardware, collective_time, forward_flops, node_time
+from ilm_compile.cost import Hardware, collective_time, forward_flops, hardware_named, node_time
 from ilm_compile.cost.ring import ring_time
 from ilm_compile.errors import PlanError
 from ilm_compile.ops.attention import (
@@ -84,7 +84,7 @@ def solve(
 
     Raises `PlanError` when the restrictions leave no legal choice.
     """
-    return Search(program, axis, restrictions, HARDWARE[hardware]).run()
+    return Search(program, axis, restrictions, hardware_named(hardware)).run()
 
 
 class Search:

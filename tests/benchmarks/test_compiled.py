@@ -4,7 +4,9 @@ from benchmarks import compiled
 
 
 def test_a_model_is_measured_in_four_ways() -> None:
-    row = compiled.measure("InternLM2", hidden=64, rows=1, tokens=8, rounds=1, backend="aot_eager")
-    assert min(row.plain_ms, row.torch_compile_ms, row.eager_ms, row.compiled_ms) > 0
-    assert row.ratios[1] == row.compiled_ms / row.eager_ms
+    step = compiled.Step("InternLM2", hidden=64, tokens=8, trains=True)
+    row = compiled.measure(step, list(compiled.WAYS), rounds=1, backend="aot_eager")
+    assert tuple(row.ms) == compiled.WAYS
+    assert min(row.ms.values()) > 0
+    assert row.ratios["compiled / eager"] == row.ms[compiled.COMPILED] / row.ms[compiled.EAGER]
     assert any(f"({compiled.LAYERS} alike): compiled in" in said for said in row.compilations)

@@ -12,7 +12,7 @@ TOKENS = 64
 
 
 def run(rank: int) -> list[Figure]:
-    return run_rank(2, [TOKENS], 1, fields_of(64, 1))
+    return run_rank(2, TOKENS, 1, fields_of(64, 1))
 
 
 def test_every_way_does_the_same_work_and_all_ranks_as_much(world2: World) -> None:

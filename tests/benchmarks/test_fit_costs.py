@@ -7,11 +7,8 @@ import pytest
 from benchmarks.fit_costs import (
     CONSTANTS,
     GIGABYTES,
-    MEMORY,
-    apply,
+    TIME,
     fit,
-    memory,
-    predict,
     unfitted,
 )
 from benchmarks.step_rows import Step
@@ -41,7 +38,7 @@ def _steps() -> list[Step]:
     ]
     return [
         replace(step, seconds=1.2 * seconds)
-        for step, seconds in zip(steps, predict(apply(STARTS, steps)), strict=True)
+        for step, seconds in zip(steps, TIME.predict(STARTS, steps), strict=True)
     ]
 
 
@@ -50,8 +47,8 @@ def worst(steps: list[Step], predicted: list[float]) -> float:
 
 
 def test_the_fit_explains_what_was_measured(steps: list[Step]) -> None:
-    assert worst(steps, predict(apply(STARTS, steps))) > 0.15
-    assert worst(steps, predict(apply(fit(steps), steps))) < 0.05
+    assert worst(steps, TIME.predict(STARTS, steps)) > 0.15
+    assert worst(steps, TIME.predict(fit(steps), steps)) < 0.05
 
 
 def test_the_fit_keeps_to_its_bounds_and_is_the_same_again(steps: list[Step]) -> None:
@@ -62,7 +59,7 @@ def test_the_fit_keeps_to_its_bounds_and_is_the_same_again(steps: list[Step]) ->
 
 def test_what_is_unfitted_has_not_seen_its_group(steps: list[Step]) -> None:
     alone = unfitted(steps, {"first": [0], "rest": [1, 2]})
-    assert alone[0] == predict(apply(fit(steps[1:]), steps))[0]
+    assert alone[0] == TIME.predict(fit(steps[1:]), steps)[0]
 
 
 def test_a_constant_of_one_program_leaves_the_others(steps: list[Step]) -> None:
@@ -73,15 +70,15 @@ def test_a_constant_of_one_program_leaves_the_others(steps: list[Step]) -> None:
     )
     changed = [*STARTS]
     changed[position] *= 3
-    assert predict(apply(changed, steps)) == predict(apply(STARTS, steps))
+    assert TIME.predict(changed, steps) == TIME.predict(STARTS, steps)
 
 
 def test_memory_is_fitted_and_held_out_alike(steps: list[Step]) -> None:
     values = [2e9, 0.5]
-    found = memory(apply(values, steps, MEMORY))
+    found = GIGABYTES.predict(values, steps)
     held = [replace(step, gigabytes=each) for step, each in zip(steps, found, strict=True)]
-    assert memory(held) != pytest.approx(found, rel=0.01)
-    fitted = memory(apply(fit(held, GIGABYTES), held, MEMORY))
+    assert [step.predicted_gb for step in held] != pytest.approx(found, rel=0.01)
+    fitted = GIGABYTES.predict(fit(held, GIGABYTES), held)
     assert fitted == pytest.approx(found, rel=0.01)
     alone = unfitted(held, {"first": [0], "rest": [1, 2]}, GIGABYTES)
-    assert alone[0] == memory(apply(fit(held[1:], GIGABYTES), held[:1], MEMORY))[0]
+    assert alone[0] == GIGABYTES.predict(fit(held[1:], GIGABYTES), held[:1])[0]

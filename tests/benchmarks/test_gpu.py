@@ -9,10 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.gpu.blocks import peak_flops
 from benchmarks.gpu.failure import OutOfTime, SectionError
 from benchmarks.gpu.ops import CHECKED, TIMED
 from benchmarks.gpu.run_all import SECTIONS, Section, main, run_sections, time_limit
-from benchmarks.gpu.throughput import peak_flops
 
 CPU = torch.device("cpu")
 
@@ -52,11 +52,8 @@ def test_the_file_says_where_it_was_measured(written: dict[str, Any]) -> None:
     assert set(written["versions"]) >= {"triton", "liger-kernel", "flash-attn", "quack-kernels"}
 
 
-def test_models_are_compared(written: dict[str, Any]) -> None:
+def test_plans_are_compared(written: dict[str, Any]) -> None:
     assert len(written["sections"]["equality"]["result"]["relative_errors"]) == 6
-    speed = written["sections"]["throughput"]["result"]["compiled"]
-    assert speed["tokens_per_second"] == pytest.approx(2 * 16 / speed["step_time_s"])
-    assert speed["busiest_ops"]
 
 
 def test_every_op_is_checked_in_every_dtype(written: dict[str, Any]) -> None:
@@ -74,15 +71,16 @@ def test_every_timed_op_has_a_row_by_direction_and_size(written: dict[str, Any])
     assert all({"ilm", "eager torch"} <= set(row["entries"]) for row in result["rows"])
 
 
-def test_blocks_are_timed_with_both_kinds_of_kernels_and_beside_a_llama(
+def test_blocks_are_timed_with_both_kinds_of_kernels_beside_eager_models_and_a_llama(
     written: dict[str, Any],
 ) -> None:
     result = written["sections"]["blocks"]["result"]
     assert result["left_out"] == {}
     contestants = {name: entry for name, entry in result["tiny"].items() if name != "shape"}
-    assert len(contestants) == 5
+    assert len(contestants) == 7
     for entry in contestants.values():
         assert entry["tokens_per_second"] == pytest.approx(2 * 16 / entry["step_time_s"])
+        assert entry["busiest_ops"]
 
 
 def test_a_failing_section_is_recorded(tmp_path: Path) -> None:

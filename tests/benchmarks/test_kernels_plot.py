@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from benchmarks import kernels
 from benchmarks.gpu.bandwidth import Entry, Row, judge
@@ -47,11 +46,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_table_has_what_a_reader_asks_for() -> None:
-    console = Console(width=120, record=True, quiet=False)
-    with console.capture() as captured:
-        show(content(), console)
-    printed = captured.get()
+def test_the_table_has_what_a_reader_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    show(content())
+    printed = capsys.readouterr().out
     assert "NVIDIA H200, 2026-01-02, torch 2.11.0; a large copy moves 4000 GB/s" in printed
     (line, *_) = [s for s in printed.splitlines() if "8192" in s and "Liger" in s]
     cells = [cell.strip() for cell in line.strip("│").split("│")]

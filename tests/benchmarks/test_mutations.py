@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from benchmarks import mutations
+from benchmarks.common import show_table
 from benchmarks.mutation_cases import CASES, make_trial
 from benchmarks.mutations import Judged
 from benchmarks.torch_schedules import refusal
@@ -23,40 +23,37 @@ JUDGED = [
 ]
 
 
-def text(table):
-    console = Console(width=150)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
-
-def row(table, first):
-    lines = [line for line in text(table).splitlines() if line.startswith(f"│ {first}")]
-    return [cell.strip() for cell in lines[0].strip("│").split("│")]
+def line(lines, first):
+    return next(line for line in lines if line[0].startswith(first))
 
 
 def test_rates_leave_equivalent_mutants_out():
-    assert row(mutations.by_kind(JUDGED), "all")[1:6] == ["3", "1", "1", "0", "100%"]
+    assert line(mutations.by_kind(JUDGED), "all")[1:6] == (3, 1, 1, 0, "100%")
 
 
 def test_a_layer_switched_off_misses_what_it_alone_refuses():
-    table = mutations.ablation(JUDGED)
-    assert row(table, "none")[1:3] == ["100.0%", "0"]
-    assert row(table, "step") == ["step", "50.0%", "1", "1", "scale a gradient (1)"]
-    assert row(table, "types") == ["types", "50.0%", "1", "0", "double a collective (1)"]
+    lines = list(mutations.ablation(JUDGED))
+    assert line(lines, "none")[1:3] == ("100.0%", 0)
+    assert line(lines, "step") == ("step", "50.0%", 1, 1, "scale a gradient (1)")
+    assert line(lines, "types") == ("types", "50.0%", 1, 0, "double a collective (1)")
 
 
 def test_equivalent_mutants_are_named_with_a_reason():
-    named = text(mutations.equivalents(JUDGED))
-    assert "0 and 1" in named
-    assert "their gradients are summed in another order" in named
-    assert "there" not in named
+    reason = "their gradients are summed in another order"
+    named = list(mutations.equivalents(JUDGED))
+    assert named == [("a case", "rename two micro-batches", "0 and 1", reason)]
+
+
+def test_all_tables_are_shown(capsys):
+    for title, columns, words, lines in mutations.TABLES:
+        show_table(title, columns, lines(JUDGED), words=words)
+    assert "Attacks that went through an earlier proof" in capsys.readouterr().out
 
 
 def test_attacks_are_named_with_the_layers_that_refuse_them():
     judged = [Judged("a case", Verdict("change an epsilon", "x", {"regions": "no"}, 1.0))]
-    cells = row(mutations.attacks(judged), "the epsilon")
-    assert cells[1:] == ["1", "1", "0", "0", "regions 1"]
+    cells = line(mutations.attacks(judged), "the epsilon")
+    assert cells[1:] == (1, 1, 0, 0, "regions 1")
 
 
 def test_every_attack_names_kinds_that_there_are():
@@ -65,9 +62,9 @@ def test_every_attack_names_kinds_that_there_are():
 
 
 def test_a_case_is_judged():
-    result = mutations.run_case(1, ("skip connection", {"tp": 2}))
-    assert result.possible > len(result.judged) > 15
-    assert {item.verdict.outcome for item in result.judged} <= {"caught", "equivalent"}
+    judged, possible = mutations.run_case(1, ("skip connection", {"tp": 2}))
+    assert possible > len(judged) > 15
+    assert {item.verdict.outcome for item in judged} <= {"caught", "equivalent"}
 
 
 @pytest.mark.parametrize("name", ["written by hand", "numbers in", "internlm2, documents"])

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from benchmarks.common import make_model
 from benchmarks.partition_time import measure, show
@@ -34,5 +33,5 @@ def test_a_missed_goal_is_marked(
     figures: dict[str, Any], goal: float, marked: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {"name": "tiny", "plan": {"tp": 2}, "goals": {"whole": goal}, **figures}
-    show([row], Console(width=120))
+    show([row])
     assert ("!" in capsys.readouterr().out) == marked

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import source_mutations
-from benchmarks.source_mutants import INPUTS, SourceMutant
-from benchmarks.source_mutations import MUTANTS, ROOT, Copy, Fate
+from benchmarks.source_mutants import MUTANTS, SourceMutant, read_mutants
+from benchmarks.source_mutations import ROOT, Copy, Fate
+
+INPUTS = "tests/runtime/test_step_inputs.py"
 
 SEEDS = next(m for m in MUTANTS if m.what == "one dropout for all micro-batches")
 HARMLESS = replace(SEEDS, new="hash((seed, step, place, 0))", killers=(INPUTS,))
@@ -46,6 +48,11 @@ def test_every_fault_has_one_place_and_is_python(mutant: SourceMutant) -> None:
     assert all((ROOT / file).exists() for file in mutant.killers)
 
 
+def test_a_line_that_belongs_to_no_mutant_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"norm\.py: expected a name .*, got 'becomes two, too"):
+        read_mutants("@ norm.py: state\nbecomes two\n- 1\nbecomes two, too\n+ 2\n")
+
+
 def test_there_are_many_faults_and_none_twice() -> None:
     places = {(m.file, m.old, m.new) for m in MUTANTS}
     assert len(places) == len(MUTANTS) >= 60
@@ -57,9 +64,9 @@ def test_a_place_that_is_gone_is_an_error(package: Copy) -> None:
         source_mutations.judge(package, gone, set())
 
 
-def test_survivors_are_counted() -> None:
-    table = source_mutations.table_of([Fate(SEEDS, "x", 1.0), Fate(HARMLESS, None, 1.0)])
-    assert table.title == "2 source mutants of the runtime, 1 survive"
+def test_survivors_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    source_mutations.show([Fate(SEEDS, "x", 1.0), Fate(HARMLESS, None, 1.0)])
+    assert "2 source mutants of the runtime, 1 survive" in capsys.readouterr().out
 
 
 def test_a_test_that_fails_anyway_kills_nothing(package: Copy) -> None:

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import ilm_compile
 from ilm_compile.cost import HARDWARE, Hardware, collective_time
 from ilm_compile.cost.hardware import hardware_named
+from ilm_compile.cost.sizes import ModelSizes
 from ilm_compile.errors import PlanError
+from ilm_compile.models import internlm2_tiny
 
 
 def written(folder: Path, text: str) -> Path:
@@ -86,3 +89,25 @@ def test_a_name_that_is_neither_is_refused() -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"cannot read hardware from .*gone\.toml"):
         hardware_named(str(tmp_path / "gone.toml"))
+
+
+def test_a_plan_whose_hardware_is_a_file_is_decided_by_that_machine(tmp_path: Path) -> None:
+    small = written(tmp_path, 'base = "cpu"\nmemory_gib = 0.0049\nreserved_gib = 0.001\n')
+    rows = {
+        hardware: ilm_compile.partition(
+            internlm2_tiny(), pp=2, num_microbatches=8, hardware=hardware, checkpoint="auto"
+        )
+        for hardware in ("cpu", str(small))
+    }
+    recomputed = [
+        sum(region.recompute or region.selective for region in program.regions)
+        for program in rows.values()
+    ]
+    assert recomputed[0] == 0 < recomputed[1]
+
+
+def test_a_plan_that_is_found_for_a_file_names_it(tmp_path: Path) -> None:
+    path = str(written(tmp_path, 'base = "h200"\nmemory_gib = 100\n'))
+    sizes = ModelSizes(hidden=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab=128256)
+    found = ilm_compile.search(sizes, 64, path, tokens_per_batch=4 * 2**20, seq=4096)
+    assert found.plan.hardware == path

@@ -10,7 +10,7 @@ from tests.kernels.worker import Worker
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Worker]:
     """Runs launchers on CPU tensors: `interpreter.call("module:function", *args)`."""
-    pytest.importorskip("triton", minversion="3.7", reason="3.6 cannot loop with numpy 2.4")
+    pytest.importorskip("triton")
     with Worker(TRITON_INTERPRET="1") as worker:
         yield worker
 

@@ -52,6 +52,13 @@ def test_a_width_of_eights_keeps_wide_loads(compiler: Worker, name: str) -> None
     assert report.narrow_loads == report.narrow_stores == 0
 
 
+@pytest.mark.parametrize(("name", "most"), [("rms_norm_backward", 5), ("add_rms_norm_backward", 6)])
+def test_the_warps_of_a_row_meet_once_for_both_of_its_sums(
+    compiler: Worker, name: str, most: int
+) -> None:
+    assert compile_sample(compiler, name, 4096, 90).barriers <= most  # 8 and 9, one by one
+
+
 def count_compilations(name: str, num_rows: list[int]) -> int:
     from benchmarks import kernel_samples
     from benchmarks.ahead_of_time import compile_kernels

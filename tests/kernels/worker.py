@@ -70,6 +70,8 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
         os.environ.update(environment, TRITON_CACHE_DIR=cache)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+        if environment["TRITON_INTERPRET"] == "1":
+            _loop_with_new_numpy()
         while True:
             try:
                 target, args = pickle.loads(pipe.recv_bytes())
@@ -77,6 +79,21 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
                 break
             pipe.send_bytes(_answer(target, args))
     os._exit(0)  # taking torch and triton down in order takes seconds
+
+
+def _loop_with_new_numpy() -> None:
+    """Let a kernel loop up to an argument, which triton 3.6 holds as an array of one number.
+
+    numpy has made no int of such an array since 2.4. Later releases of triton do the same.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _answer(target: str, args: tuple[Any, ...]) -> bytes:

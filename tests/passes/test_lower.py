@@ -187,11 +187,11 @@ def test_children_are_the_regions_in_order() -> None:
     ]
 
 
-def test_variables_keep_their_names_inside_their_region() -> None:
+def test_variables_lie_in_their_region_under_flat_names() -> None:
     lowered = compile_(build("tiny")[0], 2, 0.5)
     variables = lowered.stages[0].variables
-    assert variables["blocks.0.qkv.weight"] == "blocks_0.blocks.0.qkv.weight"
-    assert variables["blocks.1.qkv.weight"] == "blocks_1.body.blocks.1.qkv.weight"
+    assert variables["blocks.0.qkv.weight"] == "blocks_0.blocks_0_qkv_weight"
+    assert variables["blocks.1.qkv.weight"] == "blocks_1.body.blocks_1_qkv_weight"
     assert variables["frequency"] == "shared.frequency"
 
 

@@ -186,7 +186,7 @@ def test_model_without_blocks_is_cut_where_least_crosses() -> None:
     ("options", "message"),
     [
         ({"num_stages": 0}, "num_stages must be positive, got 0"),
-        ({"num_stages": 1, "hardware": "abacus"}, "unknown hardware 'abacus', known are .*h100"),
+        ({"num_stages": 1, "hardware": "abacus"}, "unknown hardware 'abacus'; known are .*h100"),
     ],
     ids=["no stage", "unknown hardware"],
 )

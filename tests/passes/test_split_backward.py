@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import ilm_compile
+from ilm_compile.ops import spec_of
+from ilm_compile.ops.products import leaving_weight
 from ilm_compile.passes import lower
-from ilm_compile.program.weight_parts import PRODUCTS, WeightParts
+from ilm_compile.program.weight_parts import WeightParts
 
 WIDTH = 4
 SHAPE = (3, WIDTH, WIDTH)
@@ -143,7 +145,7 @@ def test_what_a_product_keeps_is_free_after_its_part():
     with parts.collect():
         memory = np.ones((2, WIDTH), dtype=np.float32)
         x, kept = torch.from_numpy(memory), weakref.ref(memory)
-        y = PRODUCTS[torch.ops.aten.linear.default].leave(x, weight)
+        y = leaving_weight(torch.ops.aten.linear.default)(x, weight)
     del x, memory
     y.sum().backward()
     del y
@@ -185,12 +187,12 @@ def test_each_product_has_the_bits_of_the_plain_op(name):
     expected = torch.autograd.grad(plain, leaves, seed)
     parts = WeightParts()
     with parts.collect():
-        found = PRODUCTS[op].leave(*args)
+        found = leaving_weight(op)(*args)
     assert torch.equal(found, plain)
     for leaf in leaves:
         leaf.retain_grad()
     found.backward(seed)
-    weight = args[PRODUCTS[op].weight]
+    weight = args[spec_of(op).weight_part.weight]
     strides = []
     weight.register_hook(lambda grad: strides.append(grad.stride()))
     assert weight.grad is None

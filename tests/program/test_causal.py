@@ -41,8 +41,9 @@ def of_the_input(length, x):
     return causal(length, x) & (x[:, None, :, :1] > 0)
 
 
-def attention_of(make_mask):
-    program = trace(Attention(make_mask), example_inputs=INPUTS)
+def attention_of(make_mask, length=8):
+    shapes = {"x": ((2, length, 4), torch.float32), "labels": ((2, length), torch.int64)}
+    program = trace(Attention(make_mask), example_inputs=shapes)
     (node,) = program.graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     )
@@ -53,6 +54,45 @@ def test_a_causal_mask_becomes_a_flag_and_its_nodes_go():
     program, node = attention_of(causal)
     assert node.kwargs == {"attn_mask": None, "is_causal": True}
     assert not [n for n in program.calls() if n.target is aten.arange.default]
+
+
+LONG = 2**17  # 16 GiB as a mask
+
+
+def strict(length, x):
+    places = torch.arange(length, device=x.device)
+    return places[None, :] < places[:, None]
+
+
+def one_too_far(length, x):
+    places = torch.arange(length, device=x.device)
+    return places[:, None] + 1 >= places[None, :]
+
+
+def of_one_document(length, x):
+    document = torch.zeros(length, device=x.device)
+    return causal(length, x) & (document[None, :] == document[:, None])
+
+
+def of_two_documents(length, x):
+    document = torch.arange(length, device=x.device) // (length // 2)
+    return causal(length, x) & (document[None, :] == document[:, None])
+
+
+@pytest.mark.parametrize(
+    ("make_mask", "is_flag"),
+    [
+        (causal, True),
+        (of_one_document, True),
+        (window, False),
+        (strict, False),
+        (one_too_far, False),
+        (of_two_documents, False),
+    ],
+)
+def test_a_mask_too_long_to_compute_is_known_by_its_rows_and_columns(make_mask, is_flag):
+    _, node = attention_of(make_mask, LONG)
+    assert node.kwargs.get("is_causal", False) is is_flag
 
 
 @pytest.mark.parametrize("make_mask", [window, of_the_input])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.ops.products import leaving_weight
 from ilm_compile.program.bound import bind, bind_axes
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.communicator import (
@@ -20,7 +21,6 @@ from ilm_compile.program.communicator import (
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.reductions import partial_mean
 from ilm_compile.program.vocab import vocab_embedding
-from ilm_compile.program.weight_parts import PRODUCTS
 from ilm_compile.runtime.communicator import SingleCommunicator
 
 two, four = ShapeCommunicator(2), ShapeCommunicator(4)
@@ -109,7 +109,7 @@ CALLS = {
         (torch.ones(4, 2), torch.ones(4, 2), None, True, None, False, "S(1)", 1, "tp"),
         {},
     ),
-    "left to a W": (PRODUCTS[vocab_embedding].leave, (torch.tensor([1, 2]), -1, "tp"), {}),
+    "left to a W": (leaving_weight(vocab_embedding), (torch.tensor([1, 2]), -1, "tp"), {}),
     "several": (seeded_dropout, (torch.tensor(3), 0.5, 0, "tp: S(0)"), {}),
 }
 

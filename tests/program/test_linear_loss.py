@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ilm_compile.program import linear_loss
 from ilm_compile.program.linear_loss import linear_cross_entropy, output_logits
-from ilm_compile.program.vocab import MEAN, NONE, SUM
+from ilm_compile.program.reductions import MEAN, NONE, SUM
 
 TOKENS, HIDDEN, CLASSES, IGNORED = 11, 6, 40, -100
 NAMES = {NONE: "none", MEAN: "mean", SUM: "sum"}

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.program.placement import S, join_shards, split_shards
-from ilm_compile.program.vocab import MEAN, SUM, vocab_cross_entropy, vocab_embedding
+from ilm_compile.program.reductions import MEAN, SUM
+from ilm_compile.program.vocab import vocab_cross_entropy, vocab_embedding
 from ilm_compile.proof.threads import run_ranks
 
 VOCAB, HIDDEN, TOKENS = 12, 5, 9

@@ -17,9 +17,9 @@ from ilm_compile.program.trace import trace
 from ilm_compile.proof import zoo
 from ilm_compile.proof.mutations import Trial
 from ilm_compile.proof.promote import promoted_float32
-from ilm_compile.proof.reference import random_batch
 from ilm_compile.proof.report import Report
 from ilm_compile.schedule import schedule_of
+from tests.support.batches import random_batch
 
 ROWS = 2
 INPUTS = {name: ((ROWS, zoo.SEQ), torch.int64) for name in ("input_ids", "labels")}

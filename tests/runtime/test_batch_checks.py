@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ilm_compile
 from ilm_compile.errors import BatchError
+from ilm_compile.ops.lookups import find_lookups
 from ilm_compile.program.trace import trace
 from ilm_compile.runtime.batch_checks import check_ids
 from tests.support.world import World
@@ -78,8 +79,9 @@ TP = {"tp": 2, "num_microbatches": 2}
 
 @pytest.mark.parametrize("case", RIGHT)
 def test_every_id_that_the_model_takes_is_taken(case: str) -> None:
-    program = trace(Model(), example_inputs={n: t[:2] for n, t in make_batch().items()})
-    check_ids(make_batch(**RIGHT[case]), program.lookups, num_slices=2)
+    traced = trace(Model(), example_inputs={n: t[:2] for n, t in make_batch().items()})
+    lookups = tuple(find_lookups(traced))
+    check_ids(make_batch(**RIGHT[case]), lookups, num_slices=2)
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -99,12 +101,13 @@ def test_ids_on_a_device_are_looked_at_if_asked_for() -> None:
     class Elsewhere(Tensor):
         device = torch.device("cuda")
 
-    program = trace(Model(), example_inputs={n: t[:2] for n, t in make_batch().items()})
+    traced = trace(Model(), example_inputs={n: t[:2] for n, t in make_batch().items()})
+    lookups = tuple(find_lookups(traced))
     wrong = make_batch(input_ids=(0, 0, 99))
     batch = {name: tensor.as_subclass(Elsewhere) for name, tensor in wrong.items()}
-    check_ids(batch, program.lookups, num_slices=2)
+    check_ids(batch, lookups, num_slices=2)
     with pytest.raises(BatchError, match="got 99 in input_ids, row 0"):
-        check_ids(batch, program.lookups, num_slices=2, on_device=True)
+        check_ids(batch, lookups, num_slices=2, on_device=True)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ilm_compile.ops.products import leaving_weight
 from ilm_compile.program.lowered import Boundary, Stage
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.weight_parts import PRODUCTS
 from ilm_compile.runtime import Mesh, Parallel
 from ilm_compile.runtime.executor import Executor
 from ilm_compile.schedule import Action, Schedule, build, check, insert_comms
@@ -86,7 +86,7 @@ class Product(nn.Module):
         self.weight = nn.Parameter(torch.ones(1, 2))
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (PRODUCTS[torch.ops.aten.linear.default].leave(x, self.weight).sum(),)
+        return (leaving_weight(torch.ops.aten.linear.default)(x, self.weight).sum(),)
 
 
 def test_the_gradient_of_a_weight_comes_with_the_weight_part_of_its_micro_batch() -> None:

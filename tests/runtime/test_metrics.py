@@ -81,8 +81,10 @@ def test_a_resumed_run_appends_in_a_folder_made_on_demand(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_values_that_are_not_finite_become_null(loss: float) -> None:
-    assert json.loads(metrics(loss=loss).to_json())["loss"] is None
+def test_values_that_are_not_finite_become_null(tmp_path: Path, loss: float) -> None:
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.write(metrics(loss=loss))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
 def test_without_a_terminal_some_steps_get_a_plain_line() -> None:

@@ -13,7 +13,8 @@ from ilm_compile.passes import lower
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.proof.compare import compare
 from ilm_compile.proof.emulate import emulate
-from ilm_compile.proof.reference import random_batch, single_device_step
+from ilm_compile.proof.reference import single_device_step
+from tests.support.batches import random_batch
 
 VOCAB, HIDDEN, ROWS, SEQ = 32, 8, 2, 6
 EXAMPLE = {name: ((ROWS, SEQ), torch.int64) for name in ("input_ids", "labels")}

@@ -24,7 +24,8 @@ from ilm_compile.passes import lower
 from ilm_compile.program.program import Input, Program
 from ilm_compile.proof.compare import compare
 from ilm_compile.proof.emulate import emulate
-from ilm_compile.proof.reference import random_batch, single_device_step
+from ilm_compile.proof.reference import single_device_step
+from tests.support.batches import random_batch
 from tests.support.compiled import traced_once
 from tests.support.promote import promoted_float32
 from tests.support.zoo import SEQ, VOCAB, small_model

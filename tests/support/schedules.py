@@ -43,8 +43,10 @@ def block_runs() -> Iterator[Counter[str]]:
 
     def count(module: nn.Module, _: object) -> None:
         first, *_ = [*(name for name, _ in module.named_parameters()), ""]
-        if first.startswith("layers."):  # a stage has layers_0, what recomputes it has body
-            runs["_".join(first.split(".")[:2])] += 1
+        # Flat names are a region's own; a stage, and what recomputes a region, have theirs behind
+        # those of their children.
+        if first.startswith("layers_") and "." not in first:
+            runs["_".join(first.split("_")[:2])] += 1
 
     with register_module_forward_pre_hook(count):
         yield runs

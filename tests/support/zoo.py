@@ -6,6 +6,7 @@ names (`SIZES`), dropout is off, and what does not fit then is set by hand (`CHA
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,13 +170,19 @@ def small_model(architecture: str, config_name: str = "", **changes: Any) -> nn.
     import transformers
 
     model_class = getattr(transformers, architecture)
-    config_class = getattr(transformers, config_name) if config_name else model_class.config_class
+    # A release from before a configuration class maps to this model: its own, with the same values.
+    config_class = getattr(transformers, config_name or "", model_class.config_class)
     config = config_class(**small_values(config_class, **changes))
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
+    return float64(lambda: model_class(config))
+
+
+def float64(make: Callable[[], nn.Module]) -> nn.Module:
+    """Return the model in float64, the same each time, no parameter at its initial value."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = model_class(config).double().train()
+        model = make().double().train()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -194,7 +201,7 @@ def full_model(name: str, *, layers: int) -> nn.Module:
 
     listed = LISTED[name]
     model_class = getattr(transformers, listed.architecture)
-    config_class = getattr(transformers, listed.config or model_class.config_class.__name__)
+    config_class = getattr(transformers, listed.config or "", model_class.config_class)
     values = config_class().to_dict()
     changes = {n: layers for n in values if SIZES.get(n) == "layers"}
     changes |= {n: 0.0 for n, v in values.items() if "drop" in n and isinstance(v, float)}

@@ -81,6 +81,16 @@ class KernelOp:
     slack: float = 1.0
     has_expanded: bool = True
 
+    def random(
+        self, make: Maker, rows: int, width: int
+    ) -> tuple[Tensors, list[Tensor], tuple[Tensor, ...]]:
+        """Inputs, gradients of the outputs, and the outputs."""
+        inputs = self.inputs(make, rows, width)
+        with torch.no_grad():
+            outputs = self.fused(inputs)
+        grads = [make.normal(*out.shape, dtype=out.dtype) for out in outputs]
+        return inputs, grads, outputs
+
     def forward_bytes(self, inputs: Tensors, outputs: Sequence[Tensor]) -> int:
         """Read every input once, write every output once."""
         return sum(t.nbytes for t in (*inputs.values(), *outputs))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime.data.answers import label_answers
 from ilm_compile.runtime.data.chat import Chat
-from ilm_compile.runtime.data.dataset import IGNORED_LABEL, Identity
+from ilm_compile.runtime.data.dataset import IGNORED_LABEL, Identity, identity_of
 from ilm_compile.runtime.data.text_files import read_conversations
 from ilm_compile.runtime.data.tokenizer import Tokenizer
 
@@ -100,9 +100,4 @@ class Conversations:
         digest = hashlib.sha256(np.array(self._starts).tobytes())
         for values in (self._tokens, self._labels):
             digest.update(values)
-        return {
-            "kind": "conversations",
-            "num_rows": len(self),
-            "seq_len": self._seq_len,
-            "fingerprint": digest.hexdigest(),
-        }
+        return identity_of("conversations", self, self._seq_len, digest.hexdigest())

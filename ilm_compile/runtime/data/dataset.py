@@ -52,6 +52,14 @@ class RowDataset(Protocol):
         ...
 
 
+def identity_of(kind: str, dataset: RowDataset, seq_len: int, fingerprint: str) -> Identity:
+    """What `RowDataset.identity` returns."""
+    return {
+        **{"kind": kind, "num_rows": len(dataset)},
+        **{"seq_len": seq_len, "fingerprint": fingerprint},
+    }
+
+
 def labels_in_place(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch with each label beside its own token, as models want it that shift them.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.dataset import IGNORED_LABEL, TYPE_IDS, Identity
+from ilm_compile.runtime.data.dataset import IGNORED_LABEL, TYPE_IDS, Identity, identity_of
 from ilm_compile.runtime.data.shard_index import Int64
 
 
@@ -54,12 +54,7 @@ class DummyDataset:
     def identity(self) -> Identity:
         """See `RowDataset`."""
         numbers = (self._vocab_size, self.max_documents, self._seed, int(self._fixed_length))
-        return {
-            "kind": "dummy data",
-            "num_rows": len(self),
-            "seq_len": self.seq_len,
-            "fingerprint": "-".join(map(str, numbers)),
-        }
+        return identity_of("dummy data", self, self.seq_len, "-".join(map(str, numbers)))
 
     def _row(self, row: int) -> dict[str, Int64]:
         random = np.random.default_rng((self._seed, row))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.dataset import IGNORED_LABEL, Identity
+from ilm_compile.runtime.data.dataset import IGNORED_LABEL, Identity, identity_of
 from ilm_compile.runtime.data.tokenizer import ByteTokenizer, Tokenizer
 
 
@@ -47,12 +47,7 @@ class PackedText:
         digest = hashlib.sha256()
         for tensor in (self.input_ids, self.labels, self.cu_seqlens):
             digest.update(tensor.contiguous().numpy().tobytes())
-        return {
-            "kind": "packed text",
-            "num_rows": len(self),
-            "seq_len": self.input_ids.shape[1],
-            "fingerprint": digest.hexdigest(),
-        }
+        return identity_of("packed text", self, self.input_ids.shape[1], digest.hexdigest())
 
 
 def pack_documents(

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -56,12 +55,7 @@ class ShardWriter:
         self.num_bytes += len(line)
         self.num_tokens += len(tokens)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         assert self._file is not None
         try:
             if kind is None and self._rows:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.runtime.data.dataset import IGNORED_LABEL, TYPE_IDS, Identity
+from ilm_compile.runtime.data.dataset import IGNORED_LABEL, TYPE_IDS, Identity, identity_of
 from ilm_compile.runtime.data.document_reader import DocumentReader
 from ilm_compile.runtime.data.row_layout import PACKINGS
 from ilm_compile.runtime.data.selection import LONG_DOCUMENTS, select
@@ -113,11 +113,6 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @property
-    def padding_share(self) -> float:
-        """The share of the rows' tokens that is padding."""
-        return 1 - self.num_tokens / (len(self) * self.seq_len)
-
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """See `RowDataset`. Raises `IlmCompileError` for a damaged file, naming it."""
         each = [self._row(int(row)) for row in rows]
@@ -131,12 +126,7 @@ class TokenDataset:
         digest = hashlib.sha256(json.dumps(self._options, sort_keys=True).encode())
         for shard in self.shards:
             digest.update(shard.path.name.encode() + b"\0" + shard.digest())
-        return {
-            "kind": "token files",
-            "num_rows": len(self),
-            "seq_len": self.seq_len,
-            "fingerprint": digest.hexdigest(),
-        }
+        return identity_of("token files", self, self.seq_len, digest.hexdigest())
 
     def outline(self) -> Identity:
         """`identity` by names, sizes and lengths alone, which are known without reading a file."""
@@ -144,12 +134,7 @@ class TokenDataset:
         for shard in self.shards:
             digest.update(shard.path.name.encode() + b"\0" + str(shard.num_bytes).encode())
             digest.update(shard.lengths.tobytes())
-        return {
-            "kind": "token files",
-            "num_rows": len(self),
-            "seq_len": self.seq_len,
-            "fingerprint": digest.hexdigest(),
-        }
+        return identity_of("token files", self, self.seq_len, digest.hexdigest())
 
     def close(self) -> None:
         """Unmap the files; reading maps them again."""

@@ -44,10 +44,10 @@ class Activity:
             self.watcher(action)
 
     @contextmanager
-    def during(self, phase: str, *, patient: bool = True) -> Iterator[None]:
+    def during(self, phase: str) -> Iterator[None]:
         """A phase within another, which goes on after it; an error leaves it as it is."""
         before = self.phase, self.patient
-        self.enter(f"{self.phase}: {phase}", patient=patient)
+        self.enter(f"{self.phase}: {phase}", patient=True)
         yield
         self.enter(before[0], patient=before[1])
 

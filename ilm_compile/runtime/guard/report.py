@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ilm_compile.files import write_text
+from ilm_compile.files import read_as, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +75,7 @@ class Board:
 
     def member(self, rank: int) -> Member | None:
         """The process of a rank, None if it never said."""
-        try:
-            return Member(**json.loads((self.folder / f"rank-{rank:05d}.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return read_as(Member, self.folder / f"rank-{rank:05d}.json")
 
     def tell(self, report: Report) -> bool:
         """Report a hang, which makes all ranks report; returns whether this rank was the first."""
@@ -96,11 +92,8 @@ class Board:
 
     def reports(self, ranks: Iterable[int]) -> dict[int, Report]:
         """Those so far of these ranks."""
-        found = {}
-        for rank in ranks:
-            with suppress(OSError, ValueError, TypeError):
-                found[rank] = Report(**json.loads(self._report(rank).read_text()))
-        return found
+        found = {rank: read_as(Report, self._report(rank)) for rank in ranks}
+        return {rank: report for rank, report in found.items() if report is not None}
 
     def judge(self, how: Verdict) -> None:
         """Write what the one who read all reports found."""
@@ -108,10 +101,7 @@ class Board:
 
     def judged(self) -> Verdict | None:
         """What was found, None if nothing is yet."""
-        try:
-            return Verdict(**json.loads(self._verdict.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return read_as(Verdict, self._verdict)
 
     def _report(self, rank: int) -> Path:
         return self.folder / f"hang-{rank:05d}.json"

@@ -17,11 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.files import write_text
+from ilm_compile.files import read_as, write_text
 from ilm_compile.runtime.guard.ending import ExitCode
 
 LOGGER = logging.getLogger("ilm_compile.guard")
@@ -104,12 +103,7 @@ class RunLock:
         self.take()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def _make(self) -> bool:
@@ -136,7 +130,7 @@ class RunLock:
 
     def _read(self) -> Owner | None:
         """The owner; None if the file is gone or cannot be understood."""
-        return _owner_in(self._path)
+        return read_as(Owner, self._path)
 
     def _beats(self, other: Owner) -> bool:
         """Whether the owner, who is not known to be gone, still beats."""
@@ -154,7 +148,7 @@ class RunLock:
         grave = self._path.with_name(f".{LOCK_FILE}.{self._owner.token}")
         with suppress(FileNotFoundError):
             self._path.rename(grave)
-            taken = _owner_in(grave)
+            taken = read_as(Owner, grave)
             if taken != other:  # it is another's by now: put it back
                 with suppress(FileExistsError):
                     os.link(grave, self._path)
@@ -175,13 +169,6 @@ class RunLock:
     def _is_own(self) -> bool:
         found = self._read()
         return found is None or found.token == self._owner.token
-
-
-def _owner_in(path: Path) -> Owner | None:
-    try:
-        return Owner(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _began(pid: int) -> str:

@@ -17,7 +17,6 @@ from ilm_compile.runtime.hooks import Hook
 from ilm_compile.runtime.metrics import StepMetrics
 from ilm_compile.runtime.observe.memory_picture import KINDS, Breakdown, draw_memory
 from ilm_compile.runtime.observe.places import rank_words
-from ilm_compile.runtime.observe.profiler import is_first_of_stage
 from ilm_compile.runtime.observe.saved import SavedBytes
 from ilm_compile.runtime.parallel import Parallel
 from ilm_compile.runtime.trainer import Trainer
@@ -59,7 +58,7 @@ class MemoryBreakdown(Hook):
         has_peak = mesh.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(mesh.device) if has_peak else 0
         table = exchange([*own, float(peak)], mesh)
-        if is_first_of_stage(mesh):
+        if mesh.is_first_replica:
             rows = {
                 rank_words(mesh, pp): [int(size) for size in table[mesh.rank_at(pp, 0, 0)]]
                 for pp in range(mesh.pp.size)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from html import escape
 
-from ilm_compile.runtime.observe.svg import INK, LINE, MUTED, Picture, text_width, ticks
+from ilm_compile.runtime.observe.svg import INK, LINE, MUTED, Picture, ticks
 
 Breakdown = dict[str, Counter[str]]  # bytes of each kind, by module or rank
 
@@ -70,11 +70,8 @@ def _bars(
     heights = [44 + len(rows) * (ROW + GAP) + 26 for rows in (ranks, modules)]
     picture = Picture(WIDTH, 56 + sum(heights))
     picture.text(0, 22, title, size=17, bold=True)
-    x = 0.0
-    for kind, color in (COLORS | ({PEAK: PALE} if peaks else {})).items():
-        picture.rect(x, 36, 12, 12, color)
-        picture.text(x + 17, 46, kind, fill=MUTED)
-        x += 17 + text_width(kind, 12) + 18
+    kinds = COLORS | ({PEAK: PALE} if peaks else {})
+    picture.legend(0, 46, ((color, kind) for kind, color in kinds.items()))
     _panel(picture, 62, "pipeline ranks", ranks, peaks, bold=rank)
     _panel(picture, 62 + heights[0], f"modules of {rank}", modules, {}, bold="")
     return picture.render()

@@ -9,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.files import whole_file
 from ilm_compile.runtime.hooks import Hook
-from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.metrics import StepMetrics
 from ilm_compile.runtime.trainer import Trainer
 
@@ -53,7 +52,7 @@ class Profiler(Hook):
         if self._profile is not None or not self._begins(step):
             return
         mesh = trainer.parallel.mesh
-        if not is_first_of_stage(mesh):
+        if not mesh.is_first_replica:
             return
         self._window = (step, step + self._num_steps - 1)
         activities = [ProfilerActivity.CPU]
@@ -84,8 +83,3 @@ class Profiler(Hook):
         path = self._folder / f"trace-steps-{self._window[0]}-{last}-rank-{rank}.json"
         with whole_file(path) as partial:
             recorded.export_chrome_trace(str(partial))
-
-
-def is_first_of_stage(mesh: Mesh) -> bool:
-    """Whether this is the rank that stands for its pipeline rank."""
-    return mesh.is_first_replica

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 
@@ -55,6 +56,14 @@ class Picture:
         self.parts.append(
             f"<line x1='{x1:.2f}' y1='{y1:.2f}' x2='{x2:.2f}' y2='{y2:.2f}' stroke='{stroke}'/>"
         )
+
+    def legend(self, x: float, y: float, entries: Iterable[tuple[str, str]]) -> float:
+        """Squares of colours, each with its words, from left to right; where the last one ends."""
+        for color, words in entries:
+            self.rect(x, y - 10, 12, 12, color)
+            self.text(x + 17, y, words, fill=MUTED)
+            x += 17 + text_width(words, 12) + 18
+        return x
 
     def render(self) -> str:
         """The SVG."""

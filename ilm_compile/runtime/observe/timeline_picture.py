@@ -233,21 +233,13 @@ def _legend(
         if kind is not Kind.W or schedule.splits_backwards
         for chunk in range(num_chunks)
     ]
-    x = _entries(picture, left, y, entries)
+    x = picture.legend(left, y, entries)
     words = "2F0: stage 2, forward, micro-batch 0; a number alone: the micro-batch"
     if x + text_width(words, 12) > picture.width:
         words = words.partition(";")[0]
     picture.text(x, y, words, fill=MUTED)
     seen = {name for rank in ranks for name in rank.phases}
     after = [(color, word) for name, (word, color) in PHASES.items() if name in seen]
-    x = _entries(picture, left, y + 20, after)
+    x = picture.legend(left, y + 20, after)
     if dp > 1:
-        _entries(picture, x, y + 20, [(_REDUCTION, "below an action: it reduces over dp")])
-
-
-def _entries(picture: Picture, x: float, y: float, entries: Sequence[tuple[str, str]]) -> float:
-    for color, text in entries:
-        picture.rect(x, y - 10, 12, 12, color)
-        picture.text(x + 17, y, text, fill=MUTED)
-        x += 17 + text_width(text, 12) + 18
-    return x
+        picture.legend(x, y + 20, [(_REDUCTION, "below an action: it reduces over dp")])
