@@ -100,7 +100,8 @@ def memory_picture(step: SimulatedStep, memory_bytes: float) -> str:
             picture.line(x(stop), y(held / GIB), x(stop), y(after / GIB), stroke=color)
         label = f"rank {rank}: peak {step.peak(rank) / GIB:.2f} GiB"
         column, line = divmod(rank, 8)
-        picture.text(LEFT + 8 + 170 * column, top + 12 + 14 * line, label, size=11, fill=color)
+        at = LEFT + 8 + 170 * column, height - bottom - 10 - 14 * line
+        picture.text(*at, label, size=11, fill=color)
     return picture.render()
 
 

@@ -29,7 +29,7 @@ th:first-child, td:first-child, th.words { text-align: left; }
 td.words { white-space: normal; text-align: left; min-width: 14rem; }
 pre { background: #f4f6f8; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
 .stamp { border: 1px solid #d9dee4; padding: 0.5rem 0.8rem; }
-@media (max-width: 45rem) { td:first-child { white-space: normal; min-width: 11rem; } }
+td:first-child { white-space: normal; min-width: 11rem; }
 @media print { body { max-width: none; } h2 { break-after: avoid; }
   svg, tr { break-inside: avoid; } pre { white-space: pre-wrap; } }
 """
