@@ -5,13 +5,14 @@ model, `parallelize`, and that with ``compile=True``; with --tp 2 the latter two
 and backward, with --train also clipping and AdamW. Processor time of the process, on one thread;
 of two ranks the sum. A ratio is the median of those of single rounds. The losses of a model must
 agree, or nothing is said of its speed. At --hidden 128 the host rules: that is its time per step.
+Rows of other models and sizes stay in the file.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ilm_compile
-from benchmarks.common import RESULTS, launch, make_console, make_parser, random_batch, save_json
+from benchmarks.common import (
+    RESULTS,
+    keep_measuring,
+    launch,
+    make_console,
+    make_parser,
+    random_batch,
+    read_rows,
+)
 from benchmarks.families import FAMILIES, VOCAB, make_family
 from ilm_compile.runtime import Trainer
 
@@ -74,6 +83,7 @@ def _times(
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Milliseconds of each round in each way, on this rank, and what was compiled."""
     torch.set_num_threads(1)
+    torch.compiler.reset()  # it compiles one function for eight models at most
     model = make_family(step.model, hidden=step.hidden, layers=LAYERS, dtype=torch.float32)
     batch = random_batch(step.rows, step.tokens, VOCAB)
     example = {key: (tuple(value.shape), value.dtype) for key, value in batch.items()}
@@ -152,18 +162,21 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "compiled.json")
     options = parser.parse_args()
+    steps = [
+        Step(name, hidden, options.rows, options.tokens, tp, options.train)
+        for tp in options.tp
+        for name in options.models
+        for hidden in options.hidden
+    ]
+    asked = [asdict(step) for step in steps]
+    rows: list[Any] = [r for r in read_rows(options.output) if r.get("step") not in (None, *asked)]
+    found = (measure(step, options.ways, rounds=options.rounds) for step in steps)
+    keep_measuring(options.output, rows, found, lambda row: row.step.model)
     names = [f"{one} / {other}" for one, other in RATIOS]
     table = Table("model", "hidden", "tp", *names)
-    found = []
-    for tp in options.tp:
-        for name in options.models:
-            for hidden in options.hidden:
-                step = Step(name, hidden, options.rows, options.tokens, tp, options.train)
-                row = measure(step, options.ways, rounds=options.rounds)
-                found.append(row)
-                ratios = [f"{row.ratios[n]:.3f}" if n in row.ratios else "" for n in names]
-                table.add_row(name, str(hidden), str(tp), *ratios)
-                save_json(options.output, {"rows": found})
+    for row in rows[-len(steps) :]:
+        ratios = [f"{row.ratios[n]:.3f}" if n in row.ratios else "" for n in names]
+        table.add_row(row.step.model, str(row.step.hidden), str(row.step.tp), *ratios)
     make_console().print(table)
 
 

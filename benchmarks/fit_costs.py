@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for constant, value in zip(CONSTANTS, values, strict=True)
     ]
-    show_table("Constants", ("constant", "of", "value", "bounds"), lines, words=2)
+    show_table("Constants", ("constant", "of", "value", "bounds"), lines)
     found = {"all rows fitted": TIME.predict(values, steps)}
     if options.held_out:
         found["each fifth unfitted"] = unfitted(steps, folds_of(steps))

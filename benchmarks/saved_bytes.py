@@ -88,7 +88,8 @@ def measure(name: str, dtype: str) -> Iterator[Row]:
 
 def saved_by(run: Any, model: nn.Module, batch: dict[str, Tensor]) -> int:
     """What one forward of `run`, which is `model` or is made of it, keeps for its backward."""
-    run(**batch)  # compiles
+    torch.compiler.reset()  # it compiles one function for eight models at most
+    run(**batch)
     alive = [*model.parameters(), *model.buffers(), *batch.values()]
     not_counted = {tensor.untyped_storage().data_ptr() for tensor in alive}
     kept: dict[int, int] = {}

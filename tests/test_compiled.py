@@ -217,6 +217,21 @@ def test_what_cannot_be_compiled_runs_as_written_and_names_the_line() -> None:
     assert str(compilation).startswith(f"{message}(layers.0.mlp, model.py:7): ")
 
 
+def test_it_is_compiled_anew_for_inputs_that_lie_otherwise_or_have_a_gradient() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = given = torch.arange(4.0).view(2, 2)
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0)),))
+    module, compiler = fx.GraphModule(nn.Module(), graph), compiled.RegionCompiler(BACKEND)
+    run = compiler.code(module, "layers_0", type(module).forward)
+    for times, value in enumerate((given, given.t(), given.clone().requires_grad_()), start=1):
+        for _ in range(2):
+            (found,) = run(module, value)
+        assert torch.equal(found, 2 * value)
+        assert found.requires_grad == value.requires_grad
+        assert [each.times for each in compiler.compilations] == [times]
+
+
 def test_what_leaves_weights_to_later_is_not_compiled_and_says_so() -> None:
     graph = fx.Graph()
     given = [graph.placeholder(name) for name in ("x", "weight")]

@@ -58,9 +58,9 @@ class Hardware:
     efficiency: Efficiency
     memory_efficiency: float = 0.8
     cores: int = 0
+    path: str | None = None
     shard_s: float = 0.0
     shard_parameter_s: float = 0.0
-    path: str | None = None
 
     def usable_flops(self, dtype: torch.dtype) -> float:
         """Return the FLOP/s a large matrix product reaches; raises `PlanError` for other dtypes."""

@@ -94,14 +94,30 @@ class Variable:
 
 
 @dataclass(frozen=True, slots=True)
-class Lookup:
-    """Integers of a micro-batch that pick one of `size` rows or classes.
-
-    graph: from the inputs to the integers. ignored: the one that picks nothing. what, where: words
-    for an error, such as "rows of embedding.weight".
-    """
+class FromInputs:
+    """What `graph` makes of the `inputs` of a micro-batch alone."""
 
     graph: fx.GraphModule
+    inputs: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = [str(node.target) for node in self.graph.graph.find_nodes(op="placeholder")]
+        object.__setattr__(self, "inputs", tuple(names))
+
+    def of(self, batch: Mapping[str, Tensor], num_slices: int) -> list[Tensor]:
+        """Return it of each micro-batch of `batch`, which has so many; on the CPU."""
+        columns = [batch[name].cpu().chunk(num_slices) for name in self.inputs]
+        return [self.graph.forward(*(column[m] for column in columns)) for m in range(num_slices)]
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup(FromInputs):
+    """Integers of a micro-batch that pick one of `size` rows or classes.
+
+    ignored: the one that picks nothing. what, where: words for an error, such as "rows of
+    embedding.weight".
+    """
+
     size: int
     ignored: int | None
     what: str
@@ -109,20 +125,14 @@ class Lookup:
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class Count(FromInputs):
     """What is added up over all micro-batches of the global batch before a step.
 
-    graph: from the inputs of one micro-batch to its part, a scalar or small. The program is given
-    the sum times ``num_slices ** weight``, `num_slices` being the number of micro-batches.
+    Of one micro-batch it is a scalar or small. The program is given the sum times
+    ``num_slices ** weight``, `num_slices` being the number of micro-batches.
     """
 
-    graph: fx.GraphModule
     weight: int = 0
-
-    @property
-    def inputs(self) -> list[str]:
-        """The inputs that it reads."""
-        return [str(node.target) for node in self.graph.graph.find_nodes(op="placeholder")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ilm_compile.errors import BatchError
 from ilm_compile.program.program import Count, Input
@@ -81,6 +81,8 @@ class BatchLayout:
 
     def own(self, batch: Batch) -> Batch:
         """This data-parallel rank's rows of a global batch."""
+        if self.dp.size == 1:
+            return batch
         sizes = {name: self.inputs[name].shape[0] * self.num_microbatches for name in batch}
         return {n: batch[n].narrow(0, self.dp.rank * rows, rows) for n, rows in sizes.items()}
 
@@ -108,13 +110,6 @@ class BatchLayout:
         On the CPU, in int64 or float64.
         """
         name, rows = next((name, spec.shape[0]) for name, spec in self.inputs.items())
-        slices = len(batch[name]) // rows
-        columns = [batch[name].cpu().chunk(slices) for name in count.inputs]
-        parts = [count.graph(*(column[m] for column in columns)) for m in range(slices)]
+        parts = count.of(batch, len(batch[name]) // rows)
         dtype = torch.float64 if parts[0].is_floating_point() else torch.int64
         return torch.stack([part.to(dtype) for part in parts]).sum(0)
-
-
-def names_of(graph: fx.GraphModule) -> list[str]:
-    """The inputs that a graph reads."""
-    return [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ilm_compile.errors import BatchError
 from ilm_compile.program.program import Lookup
 from ilm_compile.runtime.agree import exchange
-from ilm_compile.runtime.batch import Batch, names_of
+from ilm_compile.runtime.batch import Batch
 from ilm_compile.runtime.mesh import Mesh
 
 EVERY = 100  # batches; the numbers are read on the host, which waits for a GPU
@@ -49,12 +49,10 @@ def check_ids(
     `first_slice`. on_device: look at tensors on a GPU too.
     """
     for lookup in lookups:
-        names = names_of(lookup.graph)
-        if not on_device and any(batch[name].device.type != "cpu" for name in names):
+        names = lookup.inputs
+        if not names or not (on_device or all(batch[n].device.type == "cpu" for n in names)):
             continue
-        columns = [batch[name].cpu().chunk(num_slices) for name in names]
-        for index, values in enumerate(zip(*columns, strict=True), first_slice):
-            ids = lookup.graph(*values)
+        for index, ids in enumerate(lookup.of(batch, num_slices)):
             low, high = (int(end) for end in torch.aminmax(ids))
             if 0 <= low and high < lookup.size:
                 continue
@@ -63,7 +61,8 @@ def check_ids(
                 wrong &= ids != lookup.ignored
             if wrong.any():
                 first = int(ids[wrong][0])
-                place = _place(names, values, first, index)
+                values = [batch[name].cpu().chunk(num_slices)[index] for name in names]
+                place = _place(names, values, first, first_slice + index)
                 allowed = "" if lookup.ignored is None else f", or {lookup.ignored} for no target"
                 raise BatchError(
                     f"batch: expected {' and '.join(names)} from 0 to {lookup.size - 1}{allowed}, "

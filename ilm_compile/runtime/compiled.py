@@ -6,9 +6,10 @@ code that it runs is another. What cannot be compiled runs as it is written, and
 
 from __future__ import annotations
 
+import copy
 import logging
-import operator
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -35,24 +36,25 @@ LEAVES_WEIGHTS = (
     "is one piece; choose a schedule that does not split it"
 )
 
-Backend = Callable[[fx.GraphModule, list[Any]], Any]
+Backend = Callable[[Any, list[Any]], Any]
 Code = Callable[..., Any]
+_ONE_AT_A_TIME = threading.RLock()  # of the threads of a proof: torch has but one tracing
 
 
 @dataclass(slots=True, eq=False)
 class Compilation:
     """One function, which all `regions` run that compute alike.
 
-    times: it was compiled: once for training, once more without gradients. seconds: all that took,
-    the runs in which it happened included. problem: why it runs as it is written, if it does.
+    times: it was compiled: once for training, once more without gradients. seconds: all that took.
+    problem: why it runs as it is written, if it does.
     """
 
-    run: Code = field(repr=False)
+    written: fx.GraphModule | None = field(repr=False, default=None)  # all that it uses is given
+    runs: dict[object, Code] = field(repr=False, default_factory=dict)  # by what it is given
     regions: list[str] = field(default_factory=list)
     times: int = 0
     seconds: float = 0.0
     problem: str = ""
-    is_new: bool = field(repr=False, default=False)  # compiled in the run that goes on
 
     def __str__(self) -> str:
         first, last = self.regions[0], self.regions[-1]
@@ -67,15 +69,14 @@ class Compilation:
 class RegionCompiler:
     """Gives graphs their compiled code. Each is compiled by the first of its regions that runs.
 
-    backend: of torch.compile, by name. `compilations`: what was met so far.
+    The graphs go to the backend as they are: there is no Python to be traced, and nothing to guard
+    in each call but what has a gradient and how inputs lie in memory. backend: of torch.compile, by
+    name. `compilations`: what was met so far.
     """
 
     def __init__(self, backend: str) -> None:
         self._backend = _find(backend)
         self._known: dict[object, Compilation] = {}
-        # As calls of the graph: what they are made of is traced below it.
-        for function in FUNCTIONS.keys() - {operator.getitem}:
-            torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
@@ -87,56 +88,53 @@ class RegionCompiler:
             if any(node.meta.get("leaves_weight") for node in graph_module.graph.nodes):
                 self._note(LEAVES_WEIGHTS, name)
             return written
-        lifted, paths, salts, origins = _lift(graph_module)
-        key = lifted.code, *_types(graph_module)
-        if key not in self._known:
-            self._known[key] = Compilation(self._compile(lifted, key))
-        found = self._known[key]
+        lifted, names, salts, origins = _lift(graph_module)
+        found = self._known.setdefault((lifted.code, *_types(graph_module)), Compilation(lifted))
         if name not in found.regions:
             found.regions.append(name)
-
-        owners: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # by whose code it runs
 
         def forward(module: nn.Module, *inputs: Tensor) -> Any:
             if found.problem:
                 return written(module, *inputs)
-            if module not in owners:
-                owners[module] = [_owner(module, path) for path in paths]
-            tensors = [getattr(owner, leaf) for owner, leaf in owners[module]]
-            start = time.perf_counter()
-            try:
-                result = found.run(*tensors, *salts, *inputs)
-            except _failures() as error:  # before anything of it has run
-                found.problem = _reason(error, origins)
-                warnings.warn(f"compile: {found}", stacklevel=2)
-                return written(module, *inputs)
-            if found.is_new:
-                found.is_new = False
-                found.times += 1
-                found.seconds += time.perf_counter() - start
-                LOGGER.info("compile: %s", found)
-            return result
+            held = [getattr(module, name) for name in names]
+            kind = (
+                torch.is_grad_enabled(),
+                *[x.requires_grad for x in held],
+                *[(x.requires_grad, x.stride()) for x in inputs],
+            )
+            run = found.runs.get(kind)
+            given = [*held, *salts, *inputs]
+            if run is None:
+                run = self._compile(found, kind, given, origins)
+            return written(module, *inputs) if run is None else run(*given)
 
         return forward
 
     def _note(self, problem: str, name: str) -> None:
         """Note a region that is not even tried, and warn of the first with this problem."""
         if problem not in self._known:
-            self._known[problem] = Compilation(_never, [name], problem=problem)
+            self._known[problem] = Compilation(regions=[name], problem=problem)
             warnings.warn(f"compile: {self._known[problem]}", stacklevel=2)
         elif name not in self._known[problem].regions:
             self._known[problem].regions.append(name)
 
-    def _compile(self, lifted: fx.GraphModule, key: object) -> Code:
-        def backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
-            self._known[key].is_new = True
-            with _backward_at_once():
-                return self._backend(graph, inputs)
-
-        compiled: Code = torch.compile(
-            lifted.forward, fullgraph=True, dynamic=False, backend=backend
-        )
-        return compiled
+    def _compile(
+        self, found: Compilation, kind: object, given: list[Tensor], origins: dict[str, fx.Node]
+    ) -> Code | None:
+        """What runs `found` on what is like `given`, None if nothing can."""
+        start = time.perf_counter()
+        try:
+            with _ONE_AT_A_TIME, _backward_at_once():
+                run: Code = self._backend(copy.deepcopy(found.written), given)
+        except Exception as error:  # of whatever kind: nothing of it has run
+            found.problem = _reason(error, origins)
+            warnings.warn(f"compile: {found}", stacklevel=3)
+            return None
+        found.runs[kind] = run
+        found.times += 1
+        found.seconds += time.perf_counter() - start
+        LOGGER.info("compile: %s", found)
+        return run
 
 
 def compiler_for(wanted: bool | str, mesh: Mesh) -> RegionCompiler | None:
@@ -191,16 +189,6 @@ def _backward_at_once() -> AbstractContextManager[object]:
     return config.patch(name, True) if hasattr(config, name) else nullcontext()
 
 
-def _failures() -> type[Exception]:
-    from torch._dynamo.exc import TorchDynamoException
-
-    return TorchDynamoException
-
-
-def _never(*_: Any) -> Any:
-    raise AssertionError("a region that is not compiled was run as if it were")
-
-
 def _is_traceable(graph: fx.Graph) -> bool:
     """Whether all that it calls is ops and the functions of programs."""
     return all(
@@ -220,7 +208,7 @@ def _lift(
 ) -> tuple[fx.GraphModule, list[str], list[Tensor], dict[str, fx.Node]]:
     """The graph with all that may differ between equal regions as its first inputs.
 
-    Those are the tensors that the module holds, given by their paths, and the salts of its
+    Those are the tensors that the module holds, given by their names, and the salts of its
     dropouts. Last comes whence each call is. Everything is named by its place.
     """
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -260,26 +248,17 @@ def _types(graph_module: fx.GraphModule) -> tuple[object, ...]:
         if node.op in ("placeholder", "get_attr"):
             val = node.meta["val"]
             is_trained = node.op == "get_attr" and bool(
-                getattr(*_owner(graph_module, str(node.target))).requires_grad
+                getattr(graph_module, str(node.target)).requires_grad
             )
             found[node.name] = tuple(val.shape), val.dtype, is_trained
     return tuple(found.values())
-
-
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    owner, _, leaf = path.rpartition(".")
-    return module.get_submodule(owner), leaf
 
 
 def _reason(error: Exception, origins: dict[str, fx.Node]) -> str:
     """One sentence of what torch says, with the user's line that it is about."""
     text = str(error)
     said = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    calls = [
-        origins[name]
-        for name in re.findall(r"^\s*(v\d+) = ", text, re.MULTILINE)
-        if name in origins
-    ]
+    calls = [origins[name] for name in re.findall(r"%(v\d+) : ", text) if name in origins]
     where = ""
     if calls:
         where = f" at node {calls[-1].name} ({calls[-1].meta.get('source', Source())})"

@@ -76,11 +76,11 @@ class Intake:
     def _sums(self, own: Sequence[Tensor]) -> list[Tensor]:
         """The first number summed over all ranks, the others over data-parallel ranks."""
         mesh = self._mesh
-        if not mesh.is_distributed:
+        if (ranks := mesh.everyone).size == 1:
             return list(own)
         if mesh.pp.rank or not mesh.speaks:  # they have the same rows as the first
             own = [own[0], *map(torch.zeros_like, own[1:])]
         flat = torch.cat([value.flatten().double() for value in own])  # exact up to 2**53
-        total: Tensor = mesh.everyone.all_reduce(flat.to(mesh.device)).cpu()
+        total: Tensor = ranks.all_reduce(flat.to(mesh.device)).cpu()
         parts = torch.split(total, [value.numel() for value in own])
         return [part.view_as(v).to(v.dtype) for part, v in zip(parts, own, strict=True)]

@@ -210,8 +210,10 @@ class Parallel:
 
     def global_loss(self, result: StepResult) -> Tensor:
         """The mean loss of all micro-batches, in float64 for a float64 model, else in float32."""
-        own = self.step_inputs.share_of_loss(result.losses if self.mesh.speaks else [])
-        return self.mesh.everyone.all_reduce(own).to(self.step_inputs.dtype)
+        loss = self.step_inputs.share_of_loss(result.losses if self.mesh.speaks else [])
+        if (ranks := self.mesh.everyone).size > 1:
+            loss = ranks.all_reduce(loss)
+        return loss.to(self.step_inputs.dtype)
 
     def output(self, result: StepResult, name: str) -> Tensor:
         """An output of the last stage, whole, of all micro-batches; stacked where it has no rows.

@@ -82,7 +82,7 @@ class StepInputs:
             total = counts[name]
             if name.startswith(NUM_TARGETS) and not total.any():
                 raise NoTargetsError(
-                    f"batch: expected at least one target token, got none in {count.inputs}: "
+                    f"batch: expected at least one target token, got none in {list(count.inputs)}: "
                     "every label is ignored, so the loss is 0/0; leave such batches out"
                 )
             if count.weight:
@@ -99,7 +99,6 @@ class StepInputs:
 
     def share_of_loss(self, losses: Sequence[Tensor]) -> Tensor:
         """What these micro-batches add to the loss of the global batch: a float64 scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        if losses:
-            total += torch.stack(list(losses)).double().sum() / self.layout.num_slices
-        return total
+        if not losses:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack(list(losses)).double().sum() / self.layout.num_slices

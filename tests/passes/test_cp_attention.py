@@ -16,6 +16,7 @@ from ilm_compile import models, partition
 from ilm_compile.cost import HARDWARE, node_time
 from ilm_compile.errors import PlanError
 from ilm_compile.kernels.attention_blocks import KERNELS
+from ilm_compile.ops.attention import SDPA
 from ilm_compile.program.collectives import TRANSITIONS, redistribute
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.layout import layout_of
@@ -122,6 +123,17 @@ def test_a_ring_sends_heads_before_they_are_repeated():
     assert shapes == {(2, 4, SEQ // 2, 8)}  # rows, heads, tokens, head size
     said = "context-parallel: 4 attentions read their key-value heads before they are repeated"
     assert said in program.decisions
+
+
+@pytest.mark.parametrize(
+    ("tp", "masks", "heads"), [(1, (), 4), (2, (), 2), (1, ("attention_mask",), 8)]
+)
+def test_without_a_mask_heads_are_read_before_they_are_repeated(tp, masks, heads):
+    """Few kernels take both a mask and shared heads; Hugging Face repeats them then, too."""
+    inputs = example() | {name: ((2, SEQ), torch.int64) for name in masks}
+    program = partition(hf_llama(), example_inputs=inputs, tp=tp)
+    keys = [n.args[1].meta["val"] for n in program.calls() if n.target is SDPA]
+    assert [key.shape[1] for key in keys] == [heads] * 4
 
 
 def is_move(node, name: str) -> bool:

@@ -201,7 +201,7 @@ def test_targets_are_counted(loss: Loss, expected: list[int]) -> None:
 
 def test_counts_need_only_the_inputs_they_use() -> None:
     (count,) = trace(Tagger(shifted), example_inputs=INPUTS).target_counts.values()
-    assert count.inputs == ["labels"]
+    assert count.inputs == ("labels",)
 
 
 def test_each_cross_entropy_has_its_own_count() -> None:
