@@ -21,6 +21,7 @@ from ilm_compile.planner.rates import wait
 from ilm_compile.runtime.data_parallel import ShardedSync, shard
 
 LOOPS = 5  # with and without, of which the middle one counts
+LEAST = 2e-6  # seconds, where it is lost in the noise
 CALLS, STEPS = 12, 4  # of a collective, and of units of FSDP, in a loop
 WIDTH, PRODUCTS = 256, 12  # rows and columns of the products between calls, and how many
 UNITS, FEW, MANY = 4, 1, 9  # units of FSDP, and how many parameters each has
@@ -58,9 +59,10 @@ def message_seconds(x: Tensor, rank: int, share: float) -> float:
             compute()
             dist.send(x, other)
 
-    def alone() -> None:
-        compute()
-        compute()
+    def alone() -> None:  # of both, while the other one waits, as in a turn
+        if rank == 0:
+            compute()
+            compute()
 
     return longer(turn, alone, x.device, max(2, round(share * CALLS))) / 2
 
@@ -88,7 +90,7 @@ def longer(
             call()
         wait(device)
         took.append((time.perf_counter() - start) / calls)
-    return max(1e-7, median(took[1::2]) - median(took[::2]))
+    return max(LEAST, median(took[1::2]) - median(took[::2]))
 
 
 class _Unit(nn.Module):
