@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from ilm_compile.models.causal_lm import CausalLM
 
 THREADS = "OMP_NUM_THREADS"
 RESULTS = Path(__file__).parent / "results"
+NUMBER = re.compile(r"\W*(\d|nan|inf|$)")  # what a cell that holds a number begins with
 Row = TypeVar("Row")
 
 
@@ -119,19 +121,19 @@ def show_table(
     headings: Sequence[str],
     rows: Iterable[Sequence[object]],
     *,
-    words: int = 1,
     sections: int = 0,
 ) -> None:
-    """Print a table. words: how many columns are text, before those of numbers.
+    """Print a table; a column of numbers keeps to the right, and one of text to the left.
 
     sections: how many rows belong together, of lines drawn between them; 0 for no lines.
     """
+    cells = [[escape(str(cell)) for cell in row] for row in rows]
     table = Table(title=title)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < words else "right")
-    for number, row in enumerate(rows, 1):
-        ends = bool(sections) and number % sections == 0
-        table.add_row(*(escape(str(cell)) for cell in row), end_section=ends)
+        numbers = all(NUMBER.match(row[place]) for row in cells)
+        table.add_column(heading, justify="right" if numbers else "left")
+    for number, row in enumerate(cells, 1):
+        table.add_row(*row, end_section=bool(sections) and number % sections == 0)
     make_console().print(table)
 
 

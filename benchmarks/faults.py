@@ -270,7 +270,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    show_table(None, columns, lines, words=2)
+    show_table(None, columns, lines)
 
 
 if __name__ == "__main__":

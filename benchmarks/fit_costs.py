@@ -48,7 +48,7 @@ CONSTANTS = (
     Constant("matmul", ("hopper",), 0.65, 0.45, 0.90),
     Constant("attention", ("ampere",), 0.40, 0.15, 0.70),
     Constant("attention", ("hopper",), 0.30, 0.10, 0.60),
-    Constant("tile_bandwidth", ALL, 1.5, 0.5, 4.0),
+    Constant("operands", ("ampere", "hopper"), 1.5, 0.5, 4.0),
     Constant("scores_traffic", ALL, 5.0, 2.0, 12.0),
     Constant("layer_traffic", ("megatron-deepspeed",), 0.8, 0.3, 3.0),
     Constant("layer_traffic", ("megatron",), 0.8, 0.3, 3.0),
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for constant, value in zip(CONSTANTS, values, strict=True)
     ]
-    show_table("Constants", ("constant", "of", "value", "bounds"), lines, words=2)
+    show_table("Constants", ("constant", "of", "value", "bounds"), lines)
     found = {"all rows fitted": TIME.predict(values, steps)}
     if options.held_out:
         found["each fifth unfitted"] = unfitted(steps, folds_of(steps))

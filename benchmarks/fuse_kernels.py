@@ -174,11 +174,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             shown = found if p["ok"] else (p["failure"], "")
             proofs.append((name, p["plan"], *shown, f"{p['seconds']:.1f}"))
     headings = ("model", "fused ops of a block", f"calls of {LAYERS} blocks", "left alone")
-    show_table("matches", headings, matches, words=4)
+    show_table("matches", headings, matches)
     headings = ("gradient", "gradient: plain to float32", "fused to float32")
     show_table("fused against plain", ("model", "precision", "loss", "logits", *headings), errors)
     headings = ("model", "plan", "loss", "gradient", "seconds")
-    show_table('verify, kernels="triton"', headings, proofs, words=2)
+    show_table('verify, kernels="triton"', headings, proofs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -88,7 +88,7 @@ def _show(title: str, rows: Sequence[Row]) -> None:
         sizes = row["hidden"], row["rows"]
         lines.append((*sizes, *speed, row["best_peer"] or "-", ratio, *verdicts))
     columns = ("hidden", "rows", "GB/s", "of copy", "best peer", "its time / ours")
-    show_table(title, (*columns, *(f"{goal}?" for goal in goals)), lines, words=0)
+    show_table(title, (*columns, *(f"{goal}?" for goal in goals)), lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

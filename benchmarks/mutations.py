@@ -159,23 +159,23 @@ def attacks(judged: Sequence[Judged]) -> Iterator[Line]:
         yield attack, *numbers, refused_by
 
 
-# Title, columns, how many of them are words, and the lines.
+# Title, columns, and the lines.
 TABLES = (
     (
         "Mutants by kind; under a layer: how many it refused first",
         ("fault", "mutants", "alters", "equivalent", "missed", "caught", *LAYERS),
-        *(1, by_kind),
+        by_kind,
     ),
-    ("Equivalent mutants", ("case", "fault", "where", "why it changes nothing"), 4, equivalents),
+    ("Equivalent mutants", ("case", "fault", "where", "why it changes nothing"), equivalents),
     (
         "The same with each layer switched off in turn",
         ("switched off", "caught", "missed", "of which alter the step", "first kinds missed"),
-        *(1, ablation),
+        ablation,
     ),
     (
         "Attacks that went through an earlier proof",
         ("attack", "mutants", "cases", "equivalent", "missed", "refused by"),
-        *(1, attacks),
+        attacks,
     ),
 )
 
@@ -239,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds = time.perf_counter() - start
             print(f"{case}: {len(of_case)} mutants, {seconds:.0f} s", flush=True)
     torch_rows = refused_by_torch()
-    for title, columns, words, lines in TABLES:
-        show_table(title, columns, lines(judged), words=words)
+    for title, columns, lines in TABLES:
+        show_table(title, columns, lines(judged))
     numbers = [(row["wrong"], row["refused_by_torch"]) for row in torch_rows]
     every = "all", *map(sum, zip(*numbers, strict=True))
     show_table(

@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = (f"{size / 2**20:.2f}" for size in (p.predicted, p.measured))
         lines.append((p.schedule, p.checkpoint, p.rank, *sizes, f"{p.error:+.2%}"))
     headings = ("schedule", "checkpoint", "rank", "predicted", "measured", "error")
-    show_table("MiB of the fullest moment of a rank", headings, lines, words=2)
+    show_table("MiB of the fullest moment of a rank", headings, lines)
     worst = max(abs(peak.error) for peak in peaks)
     save_json(options.output, {"bound": BOUND, "worst": worst, "rows": peaks})
 

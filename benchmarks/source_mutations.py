@@ -155,7 +155,7 @@ def show(fates: Sequence[Fate]) -> None:
         killer = (fate.killed_by or "SURVIVES").rpartition("/")[2]
         file = fate.mutant.file.removeprefix("ilm_compile/runtime/")
         lines.append((file, fate.mutant.what, killer, f"{fate.seconds:.0f}"))
-    show_table(title, ("file", "fault", "killed by", "s"), lines, words=3)
+    show_table(title, ("file", "fault", "killed by", "s"), lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -122,7 +122,6 @@ def show(figures: Sequence[Figure]) -> None:
         "tp=2, forward and backward: milliseconds per step",
         (*headings, "time / ours", "processor / ours"),
         map(_cells, figures),
-        words=2,
         sections=len(CONTESTANTS),
     )
 

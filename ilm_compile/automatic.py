@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -87,7 +88,9 @@ def automatic_plans(
             'plan="auto" needs tokens_per_batch, the tokens of one step of all ranks; a micro-batch'
             f" of the example inputs has {rows} * {seq}"
         )
-    found = search(
+    wanted = {name: given[name] for name in SEARCHED if given.get(name) is not None}
+    ask = partial(
+        search,
         traced,
         world_size,
         given.get("hardware") or hardware_of(device),
@@ -95,16 +98,16 @@ def automatic_plans(
         seq=seq,
         precision=PRECISIONS[given.get("dtype")],
     )
-    wanted = {name: given[name] for name in SEARCHED if given.get(name) is not None}
+    found = ask(wanted={**wanted, "rows": rows})
     rest = {name: value for name, value in given.items() if name not in SEARCHED}
     count = 0
     for candidate in found.candidates:
         plan = found.plan_of(candidate)
-        is_alike = candidate.plan.micro_batch * candidate.plan.ep == rows
-        if is_alike and all(getattr(plan, name) == value for name, value in wanted.items()):
+        if all(getattr(plan, name) == value for name, value in wanted.items()):
             count += 1
-            yield plan.replace(**rest)
+            yield plan.replace(**{"kernels": Plan().kernels, **rest})
     if not count:
+        found = ask()
         best = found.best  # says so if nothing fits
         asked = "".join(f", {name}={value}" for name, value in wanted.items())
         raise PlanError(

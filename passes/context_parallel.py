@@ -40,7 +40,6 @@ class ContextParallel(Shard):
 
     name: ClassVar[str] = "context-parallel"
     axis: ClassVar[str] = "cp"
-    requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     after: ClassVar[frozenset[str]] = frozenset({sharded_over("tp"), sharded_over("ep")})
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded", sharded_over("cp")})
 

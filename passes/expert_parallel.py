@@ -29,7 +29,6 @@ class ExpertParallel(Shard):
 
     name: ClassVar[str] = "expert-parallel"
     axis: ClassVar[str] = EXPERT_AXIS
-    requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     after: ClassVar[frozenset[str]] = frozenset({sharded_over("tp")})
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded", sharded_over(EXPERT_AXIS)})
 

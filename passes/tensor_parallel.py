@@ -28,7 +28,6 @@ class TensorParallel(Shard):
 
     name: ClassVar[str] = "tensor-parallel"
     axis: ClassVar[str] = "tp"
-    requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded", sharded_over("tp")})
 
     sequence_parallel: bool | None = None

@@ -123,4 +123,4 @@ def _show(choices: list[Choice]) -> None:
                 mark = f"* {place + 1}." if choice.in_table else ""
                 lines.append((*sizes, f"{choice.fraction:.1%}", mark))
     headings = ("hidden", "warps", "stages", "programs/SM", "of copy", "")
-    show_table("backward of rms_norm (*: the table's choice)", headings, lines, words=0)
+    show_table("backward of rms_norm (*: the table's choice)", headings, lines)

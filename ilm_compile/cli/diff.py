@@ -6,6 +6,7 @@ Nothing is run: the model is traced once and compiled under each plan.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -13,14 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ilm_compile.cli.inputs import add_input_arguments, read_inputs
-from ilm_compile.cli.model import add_model_argument, is_config, load_model
-from ilm_compile.config import load_config
+from ilm_compile.cli.job import read_model
+from ilm_compile.cli.model import add_model_argument
 from ilm_compile.errors import PlanError
 from ilm_compile.partitioning import compile
 from ilm_compile.planner.comparison import compare_programs, compare_runs
 from ilm_compile.program.plan import Plan
-from ilm_compile.program.trace import trace
-from ilm_compile.training.model import build_model, input_spec, loss_function
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +41,10 @@ def run(options: argparse.Namespace) -> None:
         )
     plans = [_read(path) for path in options.plans]
     measured = compare_runs(options.runs) if options.runs else []
-    if is_config(options.model):
-        config = load_config(options.model)
-        traced = trace(
-            build_model(config), example_inputs=input_spec(config), loss_fn=loss_function(config)
-        )
-    else:
-        traced = trace(load_model(options.model), example_inputs=read_inputs(options))
+    job = read_model(options.model)
+    if job.config is None:
+        job = replace(job, example_inputs=read_inputs(options))
+    traced = job.trace()
     lines = [*compare_programs([compile(traced, plan) for plan in plans]), *measured]
     table = Table(box=SIMPLE_HEAD)
     for name in ("", *(path.name for path in options.plans)):

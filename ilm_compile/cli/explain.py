@@ -14,7 +14,6 @@ from ilm_compile.passes import order_passes, run_passes
 from ilm_compile.passes.standard import plan_passes
 from ilm_compile.planner import expect, simulate_step
 from ilm_compile.program.program import Program
-from ilm_compile.program.trace import trace
 
 TRACE = "trace"
 
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _partition_until(last: str, job: Job) -> Program:
     """Trace, then run the passes up to the one named `last`."""
-    program = trace(job.model, example_inputs=job.example_inputs, loss_fn=job.loss_fn)
+    program = job.trace()
     program.plan = job.plan
     passes = order_passes(plan_passes(program), program.facts)
     names = [TRACE, *(step.name for step in passes)]

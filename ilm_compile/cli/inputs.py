@@ -20,5 +20,9 @@ def read_inputs(options: argparse.Namespace) -> ExampleInputs | None:
         if options.rows is not None:
             raise IlmCompileError(f"--rows {options.rows} needs --seq-len beside it")
         return None
-    shape = (1 if options.rows is None else options.rows, options.seq_len)
-    return {"input_ids": (shape, torch.int64), "labels": (shape, torch.int64)}
+    return token_inputs(1 if options.rows is None else options.rows, options.seq_len)
+
+
+def token_inputs(rows: int, tokens: int) -> ExampleInputs:
+    """The inputs of a causal language model."""
+    return {name: ((rows, tokens), torch.int64) for name in ("input_ids", "labels")}

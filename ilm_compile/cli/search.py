@@ -9,15 +9,13 @@ import argparse
 import re
 from pathlib import Path
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from ilm_compile.automatic import first_compiled
-from ilm_compile.cli.model import add_model_argument, is_config, load_model
-from ilm_compile.config import load_config
+from ilm_compile.cli.job import Job, read_model
+from ilm_compile.cli.model import add_model_argument
 from ilm_compile.cost.hardware import HARDWARE
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.files import write_text
@@ -26,10 +24,8 @@ from ilm_compile.planner import Candidate, Rejected, Search, search
 from ilm_compile.planner.report import write_report
 from ilm_compile.program.byte_sizes import read_bytes
 from ilm_compile.program.program import Program
-from ilm_compile.program.trace import ExampleInputs, LossFn, trace
 from ilm_compile.prove import verify
 from ilm_compile.training.fits import changed_keys
-from ilm_compile.training.model import input_spec, loss_function
 
 BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 TRACED_TOKENS = 128  # sizes do not depend on them
@@ -54,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seq", type=int, required=True, metavar="N", help="tokens of a sequence")
     parser.add_argument(
-        "--memory", metavar="N", help="that a rank may fill, such as 80GiB; else the hardware's"
+        "--memory", metavar="N", help="of a device, such as 80GiB; else the hardware's"
     )
     parser.add_argument("--precision", default="bf16", help="bf16, fp16 or fp32 (bf16)")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="plans shown (10)")
@@ -68,10 +64,10 @@ def run(options: argparse.Namespace) -> None:
     """Search, print, and write the fastest plan that compiles."""
     tokens = number("--tokens-per-batch", options.tokens_per_batch)
     memory = None if options.memory is None else read_bytes(options.memory, "--memory")
-    model, loss_fn = load_model(options.model), _loss_function(options.model)
-    inputs = _inputs(options.model, 1, TRACED_TOKENS)
+    job = read_model(options.model)
+    small = job if job.config else job.with_micro_batch(1, TRACED_TOKENS)
     found = search(
-        trace(model, example_inputs=inputs, loss_fn=loss_fn),
+        small.trace(),
         options.gpus,
         options.hardware,
         tokens_per_batch=tokens,
@@ -79,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         memory=memory,
         precision=options.precision,
     )
-    best, program, failed = _compiled(options.model, model, found)
+    best, program, failed = _compiled(job, found)
     console = Console(width=max(Console().width, WIDTH), soft_wrap=True)
     console.print(_table(found, options.top))
     console.print(LEGEND, style="dim")
@@ -90,21 +86,21 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"  {line.what}: {line.reason}", markup=False, highlight=False)
     if len(shown) < len(lines):
         console.print(f"  and {len(lines) - len(shown)} more: --all")
-    proof = _proven(options.model, model, found, best) if options.verify else ""
+    proof = _proven(job, found, best) if options.verify else ""
     if proof:
         console.print(f"\n{proof}", markup=False, highlight=False)
     write_text(options.output, found.plan_of(best).to_json() + "\n")
     console.print(f"\n{options.output}: {best.name}", markup=False, highlight=False)
-    console.print(_next(options, best), markup=False, highlight=False)
+    console.print(_next(options, job, best), markup=False, highlight=False)
     if options.html:
         write_report(options.html, found=found, program=program, failed=failed, proof=proof)
         console.print(f"{options.html}: the report", markup=False, highlight=False)
 
 
-def _next(options: argparse.Namespace, best: Candidate) -> str:
+def _next(options: argparse.Namespace, job: Job, best: Candidate) -> str:
     """The commands that show more of the plan and prove it; of a config, the one that runs it."""
-    if is_config(options.model):
-        keys = changed_keys(load_config(options.model), best)
+    if job.config:
+        keys = changed_keys(job.config, best)
         given = "".join(f" --set {key}={value}" for key, value in keys)
         return f"next: ilm-compile train --config {options.model}{given}"
     rows = int(best.plan.micro_batch * best.plan.ep)
@@ -124,29 +120,28 @@ def number(option: str, text: str) -> int:
     return round(float(match[1]) * BINARY[match[2]])
 
 
-def _proven(name: str, model: nn.Module, found: Search, best: Candidate) -> str:
+def _proven(job: Job, found: Search, best: Candidate) -> str:
     """What the proof of a plan says; raises `VerificationError` if it does not hold."""
+    job = _as_planned(job, best)
     report = verify(
-        model,
-        example_inputs=_inputs(name, int(best.plan.micro_batch * best.plan.ep), best.plan.seq),
-        loss_fn=_loss_function(name),
+        job.model,
+        example_inputs=job.example_inputs,
+        loss_fn=job.loss_fn,
         plan=found.plan_of(best),
     )
     report.raise_if_failed()
     return str(report)
 
 
-def _compiled(
-    name: str, model: nn.Module, found: Search
-) -> tuple[Candidate, Program, list[Rejected]]:
+def _compiled(job: Job, found: Search) -> tuple[Candidate, Program, list[Rejected]]:
     """The fastest that compiles, its program, and those before it with what was wrong."""
 
     def compile_it(candidate: Candidate) -> Program:
-        plan = candidate.plan
+        planned = _as_planned(job, candidate)
         return partition(
-            model,
-            example_inputs=_inputs(name, int(plan.micro_batch * plan.ep), plan.seq),
-            loss_fn=_loss_function(name),
+            job.model,
+            example_inputs=planned.example_inputs,
+            loss_fn=job.loss_fn,
             plan=found.plan_of(candidate),
         )
 
@@ -155,16 +150,9 @@ def _compiled(
     return best, program, [Rejected(c.name, f"does not compile: {why}") for c, why in failed]
 
 
-def _inputs(name: str, rows: int, tokens: int) -> ExampleInputs:
-    """Those of a config, or of a causal language model."""
-    if is_config(name):
-        return input_spec(load_config(name))
-    shape = (rows, tokens)
-    return {"input_ids": (shape, torch.int64), "labels": (shape, torch.int64)}
-
-
-def _loss_function(name: str) -> LossFn | None:
-    return loss_function(load_config(name)) if is_config(name) else None
+def _as_planned(job: Job, candidate: Candidate) -> Job:
+    plan = candidate.plan
+    return job.with_micro_batch(int(plan.micro_batch * plan.ep), plan.seq)
 
 
 def _table(found: Search, top: int) -> Table:
@@ -173,7 +161,7 @@ def _table(found: Search, top: int) -> Table:
     table = Table(
         title=f"{sizes.parameters / 1e9:.3g}B parameters on {asked.gpus} x {asked.hardware.name}, "
         f"{asked.sequences} sequences of {asked.seq} tokens: {len(found.candidates)} plans fit "
-        f"{asked.memory_bytes / 2**30:.1f} GiB",
+        f"{asked.limit / 2**30:.1f} of {asked.memory_bytes / 2**30:.1f} GiB",
         box=SIMPLE_HEAD,
     )
     columns = ("tp", "cp", "ep", "pp", "dp", "zero", "micro-batches", "schedule", "recompute")
@@ -188,7 +176,7 @@ def _table(found: Search, top: int) -> Table:
 def _row(candidate: Candidate) -> list[str]:
     plan, time = candidate.plan, candidate.time
     schedule = plan.schedule if plan.pp > 1 else ""
-    again = "" if plan.recompute == "none" else f"{plan.recompute_share:.0%}"
+    again = "" if plan.recompute == "none" else candidate.recompute
     return [
         *(str(size) for size in (plan.tp, plan.cp, plan.ep, plan.pp, plan.dp // plan.ep)),
         str(plan.zero),

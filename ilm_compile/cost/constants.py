@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 from ilm_compile.errors import PlanError
 
@@ -16,12 +17,14 @@ from ilm_compile.errors import PlanError
 class Efficiency:
     """What a generation of devices keeps up through a step, as shares of its 16-bit peak.
 
-    matmul: of a large product, without what `Software.tile_bandwidth` takes of smaller ones; less
-    than alone, since clocks fall under load. attention: of a fused kernel, causal FLOPs counted.
+    matmul: of a large product, without what its operands take beside it; less than alone, since
+    clocks fall under load. attention: of a fused kernel, causal FLOPs counted. operands: bytes/s of
+    what a product reads and writes and nothing hides, as a multiple of usable memory bandwidth.
     """
 
     matmul: float
     attention: float
+    operands: float = inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +34,6 @@ class Software:
     name: str
     fused_attention: bool = True
     """Whether attention keeps its scores on chip."""
-    tile_bandwidth: float
-    """Of a product's reads and writes that nothing hides, as a multiple of memory bandwidth."""
     scores_traffic: float
     """Times that unfused attention reads or writes its scores in one forward."""
     layer_traffic: float
@@ -42,7 +43,7 @@ class Software:
     gradient_bytes: float
     """Bytes moved per parameter to add up its gradient, each micro-batch."""
     optimizer_bytes: float = 28.0
-    """Bytes moved per parameter by Adam with float32 state."""
+    """Bytes moved per parameter by Adam with float32 state, and by the norm and clipping."""
     host_layer_s: float
     """Seconds the host takes to start the forward of one layer."""
     host_backward: float
@@ -61,6 +62,8 @@ class Software:
     """Share of the NIC's line rate that its collectives reach."""
     network_latency_s: float
     """Seconds of one step of a tree between nodes."""
+    gradients_once: bool = False
+    """Whether FSDP moves gradients with any zero, beside compute, and once a step."""
     whole_tensors: bool = False
     """Whether an optimizer state sharded over nodes owns whole tensors, broadcast one by one."""
     scattered_messages: bool = False
@@ -73,21 +76,30 @@ class Software:
     """Bytes per parameter: of itself, its gradient, the optimizer's state with float32 copies."""
     dropout: bool = False
     """Whether masks of dropout are kept."""
+    kept_ffn: int = 4
+    """Values of the width of a gated feed-forward block that its backward needs, a token."""
+    selective_products: float = 0.5
+    """Of a layer's products, what a selective recompute repeats, where attention is fused."""
+    loss_chunk: float = inf
+    """Logits that the loss has at a time; where not all, backward makes them once more."""
     loss_width: float = 8.0
     """Bytes per logit at the loss."""
     working: float = 1.0
     """What a layer's backward needs beside what was kept for it, against a layer's activations."""
     reserved_bytes: float = 1e9
     """Memory of CUDA, NCCL, buffers and the allocator's gaps that counts as used."""
+    kept_free: float = 0.06
+    """Share of a device's memory that a search leaves to the caching allocator, which cannot use
+    all that it has split, and to errors: at most 5.6% in published steps that were not fitted."""
 
 
-AMPERE = Efficiency(matmul=0.815, attention=0.329)
-HOPPER = Efficiency(matmul=0.707, attention=0.175)
+AMPERE = Efficiency(matmul=0.815, attention=0.329, operands=2.34)
+HOPPER = Efficiency(matmul=0.707, attention=0.175, operands=2.34)
 
+OURS, PROCESSES = "ilm_compile", "ilm_compile, processes"
 # What no row names is taken from here: fused attention, a fully sharded eager program.
 SHARED = Software(
-    name="ilm_compile",
-    tile_bandwidth=2.34,
+    name=OURS,
     scores_traffic=3.99,
     layer_traffic=1.45,
     loss_traffic=18.1,
@@ -112,10 +124,42 @@ _MEGATRON = replace(
     layer_traffic=1.45,
     loss_traffic=5.41,
 )
+# This package, where it is known from its own code what is fitted elsewhere: float32 weights,
+# gradients and moments; fused kernels, whose gated block keeps both halves and their product; a
+# loss in pieces, whose logits are written and read once in forward, and one value more in backward;
+# a selective recompute that repeats no product.
+_OURS = replace(
+    SHARED,
+    static_widths=(4.0, 4.0, 8.0),
+    gradient_width=4,
+    gradients_once=True,
+    optimizer_bytes=40.0,
+    loss_traffic=5.0,
+    loss_chunk=2.0**27,
+    kept_ffn=3,
+    selective_products=0.0,
+)
 SOFTWARE: Mapping[str, Software] = {
     software.name: software
     for software in (
-        replace(SHARED, static_widths=(4.0, 4.0, 8.0)),
+        _OURS,
+        # Ranks on the cores of a machine, whose figures are measured by `calibrate`: nothing runs
+        # beside anything, and every op's host time is in its launch.
+        replace(
+            _OURS,
+            name=PROCESSES,
+            gradient_bytes=12.0,
+            layer_traffic=1.0,
+            loss_traffic=SHARED.loss_traffic,
+            loss_chunk=inf,
+            host_layer_s=0.0,
+            host_microbatch_s=0.0,
+            tp_wait_s=0.0,
+            exposed=1.0,
+            network=1.0,
+            network_latency_s=200e-6,
+            jitter=0.0,
+        ),
         _MEGATRON,
         replace(
             _MEGATRON,

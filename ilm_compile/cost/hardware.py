@@ -9,17 +9,16 @@ is as nvidia-smi reports it and whose links are taken to be the H100's at twice 
 (NVLink at 1.8 instead of 0.9 TB/s). These were compared with pages that quote the datasheets: B200
 verda.com/blog/gb300-nvl72-architecture (2.25 PFLOP/s, 75 TFLOP/s, 7.7 TB/s, 180 GB; 179 GiB by
 docs.vultr.com), GB200 glennklockwood.com/garden/processors/B200 (2.5 PFLOP/s, 8 TB/s), A800
-aiwiki.ai/wiki/nvidia_a800 (NVLink at 400 instead of 600 GB/s, the rest as the A100's). A
-compute efficiency of 0.8 and 5 us per kernel fit NVIDIA's measured bf16 GEMMs (m >= 1024) within
-7-11 % on average. Between nodes: one NIC per GPU at 0.8 of its line rate, and the latency of one
-network step of NCCL's Simple protocol (NVIDIA/nccl, src/graph/tuning.cc).
+aiwiki.ai/wiki/nvidia_a800 (NVLink at 400 instead of 600 GB/s, the rest as the A100's). What
+programs reach of the peaks is fitted: see `ilm_compile.cost.constants`. 5 us per kernel fit
+NVIDIA's measured bf16 GEMMs. Between nodes: one NIC per GPU at 0.8 of its line rate, and the
+latency of one network step of NCCL's Simple protocol (NVIDIA/nccl, src/graph/tuning.cc).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 
 import torch
@@ -39,9 +38,10 @@ class Hardware:
     Units: FLOP/s, bytes/s, bytes, seconds. `kernel_overhead_s` is added to every kernel,
     `reserved_bytes` is the memory that CUDA, NCCL and the allocator take from the program. `links`
     are inside a node, `network` is from one device to a device of another node, which has a NIC of
-    `nic_bytes_per_s`. `efficiency` is that of whole steps, `compute_efficiency` of a kernel alone.
-    Of a processor, `tile_bandwidth` is what a product's operands take beside its arithmetic, and
-    `cores` are what the ranks of a machine share; a GPU hides the one and has none of the other.
+    `nic_bytes_per_s`. `efficiency` is that of a program's steps. `cores` are what the ranks of a
+    machine share, where ranks are processes of a processor: its figures are what programs reach.
+    `shard_s`, `shard_parameter_s`: what the host takes for an FSDP unit and for each parameter of
+    it, to gather or to reduce it, beside the collective; a GPU hides it.
     `path` is the file that describes it, None for a row of the table.
     """
 
@@ -56,23 +56,27 @@ class Hardware:
     nic_bytes_per_s: float
     gpus_per_node: int
     efficiency: Efficiency
-    compute_efficiency: float = 0.8
     memory_efficiency: float = 0.8
-    tile_bandwidth: float = inf
     cores: int = 0
     path: str | None = None
+    shard_s: float = 0.0
+    shard_parameter_s: float = 0.0
 
     def usable_flops(self, dtype: torch.dtype) -> float:
         """Return the FLOP/s a large matrix product reaches; raises `PlanError` for other dtypes."""
         if dtype not in self.peak_flops:
             known = ", ".join(str(known) for known in self.peak_flops)
             raise PlanError(f"cost: no peak FLOP/s of {self.name} for {dtype}; known: {known}")
-        return self.peak_flops[dtype] * self.compute_efficiency
+        return self.peak_flops[dtype] * self.efficiency.matmul
 
     def attention_flops(self, dtype: torch.dtype) -> float:
-        """Return the FLOP/s of attention: where the figures are what programs reach, its own."""
-        share = self.efficiency.attention if self.compute_efficiency == 1 else 1.0
-        return self.usable_flops(dtype) * share
+        """Return the FLOP/s of fused attention, as `usable_flops` does of a product."""
+        return self.usable_flops(dtype) * self.efficiency.attention / self.efficiency.matmul
+
+    @property
+    def operand_bandwidth(self) -> float:
+        """The bytes/s of what a product reads and writes beside its arithmetic."""
+        return self.usable_bandwidth * self.efficiency.operands
 
     @property
     def usable_bandwidth(self) -> float:
@@ -151,8 +155,6 @@ _CPU = Hardware(
     nic_bytes_per_s=0.125 * GB,
     gpus_per_node=8,
     efficiency=Efficiency(matmul=1.0, attention=0.5),
-    # the figures are what programs reached
-    compute_efficiency=1.0,
     memory_efficiency=1.0,
     cores=8,
 )

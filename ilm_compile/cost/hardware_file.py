@@ -8,10 +8,12 @@ reserved_gib = 3.6
 kernel_overhead_us = 5
 gpus_per_node = 8
 cores = 8  # that the ranks of a machine share, where ranks are processes of a processor
-tile_gb_per_s = 20  # of a product's operands, beside its arithmetic
+shard_us = 500  # of the host for each unit that FSDP gathers or reduces, and for each parameter
+shard_parameter_us = 20
 nic_gb_per_s = 25
 tflops = { bf16 = 989, fp32 = 67, fp64 = 67, fp8 = 1979 }
-efficiency = { matmul = 0.7, attention = 0.18 }
+# what programs reach of the peak, and of the memory's bandwidth for what a product reads and writes
+efficiency = { matmul = 0.7, attention = 0.18, operands = 2.3 }
 # collective, ranks in the node: latency in us, GB/s, climb in ns per square root of a byte
 links.all_reduce.8 = [15.4, 481, 6.5]
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ NUMBERS: Mapping[str, tuple[str, Callable[[float], float]]] = {
     "kernel_overhead_us": ("kernel_overhead_s", lambda us: us * 1e-6),
     "gpus_per_node": ("gpus_per_node", int),
     "cores": ("cores", int),
-    "tile_gb_per_s": ("tile_bandwidth", lambda gb: gb * GB),
+    "shard_us": ("shard_s", lambda us: us * 1e-6),
+    "shard_parameter_us": ("shard_parameter_s", lambda us: us * 1e-6),
     "nic_gb_per_s": ("nic_bytes_per_s", lambda gb: gb * GB),
 }
 TABLES = ("tflops", "efficiency", "links")
@@ -77,9 +80,9 @@ def read_hardware(path: Path) -> Hardware:
         **start.peak_flops,
         **{dtype: 1e12 * peak for name, peak in peaks.items() for dtype in DTYPES[name]},
     }
-    shares = _table(path, given, "efficiency", ("matmul", "attention"))
-    shares = {"matmul": start.efficiency.matmul, "attention": start.efficiency.attention} | shares
-    changes["efficiency"] = Efficiency(**shares)
+    names = tuple(field.name for field in fields(Efficiency))
+    shares = _table(path, given, "efficiency", names)
+    changes["efficiency"] = replace(start.efficiency, **shares)
     changes["links"] = _links(path, given.get("links", {}), start.links)
     return replace(start, **changes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -40,15 +41,15 @@ class _Rates:
     product: float
     attention: float
     byte: float
-    tile_byte: float
+    operand_byte: float
 
     def multiply(self, m: float, n: float, k: float, count: float = 1) -> float:
         """The seconds of `count` products (m, k) x (k, n)."""
         num_bytes = 2 * (m * n + n * k + m * k)
-        return count * (2 * m * n * k * self.product + num_bytes * self.tile_byte)
+        return count * (2 * m * n * k * self.product + num_bytes * self.operand_byte)
 
 
-def rates(plan: StepPlan, hardware: Hardware, software: Software) -> _Rates:
+def rates(plan: StepPlan, hardware: Hardware) -> _Rates:
     """Return what a FLOP and a byte take. Raises `PlanError` for a precision without a peak."""
     dtype = PRECISIONS.get(plan.precision)
     if dtype is None or dtype not in hardware.peak_flops:
@@ -57,21 +58,22 @@ def rates(plan: StepPlan, hardware: Hardware, software: Software) -> _Rates:
             f"cost: no peak FLOP/s of {hardware.name} for precision {plan.precision!r}; "
             f"known: {', '.join(known)}"
         )
-    half = hardware.peak_flops[torch.bfloat16]
-    byte = 1 / hardware.usable_bandwidth
     return _Rates(
-        product=1 / (hardware.peak_flops[dtype] * hardware.efficiency.matmul),
-        attention=1 / (half * hardware.efficiency.attention),
-        byte=byte,
-        tile_byte=byte / software.tile_bandwidth,
+        product=1 / hardware.usable_flops(dtype),
+        attention=1 / hardware.attention_flops(torch.bfloat16),
+        byte=1 / hardware.usable_bandwidth,
+        operand_byte=1 / hardware.operand_bandwidth,
     )
 
 
 def layer_time(
     sizes: ModelSizes, plan: StepPlan, hardware: Hardware, software: Software
 ) -> LayerTime:
-    """Return the seconds of one layer. Recomputing counts as backward; FSDP runs beside it."""
-    rate = rates(plan, hardware, software)
+    """Return the seconds of one layer that is recomputed as `plan.recompute` says.
+
+    Recomputing counts as backward; FSDP runs beside it.
+    """
+    rate = rates(plan, hardware)
     products = _products(sizes, plan, rate)
     attention, attention_backward = _attention(sizes, plan, rate, software)
     traffic = _traffic(sizes, plan, rate, software)
@@ -83,24 +85,22 @@ def layer_time(
     again, moved_again = {
         "none": (0.0, 0.0),
         "selective": (
-            (traffic + products / 2 if software.fused_attention else attention),
+            traffic + software.selective_products * products
+            if software.fused_attention
+            else attention,
             0.0,
         ),
         "full": (alone, moved),
     }[plan.recompute]
-    again, moved_again = again * plan.recompute_share, moved_again * plan.recompute_share
     summing = software.gradient_bytes * rate.byte * layer_parameters(sizes, plan)
     back = 2 * (products + traffic + launches) + attention_backward + again + summing
 
-    host = software.host_layer_s * (1 + software.host_tp * ((plan.tp - 1) / 7) ** 2)
-    host_again = {"none": 0.0, "selective": 0.5, "full": 1.0}[plan.recompute]
-    host_back = host * (software.host_backward + host_again * plan.recompute_share)
-
-    gather, reduce = _fsdp(sizes, plan, hardware)
-    forward = _beside(max(alone + moved, host), gather, software)
+    host, host_back = host_time(plan.tp, software, plan.recompute)
+    gather, reduce = _fsdp(sizes, plan, hardware, software)
+    forward = beside(max(alone + moved, host), gather, software)
     moved_back = moved + moved_again
     again_gather = gather if plan.zero == 3 else 0.0
-    backward = _beside(max(back + moved_back, host_back), again_gather + reduce, software)
+    backward = beside(max(back + moved_back, host_back), again_gather + reduce, software)
     hidden = max(alone, host) + max(back, host_back)
     return LayerTime(
         forward=forward,
@@ -110,16 +110,24 @@ def layer_time(
     )
 
 
+def host_time(tp: int, software: Software, recompute: str) -> tuple[float, float]:
+    """Return the seconds that the host takes to start the forward and the backward of a layer."""
+    host = software.host_layer_s * (1 + software.host_tp * ((tp - 1) / 7) ** 2)
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[recompute]
+    return host, host * (software.host_backward + again)
+
+
 def head_time(
     sizes: ModelSizes, plan: StepPlan, hardware: Hardware, software: Software
 ) -> tuple[float, float]:
     """Return the seconds of a micro-batch, forward and backward, in embedding and head."""
-    rate = rates(plan, hardware, software)
+    rate = rates(plan, hardware)
     tokens, hidden = plan.tokens, sizes.hidden
     columns = sizes.vocab / plan.tp
     logits = 2 * software.loss_traffic * tokens * columns * rate.byte
     summing = software.gradient_bytes * columns * hidden * rate.byte
-    head = 3 * rate.multiply(tokens, columns, hidden) + logits + summing
+    products = 3 if software.loss_chunk == inf else 4
+    head = products * rate.multiply(tokens, columns, hidden) + logits + summing
     embedding = 12 * tokens * hidden * rate.byte + summing
     return embedding, max(head, software.host_microbatch_s)
 
@@ -190,11 +198,13 @@ def _other_axes(sizes: ModelSizes, plan: StepPlan, hardware: Hardware) -> float:
     return seconds
 
 
-def _fsdp(sizes: ModelSizes, plan: StepPlan, hardware: Hardware) -> tuple[float, float]:
+def _fsdp(
+    sizes: ModelSizes, plan: StepPlan, hardware: Hardware, software: Software
+) -> tuple[float, float]:
     """Gathering a layer's parameters, and scattering the sums of its gradients."""
     ranks = plan.dp * plan.cp
-    if plan.zero < 2 or ranks == 1:
-        return 0.0, 0.0
+    if plan.zero < 2 or ranks == 1 or software.gradients_once:
+        return 0.0, 0.0  # or all of it at once, in `data_parallel`
     attention = sizes.attention_parameters / plan.tp
     experts = sizes.expert_parameters / (plan.tp * plan.ep)
 
@@ -210,5 +220,6 @@ def _fsdp(sizes: ModelSizes, plan: StepPlan, hardware: Hardware) -> tuple[float,
     return gather if plan.zero == 3 else gather / plan.num_microbatches, move("reduce_scatter")
 
 
-def _beside(compute: float, moved: float, software: Software) -> float:
+def beside(compute: float, moved: float, software: Software) -> float:
+    """Return the seconds of both, where FSDP moves parameters or gradients beside compute."""
     return max(compute, moved) + software.exposed * min(compute, moved)

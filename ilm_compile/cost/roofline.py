@@ -1,10 +1,10 @@
 """The time of one node on one device: the roofline.
 
 A kernel takes the longer of its arithmetic and its memory traffic, plus a fixed overhead:
-t = max(FLOPs / usable FLOP/s, bytes / usable bytes/s) + t0. On a processor the operands of a
-product take their own time beside its arithmetic. Kernels are those of the graph, one per
-op: what a compiler fuses later is cheaper than said here. Collectives are python functions and cost
-0 here; see `ilm_compile.cost.collectives`.
+t = max(FLOPs / usable FLOP/s, bytes / usable bytes/s) + t0. The operands of a product take their
+own time beside its arithmetic. The rates are those of `layer_time`. Kernels are those of the graph,
+one per op: what a compiler fuses later is cheaper than said here. Collectives are python functions
+and cost 0 here; see `ilm_compile.cost.collectives`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import fx
 
 from ilm_compile.cost.flops import backward_flops, forward_flops, slowest_rank
 from ilm_compile.cost.hardware import Hardware
+from ilm_compile.cost.layer_time import ATTENTION_BACKWARD
 from ilm_compile.ops.nodes import is_view, op_name, value_bytes
 from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.values import tensors_of
@@ -57,10 +58,12 @@ def node_time(
     traffic_s = (2 if backward else 1) * num_bytes / shards / hardware.usable_bandwidth
     compute_s = 0.0
     if flops:
-        is_attention = "attention" in op_name(node)
-        rate = hardware.attention_flops if is_attention else hardware.usable_flops
-        compute_s = flops / shards / rate(dtype or tensors_of(node.meta["val"])[0].dtype)
-        if not is_attention:
+        computed = dtype or tensors_of(node.meta["val"])[0].dtype
+        if "attention" in op_name(node):
+            again = ATTENTION_BACKWARD / 2 if backward else 1
+            compute_s = again * flops / shards / hardware.attention_flops(computed)
+        else:
             products = flops / max(1, forward_flops(node))
-            compute_s += products * num_bytes / shards / hardware.tile_bandwidth
+            compute_s = flops / shards / hardware.usable_flops(computed)
+            compute_s += products * num_bytes / shards / hardware.operand_bandwidth
     return max(compute_s, traffic_s) + hardware.kernel_overhead_s

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from ilm_compile.errors import PlanError
 
+VEE = ("zb_v", "v_half", "v_min", "dualpipe_v")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSizes:
@@ -92,8 +94,8 @@ class StepPlan:
     micro_batch: sequences of `seq` tokens on one data-parallel rank at a time. zero: 0 nothing is
     sharded over dp, 1 the optimizer's state, 2 gradients too, 3 parameters too (FSDP); among
     `zero_group` ranks, all of dp if 0. recompute: "none", "selective" (attention's scores; where
-    attention is fused, half of the products and the rest), "full"; in `recompute_share` of the
-    layers.
+    attention is fused, what the software says), "full", in `recompute_share` of the layers; or
+    "auto": in part and whole in as many layers of each pipeline rank as `mixes` says.
     """
 
     seq: int
@@ -108,6 +110,7 @@ class StepPlan:
     schedule: str = "1f1b"
     recompute: str = "none"
     recompute_share: float = 1.0
+    mixes: tuple[tuple[int, int], ...] = ()
     zero: int = 1
     zero_group: int = 0
     sequence_parallel: bool = False
@@ -119,9 +122,32 @@ class StepPlan:
         return self.tp * self.cp * self.pp * self.dp
 
     @property
+    def turns(self) -> bool:
+        """Whether the stages go down the ranks and up again, the last one on the first rank."""
+        return self.schedule in VEE
+
+    @property
     def tokens(self) -> float:
         """The tokens of a micro-batch on one rank of dp and cp."""
         return self.micro_batch * self.seq / self.cp
+
+
+def rank_layers(plan: StepPlan, layers: int) -> list[int]:
+    """Return how many layers each pipeline rank has."""
+    held = stage_layers(layers, plan.pp)
+    ranks = [held.first, *[held.middle] * (plan.pp - 2), held.last][: plan.pp]
+    if plan.turns and plan.pp > 1:  # both ends on the first
+        ranks[0], ranks[-1] = held.first + held.last - held.middle, held.middle
+    return ranks
+
+
+def recomputed_layers(plan: StepPlan, layers: int) -> list[tuple[float, float]]:
+    """Return how many layers of each pipeline rank are recomputed in part, and how many whole."""
+    if plan.recompute == "auto":
+        return list(plan.mixes)
+    share = {"none": (0.0, 0.0), "selective": (1.0, 0.0), "full": (0.0, 1.0)}[plan.recompute]
+    part, whole = (plan.recompute_share * each for each in share)
+    return [(part * count, whole * count) for count in rank_layers(plan, layers)]
 
 
 class StageLayers(NamedTuple):

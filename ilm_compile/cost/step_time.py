@@ -2,69 +2,178 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import ceil, log2
 
 from ilm_compile.cost.collectives import collective_time
 from ilm_compile.cost.constants import Software
+from ilm_compile.cost.data_parallel import (
+    Share,
+    crowd,
+    exposed_seconds,
+    moved_seconds,
+    on_network,
+    optimizer_seconds,
+    slowest,
+)
 from ilm_compile.cost.hardware import Hardware
-from ilm_compile.cost.layer_time import head_time, layer_parameters, layer_time
-from ilm_compile.cost.links import Link
-from ilm_compile.cost.pipeline_time import Pipeline, form
-from ilm_compile.cost.sizes import ModelSizes, StepPlan, stage_layers
+from ilm_compile.cost.layer_time import LayerTime, head_time, layer_parameters, layer_time
+from ilm_compile.cost.pipeline import Pipeline
+from ilm_compile.cost.pipeline_time import form
+from ilm_compile.cost.sizes import ModelSizes, StepPlan, recomputed_layers, stage_layers
+
+RECOMPUTE = ("none", "selective", "full")
+TENSORS = 9  # parameters of a layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
     """The seconds of a step, `total`, and what they are made of on the slowest rank.
 
-    exposed: communication that nothing hides, in the layers, between stages and at the end.
+    exposed: communication that nothing hides, in the layers, between stages and at the end. again:
+    what is recomputed.
     """
 
     total: float
     bubble: float
     exposed: float
     optimizer: float
+    again: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCosts:
+    """What a step is made of, whatever its schedule and what it recomputes; in seconds.
+
+    layers: of one layer, by recompute. moved: by our own FSDP, hidden or not. crowd: how much
+    longer ranks take that share cores; slowest: what the slowest node takes, against the others.
+    """
+
+    sizes: ModelSizes
+    software: Software
+    layers: Mapping[str, LayerTime]
+    embedding: float
+    head: float
+    message: float
+    moved: float
+    gradients: float
+    optimizer: float
+    crowd: float
+    slowest: float
+
+    def pipeline(self, plan: StepPlan) -> Pipeline:
+        """Return the times of the ranks of a plan."""
+        layer, ranks = self.layers["none"], stage_layers(self.sizes.layers, plan.pp)
+        per_layer = layer.forward + layer.backward
+        return Pipeline(
+            pp=plan.pp,
+            chunks=plan.chunks,
+            num_microbatches=plan.num_microbatches,
+            forward=ranks.middle * layer.forward,
+            backward=ranks.middle * (layer.backward - layer.weight),
+            weight=ranks.middle * layer.weight,
+            first=self.embedding + (ranks.first - ranks.middle) * per_layer,
+            last=self.head + (ranks.last - ranks.middle) * per_layer * (plan.pp > 1),
+            again=tuple(
+                (in_part and in_part * self.again("selective"))
+                + (whole and whole * self.again("full"))
+                for in_part, whole in recomputed_layers(plan, self.sizes.layers)
+            ),
+            message=self.message,
+            turns=plan.turns,
+        )
+
+    def again(self, recompute: str) -> float:
+        """Return how much longer a layer's backward is that recomputes something."""
+        return self.layers[recompute].backward - self.layers["none"].backward
+
+    def _inside(self, plan: StepPlan) -> float:
+        """Communication in the layers of a rank that has as many as most."""
+        held = {"none": float(stage_layers(self.sizes.layers, plan.pp).middle)}
+        mixes = recomputed_layers(plan, self.sizes.layers)
+        for place, recompute in enumerate(("selective", "full")):
+            if most := max(mix[place] for mix in mixes):
+                held[recompute], held["none"] = most, held["none"] - most
+        seconds = sum(count * self.layers[kind].communication for kind, count in held.items())
+        return plan.num_microbatches * seconds
+
+    def total(self, plan: StepPlan, spans: tuple[float, float] | None = None) -> StepTime:
+        """Return the step of a plan that `spans` take with its messages and without, if known."""
+        pipeline = self.pipeline(plan)
+        if spans is None:
+            of = form(plan.schedule).span
+            spans = of(pipeline), of(replace(pipeline, message=0.0))
+        span = max(spans[0], pipeline.average * self.crowd)
+        bubble = spans[1] - pipeline.busy
+        moved = exposed_seconds(self.crowd * self.moved, span, self.software)
+        gradients = self.gradients + moved
+        return StepTime(
+            total=self.slowest * (span + gradients + self.optimizer),
+            bubble=bubble,
+            exposed=self._inside(plan) + (spans[0] - pipeline.busy - bubble) + gradients,
+            optimizer=self.optimizer,
+            again=plan.num_microbatches * max(pipeline.again),
+        )
+
+
+def step_costs(
+    sizes: ModelSizes,
+    plan: StepPlan,
+    hardware: Hardware,
+    software: Software,
+    recompute: Iterable[str] = RECOMPUTE,
+) -> StepCosts:
+    """Return what the step of a plan is made of; recompute: what may be asked of it.
+
+    The hosts of one node are `hardware.gpus_per_node` ranks, tp closest together, then cp, dp, pp.
+    Raises `PlanError` for a precision the hardware has no peak of.
+    """
+    hardware = on_network(hardware, software)
+    embedding, head = head_time(sizes, plan, hardware, software)
+    crowded = crowd(plan.gpus, hardware)
+    share, moved, gradients = _share(sizes, plan), 0.0, 0.0
+    if software.gradients_once and plan.zero:
+        moved = moved_seconds(share, hardware, software)
+    else:
+        gradients = _gradients(sizes, plan, hardware, software)
+    return StepCosts(
+        sizes=sizes,
+        software=software,
+        layers={
+            kind: layer_time(sizes, replace(plan, recompute=kind), hardware, software)
+            for kind in recompute
+        },
+        embedding=embedding,
+        head=head,
+        message=_message(sizes, plan, hardware, software),
+        moved=moved,
+        gradients=gradients,
+        optimizer=crowded * optimizer_seconds(share, hardware, software),
+        crowd=crowded,
+        slowest=slowest(plan.gpus, hardware, software),
+    )
 
 
 def step_time(
     sizes: ModelSizes, plan: StepPlan, hardware: Hardware, software: Software
 ) -> StepTime:
-    """Return the seconds of one step.
+    """Return the seconds of one step; see `step_costs`. Raises `PlanError` as it and `form` do."""
+    kinds = RECOMPUTE if plan.recompute == "auto" else {"none", plan.recompute}
+    return step_costs(sizes, plan, hardware, software, kinds).total(plan)
 
-    The hosts of one node are `hardware.gpus_per_node` ranks, tp closest together, then cp, dp, pp.
-    Raises `PlanError` for an unknown schedule or a precision the hardware has no peak of.
-    """
-    hardware = on_network(hardware, software)
-    layer = layer_time(sizes, plan, hardware, software)
-    embedding, head = head_time(sizes, plan, hardware, software)
-    layers = stage_layers(sizes.layers, plan.pp)
-    per_layer = layer.forward + layer.backward
-    pipeline = Pipeline(
-        pp=plan.pp,
-        chunks=plan.chunks,
+
+def _share(sizes: ModelSizes, plan: StepPlan) -> Share:
+    layers = sizes.layers / plan.pp
+    return Share(
+        elements=rank_parameters(sizes, plan),
+        units=layers + 1,
+        parameters=(layers + 1) * TENSORS,
+        ranks=(plan.zero_group or plan.dp * plan.cp) if plan.zero else 1,
+        stride=plan.tp,
+        width=4 if plan.precision == "fp32" else 2,
+        zero=plan.zero,
         num_microbatches=plan.num_microbatches,
-        forward=layers.middle * layer.forward,
-        backward=layers.middle * (layer.backward - layer.weight),
-        weight=layers.middle * layer.weight,
-        first=embedding + (layers.first - layers.middle) * per_layer,
-        last=head + (layers.last - layers.middle) * per_layer * (plan.pp > 1),
-        message=_message(sizes, plan, hardware, software),
-    )
-    span = form(plan.schedule).span(pipeline)
-    still = replace(pipeline, message=0.0)
-    bubble = form(plan.schedule).span(still) - pipeline.busy
-    gradients = _gradients(sizes, plan, hardware, software)
-    optimizer = _optimizer(sizes, plan, hardware, software)
-    nodes = max(1.0, plan.gpus / hardware.gpus_per_node)
-    slowest = 1 + software.jitter * log2(nodes)
-    inside = plan.num_microbatches * layers.middle * layer.communication
-    return StepTime(
-        total=slowest * (span + gradients + optimizer),
-        bubble=bubble,
-        exposed=inside + (span - pipeline.busy - bubble) + gradients,
-        optimizer=optimizer,
     )
 
 
@@ -75,16 +184,6 @@ def rank_parameters(sizes: ModelSizes, plan: StepPlan) -> float:
     end = sizes.vocabulary_parameters / plan.tp
     ends = end if plan.pp > 1 or sizes.tied else 2 * end
     return max(layers.middle * of_layer, max(layers.first, layers.last) * of_layer + ends)
-
-
-@lru_cache(maxsize=64)
-def on_network(hardware: Hardware, software: Software) -> Hardware:
-    """Return the machine with the network that the software's collectives make of it."""
-    network = Link(
-        latency_s=software.network_latency_s,
-        s_per_byte=1 / (software.network * hardware.nic_bytes_per_s),
-    )
-    return replace(hardware, network=network)
 
 
 def _message(sizes: ModelSizes, plan: StepPlan, hardware: Hardware, software: Software) -> float:
@@ -122,9 +221,3 @@ def _gradients(sizes: ModelSizes, plan: StepPlan, hardware: Hardware, software: 
         latency = ranks * hardware.network.latency_s * log2(nodes)
         return summing + latency + hardware.network.transfer_s(2 * held)
     return summing + move("all_gather", 2, ranks)
-
-
-def _optimizer(sizes: ModelSizes, plan: StepPlan, hardware: Hardware, software: Software) -> float:
-    ranks = (plan.zero_group or plan.dp * plan.cp) if plan.zero else 1
-    num_bytes = software.optimizer_bytes * rank_parameters(sizes, plan) / ranks
-    return num_bytes / hardware.usable_bandwidth + software.host_step_s

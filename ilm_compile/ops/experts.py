@@ -23,6 +23,7 @@ from ilm_compile.ops.products import product_from
 from ilm_compile.ops.reductions import mixing
 from ilm_compile.ops.spec import OpSpec, define, rule, spec_of
 from ilm_compile.ops.strategy import ROW_RULES, localize
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.expert_rows import (
     expert_order,
     grouped_product,
@@ -32,7 +33,7 @@ from ilm_compile.program.expert_rows import (
 )
 from ilm_compile.program.input_graph import reached
 from ilm_compile.program.placement import C, D, E, I, P, Placement, R, S, rows_of
-from ilm_compile.program.values import shapes_of, tensors_of
+from ilm_compile.program.values import is_real, shapes_of
 from ilm_compile.program.weight_parts import Product, of_grouped, of_groups, of_rows
 
 KINDS = "TDE"
@@ -89,7 +90,7 @@ def offsets_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "call_function" and op_name(node) in GROUPED:
-            offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+            offsets = argument(node, "offs")
             if isinstance(offsets, fx.Node) and (between := _between(node)):
                 found |= dict.fromkeys([*between, offsets], offsets)
     return found
@@ -116,12 +117,8 @@ def _rows(node: fx.Node, rows: int) -> bool:
 def routing(graph: fx.Graph) -> set[fx.Node]:
     """Return the values that say which row goes to which expert, integers among them."""
     orders = list(graph.find_nodes(op="call_function", target=expert_order))
-    chosen = reached(orders, lambda n: [x for x in n.all_input_nodes if not _is_real(x)])
+    chosen = reached(orders, lambda n: [x for x in n.all_input_nodes if not is_real(x)])
     return {*chosen, *reached(orders, lambda n: filter(_is_vector, n.users))}
-
-
-def _is_real(node: fx.Node) -> bool:
-    return any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
 
 
 def _is_vector(node: fx.Node) -> bool:

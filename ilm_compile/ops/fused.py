@@ -28,19 +28,14 @@ def item(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 
 @rule(ilm.rms_norm.default, precision=FUSED_1)
-def rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """x (..., H), weight (H,): sharded along any dimension but the last."""
-    for out in wanted:
-        if out.is_shard and out.dim < len(call.shape) - 1:
-            yield Strategy((out, *(R for _ in call.shapes[1:])), out)
-
-
 @rule(ilm.add_rms_norm.default, precision=FUSED_2)
-def add_rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """As `rms_norm`, both terms of the sum alike."""
+def rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """x (..., H), both terms of a sum alike, weight (H,): along any dimension but the last."""
+    num_values = 1 if call.target is ilm.rms_norm.default else 2
     for out in wanted:
         if out.is_shard and out.dim < len(call.shape) - 1:
-            yield Strategy((out, out, *(R for _ in call.shapes[2:])), out)
+            weight = (R for _ in call.shapes[num_values:])
+            yield Strategy((*(out for _ in range(num_values)), *weight), out)
 
 
 @rule(ilm.rotary.default, precision=FUSED_2)

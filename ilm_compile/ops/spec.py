@@ -62,7 +62,8 @@ class OpSpec:
     "product", that of each; "quotient", that of the first, divided by those of the others. sized:
     its arguments say how large its result is.
 
-    precision: what it computes in under bf16 training; carries: it changes no number.
+    precision: what it computes in under bf16 training; carries: it changes no number, and so is
+    linear.
     flops: of products; reads_rows: of its first input it reads as much as it returns; moves: the
     bytes that a python function reads and writes.
     probability: place and name of the argument without which a random op draws nothing.
@@ -105,6 +106,8 @@ def define(spec: OpSpec, *targets: Any) -> None:
     op that exists only once its library is imported. An op of which something is known can still be
     given a rule if it has none. Otherwise raises `IlmCompileError`: two places would speak of it.
     """
+    if spec.carries:
+        spec = replace(spec, scales="linear")
     for target in targets:
         known = _SPECS.get(target, _NOTHING)
         adds_rule = known.rule is None and spec == OpSpec(rule=spec.rule)

@@ -67,7 +67,7 @@ def _sizes(call: Call, strategy: Strategy, axis: str) -> LocalCall:
     return call.target, (call.args[0], sizes, *call.args[2:]), call.kwargs
 
 
-@rule(aten.reshape.default, local=_sizes, carries=True, scales="linear", sized=True)
+@rule(aten.reshape.default, local=_sizes, carries=True, sized=True)
 def reshape(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Shard any factor of the common refinement; a dimension kept whole passes segments through."""
     (shape,) = call.shapes
@@ -130,7 +130,7 @@ def cuts_of(node: fx.Node, axis: MeshAxis, dim: int) -> set[Placement]:
     return found | {replace(cut, folded=True) for cut in found}
 
 
-@rule(aten.expand.default, local=_sizes, carries=True, scales="linear", sized=True)
+@rule(aten.expand.default, local=_sizes, carries=True, sized=True)
 def expand(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Sharded along a dimension that is kept; from R along one that is repeated."""
     (shape,) = call.shapes
@@ -187,13 +187,9 @@ _RENAMING = {
 VIEWS = {*_RENAMING, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
 
 
-@rule(
-    *(aten.permute.default, aten.transpose.int, aten.unsqueeze.default),
-    carries=True,
-    scales="linear",
-)
+@rule(*(aten.permute.default, aten.transpose.int, aten.unsqueeze.default), carries=True)
 @rule(aten.t.default, aten.squeeze.dim, scales="linear")
-@rule(aten.select.int, carries=True, cuts=True, scales="linear")
+@rule(aten.select.int, carries=True, cuts=True)
 def renaming(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """The output's shard dimension, traced back to the input's."""
     sources = _RENAMING[call.target](call)
@@ -245,7 +241,6 @@ def _every_nth(call: Call, wanted: frozenset[Placement], values: Values) -> Foun
     batch_rule=_every_nth,
     cuts=True,
     carries=True,
-    scales="linear",
     sized=True,
 )
 def slicing(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:

@@ -9,25 +9,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ilm_compile.cost.hardware import GIB, HARDWARE
 from ilm_compile.errors import PlanError
-from ilm_compile.planner.rates import DTYPES, SECONDS, figures, wait
+from ilm_compile.planner.rank_rates import between, message_seconds, shard_figures
+from ilm_compile.planner.rates import DTYPES, SECONDS, figures
+from ilm_compile.program.traffic import SENT
 from ilm_compile.runtime.communicator import ProcessGroupCommunicator
 
-CALLS, LOOPS = 20, 5  # of a collective, and of loops over them, of which the middle one counts
-BETWEEN = 256  # rows and columns of the products between calls
-SMALL, LARGE = 2**12, 2**24  # bytes of a collective's full tensor, by which a link is told
-MESSAGES = (2**8, 2**20)  # bytes of a message, by which that of a point to point link is
+SIZES = (2**12, 2**18, 2**24)  # bytes of a collective's full tensor, by which a link is told
+MESSAGES = (2**8, 2**16, 2**20)  # bytes of a message, by which that of a point to point link is
 
 
 def calibrate(
@@ -61,17 +61,22 @@ def calibrate(
     lines += [f"memory_gib = {memory_bytes(device) / GIB / _sharers(device, num_processes):.2f}"]
     lines += [f"memory_gb_per_s = {found['bytes'] / start.memory_efficiency / 1e9:.2f}"]
     lines += [f"kernel_overhead_us = {found['launch'] * 1e6:.3f}"]
-    if start.compute_efficiency == 1:  # the figures are what programs reach
+    if start.cores:  # the figures are what programs reach
         peak, lines = flops["bf16"], [*lines, _table("tflops", flops, 1e12)]
         attention = found["attention"] / flops["fp32"]
     else:
         peak = start.peak_flops[torch.bfloat16]
         attention = found["attention"] / peak
-    lines.append(_table("efficiency", {"matmul": flops["bf16"] / peak, "attention": attention}, 1))
+    shares = {"matmul": flops["bf16"] / peak, "attention": attention}
     if device.type == "cpu":
-        lines += [f"tile_gb_per_s = {found['tile'] / 1e9:.2f}", f"cores = {os.cpu_count() or 1}"]
-    for kind, (latency, per_byte) in links.items():
-        text = f"[{latency * 1e6:.2f}, {1e-9 / per_byte:.4g}]"
+        shares["operands"] = found["tile"] / found["bytes"]
+        lines.append(f"cores = {os.cpu_count() or 1}")
+    lines.append(_table("efficiency", shares, 1))
+    for key in ("shard", "shard_parameter"):
+        if found.get(key):
+            lines.append(f"{key}_us = {found[key] * 1e6:.4g}")
+    for kind, (latency, per_byte, climb) in links.items():
+        text = f"[{latency * 1e6:.2f}, {1e-9 / per_byte:.4g}, {climb * 1e9:.4g}]"
         lines.append(f"links.{kind}.{2 if kind == 'p2p' else num_processes} = {text}")
     return "\n".join(lines) + "\n"
 
@@ -84,7 +89,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 Figures = dict[str, float]
-LinkFigures = dict[str, tuple[float, float]]
+LinkFigures = dict[str, tuple[float, float, float]]
 
 
 def _together(
@@ -105,7 +110,7 @@ def _together(
 def _measure(
     rank: int, size: int, port: int, kind: str, seconds: float
 ) -> tuple[Figures, LinkFigures]:
-    """Figures, and seconds of latency and seconds per byte that a rank sends, by collective."""
+    """Figures, and of each collective what `link_of` returns, of the bytes that a rank sends."""
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -114,57 +119,45 @@ def _measure(
     assert dist.group.WORLD is not None
     group = ProcessGroupCommunicator(dist.group.WORLD)
     dist.barrier()
-    reached = figures(device, seconds)
-    # The share of the full tensor that a rank sends: ring algorithms, as in nccl-tests.
-    calls: dict[str, tuple[Callable[[Tensor], Any], float]] = {
-        "all_reduce": (lambda x: group.all_reduce(x.view(-1)), 2 * (size - 1) / size),
-        "all_gather": (lambda x: group.all_gather(x[0]), (size - 1) / size),
-        "reduce_scatter": (group.reduce_scatter, (size - 1) / size),
-        "all_to_all": (group.all_to_all, (size - 1) / size),
+    reached, share = figures(device, seconds), seconds / SECONDS
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "all_reduce": lambda x: group.all_reduce(x.view(-1)),
+        "all_gather": lambda x: group.all_gather(x[0]),
+        "reduce_scatter": group.reduce_scatter,
+        "all_to_all": group.all_to_all,
     }
     found = {}
-    for name, (call, share) in calls.items():
-        sizes = [torch.ones(size, n // 4 // size, device=device) for n in (SMALL, LARGE)]
-        few, many = (_repeated(partial(call, x), device) for x in sizes)
-        per_byte = (many - few) / ((LARGE - SMALL) * share)
-        found[name] = (few, max(per_byte, 1e-13))
-    found["p2p"] = _message_figures(rank, device)
+    for name, call in calls.items():
+        sizes = [torch.ones(size, n // 4 // size, device=device) for n in SIZES]
+        # all to all: x is of one rank, of the tensor that they hold together
+        sent = [n * SENT[name](size) * (size if name == "all_to_all" else 1) for n in SIZES]
+        found[name] = link_of(sent, [between(partial(call, x), device, share) for x in sizes])
+    found["p2p"] = _message_link(rank, device, share)
+    if kind == "cpu":
+        few = [found[name][0] for name in ("all_gather", "reduce_scatter")]
+        reached |= shard_figures(device, share, gather=few[0], reduce=few[1])
     dist.destroy_process_group()
     return reached, found
 
 
-def _message_figures(rank: int, device: torch.device) -> tuple[float, float]:
-    """Half of the way there and back between the first two ranks."""
-    seconds = []
-    for num_bytes in MESSAGES:
-        x = torch.ones(num_bytes // 4, device=device)
-        ways: list[Callable[..., Any]] = [dist.send, dist.recv]
+def link_of(sent: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return seconds of latency, per byte and per square root of a byte, through three points.
 
-        def there_and_back(x: Tensor = x, ways: Sequence[Callable[..., Any]] = ways) -> None:
-            for way in ways if rank == 0 else reversed(ways):
-                way(x, 1 - rank)
-
-        seconds.append(_repeated(there_and_back if rank < 2 else lambda: None, device) / 2)
-    return seconds[0], max((seconds[1] - seconds[0]) / (MESSAGES[1] - MESSAGES[0]), 1e-13)
-
-
-def _repeated(run: Callable[[], Any], device: torch.device) -> float:
-    """The usual seconds of what all ranks do, again and again, each after it has computed.
-
-    As in a step: ranks that compute are never ready at once, and one that waits wakes up slowly.
+    Without the last where that is not above 0.
     """
-    x, took = torch.ones(BETWEEN, BETWEEN, device=device), []
-    for talks in [False, True] * LOOPS:
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            for _ in range(4):
-                torch.mm(x, x)
-            if talks:
-                run()
-        wait(device)
-        took.append((time.perf_counter() - start) / CALLS)
-    return max(1e-7, median(took[1::2]) - median(took[::2]))
+    rows = [(1.0, num_bytes, num_bytes**0.5) for num_bytes in sent]
+    latency, per_byte, climb = np.linalg.solve(np.array(rows), np.array(seconds)).tolist()
+    if min(latency, per_byte, climb) > 0:
+        return latency, per_byte, climb
+    per_byte = max(1e-13, (seconds[-1] - seconds[0]) / (sent[-1] - sent[0]))
+    return seconds[0], per_byte, 0.0
+
+
+def _message_link(rank: int, device: torch.device, share: float) -> tuple[float, float, float]:
+    seconds = [
+        message_seconds(torch.ones(size // 4, device=device), rank, share) for size in MESSAGES
+    ]
+    return link_of(MESSAGES, seconds)
 
 
 def _sharers(device: torch.device, num_processes: int) -> int:

@@ -12,21 +12,22 @@ from math import prod
 
 import torch
 
-from ilm_compile.cost import (
-    Hardware,
-    collective_time,
-    hardware_named,
-    static_bytes_per_parameter,
+from ilm_compile.cost import Hardware, hardware_named, static_bytes_per_parameter
+from ilm_compile.cost.data_parallel import (
+    Share,
+    crowd,
+    exposed_seconds,
+    moved_seconds,
+    on_network,
+    optimizer_seconds,
+    slowest,
+    software_of,
+    summing_seconds,
 )
-from ilm_compile.cost.constants import software_named
 from ilm_compile.cost.hardware import GIB
 from ilm_compile.cost.memory import sharing_ranks
 from ilm_compile.planner.simulated import SimulatedStep, simulate_step
 from ilm_compile.program.program import Program
-
-# Bytes moved per element in float32: Adam reads four values and writes three, the norm reads a
-# gradient and clipping writes it again; adding up a gradient reads two and writes one.
-UPDATE_BYTES, SUM_BYTES = 40, 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,8 @@ class Expected:
 
     flops: of the model. peak: FLOP/s of a device in the plan's dtype.
     compute: of the schedule, messages between stages with it. gradients: their sums, and the
-    gathers of parameters. step: when each pipeline rank computes, and what it holds.
+    gathers of parameters, as far as nothing hides them. slowest: how much longer the slowest of
+    several nodes takes. step: when each pipeline rank computes, and what it holds.
     """
 
     hardware: Hardware
@@ -46,12 +48,13 @@ class Expected:
     compute: float
     gradients: float
     optimizer: float
+    slowest: float
     step: SimulatedStep
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.compute + self.gradients + self.optimizer
+        return self.slowest * (self.compute + self.gradients + self.optimizer)
 
     @property
     def memory(self) -> tuple[float, ...]:
@@ -80,20 +83,15 @@ def expect(program: Program, hardware: Hardware | None = None) -> Expected:
     schedule that cannot run.
     """
     plan, machine = program.plan, hardware or hardware_named(program.plan.hardware)
+    software = software_of(machine)
+    machine = on_network(machine, software)
     step, dp = simulate_step(program, machine), plan.dp or 1
     num_ranks = plan.ranks_per_replica * dp
-    crowd = max(1.0, num_ranks / machine.cores) if machine.cores else 1.0
-    work = sum(step.simulation.busy) / plan.pp * crowd
-    shared = sharing_ranks(plan)
-    weights = _weights(step, shared, plan.zero)
-    compute = max(step.seconds, work)
-    moved = crowd * _gradients(program, weights, shared, machine)
-    gradients = moved
-    if not machine.cores:  # beside the compute, as far as it hides
-        share = software_named("ilm_compile").exposed
-        gradients = max(0.0, moved - compute) + share * min(moved, compute)
-    again = (plan.num_microbatches - 1) * SUM_BYTES * weights / 4
-    update = (UPDATE_BYTES * weights / 4 / shared + again) / machine.usable_bandwidth
+    crowded, share = crowd(num_ranks, machine), _share(program, step)
+    compute = max(step.seconds, sum(step.simulation.busy) / plan.pp * crowded)
+    moved = crowded * moved_seconds(share, machine, software)
+    update = optimizer_seconds(share, machine, software)
+    update += summing_seconds(share, machine, software)
     return Expected(
         hardware=machine,
         num_ranks=num_ranks,
@@ -101,8 +99,9 @@ def expect(program: Program, hardware: Hardware | None = None) -> Expected:
         flops=float(program.flops * plan.num_microbatches * dp),
         peak=machine.peak_flops[getattr(torch, plan.dtype or "float32")],
         compute=compute,
-        gradients=gradients,
-        optimizer=crowd * update + software_named("ilm_compile").host_step_s,
+        gradients=exposed_seconds(moved, compute, software),
+        optimizer=crowded * update,
+        slowest=slowest(num_ranks, machine, software),
         step=step,
     )
 
@@ -112,24 +111,18 @@ def _tokens(program: Program) -> int:
     return prod(next(iter(program.inputs.values())).shape[:2])
 
 
-def _weights(step: SimulatedStep, shared: int, zero: int) -> float:
-    """Bytes of the parameters that the fullest rank computes with, as if in float32."""
-    each = static_bytes_per_parameter(torch.float32, dp=shared, zero=zero)
-    return 4 * max(step.static) / each
-
-
-def _gradients(program: Program, weights: float, shared: int, hardware: Hardware) -> float:
-    if shared == 1:
-        return 0.0
-    plan = program.plan
-    units = sum(region.is_block for region in program.regions) / plan.pp + 1
-    stride = plan.ep * plan.tp
-
-    def move(kind: str, num_bytes: float) -> float:
-        """Unit by unit, and through a buffer at both ends."""
-        one = collective_time(kind, num_bytes / units, shared, hardware, stride=stride)
-        return units * one + 2 * num_bytes / hardware.usable_bandwidth
-
-    gathered = weights / 2 if plan.dtype else weights
-    times = 2 * plan.num_microbatches if plan.zero == 3 else 1
-    return times * move("all_gather", gathered) + move("reduce_scatter", weights)
+def _share(program: Program, step: SimulatedStep) -> Share:
+    """What ranks that work on other rows share of the model, of the fullest pipeline rank."""
+    plan, ranks = program.plan, sharing_ranks(program.plan)
+    each = static_bytes_per_parameter(torch.float32, dp=ranks, zero=plan.zero)
+    variables = [variable for variable in program.variables.values() if variable.is_parameter]
+    return Share(
+        elements=max(step.static) / each,
+        units=sum(region.is_block for region in program.regions) / plan.pp + 1,
+        parameters=len(variables) / plan.pp,
+        ranks=ranks,
+        stride=plan.tp,
+        width=2 if plan.dtype else 4,
+        zero=plan.zero,
+        num_microbatches=plan.num_microbatches,
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ilm_compile.cost.layer_time import ATTENTION_BACKWARD
 from ilm_compile.kernels.attention import attention
 
 TRIES, SECONDS = 3, 0.3  # of each figure
@@ -80,7 +81,8 @@ def attention_flops(device: torch.device, seconds: float) -> float:
         torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
 
     rows, tokens, heads, dim = shape
-    return float(3 * 2 * rows * heads * tokens**2 * dim / usual_seconds(run, device, seconds))
+    flops = (1 + ATTENTION_BACKWARD) * 2 * rows * heads * tokens**2 * dim
+    return float(flops / usual_seconds(run, device, seconds))
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
@@ -121,7 +123,7 @@ def launch_seconds(device: torch.device, seconds: float, found: Mapping[str, flo
             n, k = shapes[name]
             num_bytes = 4 * (m * n + n * k + m * k)
             computed += 2 * m * n * k / found["fp32"] + num_bytes / found["tile"]
-        computed += 2 * rows * tokens**2 * width / found["attention"]
+        computed += (1 + ATTENTION_BACKWARD) / 3 * 2 * rows * tokens**2 * width / found["attention"]
         computed += 4 * m * width * BLOCK_TRAFFIC / found["bytes"]
     whole = usual_seconds(run, device, seconds) / BLOCKS
     return max(1e-6, (whole - 3 * computed) / (2 * BLOCK_OPS))

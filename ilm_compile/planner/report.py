@@ -9,9 +9,10 @@ from pathlib import Path
 from ilm_compile.cost.hardware import GIB
 from ilm_compile.files import write_text
 from ilm_compile.planner.candidate import Candidate
+from ilm_compile.planner.expected import expect
 from ilm_compile.planner.pictures import memory_picture, scatter, step_picture
 from ilm_compile.planner.search import Search
-from ilm_compile.planner.simulated import SimulatedStep, simulate_step
+from ilm_compile.planner.simulated import SimulatedStep
 from ilm_compile.planner.space import Rejected
 from ilm_compile.program.program import Program
 
@@ -51,7 +52,7 @@ def write_report(
     """
     parts: list[str] = []
     if found is not None:
-        memory_bytes = memory_bytes or found.question.memory_bytes
+        memory_bytes = memory_bytes or found.question.limit
         parts += _of_search(found, failed)
     if program is not None:
         parts += _of_program(program, memory_bytes, proof)
@@ -70,29 +71,31 @@ def _of_search(found: Search, failed: Sequence[Rejected]) -> Iterable[str]:
     yield (
         f"<p>{asked.sizes.parameters / 1e9:.3g}B parameters on {asked.gpus} x "
         f"{escape(asked.hardware.name)}, {asked.sequences} sequences of {asked.seq} tokens a "
-        f"step, {asked.memory_bytes / GIB:.1f} GiB a rank. {len(found.candidates)} plans fit. The "
+        f"step, {asked.limit / GIB:.1f} of {asked.memory_bytes / GIB:.1f} GiB a rank. "
+        f"{len(found.candidates)} plans fit. The "
         f"fastest is predicted to take <b>{best.time.total:.3f} s</b>, {best.mfu:.1%} of the "
         f"devices' peak: <b>{escape(best.name)}</b>.</p>"
     )
     yield "<h2>The fastest</h2>"
     yield _table(HEADINGS, map(_row, found.candidates[:SHOWN]))
     yield "<h2>All that fit, by time and memory</h2>"
-    yield f"<div class='wide'>{scatter(found.candidates, asked.memory_bytes)}</div>"
+    yield f"<div class='wide'>{scatter(found.candidates, asked.limit)}</div>"
     yield "<h2>Why not another</h2>"
     reasons = [*failed, *found.why_not()]
     yield _table(("plan", "why not"), ((r.what, r.reason) for r in reasons), words=1)
 
 
 def _of_program(program: Program, memory_bytes: float | None, proof: str) -> Iterable[str]:
-    step = simulate_step(program)
+    found = expect(program)
+    step = found.step
     yield "<h2>Proof</h2>"
     said = f"<pre>{escape(proof)}</pre>" if proof else "Types were checked; nothing was proven."
     yield f"<div class='stamp'>{said}</div>"
     yield "<h2>The step, simulated</h2>"
     yield (
-        f"<p>{step.seconds * 1e3:.3f} ms, {step.bubble:.1%} idle, by the roofline of every node on "
-        f"{escape(program.plan.hardware)}; data-parallel communication and optimizer are not in it."
-        "</p>"
+        f"<p>Expected on {escape(str(found))}. The schedule takes {step.seconds * 1e3:.3f} ms, "
+        f"{step.bubble:.1%} of that idle, gradients and parameters that nothing hides "
+        f"{found.gradients * 1e3:.3f} ms, norm and optimizer {found.optimizer * 1e3:.3f} ms.</p>"
     )
     yield f"<div class='wide'>{step_picture(step)}</div>"
     yield "<h2>Memory of each pipeline rank</h2>"

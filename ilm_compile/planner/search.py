@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ilm_compile.cost.constants import Software, software_named
+from ilm_compile.cost.constants import Software
+from ilm_compile.cost.data_parallel import software_of
 from ilm_compile.cost.hardware import GIB, HARDWARE, Hardware, hardware_named
 from ilm_compile.cost.layer_time import PRECISIONS
-from ilm_compile.cost.sizes import ModelSizes, StepPlan
-from ilm_compile.cost.step_memory import StepMemory, step_memory
-from ilm_compile.cost.step_time import step_time
+from ilm_compile.cost.sizes import ModelSizes
 from ilm_compile.errors import PlanError
 from ilm_compile.planner.candidate import Candidate
+from ilm_compile.planner.explore import explored
+from ilm_compile.planner.fitting import losers
 from ilm_compile.planner.model_sizes import sizes_of
-from ilm_compile.planner.space import Question, Rejected, ladder, plans, shapes
+from ilm_compile.planner.space import Question, Rejected
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 
@@ -38,7 +41,7 @@ class Search:
             )
             raise PlanError(
                 f"search: no plan on {asked.gpus} x {asked.hardware.name} fits "
-                f"{asked.memory_bytes / GIB:.1f} GiB"
+                f"{asked.limit / GIB:.1f} of {asked.memory_bytes / GIB:.1f} GiB"
                 + (f"; nearest is {nearest.what}: {nearest.reason}" if nearest else "")
                 + "; use more devices, a shorter sequence or more memory"
             )
@@ -52,13 +55,15 @@ class Search:
     def plan_of(self, candidate: Candidate) -> Plan:
         """Return a candidate as `partition` and `parallelize` take it."""
         plan, machine = candidate.to_plan(), self.question.hardware
+        if not machine.cores:
+            plan = plan.replace(kernels="triton")
         name = machine.path or machine.name
         return plan.replace(hardware=name) if machine.path or name in HARDWARE else plan
 
     def why_not(self) -> list[Rejected]:
-        """Return a line for each mesh but the best plan's: its fastest plan, or why none."""
+        """Return a line for each other schedule and recompute of the best plan, and each mesh."""
         best, seen = self.best, set()
-        lines = []
+        lines = [*losers(self.question, best)]
         for candidate in self.candidates:
             plan = candidate.plan
             mesh = (plan.tp, plan.cp, plan.ep, plan.pp)
@@ -78,14 +83,20 @@ def search(
     memory: float | None = None,
     precision: str = "bf16",
     software: Software | None = None,
+    wanted: Mapping[str, Any] | None = None,
 ) -> Search:
     """Return the plans for a step of `tokens_per_batch` on `gpus` devices, fastest first.
 
+    Every schedule, and all that can be recomputed, is a candidate wherever it can run and may be
+    the fastest: see `explored`.
+
     model: its sizes, or what `trace` made of it. hardware: itself, a name of `HARDWARE` or the path
-    of a TOML file. memory: bytes that a rank may fill; None: what the hardware leaves to a program.
-    software: whose constants; None: this package's. The same arguments give the same result, in the
-    same order. Raises `PlanError` for a batch of no whole number of sequences, a precision or
-    hardware that is unknown, a program whose sizes cannot be read.
+    of a TOML file. memory: bytes of a device that a program may fill, of which a share is left
+    free, `Software.kept_free`; None: what the hardware leaves to a program. software: whose
+    constants; None: this package's. wanted: what is decided already, fields of `Plan`, and "rows"
+    of a micro-batch. The same arguments give the same result, in the same order. Raises `PlanError`
+    for a batch of no whole number of sequences, a precision or hardware that is unknown, a program
+    whose sizes cannot be read.
     """
     sizes = sizes_of(model) if isinstance(model, Program) else model
     if isinstance(hardware, str):
@@ -104,48 +115,11 @@ def search(
         sequences=tokens_per_batch // seq,
         seq=seq,
         memory_bytes=hardware.usable_bytes if memory is None else memory,
-        software=software or software_named("ilm_compile"),
+        software=software or software_of(hardware),
         precision=precision,
+        wanted=wanted or {},
     )
     rejected: list[Rejected] = []
-    candidates: list[Candidate] = []
-    for shape in shapes(question, rejected):
-        found = [_fitting(question, plan) for plan in plans(question, shape)]
-        fitting = [fits for fits in found if fits[1].total <= question.memory_bytes]
-        candidates += [candidate_of(question, *fits) for fits in fitting]
-        if not fitting:
-            plan, memory_use = min(found, key=lambda fits: fits[1].total)
-            least = f"zero={plan.zero} micro-batch={plan.micro_batch:g}, recompute of all layers"
-            tp, cp, ep, pp, dp = shape
-            rejected.append(
-                Rejected(
-                    f"tp={tp} cp={cp} ep={ep} pp={pp} dp={dp // ep}",
-                    f"needs {memory_use.total / GIB:.1f} GiB of "
-                    f"{question.memory_bytes / GIB:.1f} GiB with {least}",
-                )
-            )
+    candidates = explored(question, rejected)
     candidates.sort(key=lambda one: (one.time.total, one.name))
     return Search(question=question, candidates=tuple(candidates), rejected=tuple(rejected))
-
-
-def _fitting(question: Question, plan: StepPlan) -> tuple[StepPlan, StepMemory]:
-    """The plan with the least recompute that fits, or with the most."""
-    for step in ladder(plan):
-        memory = step_memory(question.sizes, step, question.software)
-        if memory.total <= question.memory_bytes:
-            break
-    return step, memory
-
-
-def candidate_of(question: Question, plan: StepPlan, memory: StepMemory) -> Candidate:
-    """Return a plan with what it is predicted to take."""
-    time = step_time(question.sizes, plan, question.hardware, question.software)
-    tokens = question.sequences * question.seq
-    peak = question.gpus * question.hardware.peak_flops[PRECISIONS[question.precision]]
-    return Candidate(
-        plan=plan,
-        time=time,
-        memory=memory,
-        tokens_per_second_per_gpu=tokens / time.total / question.gpus,
-        mfu=question.sizes.token_flops(question.seq) * tokens / time.total / peak,
-    )

@@ -23,7 +23,9 @@ from ilm_compile.cost import (
     hardware_named,
     held_bytes,
 )
+from ilm_compile.cost.data_parallel import software_of
 from ilm_compile.cost.holding import Holding
+from ilm_compile.cost.layer_time import host_time
 from ilm_compile.cost.saved import SavedMemory, Storage
 from ilm_compile.files import write_text
 from ilm_compile.program.boundaries import stage_boundaries, stage_of, stage_parts
@@ -133,6 +135,9 @@ def simulate_step(program: Program, hardware: Hardware | None = None) -> Simulat
         again = seconds[node].forward * runs_again(program, node)
         backward[stage] += seconds[node].backward + again
         weight[stage] += seconds[node].weight
+    for stage, (begin, back) in enumerate(_host_seconds(program, schedule.num_stages, hardware)):
+        forward[stage] = max(forward[stage], begin)
+        backward[stage] = max(backward[stage], back - weight[stage])
     sent = _sent_seconds(program, schedule.num_stages, hardware)
     times = tuple(
         StageTimes(forward=f, backward=b, weight=w, message=m)
@@ -145,6 +150,20 @@ def simulate_step(program: Program, hardware: Hardware | None = None) -> Simulat
         static=tuple(_static_bytes(program, schedule.stage_to_rank, schedule.num_ranks)),
         gradients=tuple(_gradient_bytes(program, schedule.num_stages)),
     )
+
+
+def _host_seconds(
+    program: Program, num_stages: int, hardware: Hardware
+) -> list[tuple[float, float]]:
+    """Return what the host takes to start the forward and the backward of each stage's blocks."""
+    found = [(0.0, 0.0)] * num_stages
+    for stage, region, _ in stage_parts(program):
+        block = program.regions[region]
+        if block.is_block:
+            again = "full" if block.recompute else "selective" if block.selective else "none"
+            one = host_time(program.plan.tp, software_of(hardware), again)
+            found[stage] = (found[stage][0] + one[0], found[stage][1] + one[1])
+    return found
 
 
 def _parts_held(program: Program, num_stages: int) -> list[list[Held]]:

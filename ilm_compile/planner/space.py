@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ilm_compile.cost.constants import Software
 from ilm_compile.cost.hardware import Hardware
 from ilm_compile.cost.sizes import ModelSizes, StepPlan
 from ilm_compile.errors import PlanError
 
-# From the fastest that takes most memory: the name, and the share of the layers.
-RECOMPUTE = (("none", 1.0), ("full", 0.25), ("full", 0.5), ("full", 0.75), ("full", 1.0))
+# What all ranks may recompute alike: the name, and the share of the layers.
+RECOMPUTE = (
+    *(("none", 1.0), ("selective", 1.0)),
+    *(("full", 0.25), ("full", 0.5), ("full", 0.75), ("full", 1.0)),
+)
 ZERO = (1, 3)
 MAX_MICRO_BATCH = 64
 MIN_TOKENS = 1024  # that a context-parallel rank should have of a sequence
@@ -23,7 +26,8 @@ MIN_TOKENS = 1024  # that a context-parallel rank should have of a sequence
 class Question:
     """What is asked: a model of these sizes, on so many devices, in steps of so many sequences.
 
-    memory_bytes: what a rank may fill.
+    memory_bytes: of a device, what a program may fill; of that a search leaves some free. wanted:
+    what is decided already, see `search`.
     """
 
     sizes: ModelSizes
@@ -34,6 +38,12 @@ class Question:
     memory_bytes: float
     software: Software = field(repr=False)
     precision: str = "bf16"
+    wanted: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def limit(self) -> float:
+        """The bytes that a plan may be predicted to need."""
+        return self.memory_bytes * (1 - self.software.kept_free)
 
     def __post_init__(self) -> None:
         for name in ("gpus", "sequences", "seq"):
@@ -59,19 +69,26 @@ class Shape(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The chunks that a schedule can have, and with how many micro-batches it is worth running."""
+    """The chunks that a schedule can have, and the micro-batches with which it can run."""
 
-    chunks: tuple[int, ...]
-    runs: Callable[[int, int], bool]
+    chunks: tuple[int, ...] = (1,)
+    runs: Callable[[int, int], bool] = lambda pp, count: True
+    needs: str = ""
 
 
-# Beside 1F1B, where there are several stages. zb_h2 and dualpipe_v keep more than zb_v, and are no
-# faster; v_half and v_min lose with every micro-batch as soon as forward, backward and weights do
-# not take the same time, which no closed form says.
+# Where there are several stages. dualpipe_v starts 2 pp micro-batches before it begins to drain.
 SCHEDULES: dict[str, Rule] = {
-    "interleaved_1f1b": Rule((2, 4, 8), lambda pp, count: count % pp == 0),
-    "zb_h1": Rule((1,), lambda pp, count: count >= pp),
-    "zb_v": Rule((2,), lambda pp, count: count >= 2 * pp - 1),
+    "1f1b": Rule(),
+    "gpipe": Rule((1, 2, 4)),
+    "interleaved_1f1b": Rule(
+        (2, 4, 8), lambda pp, count: count % pp == 0, "a multiple of pp micro-batches"
+    ),
+    "zb_h1": Rule(),
+    "zb_h2": Rule(),
+    "zb_v": Rule((2,)),
+    "v_half": Rule((2,)),
+    "v_min": Rule((2,)),
+    "dualpipe_v": Rule((2,), lambda pp, count: count >= 2 * pp, "2 pp micro-batches"),
 }
 
 
@@ -103,18 +120,17 @@ def shapes(question: Question, rejected: list[Rejected]) -> Iterator[Shape]:
 
 
 def plans(question: Question, shape: Shape) -> Iterator[StepPlan]:
-    """Yield the plans on a mesh, without recompute: see `ladder`."""
+    """Yield the plans on a mesh, without schedule and recompute: see `scheduled`."""
     tp, cp, ep, pp, dp = shape
     rows = question.sequences // dp
     for micro_batch in _powers(min(rows, MAX_MICRO_BATCH)):
         if rows % micro_batch:
             continue
-        num_microbatches = rows // micro_batch
         for zero in ZERO if dp * cp > 1 else ZERO[:1]:
-            start = StepPlan(
+            plan = StepPlan(
                 seq=question.seq,
                 micro_batch=micro_batch,
-                num_microbatches=num_microbatches,
+                num_microbatches=rows // micro_batch,
                 tp=tp,
                 cp=cp,
                 ep=ep,
@@ -124,18 +140,45 @@ def plans(question: Question, shape: Shape) -> Iterator[StepPlan]:
                 sequence_parallel=tp > 1 and question.seq % (tp * cp) == 0,
                 precision=question.precision,
             )
-            yield start
-            for schedule, rule in SCHEDULES.items() if pp > 1 else ():
-                for chunks in rule.chunks:
-                    divides = chunks == 1 or question.sizes.layers % (pp * chunks) == 0
-                    if divides and rule.runs(pp, num_microbatches):
-                        yield replace(start, schedule=schedule, chunks=chunks)
+            if _is_wanted(question, plan):
+                yield plan
 
 
-def ladder(plan: StepPlan) -> Iterator[StepPlan]:
-    """Yield the plan with more and more recompute: each is slower and smaller than the last."""
-    for recompute, share in RECOMPUTE:
-        yield replace(plan, recompute=recompute, recompute_share=share)
+def _is_wanted(question: Question, plan: StepPlan) -> bool:
+    own = {"dp": plan.dp // plan.ep, "rows": plan.micro_batch * plan.ep}
+    for name in ("tp", "cp", "ep", "pp", "zero", "num_microbatches"):
+        own[name] = getattr(plan, name)
+    return all(own[name] == value for name, value in question.wanted.items() if name in own)
+
+
+def scheduled(question: Question, plan: StepPlan) -> Iterator[StepPlan]:
+    """Yield a plan under every schedule with which it can run."""
+    wanted = question.wanted
+    for schedule in SCHEDULES if plan.pp > 1 else ("1f1b",):
+        for chunks in SCHEDULES[schedule].chunks:
+            one = replace(plan, schedule=schedule, chunks=chunks)
+            is_wanted = wanted.get("schedule", schedule) == schedule
+            is_wanted &= wanted.get("num_chunks", chunks) == chunks
+            if is_wanted and not why_unscheduled(question, one):
+                yield one
+
+
+def why_unscheduled(question: Question, plan: StepPlan) -> str:
+    """Return why a plan cannot run with its schedule and chunks; empty if it can."""
+    rule = SCHEDULES[plan.schedule]
+    layers, stages = question.sizes.layers, plan.pp * plan.chunks
+    if plan.chunks > 1 and layers % stages:
+        return f"{layers} layers do not divide among {stages} stages"
+    if not rule.runs(plan.pp, int(plan.num_microbatches)):
+        return f"needs {rule.needs}, of which there are {plan.num_microbatches:g}"
+    return ""
+
+
+def recomputed(plan: StepPlan) -> list[StepPlan]:
+    """Return a plan with each thing that all its ranks may recompute alike."""
+    return [
+        replace(plan, recompute=recompute, recompute_share=share) for recompute, share in RECOMPUTE
+    ]
 
 
 def _powers(limit: int) -> list[int]:

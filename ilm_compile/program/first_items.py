@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ def _settings(block: nn.Module) -> Settings:
         for name, value in vars(module).items():
             if name in _HOOKS:
                 found[path, name] = [*value.values()]
+            elif isinstance(value, partial):
+                found[path, name] = (value.func, value.args, value.keywords)
             elif name not in _OF_TORCH and not isinstance(value, Tensor):
                 found[path, name] = value
     return found

@@ -24,6 +24,8 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
     depends on a parameter: it could change that value without autograd's knowledge, and for random
     numbers other than dropout.
     """
+    # Numbers that are drawn for nothing: LayerDrop with a probability of 0 compares them with it.
+    exported.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     for node in _calls(exported.graph_module):
         refuse_random(node, node.target)
         if node.target is aten.embedding_renorm_.default:

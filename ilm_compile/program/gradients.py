@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ilm_compile.program.input_graph import reached
-from ilm_compile.program.values import tensors_of
+from ilm_compile.program.values import is_real
 
 CUTS = {torch.ops.aten.detach.default}
 
@@ -23,10 +23,8 @@ def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
             leaf = parameters.get(str(node.target), node.meta.get("val"))
             is_found = isinstance(leaf, Tensor) and leaf.requires_grad
         else:
-            is_float = any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
-            is_found = (
-                is_float and node.target not in CUTS and not found.isdisjoint(node.all_input_nodes)
-            )
+            is_cut = node.target in CUTS or not is_real(node)
+            is_found = not is_cut and not found.isdisjoint(node.all_input_nodes)
         if is_found:
             found.add(node)
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,7 @@ class KnownValues(TorchFunctionMode):
     decided: dict[str, None] = field(default_factory=dict)
     _known: dict[int, _Value] = field(default_factory=dict)
     _lost: dict[int, Tensor] = field(default_factory=dict)  # real tensors that were written to
+    _uniform: dict[int, Tensor] = field(default_factory=dict)  # drawn from [0, 1)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -107,6 +109,13 @@ class KnownValues(TorchFunctionMode):
         result: Any,
     ) -> None:
         """Remember how `result` was made, if it can be made again."""
+        if name == "rand":
+            self._uniform[id(result)] = result
+        elif name in ("lt", "__lt__") and id(args[0]) in self._uniform and args[1] == 0:
+            # LayerDrop with a probability of 0, as models write it, drops no layer.
+            never = partial(torch.zeros, result.shape, dtype=torch.bool)
+            self._known[id(result)] = _Value(result, never)
+            return
         target = written(name, args, kwargs)
         inputs = [] if name in _ALIKE else tensors
         able = bool(tensors) or name in _MAKERS

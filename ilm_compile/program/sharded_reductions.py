@@ -47,40 +47,23 @@ class _LogSumExp(torch.autograd.Function):
         return ((x - result).exp() * grad).to(x.dtype), None, None
 
 
-class _LogSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, comm: Communicator) -> Tensor:
-        _, top, total = _exponentials(x, [dim], comm)
-        result = (x - (total.log() + top)).to(x.dtype)
-        ctx.save_for_backward(result)
-        ctx.over = dim, comm
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (result,) = ctx.saved_tensors
-        dim, comm = ctx.over
-        exact = grad.to(exact_dtype(grad))
-        total = comm.all_reduce(exact.sum(dim, keepdim=True))
-        return (exact - result.exp() * total).to(grad.dtype), None, None
-
-
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, comm: Communicator) -> Tensor:
-        exps, _, total = _exponentials(x, [dim], comm)
-        result = (exps / total).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, dim: int, comm: Communicator, is_log: bool) -> Tensor:
+        exps, top, total = _exponentials(x, [dim], comm)
+        result = (x - (total.log() + top) if is_log else exps / total).to(x.dtype)
         ctx.save_for_backward(result)
-        ctx.over = dim, comm
+        ctx.over = dim, comm, is_log
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (result,) = ctx.saved_tensors
-        dim, comm = ctx.over
+        dim, comm, is_log = ctx.over
         exact = grad.to(exact_dtype(grad))
-        total = comm.all_reduce((exact * result).sum(dim, keepdim=True))
-        return ((exact - total) * result).to(grad.dtype), None, None
+        total = comm.all_reduce((exact if is_log else exact * result).sum(dim, keepdim=True))
+        found = exact - result.exp() * total if is_log else (exact - total) * result
+        return found.to(grad.dtype), None, None, None
 
 
 class _Amax(torch.autograd.Function):
@@ -147,7 +130,7 @@ def sharded_logsumexp(x: Tensor, dims: list[int], keepdim: bool, axis: str) -> T
 def sharded_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: str) -> Tensor:
     """Return `torch.log_softmax` over the sharded `dim`, placed as `x`."""
     x = x if dtype is None else x.to(dtype)
-    result: Tensor = _LogSoftmax.apply(x, dim, communicator(axis))  # type: ignore[no-untyped-call]
+    result: Tensor = _Softmax.apply(x, dim, communicator(axis), True)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -155,7 +138,7 @@ def sharded_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: st
 def sharded_softmax(x: Tensor, dim: int, dtype: torch.dtype | None, axis: str) -> Tensor:
     """Return `torch.softmax` over the sharded `dim`, placed as `x`."""
     x = x if dtype is None else x.to(dtype)
-    result: Tensor = _Softmax.apply(x, dim, communicator(axis))  # type: ignore[no-untyped-call]
+    result: Tensor = _Softmax.apply(x, dim, communicator(axis), False)  # type: ignore[no-untyped-call]
     return result
 
 

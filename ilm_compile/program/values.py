@@ -25,6 +25,11 @@ def tensors_of(value: object) -> tuple[Tensor, ...]:
     return tuple(item for item in values if isinstance(item, Tensor))
 
 
+def is_real(node: fx.Node) -> bool:
+    """Whether a node holds floating-point numbers, in one of its tensors at least."""
+    return any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Return `function` of a tensor, or the tuple of it for each of several."""
     return tuple(map(function, value)) if isinstance(value, (list, tuple)) else function(value)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from ilm_compile.ops.call import aten
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
 from ilm_compile.program.input_graph import reached
 from ilm_compile.program.program import Program
@@ -44,8 +45,7 @@ def _comes_back(order: fx.Node, uses: dict[fx.Node, Found]) -> bool:
 
 def _uses(order: fx.Node) -> Found:
     """Return what each use of `order` is; nothing if one is unknown."""
-    x = order.args[0]
-    descending = order.args[2] if len(order.args) > 2 else order.kwargs.get("descending", False)
+    x, descending = order.args[0], argument(order, "descending")
     if len(x.meta["val"].shape) != 1 or x.meta["val"].is_floating_point() or descending:  # type: ignore[union-attr]
         return {}
     found: Found = {}
@@ -113,11 +113,8 @@ def _written(order: fx.Node, user: fx.Node, found: Found) -> bool:
 
 
 def _sorted_again(order: fx.Node, user: fx.Node, found: Found) -> bool:
-    return user.args[0] is order and _uses_nothing_else(user) and _inverse(order, user, found)
-
-
-def _uses_nothing_else(user: fx.Node) -> bool:
-    return not (len(user.args) > 2 and user.args[2])
+    ascends = not argument(user, "descending")
+    return user.args[0] is order and ascends and _inverse(order, user, found)
 
 
 def _shape_only(order: fx.Node, user: fx.Node, found: Found) -> bool:

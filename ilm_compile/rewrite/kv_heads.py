@@ -16,6 +16,7 @@ from torch import fx
 from ilm_compile.errors import PlanError
 from ilm_compile.ops.attention import HEAD_DIM, SDPA
 from ilm_compile.ops.call import aten, tensor_inputs
+from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.edit import insert_before
 
@@ -82,7 +83,7 @@ def share_heads(program: Program, name: str, *, masked: bool) -> None:
 
 def _repeated(value: fx.Node) -> fx.Node | None:
     """Return what `value` (batch, heads, tokens, head size) repeats, each head next to itself."""
-    chain = []
+    chain, layout = [], layout_of(value)
     for target in (aten.reshape.default, aten.expand.default, aten.unsqueeze.default):
         if value.target is not target or not isinstance(value.args[0], fx.Node):
             return None
@@ -92,6 +93,7 @@ def _repeated(value: fx.Node) -> fx.Node | None:
     if len(shape) != 4 or expanded != (*shape[:2], expanded[2], *shape[2:]):
         return None
     is_same = chain[2] == (*shape[:2], 1, *shape[2:])
+    is_same = is_same and layout_of(value) == layout  # one head of all ranks is not each rank's own
     return value if is_same and merged == (shape[0], shape[1] * expanded[2], *shape[2:]) else None
 
 

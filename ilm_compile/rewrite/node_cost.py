@@ -7,17 +7,21 @@ from typing import NamedTuple
 from torch import fx
 
 from ilm_compile.cost import Hardware, collective_time, node_time
+from ilm_compile.cost.data_parallel import software_of
 from ilm_compile.cost.ring import ring_time
-from ilm_compile.ops.nodes import value_bytes
 from ilm_compile.ops.spec import spec_of
-from ilm_compile.program.collectives import TRANSITIONS, WIRE, redistribute
-from ilm_compile.program.expert_rows import SENT, route, route_of
+from ilm_compile.program.collectives import redistribute
+from ilm_compile.program.expert_rows import route
 from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.linear_loss import linear_cross_entropy
-from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import has_mask, parts_of
 from ilm_compile.program.remade import AGAIN
+from ilm_compile.program.traffic import SENT, traffic
+
+# For which ranks wait that arrive apart: not for a parameter's, which follows another one.
+REDUCING = ("all_reduce", "reduce_scatter")
+SHIFT = "shift"  # what `ring_time` counts
 
 
 class NodeSeconds(NamedTuple):
@@ -64,16 +68,28 @@ def runs_again(program: Program, node: fx.Node) -> bool:
 
 
 def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: bool) -> float:
-    if node.target in (redistribute, route):
-        return _collective_seconds(program, node, hardware, backward=backward)
+    sent = _sent_seconds(program, node, hardware, backward=backward)
+    if node.target in (redistribute, route):  # a call of the host's in any case
+        return sent + hardware.kernel_overhead_s
     if node.target is linear_cross_entropy:  # backward makes the logits once more
-        x, weight = (source.meta["val"] for source in node.all_input_nodes[:2])
-        flops = (3 if backward else 1) * 2 * x.numel() * weight.shape[0]
-        return float(flops / hardware.usable_flops(x.dtype)) + hardware.kernel_overhead_s
+        return sent + _loss_seconds(node, hardware, backward=backward)
     if moves := spec_of(node.target).moves:
-        return moves(node) / hardware.usable_bandwidth + hardware.kernel_overhead_s
+        return sent + moves(node) / hardware.usable_bandwidth + hardware.kernel_overhead_s
     seconds = node_time(node, hardware, backward=backward)
-    return _ring_seconds(node, seconds, hardware, backward=backward)
+    return sent + _ring_seconds(node, seconds, hardware, backward=backward)
+
+
+def _loss_seconds(node: fx.Node, hardware: Hardware, *, backward: bool) -> float:
+    """Of logits and their loss in pieces: the logits are written and read, and one value more."""
+    x, weight = (source.meta["val"] for source in node.all_input_nodes[:2])
+    logits, products, values = x.shape[0] * weight.shape[0], 1, 2
+    if backward:
+        products, values = 3, 3
+    operands = products * x.itemsize * (x.numel() + weight.numel() + logits)
+    seconds = products * 2 * logits * x.shape[1] / hardware.usable_flops(x.dtype)
+    seconds += operands / hardware.operand_bandwidth
+    seconds += values * x.itemsize * logits / hardware.usable_bandwidth
+    return float(seconds) + hardware.kernel_overhead_s
 
 
 def _ring_seconds(node: fx.Node, seconds: float, hardware: Hardware, *, backward: bool) -> float:
@@ -92,22 +108,16 @@ def _ring_seconds(node: fx.Node, seconds: float, hardware: Hardware, *, backward
     )
 
 
-def _collective_seconds(
-    program: Program, node: fx.Node, hardware: Hardware, *, backward: bool
-) -> float:
-    kind = _wire(node, backward=backward)
-    if kind is None:
-        return 0.0
-    size = program.plan.axes[str(node.kwargs["axis"])]
-    full = max(value_bytes(node), value_bytes(node.all_input_nodes[0]))
-    return collective_time(kind, full, size, hardware)
-
-
-def _wire(node: fx.Node, *, backward: bool) -> str | None:
-    """Return which collective a call runs, if any."""
-    if node.target is route:
-        has_it = node.meta["val"].is_floating_point() or not backward
-        return "all_to_all" if has_it and route_of(node) in SENT else None
-    source, target = (Placement.parse(str(node.kwargs[name])) for name in ("src", "dst"))
-    _, on_value, on_gradient = TRANSITIONS[source.kind, target.kind]
-    return WIRE.get(on_gradient if backward else on_value)
+def _sent_seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: bool) -> float:
+    """Return the seconds of the collectives that a call runs, but for those of a ring."""
+    plan, seconds = program.plan, 0.0
+    for message in traffic(node, plan.axes):
+        if message.backward != backward or message.kind == SHIFT:
+            continue
+        axis = str(node.kwargs.get("axis") or node.args[-1])
+        stride, size = {"tp": 1, "cp": plan.tp}.get(axis, plan.cp * plan.tp), plan.axes[axis]
+        full = message.num_bytes / SENT[message.kind](size)
+        seconds += collective_time(message.kind, full, size, hardware, stride=stride)
+        if axis == "tp" and message.kind in REDUCING and node.all_input_nodes[0].op != "get_attr":
+            seconds += software_of(hardware).tp_wait_s
+    return seconds

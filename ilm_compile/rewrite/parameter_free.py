@@ -13,6 +13,7 @@ from torch import fx
 
 from ilm_compile.ops.precision import EXACT, Precision
 from ilm_compile.ops.spec import spec_of
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.program import Program
 
 
@@ -21,12 +22,8 @@ def is_random(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded not in tags:
         return False
-    argument = spec_of(node.target).probability
-    if argument is None:
-        return True
-    position, name = argument
-    given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
-    return bool(given)
+    probability = spec_of(node.target).probability
+    return probability is None or bool(argument(node, probability[1]))
 
 
 def parameter_free_nodes(program: Program) -> set[fx.Node]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ilm_compile.errors import ProgramError
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.constants import KeepConstants
 from ilm_compile.program.functional import functionalize
 from ilm_compile.program.normalize import normalize
@@ -233,10 +234,7 @@ def _arguments(node: fx.Node) -> list[Any]:
     """Return all arguments of a call in the order of its schema, defaults included."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return [*node.args, *sorted(node.kwargs.items())]
-    schema = node.target._schema.arguments
-    names = [argument.name for argument in schema]
-    values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return [values.get(argument.name, argument.default_value) for argument in schema]
+    return [argument(node, declared.name) for declared in node.target._schema.arguments]
 
 
 def _leaves(node: fx.Node) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from ilm_compile.ops.batch_constants import Values
 from ilm_compile.ops.call import aten, tensor_inputs
 from ilm_compile.ops.experts import GROUPED
 from ilm_compile.ops.nodes import op_name
+from ilm_compile.program.arguments import argument
 from ilm_compile.program.placement import P, Placement
 from ilm_compile.program.slices import sources
 
@@ -98,8 +99,7 @@ def _sorted(orders: RowOrders, node: fx.Node) -> Tag:
     if x not in orders.tags:
         return Moved("order", node)
     order = orders.order(x)
-    descends = node.kwargs.get("descending") or True in node.args[2:]
-    _expect(order.repeats == 1 and not descends)
+    _expect(order.repeats == 1 and not argument(node, "descending"))
     return replace(order, kind="inverse")
 
 
@@ -177,11 +177,11 @@ def _put(orders: RowOrders, node: fx.Node) -> Tag:
 
 def _grouped(orders: RowOrders, node: fx.Node) -> Tag:
     """The matrices of groups whose ends were counted in what the rows were sorted by."""
-    rows, offsets = node.args[0], (node.args[2:] or (node.kwargs.get("offs"),))[0]
+    rows, offsets = node.args[0], argument(node, "offs")
     order = orders.order(rows, "rows")
     key = order.sort.args[0]
     _expect(isinstance(offsets, fx.Node) and orders.placed[offsets] == P)
-    _expect(key in sources([offsets]))  # type: ignore[list-item]
+    _expect(key in sources([offsets]))
     return order
 
 

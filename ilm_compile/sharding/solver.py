@@ -46,7 +46,7 @@ from ilm_compile.program.gradients import gradient_nodes
 from ilm_compile.program.layout import EXPERT_AXIS, TOKEN_AXES, MeshAxis
 from ilm_compile.program.placement import E, I, Placement, R, S, rows_of
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import shapes_of, tensors_of
+from ilm_compile.program.values import is_real, shapes_of
 from ilm_compile.sharding.clusters import Cluster, cluster_nodes
 from ilm_compile.sharding.folding import cut_once, one_fold
 from ilm_compile.sharding.integer_program import Answer, IntegerProgram, Vector
@@ -347,9 +347,8 @@ def _weighted_nodes(program: Program) -> set[fx.Node]:
         if node.op == "get_attr":
             is_found = program.variables[str(node.target)].is_parameter
         else:
-            is_real = any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
-            is_real |= node.target is aten.argmax.default or node in routes
-            is_found = is_real and not found.isdisjoint(node.all_input_nodes)
+            counts = is_real(node) or node.target is aten.argmax.default or node in routes
+            is_found = counts and not found.isdisjoint(node.all_input_nodes)
         if is_found:
             found.add(node)
     return found

@@ -7,7 +7,6 @@ the activations that are predicted half count, and of its device a rank may fill
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import nn
 from ilm_compile.automatic import PRECISIONS, hardware_of
 from ilm_compile.config import Config
 from ilm_compile.cost import HARDWARE, Hardware
-from ilm_compile.cost.constants import software_named
+from ilm_compile.cost.constants import OURS, software_named
+from ilm_compile.cost.data_parallel import software_of
 from ilm_compile.cost.hardware import GIB
 from ilm_compile.cost.memory import static_bytes_per_parameter
 from ilm_compile.cost.pipeline_time import FORMS
@@ -26,10 +26,8 @@ from ilm_compile.cost.step_memory import step_memory
 from ilm_compile.errors import PlanError
 from ilm_compile.planner import Candidate, Question, search
 from ilm_compile.planner.calibrate import memory_bytes
-from ilm_compile.planner.model_sizes import sizes_of
-from ilm_compile.planner.search import candidate_of
-from ilm_compile.program.plan import Plan
-from ilm_compile.program.program import Program
+from ilm_compile.planner.fitting import candidate_of, fit_of
+from ilm_compile.program.plan import AUTO, SELECTIVE, Plan
 from ilm_compile.training.launch import Place
 
 ACTIVATIONS = 0.5  # of those predicted, the part that any program surely keeps
@@ -44,6 +42,7 @@ KEYS: Mapping[str, str] = {
     "parallel.schedule": "schedule",
     "parallel.zero": "zero",
     "parallel.checkpoint": "checkpoint",
+    "parallel.memory": "memory",
     "data.micro_num": "num_microbatches",
 }
 
@@ -52,22 +51,21 @@ def too_large(
     config: Config,
     plan: Plan,
     model: nn.Module,
-    one_block: Program | None,
+    sizes: ModelSizes | None,
     *,
     world_size: int,
     available: float,
 ) -> Iterator[str]:
     """Yield why the plan of a config cannot fit `available` bytes a rank, and what would; or none.
 
-    one_block: the model with one of its blocks, traced, from which activations are predicted.
+    sizes: of the model, from which activations are predicted.
     """
     dp = max(1, world_size // plan.ranks_per_replica)
     held = sum(_held_bytes(p, plan, dp) for p in model.parameters()) / (plan.tp * plan.pp)
-    sizes = _sizes(config, one_block)
     kept = 0.0
     if sizes and not plan.compile and plan.schedule in FORMS:
         step = _step_plan(config, plan, dp)
-        kept = ACTIVATIONS * step_memory(sizes, step, software_named("ilm_compile")).activations
+        kept = ACTIVATIONS * step_memory(sizes, step, software_named(OURS)).activations
     if held + kept <= available:
         return
     with_kept = f", {(held + kept) / GIB:.1f} with half of the activations" if kept else ""
@@ -98,16 +96,10 @@ def _held_bytes(parameter: nn.Parameter, plan: Plan, dp: int) -> float:
     return prod(parameter.shape) // parts * each
 
 
-def _sizes(config: Config, one_block: Program | None) -> ModelSizes | None:
-    try:
-        found = None if one_block is None else sizes_of(one_block)
-    except PlanError:  # no model that the search knows
-        return None
-    return found and replace(found, layers=int(config.model.fields["num_layers"]))
-
-
 def _step_plan(config: Config, plan: Plan, dp: int) -> StepPlan:
-    share = 1.0 if isinstance(plan.checkpoint, str) else float(plan.checkpoint)  # the least kept
+    """The plan of the config; of checkpoint="auto" the one that keeps least."""
+    share = float(plan.checkpoint) if not isinstance(plan.checkpoint, str) else 1.0
+    recompute = SELECTIVE if plan.checkpoint == SELECTIVE else "full" if share else "none"
     return StepPlan(
         seq=config.data.seq_len,
         micro_batch=config.data.micro_bsz / plan.ep,
@@ -119,7 +111,7 @@ def _step_plan(config: Config, plan: Plan, dp: int) -> StepPlan:
         dp=dp * plan.ep,
         chunks=plan.num_chunks,
         schedule=plan.schedule,
-        recompute="full" if share else "none",
+        recompute=recompute,
         recompute_share=share or 1.0,
         zero=plan.zero,
         sequence_parallel=plan.tp > 1 and plan.sequence_parallel is not False,
@@ -128,13 +120,13 @@ def _step_plan(config: Config, plan: Plan, dp: int) -> StepPlan:
 
 
 def expected(
-    config: Config, plan: Plan, one_block: Program | None, *, world_size: int, available: float
+    config: Config, plan: Plan, sizes: ModelSizes | None, *, world_size: int, available: float
 ) -> str:
     """Return what a step is predicted to take, in one line; empty for a model that nobody knows.
 
     As `ilm-compile plan` predicts it, for the device that is found.
     """
-    sizes, hardware = _sizes(config, one_block), _hardware()
+    hardware = _hardware()
     if sizes is None or plan.schedule not in FORMS:
         return ""
     step = _step_plan(config, plan, max(1, world_size // plan.ranks_per_replica))
@@ -145,10 +137,10 @@ def expected(
         sequences=round(step.micro_batch * step.num_microbatches * step.dp),
         seq=step.seq,
         memory_bytes=available,
-        software=software_named("ilm_compile"),
+        software=software_of(hardware),
         precision=step.precision,
     )
-    found = candidate_of(question, step, step_memory(sizes, step, question.software))
+    found = candidate_of(question, fit_of(question, step, is_own=plan.checkpoint == AUTO))
     return f"expected on {step.gpus} x {hardware.name}: {found.figures}"
 
 

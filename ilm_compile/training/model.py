@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container
+from copy import deepcopy
 from datetime import timedelta
 from functools import partial
 
@@ -53,6 +54,30 @@ def build_model(config: Config) -> nn.Module:
     builder = MODEL_INITIALIZER.get_module(config.model.type)
     with torch.device("meta"):
         return builder(**config.model_fields())
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The list of modules that holds most of the parameters; empty if there is none."""
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
+    return max(lists, key=_elements, default=nn.ModuleList())
+
+
+def only_block(model: nn.Module) -> nn.Module | None:
+    """A copy of the model with the middle one of its blocks alone, None if it has none.
+
+    The middle one: first and last blocks are often of their own kind.
+    """
+    if not blocks_of(model):
+        return None
+    copied = deepcopy(model)
+    blocks = blocks_of(copied)
+    middle = len(blocks) // 2
+    del blocks[middle + 1 :], blocks[:middle]
+    return copied
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def max_documents(config: Config) -> int:

@@ -17,8 +17,10 @@ from ilm_compile.config import Config
 from ilm_compile.config.model_section import FAMILIES
 from ilm_compile.convert import open_weights
 from ilm_compile.cost.hardware import GIB
+from ilm_compile.cost.sizes import ModelSizes
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.partitioning import compile, make_plan
+from ilm_compile.planner.model_sizes import sizes_of
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Program
 from ilm_compile.program.trace import trace
@@ -31,7 +33,14 @@ from ilm_compile.training.earlier_run import died_young
 from ilm_compile.training.fits import available_bytes, expected, too_large
 from ilm_compile.training.hooks import make_sinks
 from ilm_compile.training.launch import Place, read_place
-from ilm_compile.training.model import build_model, input_spec, loss_function, weights_folder
+from ilm_compile.training.model import (
+    blocks_of,
+    build_model,
+    input_spec,
+    loss_function,
+    only_block,
+    weights_folder,
+)
 
 
 class StartError(IlmCompileError):
@@ -53,16 +62,22 @@ class Start:
 
     @cached_property
     def one_block(self) -> Program | None:
-        """The model of one block, traced; None where no field says how many there are."""
-        config = self.config
-        if config.model.type not in FAMILIES:
+        """The model of one of its blocks, traced; None where it has no list of them."""
+        model = only_block(self.model)
+        if model is None:
             return None
-        fields = {**config.model.fields, "num_layers": 1}
-        return trace(
-            build_model(replace(config, model=replace(config.model, fields=fields))),
-            example_inputs=input_spec(config),
-            loss_fn=loss_function(config),
-        )
+        config = self.config
+        return trace(model, example_inputs=input_spec(config), loss_fn=loss_function(config))
+
+    @cached_property
+    def sizes(self) -> ModelSizes | None:
+        """The sizes of the model; None of one that has no blocks of a decoder."""
+        try:
+            if self.one_block is None:
+                return None
+            return replace(sizes_of(self.one_block), layers=len(blocks_of(self.model)))
+        except IlmCompileError:  # the checks say what is wrong with the model itself
+            return None
 
 
 Check = Callable[[Start], Iterator[str]]
@@ -71,7 +86,7 @@ Check = Callable[[Start], Iterator[str]]
 def check_start(config: Config) -> str:
     """Raise `StartError` if the run cannot work here: sizes, plan, paths, disk, dtype, memory.
 
-    Returns in one line what a step is expected to take; nothing for a model of unknown sizes.
+    Returns in one line what a step is expected to take; nothing for a model without blocks.
 
     Local: no collective, no group, no weight. Costs about a second, in which a small model of the
     same widths is partitioned.
@@ -80,7 +95,7 @@ def check_start(config: Config) -> str:
     return expected(
         config,
         start.plan,
-        start.one_block,
+        start.sizes,
         world_size=start.place.world_size,
         available=available_bytes(start.place),
     )
@@ -179,7 +194,7 @@ def _memory(start: Start) -> Iterator[str]:
             start.config,
             start.plan,
             start.model,
-            start.one_block,
+            start.sizes,
             world_size=start.place.world_size,
             available=available_bytes(start.place),
         )

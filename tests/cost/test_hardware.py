@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ilm_compile.cost import HARDWARE, Hardware, static_bytes_per_parameter
+from ilm_compile.cost.constants import HOPPER
 from ilm_compile.errors import PlanError
 
 
@@ -22,7 +23,7 @@ def test_known_machines() -> None:
 
 def test_h100_figures() -> None:
     h100 = HARDWARE["h100"]
-    assert h100.usable_flops(torch.bfloat16) == pytest.approx(0.8 * 989e12)
+    assert h100.usable_flops(torch.bfloat16) == pytest.approx(HOPPER.matmul * 989e12)
     assert h100.usable_bandwidth == pytest.approx(0.8 * 3350e9)
     assert h100.usable_bytes == 80 * 2**30 - 3_890_000_000
 

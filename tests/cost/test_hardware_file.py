@@ -38,9 +38,10 @@ def test_every_figure_counts(tmp_path: Path) -> None:
         gpus_per_node = 4
         nic_gb_per_s = 10
         cores = 6
-        tile_gb_per_s = 20
+        shard_us = 3
+        shard_parameter_us = 0.5
         tflops = { bf16 = 100, fp32 = 50 }
-        efficiency = { matmul = 0.5 }
+        efficiency = { matmul = 0.5, operands = 2 }
         links.all_reduce.2 = [10, 100]
         """,
     )
@@ -54,7 +55,9 @@ def test_every_figure_counts(tmp_path: Path) -> None:
     assert machine.efficiency.matmul == 0.5
     assert machine.efficiency.attention == HARDWARE["h100"].efficiency.attention
     assert machine.nic_bytes_per_s == 1e10
-    assert (machine.cores, machine.tile_bandwidth) == (6, 2e10)
+    assert machine.cores == 6
+    assert machine.operand_bandwidth == pytest.approx(2 * 1e12 * 0.8)
+    assert (machine.shard_s, machine.shard_parameter_s) == pytest.approx((3e-6, 5e-7))
     assert collective_time("all_reduce", 1e8, 2, machine) == pytest.approx(10e-6 + 1e-3)
     crossing = collective_time("p2p", 8e9, 2, machine, stride=4)
     assert crossing == pytest.approx(14e-6 + 1.0)

@@ -8,6 +8,8 @@ from torch import fx
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
 from ilm_compile.cost import HARDWARE, Hardware, node_bytes, node_time
+from ilm_compile.cost.constants import Efficiency
+from ilm_compile.cost.layer_time import ATTENTION_BACKWARD
 from ilm_compile.errors import PlanError
 from tests.cost.graphs import llama, meta, node_of
 
@@ -17,7 +19,7 @@ MACHINE = replace(
     name="machine",
     peak_flops={torch.float32: 1e14},
     memory_bandwidth=1e12,
-    compute_efficiency=0.5,
+    efficiency=Efficiency(matmul=0.5, attention=0.25),
     memory_efficiency=0.5,
     kernel_overhead_s=1e-6,
 )
@@ -120,9 +122,9 @@ def test_unknown_dtype_is_refused() -> None:
         node_time(node, MACHINE, dtype=torch.float64)
 
 
-def test_a_processors_product_takes_its_operands_beside_its_arithmetic() -> None:
+def test_a_product_takes_its_operands_beside_its_arithmetic() -> None:
     node = node_of(linear, meta(1000, 2000), meta(3000, 2000))
-    slow = replace(MACHINE, tile_bandwidth=1e11)
+    slow = replace(MACHINE, efficiency=Efficiency(matmul=0.5, attention=0.25, operands=0.2))
     num_bytes = 4 * (1000 * 2000 + 3000 * 2000 + 1000 * 3000)
     for backward, products in ((False, 1), (True, 2)):
         more = node_time(node, slow, backward=backward) - node_time(
@@ -131,9 +133,10 @@ def test_a_processors_product_takes_its_operands_beside_its_arithmetic() -> None
         assert more == pytest.approx(products * num_bytes / 1e11)
 
 
-def test_a_processors_attention_has_a_rate_of_its_own() -> None:
-    reached = replace(MACHINE, compute_efficiency=1.0, memory_bandwidth=1e30, kernel_overhead_s=0)
-    reached = replace(reached, efficiency=replace(reached.efficiency, attention=0.25))
+@pytest.mark.parametrize(("backward", "times"), [(False, 1), (True, ATTENTION_BACKWARD)])
+def test_attention_has_a_rate_of_its_own(backward: bool, times: float) -> None:
+    reached = replace(MACHINE, memory_bandwidth=1e30, kernel_overhead_s=0)
     q = meta(2, 8, 64, 32)
     node = node_of(scaled_dot_product_attention, q, q, q)
-    assert node_time(node, reached) == pytest.approx(4 * 16 * 64 * 64 * 32 / 0.25e14)
+    expected = times * 4 * 16 * 64 * 64 * 32 / 0.25e14
+    assert node_time(node, reached, backward=backward) == pytest.approx(expected)

@@ -27,7 +27,8 @@ def test_the_command_writes_hardware(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert here.peak_flops[torch.float64] > 1e8
     assert 1e8 < here.usable_bandwidth < 1e12
     assert 1e-7 < here.kernel_overhead_s < 1e-3
-    assert here.tile_bandwidth > 1e9
+    assert here.operand_bandwidth > 1e9
+    assert 0 < here.shard_s + here.shard_parameter_s < 0.1
     assert here.cores == os.cpu_count()
     assert 0 < here.attention_flops(torch.float32) < here.usable_flops(torch.float32)
     assert 2**28 < here.memory_bytes < 2**45

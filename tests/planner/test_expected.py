@@ -9,8 +9,12 @@ import torch
 import ilm_compile
 from ilm_compile.cli.entry import main
 from ilm_compile.cost import HARDWARE, Hardware
+from ilm_compile.cost.data_parallel import software_of
+from ilm_compile.cost.sizes import VEE, StepPlan
 from ilm_compile.models import internlm2_tiny
-from ilm_compile.planner import Expected, expect, simulate_step
+from ilm_compile.planner import Expected, Question, expect, simulate_step
+from ilm_compile.planner.fitting import candidate_of, fit_of
+from ilm_compile.planner.model_sizes import sizes_of
 from ilm_compile.program.program import Program
 
 H100, CPU = HARDWARE["h100"], HARDWARE["cpu"]
@@ -68,6 +72,51 @@ def test_a_gpu_hides_gradients_behind_its_compute(traced: Program) -> None:
         for cores in (2, 0)
     )
     assert 0 < hidden < alone
+
+
+def wide() -> torch.nn.Module:
+    return internlm2_tiny(
+        **{"hidden_size": 4096, "num_attention_heads": 32, "num_kv_attention_heads": 8},
+        **{"num_layers": 4, "vocab_size": 32000, "mlp_ratio": 3.5, "max_seq_len": 4096},
+    )
+
+
+@pytest.fixture(scope="module")
+def large() -> Program:
+    inputs = {name: ((1, 4096), torch.int64) for name in ("input_ids", "labels")}
+    with torch.device("meta"):
+        model = wide()
+    return ilm_compile.trace(model, example_inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"dp": 8, "zero": 3},
+        {"dp": 8, "zero": 1},
+        {"tp": 4, "pp": 1, "dp": 2},
+        {"tp": 1, "pp": 2, "schedule": "1f1b", "dp": 4},
+        {"tp": 2, "pp": 2, "schedule": "v_half", "dp": 2},
+    ],
+    ids=str,
+)
+def test_what_a_search_predicts_is_what_its_plan_is_expected_to_take(
+    large: Program, wanted: dict[str, Any]
+) -> None:
+    question = Question(
+        **{"sizes": sizes_of(large), "gpus": 8, "hardware": H100, "sequences": 128, "seq": 4096},
+        **{"memory_bytes": H100.usable_bytes, "software": software_of(H100)},
+    )
+    shape = {"tp": 1, "pp": 1, "schedule": "1f1b", "zero": 1} | wanted
+    chunks = 2 if shape["schedule"] in VEE else 1
+    plan = StepPlan(
+        **{"seq": 4096, "micro_batch": 1, "num_microbatches": 128 // shape["dp"]},
+        **{"sequence_parallel": shape["tp"] > 1, "chunks": chunks, **shape},
+    )
+    candidate = candidate_of(question, fit_of(question, plan, is_own=False))
+    chosen = candidate.to_plan().replace(kernels="triton", hardware="h100")
+    found = expect(ilm_compile.compile(large, plan=chosen))
+    assert found.seconds == pytest.approx(candidate.time.total, rel=0.06)
 
 
 def test_dtype_decides_the_peak(traced: Program) -> None:

@@ -125,7 +125,7 @@ def test_no_plan_that_compiles_is_an_error(
         (["--memory", "0GiB"], "--memory must be a number of bytes as in 80GiB"),
         (["--hardware", "v100"], "unknown hardware 'v100'; known are a100-40g"),
         (["--tokens-per-batch", "3000"], "tokens_per_batch=3000 is not a multiple of seq=2048"),
-        (["--memory", "1MiB"], "no plan on 8 x h100 fits 0.0 GiB; nearest is"),
+        (["--memory", "1MiB"], "no plan on 8 x h100 fits 0.0 of 0.0 GiB; nearest is"),
         (["--precision", "int4"], "precision='int4'; known are"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

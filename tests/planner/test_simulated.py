@@ -10,6 +10,7 @@ import pytest
 import ilm_compile
 from ilm_compile.cli.entry import main
 from ilm_compile.cost import HARDWARE, saved_bytes
+from ilm_compile.cost.constants import SOFTWARE
 from ilm_compile.models import internlm2_tiny
 from ilm_compile.planner import SimulatedStep, simulate_step
 from ilm_compile.program.program import Program
@@ -30,11 +31,25 @@ def simulated(**plan: Any) -> tuple[Program, SimulatedStep]:
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_one_rank_takes_the_seconds_of_its_nodes(checkpoint: bool) -> None:
-    program, step = simulated(num_microbatches=3, checkpoint=checkpoint)
-    seconds = step_seconds(program, HARDWARE["h100"])
+    program = ilm_compile.compile(traced(), num_microbatches=3, checkpoint=checkpoint)
+    step = simulate_step(program, HARDWARE["cpu"])
+    seconds = step_seconds(program, HARDWARE["cpu"])
     stages = [node for node in program.calls() if not node.meta.get("clone")]
     assert step.seconds == pytest.approx(3 * sum(seconds[node] for node in stages))
     assert step.bubble == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("checkpoint", "again"), [(False, 0), ("selective", 0.5), (True, 1)])
+def test_a_host_cannot_start_blocks_faster_than_it_can(
+    checkpoint: bool | str, again: float
+) -> None:
+    host = SOFTWARE["ilm_compile"]
+    _, step = simulated(**PIPELINE, checkpoint=checkpoint)
+    forward = 2 * host.host_layer_s  # of the two blocks of a stage, which are tiny
+    backward = forward * (host.host_backward + again)
+    for times in step.times:
+        assert times.forward == pytest.approx(forward, rel=0.01)
+        assert times.backward + times.weight >= backward * 0.999
 
 
 @pytest.mark.parametrize("checkpoint", [False, "selective", True], ids=str)

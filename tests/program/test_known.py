@@ -35,6 +35,7 @@ DECIDED = {
     "in place": lambda m, h: m.layer(h) if in_place(h).sum() == 15 else h,
     "equal": lambda m, h: m.layer(h) if torch.equal(in_place(h), in_place(h)) else h,
     "shape of a value": lambda m, h: m.layer(h) if torch.ones_like(h).sum() > 1 else h,
+    "a chance of 0": lambda m, h: h if torch.rand([]) < 0.0 else m.layer(h),
     "one of several": lambda m, h: m.layer(h) if in_place(h).max(0)[0].sum() == 5 else h,
 }
 
@@ -51,6 +52,7 @@ REFUSED = {
         "branch on shapes",
     ),
     "random": (lambda m, h: m.layer(h) if torch.rand(()) > 2 else h, "branch on shapes|random"),
+    "a chance": (lambda m, h: h if torch.rand([]) < 0.1 else m.layer(h), "branch on shapes|random"),
     "not written yet": (lambda m, h: h if torch.empty(1) > 2 else m.layer(h), "branch on shapes"),
     "where of one": (
         lambda m, h: h[torch.where(h[..., 0] > 0)].sum() + m.layer(h),

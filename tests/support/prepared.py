@@ -55,6 +55,14 @@ def run_prepared(
     return results
 
 
+def _prepare_and_run(
+    rank: int, prepare: Callable[..., object], function: Callable[..., Any], size: int, *args: Any
+) -> Any:
+    torch.manual_seed(0)
+    prepare(size, *args)
+    return function(rank, *args)
+
+
 def _serve(
     pipe: Connection,
     port: int,
@@ -71,7 +79,14 @@ def _serve(
         torch.manual_seed(0)
         prepare(size, *args)
         if len(os.listdir("/proc/self/task")) > 1:
-            raise WorldError(f"{prepare.__qualname__} left threads running; ranks cannot be forked")
+            if not torch.backends.cuda.is_built():
+                name = prepare.__qualname__
+                raise WorldError(f"{name} left threads running; ranks cannot be forked")
+            # A backward in a build for CUDA starts some, even without a device.
+            with World(size) as world:
+                given = (prepare, function, size, *args)
+                pipe.send((True, world.run(_prepare_and_run, *given, timeout=2 * timeout)))
+            return
         gc.freeze()
         with World(size, method="fork", port=port) as world:
             pipe.send((True, world.run(function, *args, timeout=timeout)))

@@ -16,7 +16,7 @@ from ilm_compile.config import Config, ConfigError, load_config, make_config
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.models import hf_causal_lm
 from ilm_compile.runtime.checkpoint import CheckpointError
-from ilm_compile.training import initialize_model
+from ilm_compile.training import initialize_model, preflight
 from ilm_compile.training.data import get_train_data_loader
 from ilm_compile.training.preflight import StartError, check_start
 from tests.support.held_out import held_out_loss
@@ -58,6 +58,16 @@ def job(folder: Path, *overrides: str, **sections: dict[str, Any]) -> Config:
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return make_config(values, overrides)
+
+
+def test_what_a_step_takes_is_said_and_what_cannot_fit_is_refused(
+    start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_start(job(start)).startswith("expected on 1 x cpu: ")
+    monkeypatch.setattr(preflight, "available_bytes", lambda place: 2.0**14)
+    refused = r"memory: weights, .* GiB are there; (take|start|no plan)"
+    with pytest.raises(StartError, match=refused):
+        check_start(job(start, data={"micro_bsz": 4, "micro_num": 1}))
 
 
 def test_the_example_learns_and_transformers_reads_what_comes_out(
