@@ -69,7 +69,7 @@ def test_sharded_program() -> None:
     check.check_next(
         "\"float32[2, 8, 16] I\" = redistribute(linear_1, src='P', dst='I', axis='tp')"
     )
-    check.check("# stage 1, blocks.1, recomputed: blocks.1.qkv")
+    check.check("# stage 1, blocks.1, recomputed: blocks.1.up")
     check.check("# stage 1, epilogue: head")
     check.check("vocab_cross_entropy(")
     check.run(sharded().dump())
