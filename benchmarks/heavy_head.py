@@ -20,18 +20,17 @@ from statistics import median
 from typing import Any, ClassVar
 
 import torch.distributed as dist
-from rich.table import Table
 from torch import Tensor, fx, nn
 
 import ilm_compile
 from benchmarks.common import (
     RESULTS,
     launch,
-    make_console,
     make_model,
     make_parser,
     random_batch,
     save_json,
+    show_table,
 )
 from benchmarks.peak_memory import peak_of
 from benchmarks.stage_choice import UniformChooser
@@ -153,10 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def show(figures: Sequence[Figure]) -> None:
     """Print a table: of the ranks of a plan, the slowest and the fullest."""
-    table = Table(title="a step on two ranks: seconds, and MiB of the fullest rank")
-    for column in ("memory", "plan", "recomputed", "simulated", "measured", "MiB", "predicted"):
-        table.add_column(column)
-    table.add_column("uniform / chosen: simulated, measured")
     whole: dict[int, dict[str, Figure]] = {}
     for figure in figures:
         plans = whole.setdefault(figure.memory_mib, {})
@@ -167,20 +162,23 @@ def show(figures: Sequence[Figure]) -> None:
             predicted_bytes=max(figure.predicted_bytes, other.predicted_bytes),
             measured_bytes=max(figure.measured_bytes, other.measured_bytes),
         )
+    rows = []
     for memory, plans in whole.items():
         one, other = plans["chosen"], plans["uniform"]
         gains = (
             f"{other.simulated_s / one.simulated_s:.3f}, {other.measured_s / one.measured_s:.3f}"
         )
         for way, figure in plans.items():
-            sizes = (figure.measured_bytes, figure.predicted_bytes)
-            table.add_row(
-                *(f"{memory} MiB", way, str(figure.recomputed)),
-                *(f"{s:.3f}" for s in (figure.simulated_s, figure.measured_s)),
-                *(f"{size / MIB:.1f}" for size in sizes),
-                gains if way == "uniform" else "",
-            )
-    make_console().print(table)
+            seconds = (f"{s:.3f}" for s in (figure.simulated_s, figure.measured_s))
+            sizes = (f"{n / MIB:.1f}" for n in (figure.measured_bytes, figure.predicted_bytes))
+            gained = gains if way == "uniform" else ""
+            rows.append((f"{memory} MiB", way, figure.recomputed, *seconds, *sizes, gained))
+    headings = ("memory", "plan", "recomputed", "simulated", "measured", "MiB", "predicted")
+    show_table(
+        "a step on two ranks: seconds, and MiB of the fullest rank",
+        (*headings, "uniform / chosen: simulated, measured"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ micro-batches a part is walked.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from ilm_compile.cost.pipeline import Pipeline
 from ilm_compile.schedule import Kind, Schedule, build
 from ilm_compile.schedule.actions import Action
+from ilm_compile.schedule.simulate import in_order
 
 CHUNKS = 2  # of a rank, under each of them
 FULL, LEAST = 4, 24  # times its ranks, and at least: the micro-batches after which a pipeline
@@ -112,23 +111,11 @@ def _ordered(schedule: Schedule) -> list[_Step]:
     """The actions of all ranks in an order in which each follows what it needs."""
     place: dict[Action, int] = {}
     steps: list[_Step] = []
-    position = [0] * schedule.num_ranks
-    waiting: dict[Action, int] = {}
-    ready = deque(range(schedule.num_ranks))
-    while ready:
-        rank = ready.popleft()
-        for action in islice(schedule.actions[rank], position[rank], None):
-            needed = _needed(action, schedule.num_stages)
-            if needed is not None and needed not in place:
-                waiting[needed] = rank
-                break
-            other = rank if needed is None else schedule.stage_to_rank[needed.stage]
-            needs = -1 if needed is None else place[needed]
-            place[action] = len(steps)
-            steps.append(_Step(rank, action.kind, action.stage, needs, other != rank))
-            position[rank] += 1
-            if action in waiting:
-                ready.append(waiting.pop(action))
+    for rank, action, needed in in_order(schedule, lambda a: _needed(a, schedule.num_stages)):
+        other = rank if needed is None else schedule.stage_to_rank[needed.stage]
+        needs = -1 if needed is None else place[needed]
+        place[action] = len(steps)
+        steps.append(_Step(rank, action.kind, action.stage, needs, other != rank))
     return steps
 
 

@@ -27,7 +27,6 @@ from ilm_compile.program.traffic import SENT
 from ilm_compile.runtime.communicator import ProcessGroupCommunicator
 
 SIZES = (2**12, 2**18, 2**24)  # bytes of a collective's full tensor, by which a link is told
-LEAST_LATENCY = 1e-6  # what is measured below is noise: on a busy machine a difference of two loops
 MESSAGES = (2**8, 2**16, 2**20)  # bytes of a message, by which that of a point to point link is
 
 
@@ -144,14 +143,14 @@ def _measure(
 def link_of(sent: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
     """Return seconds of latency, per byte and per square root of a byte, through three points.
 
-    Without the last where that is not above 0; the first is no less than any link has.
+    Without the last where that is not above 0.
     """
     rows = [(1.0, num_bytes, num_bytes**0.5) for num_bytes in sent]
     latency, per_byte, climb = np.linalg.solve(np.array(rows), np.array(seconds)).tolist()
     if min(latency, per_byte, climb) > 0:
         return latency, per_byte, climb
     per_byte = max(1e-13, (seconds[-1] - seconds[0]) / (sent[-1] - sent[0]))
-    return max(LEAST_LATENCY, seconds[0]), per_byte, 0.0
+    return seconds[0], per_byte, 0.0
 
 
 def _message_link(rank: int, device: torch.device, share: float) -> tuple[float, float, float]:

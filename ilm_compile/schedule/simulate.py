@@ -11,7 +11,7 @@ takes sends to do.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, islice
 from typing import NamedTuple
@@ -130,32 +130,45 @@ def simulate(
     return Simulation(schedule=schedule, spans=_run(schedule, times, overlap))
 
 
-def _run(schedule: Schedule, times: Sequence[StageTimes], overlap: bool) -> dict[Action, Span]:
-    spans: dict[Action, Span] = {}
-    durations = _durations(schedule, times)
+def in_order(
+    schedule: Schedule, needed: Callable[[Action], Action | None]
+) -> Iterator[tuple[int, Action, Action | None]]:
+    """Yield the rank of each action, itself and what it needs, in an order in which that is first.
+
+    needed: what of another rank or stage an action needs beside those before it in its own list.
+    """
+    done: set[Action] = set()
     position = [0] * schedule.num_ranks
-    free = [0.0] * schedule.num_ranks
     # An action that has not happened yet, and the rank that stands still until it does.
     waiting: dict[Action, int] = {}
     ready = deque(range(schedule.num_ranks))
     while ready:
         rank = ready.popleft()
         for action in islice(schedule.actions[rank], position[rank], None):
-            needed = _needed(schedule, action, overlap)
-            if needed is not None and needed not in spans:
-                waiting[needed] = rank
+            other = needed(action)
+            if other is not None and other not in done:
+                waiting[other] = rank
                 break
-            start = free[rank]
-            if needed is not None:
-                # A posted receive is all that a send waits for, a message must have arrived.
-                other = spans[needed]
-                start = max(start, other.start if action.is_send else other.stop)
-            spans[action] = Span(start, start + durations[action.kind][action.stage])
-            if action.is_compute or (action.is_send and not overlap):
-                free[rank] = spans[action].stop
+            yield rank, action, other
+            done.add(action)
             position[rank] += 1
             if action in waiting:
                 ready.append(waiting.pop(action))
+
+
+def _run(schedule: Schedule, times: Sequence[StageTimes], overlap: bool) -> dict[Action, Span]:
+    spans: dict[Action, Span] = {}
+    durations = _durations(schedule, times)
+    free = [0.0] * schedule.num_ranks
+    for rank, action, needed in in_order(schedule, lambda a: _needed(schedule, a, overlap)):
+        start = free[rank]
+        if needed is not None:
+            # A posted receive is all that a send waits for, a message must have arrived.
+            other = spans[needed]
+            start = max(start, other.start if action.is_send else other.stop)
+        spans[action] = Span(start, start + durations[action.kind][action.stage])
+        if action.is_compute or (action.is_send and not overlap):
+            free[rank] = spans[action].stop
     for action, span in spans.items():
         if action.is_recv:
             spans[action] = Span(span.start, max(span.start, spans[action.partner].stop))
