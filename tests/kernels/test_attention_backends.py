@@ -21,7 +21,7 @@ from torch.nn.attention import varlen
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention, attention_backends, set_attention_backend
 from ilm_compile.kernels.attention_backends import BACKENDS, choose, obstacle
-from ilm_compile.kernels.documents import flat_boundaries
+from ilm_compile.kernels.documents import boundaries as made_boundaries
 from tests.kernels.test_attention import (
     BATCH,
     HEAD_DIM,
