@@ -44,8 +44,8 @@ def attention(
     q: (B, S, H, D); k, v: (B, S, G, D), H a multiple of G: query head j reads key head
     j // (H // G). cu_seqlens: None (each row is one document), or integers, either (B, n): where
     the documents of each row start, beginning at 0 and padded with S, or (n,): the same over the
-    flattened B*S tokens, padded with B*S; or the boundaries that `ilm::document_boundaries` made of
-    it for these `tokens`, once for several calls. scale: multiplies the scores, 1/sqrt(D) when None.
+    flattened B*S tokens, padded with B*S; or what `ilm::document_boundaries` makes of it for these
+    `tokens`, once for several calls. scale: multiplies the scores, 1/sqrt(D) when None.
     tokens: where q holds some of the S queries only, start and stop of each run of them, in the
     order in which they lie in q. Returns the shape and the dtype of q.
     """

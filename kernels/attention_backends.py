@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ilm_compile.errors import IlmCompileError
+from ilm_compile.kernels.attention_order import flash_version
 from ilm_compile.kernels.documents import boundaries, fold, is_flat, runs_of
 from ilm_compile.kernels.last_queries import attend_documents, attend_last
 
@@ -158,19 +159,25 @@ def obstacle(
 
 @cache
 def choose(
-    dtype: torch.dtype, head_dim: int, device: torch.device, *, is_packed: bool = True
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    *,
+    is_packed: bool = True,
+    flash: str | None = None,
 ) -> Backend:
     """The backend for such inputs. Logged at INFO, once. Raises IlmCompileError if a forced one
     cannot compute them.
 
     is_packed: rows have documents in them. Where each is one, torch's SDPA is the best: it needs no
-    boundaries and no mask, repeats no keys, and takes cuDNN's kernel on Hopper.
+    boundaries and no mask, repeats no keys, and takes cuDNN's kernel on Hopper. flash: of
+    `flash_version`; what stands behind torch's varlen attention then goes before flash-attn's.
     """
     visible = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(device) if visible else None
     passed_over: list[str] = []
-    preferred = BACKENDS if is_packed else {"sdpa": BACKENDS["sdpa"], **BACKENDS}
-    for name, load in preferred.items():
+    first = "sdpa" if not is_packed else "varlen" if flash else "flash_attn"
+    for name, load in {first: BACKENDS[first], **BACKENDS}.items():
         if _forced not in (None, name):
             continue
         reason = obstacle(name, dtype, head_dim, capability)
@@ -200,7 +207,8 @@ def attention(
     """`ilm::attention` by the chosen backend, differentiable; of the shape of q, contiguous."""
     if q.numel() == 0:
         return q.clone(memory_format=torch.contiguous_format)
-    backend = choose(q.dtype, q.shape[3], q.device, is_packed=cu_seqlens is not None)
+    options = {"is_packed": cu_seqlens is not None, "flash": flash_version()}
+    backend = choose(q.dtype, q.shape[3], q.device, **options)
     batch, num_tokens = k.shape[:2]
     query, key, value = (fold(x, cu_seqlens) for x in (q, k, v))
     runs = runs_of(tokens, num_tokens, batch if is_flat(cu_seqlens) else 1)

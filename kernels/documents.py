@@ -89,7 +89,7 @@ def boundaries(
     if tokens is None:
         return side(0, length)[None, None]
     sides = [side(*run) for a, b in runs_of(tokens, num_tokens, folded) for run in ((a, b), (0, b))]
-    return torch.stack(sides).unflatten(0, (-1, 2))
+    return torch.stack(sides).reshape(len(sides) // 2, 2, rows, -1)
 
 
 def check_documents(cu_seqlens: Tensor, batch: int, num_tokens: int) -> None:
