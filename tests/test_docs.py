@@ -93,7 +93,7 @@ def test_every_error_is_explained() -> None:
 
 
 def test_quoted_messages_are_in_the_code() -> None:
-    folders = (ROOT / "ilm_compile", ROOT / "passes")
+    folders = (ROOT / "ilm_compile", ROOT / "passes", ROOT / "kernels")
     files = [file for each in folders for file in each.rglob("*.py")]
     strings = [re.sub(r"\"\s+f?\"", "", file.read_text()) for file in files]
     code = "\n".join(re.sub(r"\{[^{}]*\}", "...", text) for text in strings)
