@@ -6,6 +6,7 @@ Importing this package registers the ops under `torch.ops.ilm`.
 from ilm_compile.kernels.add_rms_norm import add_rms_norm as add_rms_norm
 from ilm_compile.kernels.attention import attention as attention
 from ilm_compile.kernels.attention_backends import set_attention_backend as set_attention_backend
+from ilm_compile.kernels.attention_order import set_flash_attention as set_flash_attention
 from ilm_compile.kernels.documents import document_starts as document_starts
 from ilm_compile.kernels.grouped_product import grouped_product as grouped_product
 from ilm_compile.kernels.qkv_rotary import qkv_rotary as qkv_rotary

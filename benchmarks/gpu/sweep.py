@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 from unittest import mock
 
 import torch
 
 from benchmarks.common import show_table
 from benchmarks.gpu.bandwidth import WIDTHS
-from benchmarks.gpu.failure import Deadline
+from benchmarks.gpu.failure import Deadline, Result
 from benchmarks.gpu.ops import TIMED
 from benchmarks.gpu.ops.op import EPS, Tensors, maker
 from benchmarks.gpu.pool import compile_ahead
@@ -47,7 +46,7 @@ class Choice:
     fault: str | None = None
 
 
-def sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
+def sweep(device: torch.device, smoke: bool, result: Result) -> None:
     """The fractions of all choices at hidden sizes 2048 to 8192, the fastest first."""
     deadline = Deadline(TIME_S)
     tasks = [(width, launch, device, smoke) for width in WIDTHS for launch in candidates(width)]
@@ -55,15 +54,13 @@ def sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
         tasks = tasks[:3]
     compile_ahead(compile_once, tasks, device, PREPARE_S)
     copy = copy_bandwidth(device, smoke=smoke)
-    found = [_time(*task, copy) for task in tasks if not deadline.passed]
+    found: list[Choice] = []
+    result |= {"rows": SMOKE_ROWS if smoke else ROWS, "copy_gb_per_s": copy * 1e-9}
+    result["choices"] = found
+    found.extend(_time(*task, copy) for task in tasks if not deadline.passed)
+    result["untimed"] = len(tasks) - len(found)
     found.sort(key=lambda choice: (choice.width, -choice.fraction))
     _show(found)
-    return {
-        "rows": SMOKE_ROWS if smoke else ROWS,
-        "copy_gb_per_s": copy * 1e-9,
-        "untimed": len(tasks) - len(found),
-        "choices": [asdict(choice) for choice in found],
-    }
 
 
 def candidates(width: int) -> Iterator[Launch]:

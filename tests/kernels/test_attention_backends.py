@@ -21,7 +21,7 @@ from torch.nn.attention import varlen
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention, attention_backends, set_attention_backend
 from ilm_compile.kernels.attention_backends import BACKENDS, choose, obstacle
-from ilm_compile.kernels.documents import flat_boundaries
+from ilm_compile.kernels.documents import boundaries as make_boundaries
 from tests.kernels.test_attention import (
     BATCH,
     HEAD_DIM,
@@ -107,18 +107,24 @@ STAND_INS: dict[str, tuple[str, Callable[..., Any] | None]] = {
 
 @boundaries
 @kv_heads
+@pytest.mark.parametrize("is_made", [False, True], ids=["cu_seqlens", "made before"])
 @pytest.mark.parametrize("tokens", [None, [0, 2, 6, 8]], ids=["whole", "head and tail"])
 @pytest.mark.parametrize("stand_in", STAND_INS.values(), ids=list(STAND_INS))
-def test_every_backend_is_the_op(monkeypatch, stand_in, tokens, kv_heads, cu_seqlens) -> None:
+def test_every_backend_is_the_op(
+    monkeypatch, stand_in, tokens, is_made, kv_heads, cu_seqlens
+) -> None:
     name, function = stand_in
     install_flash_attn(monkeypatch)
     monkeypatch.setattr(varlen, "varlen_attn", function)
-    monkeypatch.setattr(attention_backends, "choose", lambda *_, is_packed: BACKENDS[name]())
+    monkeypatch.setattr(attention_backends, "choose", lambda *_, **__: BACKENDS[name]())
     ours, plain = inputs(kv_heads), inputs(kv_heads)
     if tokens is not None:
         for each in (ours, plain):
             each[0] = some_queries(each[0], tokens)
-    out = attention_backends.attention(*ours, cu_seqlens, 0.3, tokens)
+    given = cu_seqlens
+    if is_made and cu_seqlens is not None:
+        given = torch.ops.ilm.document_boundaries(cu_seqlens, BATCH, SEQ, tokens)
+    out = attention_backends.attention(*ours, given, 0.3, tokens)
     expected = attention(*plain, cu_seqlens, 0.3, tokens)
     assert out.is_contiguous()
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-13)
@@ -129,10 +135,17 @@ def test_every_backend_is_the_op(monkeypatch, stand_in, tokens, kv_heads, cu_seq
 
 
 def test_boundaries_over_all_tokens() -> None:
+    def sides(cu_seqlens, tokens=None) -> list[list[list[int]]]:
+        made = make_boundaries(cu_seqlens, 2, 8, tokens, CPU)
+        assert made.dtype == torch.int32
+        return made.flatten(2).tolist()
+
     rows = torch.tensor([[0, 3, 8, 8], [0, 1, 5, 8]])
-    assert flat_boundaries(rows, 2, 8, CPU).tolist() == [0, 3, 8, 8, 8, 9, 13, 16, 16]
-    assert flat_boundaries(None, 2, 8, CPU).tolist() == [0, 8, 16]
-    assert flat_boundaries(torch.tensor([0, 5]), 2, 8, CPU).tolist() == [0, 5, 16]
+    assert sides(rows) == [[[0, 3, 8, 8, 8, 8, 9, 13, 16, 16]]]
+    assert sides(None) == [[[0, 8, 8, 16]]]
+    assert sides(torch.tensor([0, 5])) == [[[0, 5, 16]]]
+    asked, seen = [0, 1, 4, 4, 4, 4, 4, 7, 8, 8], [0, 3, 6, 6, 6, 6, 7, 11, 12, 12]
+    assert sides(rows, [2, 6]) == [[asked, seen]]
 
 
 OBSTACLES = {
@@ -194,7 +207,7 @@ def test_rows_of_one_document_go_to_sdpa_and_repeat_no_keys(monkeypatch) -> None
         return torch.zeros_like(q)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
-    monkeypatch.setattr(attention_backends, "flat_boundaries", None)  # nobody makes them
+    monkeypatch.setattr(attention_backends, "boundaries", None)  # nobody makes them
     q, k = (torch.zeros(2, 8, heads, 64, dtype=torch.bfloat16) for heads in (8, 2))
     attention_backends.attention(q, k, k)
     assert seen == [(2, 2, {"is_causal": True, "scale": None, "enable_gqa": True})]
