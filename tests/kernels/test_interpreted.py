@@ -102,8 +102,8 @@ def test_other_weights(interpreter, weight_dtype):
     compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
 
 
-# Each row of the tables of launches but the last, at its width and below.
-HIDDEN_SIZES = [1, 64, 128, 250, 512, 768, 1024, 2048, 4096, 5120, 8192]
+# Each row of the tables of launches, at its width and below.
+HIDDEN_SIZES = [1, 64, 128, 250, 512, 768, 1024, 2048, 4096, 5000, 5120, 6144, 8192, 9000, 16384]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN_SIZES)
@@ -122,6 +122,17 @@ def test_more_and_fewer_rows_than_programs(interpreter, num_rows, hidden):
     x, _, grad, weight = norm_arguments(shape=(num_rows, hidden))
     compare(interpreter, "rms_norm", x, weight, EPS)
     compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
+
+
+# Less than a tile of rows and of columns; several of both, the last not full.
+@dtypes
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (128, 64), (300, 100)])
+def test_column_sums(interpreter, dtype, num_rows, width):
+    partial = rows((num_rows, width), torch.float32)
+    target = "ilm_compile.kernels.triton_column_sums:column_sums"
+    found = interpreter.call(target, partial, dtype)
+    assert found.dtype == dtype
+    assert relative_error(found, partial.double().sum(0)) < INTERPRETED[dtype]
 
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
