@@ -94,21 +94,28 @@ def norm(launcher: str, *dtypes: torch.dtype, pipelined: bool = False) -> Sample
     )
 
 
-def swiglu(launcher: str, num_tensors: int, launches: str, *, halves: bool = False) -> Sample:
-    """SwiGLU of as many tensors of rows; `halves`: gate and up are those of one projection."""
+def glu(
+    launcher: str,
+    num_tensors: int,
+    launches: str,
+    activation: str = "silu",
+    *,
+    halves: bool = False,
+) -> Sample:
+    """GLU of as many tensors of rows; `halves`: gate and up are those of one projection."""
 
     def arguments(width: int) -> tuple[Any, ...]:
         if halves:
             grads = [rows(width) for _ in range(num_tensors - 2)]
-            return (*grads, *rows(2 * width).chunk(2, dim=-1))
-        return tuple(rows(width) for _ in range(num_tensors))
+            return (*grads, *rows(2 * width).chunk(2, dim=-1), activation)
+        return (*(rows(width) for _ in range(num_tensors)), activation)
 
     return Sample(
-        launcher=f"triton_swiglu:{launcher}",
+        launcher=f"triton_glu:{launcher}",
         arguments=arguments,
         widths=INTERMEDIATE_SIZES,
         meaning="intermediate",
-        launches=f"triton_swiglu:{launches}",
+        launches=f"triton_glu:{launches}",
     )
 
 
@@ -177,10 +184,14 @@ SAMPLES: dict[str, Sample] = {
         meaning="hidden",
         narrow_stores=1,
     ),
-    "swiglu": swiglu("swiglu", 2, "FORWARD"),
-    "swiglu_backward": swiglu("swiglu_backward", 3, "BACKWARD"),
-    "swiglu halves": swiglu("swiglu", 2, "FORWARD", halves=True),
-    "swiglu_backward halves": swiglu("swiglu_backward", 3, "BACKWARD", halves=True),
+    "swiglu": glu("glu", 2, "FORWARD"),
+    "swiglu_backward": glu("glu_backward", 3, "BACKWARD"),
+    "swiglu halves": glu("glu", 2, "FORWARD", halves=True),
+    "swiglu_backward halves": glu("glu_backward", 3, "BACKWARD", halves=True),
+    "geglu": glu("glu", 2, "FORWARD", "gelu"),
+    "geglu_backward": glu("glu_backward", 3, "BACKWARD", "gelu"),
+    "geglu tanh": glu("glu", 2, "FORWARD", "gelu_tanh"),
+    "geglu_backward tanh": glu("glu_backward", 3, "BACKWARD", "gelu_tanh"),
     "rotary": rotary("triton_rotary:rotary", QUERY_HEADS, KEY_HEADS),
     "rotary interleaved": rotary(
         "triton_rotary:rotary", QUERY_HEADS, KEY_HEADS, positions=True, interleaved=True
