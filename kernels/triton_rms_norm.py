@@ -4,6 +4,7 @@ Forward: a program per row (several rows where they are narrow), read once and w
 Backward: a persistent grid. Each program walks over rows with a stride, holds its part of the
 weight's gradient in float32 registers while the next row is on its way to shared memory, and
 writes it once; the parts are then summed over programs. No atomics, so a run repeats bit for bit.
+A row is one piece of columns, or several of equal size that are added up before the warps meet.
 
 Everything is computed in float32 from the moment it is loaded. What does not change from step to
 step is a constexpr; the number of rows is not, nor is it specialised, so that no sequence length
@@ -28,6 +29,7 @@ from ilm_compile.kernels.launch import (
     multiprocessors,
     row_stride,
 )
+from ilm_compile.kernels.triton_column_sums import column_sums
 
 # 48 warps a multiprocessor. More than block / 512 a row narrow the loads of 16 bits below 128.
 FORWARD = (
@@ -38,7 +40,11 @@ FORWARD = (
     Launch(block=1024, rows=2, warps=4, programs_per_sm=10),
     Launch(block=2048, rows=1, warps=4, programs_per_sm=12),
     Launch(block=4096, rows=1, warps=8, programs_per_sm=6),
+    # Not of 4 warps, whose threads spill: 64 bits a load.
+    Launch(block=1024, pieces=5, rows=1, warps=8, programs_per_sm=4),
+    Launch(block=2048, pieces=3, rows=1, warps=8, programs_per_sm=4),
     Launch(block=8192, rows=1, warps=16, programs_per_sm=3),
+    Launch(block=4096, pieces=3, rows=1, warps=16, programs_per_sm=2),
     Launch(block=16384, rows=1, warps=32, programs_per_sm=1),
 )
 # 32 KiB of 16-bit rows are on their way to each multiprocessor, which hides the memory's latency.
@@ -51,18 +57,32 @@ BACKWARD = (
     Launch(block=1024, rows=2, warps=8, programs_per_sm=4, stages=2),
     Launch(block=2048, rows=1, warps=8, programs_per_sm=4, stages=2),
     Launch(block=4096, rows=1, warps=16, programs_per_sm=2, stages=2),
+    Launch(block=1024, pieces=5, rows=1, warps=8, programs_per_sm=2, stages=2),
+    Launch(block=2048, pieces=3, rows=1, warps=16, programs_per_sm=1, stages=3),
     Launch(block=8192, rows=1, warps=32, programs_per_sm=1, stages=2),
-    # Spills some: a row, its gradient, the weight and the weight's gradient pass 64 registers.
-    Launch(block=16384, rows=1, warps=32, programs_per_sm=1, stages=1),
+    # All that is kept from row to row is the weight's gradient.
+    Launch(block=4096, pieces=3, rows=1, warps=32, programs_per_sm=1, twice=True),
+    Launch(block=4096, pieces=4, rows=1, warps=32, programs_per_sm=1, twice=True),
 )
 
 
 @triton.jit
-def _load(base, row, stride, HIDDEN: tl.constexpr, column, mask):
-    """Elements as float32. A stride of None says that rows lie end to end."""
+def _load(base, row, stride, HIDDEN: tl.constexpr, column, mask, LAST: tl.constexpr = True):
+    """Elements as float32. A stride of None says that rows lie end to end. LAST: never again."""
     # HIDDEN is known to the compiler, so that a multiple of 8 keeps loads of 128 bits.
     start = row.to(tl.int64) * HIDDEN if stride is None else row.to(tl.int64) * stride
-    return tl.load(base + start + column, mask=mask, other=0.0).to(tl.float32)
+    # with one policy for both, the compiler would keep what it loads twice, and spill it
+    policy: tl.constexpr = "" if LAST else "evict_last"
+    found = tl.load(base + start + column, mask=mask, other=0.0, eviction_policy=policy)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def _scale(weight, column, HIDDEN: tl.constexpr, OFFSET: tl.constexpr, LAST: tl.constexpr = True):
+    """What the columns of a row are multiplied by."""
+    policy: tl.constexpr = "" if LAST else "evict_last"
+    scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0, eviction_policy=policy)
+    return scale.to(tl.float32) + OFFSET
 
 
 @triton.jit
@@ -87,27 +107,38 @@ def _forward_kernel(
     OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = (row < num_rows) & (column < HIDDEN)
-    values = _load(x, row, x_stride, HIDDEN, column, mask)
-    if residual is not None:
-        values += _load(residual, row, residual_stride, HIDDEN, column, mask)
-        _store(total, row, HIDDEN, column, mask, values)
-        values = values.to(total.dtype.element_ty).to(tl.float32)
-    if EARLY:  # the weight is on its way while the warps wait for their sum
-        scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-    mean_square = tl.sum(values * values, axis=1, keep_dims=True) / HIDDEN
-    values *= tl.rsqrt(mean_square + EPS)
-    if weight is not None:
-        if CAST:
-            values = values.to(y.dtype.element_ty).to(tl.float32)
-        if not EARLY:
-            scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-        values *= scale + OFFSET
-    _store(y, row, HIDDEN, column, mask, values)
+    first = tl.arange(0, BLOCK)[None, :]
+    squares = 0.0
+    pieces = ()
+    scales = ()
+    for i in tl.static_range(PIECES):
+        column = i * BLOCK + first
+        mask = (row < num_rows) & (column < HIDDEN)
+        values = _load(x, row, x_stride, HIDDEN, column, mask)
+        if residual is not None:
+            values += _load(residual, row, residual_stride, HIDDEN, column, mask)
+            _store(total, row, HIDDEN, column, mask, values)
+            values = values.to(total.dtype.element_ty).to(tl.float32)
+        if EARLY:  # the weight is on its way while the warps wait for their sum
+            scales += (_scale(weight, column, HIDDEN, OFFSET),)
+        squares = values * values if i == 0 else squares + values * values
+        pieces += (values,)
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / HIDDEN + EPS)
+    for i in tl.static_range(PIECES):
+        column = i * BLOCK + first
+        values = pieces[i] * rstd
+        if weight is not None:
+            if CAST:
+                values = values.to(y.dtype.element_ty).to(tl.float32)
+            if EARLY:
+                values *= scales[i]
+            else:
+                values *= _scale(weight, column, HIDDEN, OFFSET)
+        _store(y, row, HIDDEN, column, (row < num_rows) & (column < HIDDEN), values)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -128,45 +159,78 @@ def _backward_kernel(
     CAST: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    TWICE: tl.constexpr,
 ):
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = column < HIDDEN
-    if weight is not None:
-        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
-        grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    first, step = tl.program_id(0), tl.num_programs(0)
-    for tile in tl.range(first, tl.cdiv(num_rows, ROWS), step, num_stages=STAGES):
+    HELD: tl.constexpr = PIECES if weight is not None else 0
+    first = tl.arange(0, BLOCK)[None, :]
+    scales = ()
+    grad_weights = ()
+    for i in tl.static_range(HELD):
+        if not TWICE:
+            scales += (_scale(weight, i * BLOCK + first, HIDDEN, OFFSET),)
+        grad_weights += (tl.zeros((ROWS, BLOCK), tl.float32),)
+    program, step = tl.program_id(0), tl.num_programs(0)
+    for tile in tl.range(program, tl.cdiv(num_rows, ROWS), step, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-        mask = (row < num_rows) & inside
-        values = _load(x, row, x_stride, HIDDEN, column, mask)
-        arriving = _load(grad, row, grad_stride, HIDDEN, column, mask)
-        scaled = arriving
-        if weight is not None:
-            scaled *= scale
+        squares = 0.0
+        products = 0.0
+        rows = ()
+        arriving = ()
+        for i in tl.static_range(PIECES):
+            column = i * BLOCK + first
+            mask = (row < num_rows) & (column < HIDDEN)
+            values = _load(x, row, x_stride, HIDDEN, column, mask, not TWICE)
+            scaled = _load(grad, row, grad_stride, HIDDEN, column, mask, not TWICE)
+            if not TWICE:
+                rows += (values,)
+                arriving += (scaled,)
+            if weight is not None:
+                if TWICE:
+                    scaled *= _scale(weight, column, HIDDEN, OFFSET, False)
+                else:
+                    scaled *= scales[i]
+            squares = values * values if i == 0 else squares + values * values
+            products = scaled * values if i == 0 else products + scaled * values
         if grad_x_low is None:  # one reduction: the warps meet for both sums at once
-            both = tl.sum(tl.join(values * values, scaled * values), axis=1, keep_dims=True)
-            squares, products = tl.split(both)
+            both = tl.sum(tl.join(squares, products), axis=1, keep_dims=True)
+            square, product = tl.split(both)
         else:  # no registers are left for that beside a float32 stream
-            squares = tl.sum(values * values, axis=1, keep_dims=True)
-            products = tl.sum(scaled * values, axis=1, keep_dims=True)
-        rstd = tl.rsqrt(squares / HIDDEN + EPS)
-        unit = values * rstd
-        if weight is not None:
-            seen = unit
-            if CAST:
-                seen = unit.to(grad.dtype.element_ty).to(tl.float32)
-            grad_weight += arriving * seen
-        result = rstd * (scaled - unit * (rstd * products / HIDDEN))
-        if grad_sum is not None:
-            result += _load(grad_sum, row, grad_sum_stride, HIDDEN, column, mask)
-        _store(grad_x, row, HIDDEN, column, mask, result)
-        if grad_x_low is not None:
-            _store(grad_x_low, row, HIDDEN, column, mask, result)
-    if weight is not None:
-        address = partial + first.to(tl.int64) * HIDDEN + column
-        tl.store(address, tl.sum(grad_weight, axis=0, keep_dims=True), mask=inside)
+            square = tl.sum(squares, axis=1, keep_dims=True)
+            product = tl.sum(products, axis=1, keep_dims=True)
+        rstd = tl.rsqrt(square / HIDDEN + EPS)
+        more = ()
+        for i in tl.static_range(PIECES):
+            column = i * BLOCK + first
+            mask = (row < num_rows) & (column < HIDDEN)
+            if TWICE:
+                unit = _load(x, row, x_stride, HIDDEN, column, mask) * rstd
+                scaled = _load(grad, row, grad_stride, HIDDEN, column, mask)
+            else:
+                unit = rows[i] * rstd
+                scaled = arriving[i]
+            if weight is not None:
+                seen = unit
+                if CAST:
+                    seen = unit.to(grad.dtype.element_ty).to(tl.float32)
+                more += (grad_weights[i] + scaled * seen,)
+                if TWICE:
+                    scaled *= _scale(weight, column, HIDDEN, OFFSET)
+                else:
+                    scaled *= scales[i]
+            result = rstd * (scaled - unit * (rstd * product / HIDDEN))
+            if grad_sum is not None:
+                result += _load(grad_sum, row, grad_sum_stride, HIDDEN, column, mask)
+            _store(grad_x, row, HIDDEN, column, mask, result)
+            if grad_x_low is not None:
+                _store(grad_x_low, row, HIDDEN, column, mask, result)
+        grad_weights = more
+    for i in tl.static_range(HELD):
+        column = i * BLOCK + first
+        found = tl.sum(grad_weights[i], axis=0, keep_dims=True)
+        tl.store(partial + program.to(tl.int64) * HIDDEN + column, found, mask=column < HIDDEN)
 
 
 def rms_norm(
@@ -230,6 +294,7 @@ def _forward(
             # beside a stream of another dtype, its registers would be spilled
             EARLY=weight is not None and (total is None or total.dtype == y.dtype),
             BLOCK=launch.block,
+            PIECES=launch.pieces,
             ROWS=launch.rows,
             num_warps=launch.warps,
             maxnreg=launch.max_registers,
@@ -308,11 +373,13 @@ def _backward(
                 CAST=cast_before_scale,
                 OFFSET=weight_offset,
                 BLOCK=launch.block,
+                PIECES=launch.pieces,
                 ROWS=launch.rows,
                 STAGES=launch.stages,
+                TWICE=launch.twice,
                 num_warps=launch.warps,
                 maxnreg=launch.max_registers,
             )
     if weight is None or partial is None:
         return x.new_empty(0)
-    return partial.sum(0).to(weight.dtype)
+    return column_sums(partial, weight.dtype)

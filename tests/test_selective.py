@@ -75,7 +75,7 @@ def test_keeps_less_without_running_what_is_dear() -> None:
     kept, whole = (saved_bytes(program)[0, block] for program in (selective, plain))
     assert kept < 0.75 * whole
     again = {str(node.target) for node in selective.calls() if AGAIN in node.meta}
-    assert {"ilm.swiglu.default", "ilm.rms_norm.default"} <= again
+    assert {"ilm.glu.default", "ilm.rms_norm.default"} <= again
     assert not again & {"aten.linear.default", "ilm.attention.default"}
     assert "recomputed in part" in selective.dump()
     assert "made again" in selective.explain()

@@ -64,7 +64,7 @@ def _table(shape: tuple[int, ...], out: Placement, batch: int, *, by_token: bool
     return out if is_cut else R
 
 
-@rule(ilm.swiglu.default, precision=FUSED_2)
-def swiglu(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+@rule(ilm.glu.default, precision=FUSED_2)
+def glu(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Elementwise: sharded as wanted, both inputs alike."""
     yield from (Strategy((out, out), out) for out in wanted if out.is_shard)

@@ -68,7 +68,7 @@ ALONG_LAST = (
     *("redistribute", "expert_order", "seeded_dropout", "to", "clone", "contiguous", "detach"),
     *("alias", "where"),
     *("masked_fill", "softmax", "log_softmax", "cumsum", "cumprod", "layer_norm", "rms_norm"),
-    *("ilm::rms_norm", "ilm::add_rms_norm", "ilm::swiglu", "tril", "triu", "type_as", "flip"),
+    *("ilm::rms_norm", "ilm::add_rms_norm", "ilm::glu", "tril", "triu", "type_as", "flip"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "fill", "expand", "copy", "dropout"),
     *("softplus", "log_sigmoid"),
     *("hardtanh", "relu6", "mish", "bitwise_not", "floor_divide", "pad", "constant_pad_nd"),

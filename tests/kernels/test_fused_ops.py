@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels import add_rms_norm, rms_norm, swiglu
+from ilm_compile.kernels import add_rms_norm, glu, rms_norm
 from ilm_compile.kernels.library import LAUNCHERS, launcher, on_cuda
 
 BATCH, SEQ, WIDTH = 2, 3, 16
@@ -47,9 +47,14 @@ OPS = [
     Op("rms_norm", partial(rms_norm, eps=1e-5, weight_offset=1.0), 1, True),
     Op("add_rms_norm", partial(add_rms_norm, eps=1e-5), 2, True),
     Op("add_rms_norm", lambda x, residual: add_rms_norm(x, residual, None, 1e-5), 2, False),
-    Op("swiglu", swiglu, 2, False),
+    Op("glu", glu, 2, False),
+    Op("glu", partial(glu, activation="gelu"), 2, False),
+    Op("glu", partial(glu, activation="gelu_tanh"), 2, False),
 ]
-NAMES = ["rms_norm", "unweighted", "offset", "add_rms_norm", "add unweighted", "swiglu"]
+NAMES = [
+    *("rms_norm", "unweighted", "offset", "add_rms_norm", "add unweighted"),
+    *("swiglu", "geglu", "geglu tanh"),
+]
 every_op = pytest.mark.parametrize("op", OPS, ids=NAMES)
 
 
@@ -91,8 +96,8 @@ OPCHECKS = {
         ilm.add_rms_norm_backward.default,
         (x.detach().bfloat16(), x.detach(), x.detach(), w.detach(), 1e-5, False, 0.0),
     ),
-    "swiglu": lambda x, w: (ilm.swiglu.default, (x, x)),
-    "swiglu_backward": lambda x, w: (ilm.swiglu_backward.default, (x.detach(),) * 3),
+    "glu": lambda x, w: (ilm.glu.default, (x, x, "gelu_tanh")),
+    "glu_backward": lambda x, w: (ilm.glu_backward.default, (*(x.detach(),) * 3, "gelu")),
 }
 
 
@@ -175,7 +180,7 @@ def test_backward_saves_its_inputs_only(op):
     assert saved
     assert {x.data_ptr() for x in saved} <= known
     rows = [x for x in saved if x.dim() == 3]
-    assert len(rows) == (2 if op.name == "swiglu" else 1)
+    assert len(rows) == (2 if op.name == "glu" else 1)
 
 
 STRIDES = {

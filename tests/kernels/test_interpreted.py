@@ -20,6 +20,7 @@ from tests.kernels.worker import Worker
 EPS = 1e-5
 ilm = torch.ops.ilm
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
+activations = pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 
 
 def rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -102,8 +103,8 @@ def test_other_weights(interpreter, weight_dtype):
     compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
 
 
-# Each row of the tables of launches but the last, at its width and below.
-HIDDEN_SIZES = [1, 64, 128, 250, 512, 768, 1024, 2048, 4096, 5120, 8192]
+# Each row of the tables of launches, at its width and below.
+HIDDEN_SIZES = [1, 64, 128, 250, 512, 768, 1024, 2048, 4096, 5000, 5120, 6144, 8192, 9000, 16384]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN_SIZES)
@@ -122,6 +123,17 @@ def test_more_and_fewer_rows_than_programs(interpreter, num_rows, hidden):
     x, _, grad, weight = norm_arguments(shape=(num_rows, hidden))
     compare(interpreter, "rms_norm", x, weight, EPS)
     compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
+
+
+# Less than a tile of rows and of columns; several of both, the last not full.
+@dtypes
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (128, 64), (300, 100)])
+def test_column_sums(interpreter, dtype, num_rows, width):
+    partial = rows((num_rows, width), torch.float32)
+    target = "ilm_compile.kernels.triton_column_sums:column_sums"
+    found = interpreter.call(target, partial, dtype)
+    assert found.dtype == dtype
+    assert relative_error(found, partial.double().sum(0)) < INTERPRETED[dtype]
 
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -144,26 +156,28 @@ def test_strides_of_the_norms(interpreter, lay):
 
 
 @every_stride
-def test_strides_of_swiglu(interpreter, lay):
+def test_strides_of_glu(interpreter, lay):
     gate, up, grad, _ = norm_arguments(shape=(2, 3, 100))
-    compare(interpreter, "swiglu", lay(gate), lay(up))
-    compare(interpreter, "swiglu_backward", lay(grad), lay(gate), lay(up))
+    compare(interpreter, "glu", lay(gate), lay(up), "gelu")
+    compare(interpreter, "glu_backward", lay(grad), lay(gate), lay(up), "gelu")
 
 
 @dtypes
+@activations
 @pytest.mark.parametrize("width", [1, 100, 256, 1024, 2500])
-def test_swiglu(interpreter, dtype, width):
+def test_glu(interpreter, dtype, width, activation):
     gate, up, grad, _ = norm_arguments(dtype, shape=(3, width))
-    compare(interpreter, "swiglu", gate, up)
-    compare(interpreter, "swiglu_backward", grad, gate, up)
+    compare(interpreter, "glu", gate, up, activation)
+    compare(interpreter, "glu_backward", grad, gate, up, activation)
 
 
-def test_swiglu_of_large_gates(interpreter):
+@activations
+def test_glu_of_large_gates(interpreter, activation):
     gate = torch.tensor([[-60000.0, -100.0, 0.0, 100.0, 60000.0]])
     ones = torch.ones_like(gate)
-    (out,) = compare(interpreter, "swiglu", gate, ones)
+    (out,) = compare(interpreter, "glu", gate, ones, activation)
     assert torch.equal(out, gate.relu())
-    to_gate, _ = compare(interpreter, "swiglu_backward", ones, gate, ones)
+    to_gate, _ = compare(interpreter, "glu_backward", ones, gate, ones, activation)
     assert to_gate.tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
 
 
@@ -176,8 +190,8 @@ def test_no_rows(interpreter, shape):
     assert not to_weight.any()
     compare(interpreter, "add_rms_norm", x, x, weight, EPS)
     compare(interpreter, "add_rms_norm_backward", x, x, x, weight, EPS, False, 0.0)
-    compare(interpreter, "swiglu", x, x)
-    compare(interpreter, "swiglu_backward", x, x, x)
+    compare(interpreter, "glu", x, x, "silu")
+    compare(interpreter, "glu_backward", x, x, x, "silu")
 
 
 def arguments_after(target: str, *args: Any) -> tuple[Any, ...]:
@@ -188,14 +202,13 @@ def arguments_after(target: str, *args: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "swiglu_backward"]
+    "op", ["rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "glu_backward"]
 )
 def test_inputs_are_left_alone(interpreter, op):
     x, residual, grad, weight = norm_arguments()
     tensors = {"rms_norm_backward": (grad, x), "add_rms_norm": (x, residual)}
     args = tensors.get(op, (grad, x, residual))
-    if op != "swiglu_backward":
-        args = (*args, weight, EPS, False, 0.0)
+    args = (*args, "silu") if op == "glu_backward" else (*args, weight, EPS, False, 0.0)
     target = "tests.kernels.test_interpreted:arguments_after"
     after = interpreter.call(target, LAUNCHERS[f"ilm::{op}"], *args)
     for mine, before in zip(after, args, strict=True):

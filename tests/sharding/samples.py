@@ -225,7 +225,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(4, 4, 4, 3, 6), *angles(x(4, 4, 2)), None, True),
         lambda: call(x(4, 4, 4, 3, 6), *angles(x(8, 3)), integers(8, 4, 4)),
     ],
-    ilm.swiglu.default: [lambda: call(x(2, 4, 8), x(2, 4, 8))],
+    ilm.glu.default: [
+        lambda: call(x(2, 4, 8), x(2, 4, 8)),
+        lambda: call(x(2, 4, 8), x(2, 4, 8), "gelu_tanh"),
+    ],
     aten.sum.default: [lambda: call(x(4, 8))],
     aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
     aten.mean.default: [lambda: call(x(4, 8))],

@@ -1,8 +1,9 @@
-"""The norms and swiglu. Shapes in this file: rows (R, N), weights (N,)."""
+"""The norms and gated units. Shapes in this file: rows (R, N), weights (N,)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,15 +68,21 @@ def add_rms_norm(
     )
 
 
-def swiglu() -> KernelOp:
+def glu(activation: str = "silu", *, widths: Sequence[int] = HIDDEN_SIZES) -> KernelOp:
+    plain = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    }[activation]
     return KernelOp(
         inputs=lambda make, rows, width: {n: make.normal(rows, width) for n in ("gate", "up")},
-        fused=lambda t: (kernels.swiglu(t["gate"], t["up"]),),
-        plain=lambda t: (F.silu(t["gate"]) * t["up"],),
+        fused=lambda t: (kernels.glu(t["gate"], t["up"], activation),),
+        plain=lambda t: (plain(t["gate"]) * t["up"],),
         outputs=("y",),
         trained=("gate", "up"),
         kept=("gate", "up"),
         written=("gate", "up"),
+        widths=widths,
     )
 
 
