@@ -60,10 +60,8 @@ def load_varlen() -> Backend:
     ) -> Tensor:
         lengths = _lengths(q, k, documents)
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # all before, none after
-        if "enable_gqa" in known:
+        if "enable_gqa" in known:  # without it torch 2.11 takes grouped keys as they come
             options["enable_gqa"] = q.shape[2] != k.shape[2]
-        else:
-            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         return _like(varlen_attn(*tokens, *lengths, **options), q)
 

@@ -1,4 +1,4 @@
-"""Causal attention of queries that are the last of those that the keys have.
+"""Causal attention of queries that are the last of those that the keys have, in documents or not.
 
 A rank that holds a run of the queries of a sequence gives it every key up to the end of the run, so
 that no key is read that all of them would mask.

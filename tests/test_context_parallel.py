@@ -44,6 +44,7 @@ ATTENTION = {
         *(Case(name, {"cp": 4, **RING}) for name in ("three heads", "Mistral")),
         Case("internlm2", {"cp": 4, **RING}, packed=True),
         Case("internlm", {"cp": 2, "tp": 2, "sequence_parallel": True, **RING}, packed=True),
+        Case("internlm2", {"cp": 2, "pp": 2, "checkpoint": 1.0, **QUERIES}, packed=True),
         Case("llama", {"cp": 2, "pp": 2, "checkpoint": 1.0, "num_microbatches": 3, **RING}),
     ],
 }  # fmt: skip

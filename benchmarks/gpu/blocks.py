@@ -1,6 +1,6 @@
 """End to end: forward and backward of a few blocks of InternLM2 on one GPU, in bf16.
 
-With plain kernels, with fused ones, and each way with the stage under torch.compile; beside the
+With plain kernels, with fused ones, and each way with ``compile=True``; beside the
 model itself in eager mode, and a Hugging Face Llama of the same shape under torch.compile. All
 compute in bf16 on float32 weights, one eager model on bf16 ones; none has an optimizer. MFU is the
 model's FLOPs (`ilm_compile.cost.model_flops`: nothing computed twice, causal attention at half)
@@ -167,12 +167,13 @@ def _batch(shape: Shape, device: torch.device) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _parallel(shape: Shape, device: torch.device, *, fused: bool) -> Parallel:
+def _parallel(shape: Shape, device: torch.device, *, fused: bool, compiled: bool) -> Parallel:
     """With Triton kernels, if `fused`; on the CPU their references compute the same ops."""
     model = make_model(shape.preset, shape.changes)
     keywords: dict[str, Any] = {"kernels": "triton" if fused else "torch"}
     if device.type == "cpu" and fused:
         keywords = {"kernels": "torch", "passes": [FuseKernels(), FuseResidual()]}
+    keywords["compile"] = compiled and device.type == "cuda"
     keywords["example_inputs"] = model.example_inputs(shape.rows, shape.seq)
     sizes = dict(model.named_parameters())
 
@@ -191,11 +192,9 @@ def _parallel(shape: Shape, device: torch.device, *, fused: bool) -> Parallel:
 
 def _ours(*, fused: bool, compiled: bool) -> Callable[[Shape, torch.device], Step]:
     def build(shape: Shape, device: torch.device) -> Step:
-        parallel = _parallel(shape, device, fused=fused)
         if compiled:
             forget_compiled(device)
-            for stage in parallel.stages:
-                _compile(stage.module, device)
+        parallel = _parallel(shape, device, fused=fused, compiled=compiled)
 
         def step(batch: Batch) -> object:
             parallel.zero_grad()
@@ -263,8 +262,8 @@ LLAMA = "Hugging Face Llama"
 CONTESTANTS: dict[str, Callable[[Shape, torch.device], Step]] = {
     "torch kernels": _ours(fused=False, compiled=False),
     "triton kernels": _ours(fused=True, compiled=False),
-    "torch kernels, torch.compile": _ours(fused=False, compiled=True),
-    "triton kernels, torch.compile": _ours(fused=True, compiled=True),
+    "torch kernels, compile": _ours(fused=False, compiled=True),
+    "triton kernels, compile": _ours(fused=True, compiled=True),
     "eager autocast": _eager(torch.float32),
     "eager bfloat16 weights": _eager(torch.bfloat16),
     f"{LLAMA}, torch.compile": _llama,

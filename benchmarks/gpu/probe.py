@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -115,8 +116,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     length = q.shape[1]
     bounds = torch.tensor([0, length], device=q.device, dtype=torch.int32)
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     found: Tensor = varlen_attn(
-        *(q[0], k[0], v[0], bounds, bounds, length, length), window_size=(-1, 0), enable_gqa=True
+        *(q[0], k[0], v[0], bounds, bounds, length, length), window_size=(-1, 0), **grouped
     )
     return found[None]
 

@@ -86,8 +86,7 @@ def varlen_stand_in(
     return flattened_attention(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale)
 
 
-def varlen_without_groups(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size):
-    assert q.shape[1:] == k.shape[1:] == v.shape[1:]
+def older_varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size):
     return flattened_attention(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale)
 
 
@@ -100,7 +99,7 @@ def install_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 STAND_INS: dict[str, tuple[str, Callable[..., Any] | None]] = {
     "flash_attn": ("flash_attn", None),
     "varlen": ("varlen", varlen_stand_in),
-    "varlen of an older torch": ("varlen", varlen_without_groups),
+    "varlen of an older torch": ("varlen", older_varlen),
     "sdpa": ("sdpa", None),
 }
 
@@ -251,6 +250,29 @@ def test_an_older_varlen_is_an_obstacle(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, is_causal=False: q)
     reason = obstacle("varlen", torch.bfloat16, 64, HOPPER)
     assert reason == "this torch's varlen_attn takes no window_size and scale"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [None, [0, 64, 192, 256]], ids=["whole", "head and tail"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+def test_on_cuda_the_best_backend_is_the_op(packed, tokens) -> None:
+    """Grouped keys, boundaries made before, queries of one rank of two."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 256, n, 64, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
+    low = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    starts = torch.tensor([[0, 100, 256], [0, 256, 256]], dtype=torch.int32) if packed else None
+    given = starts
+    if packed:
+        given = torch.ops.ilm.document_boundaries(starts.cuda(), 2, 256, tokens)
+    results = []
+    for (q, *keys), documents in ((exact, starts), (low, given)):
+        asked = q if tokens is None else some_queries(q, tokens)
+        out = attention(asked, *keys, documents, None, tokens)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, *keys))])
+    for expected, found in zip(*results, strict=True):
+        found = found.cpu().double()
+        assert (found - expected).norm() <= 2e-2 * expected.norm()
 
 
 class Attend(torch.nn.Module):
