@@ -1,4 +1,4 @@
-"""The ops `ilm::layer_norm` and `ilm::add_layer_norm`: y = (x - mean) / std * weight + bias by rows.
+"""The ops `ilm::layer_norm` and `ilm::add_layer_norm`: y = (x - mean) / std * weight + bias.
 
 Layer normalisation (arXiv:1607.06450), std = sqrt(mean((x - mean)^2) + eps), and the same of a sum
 with the residual stream in one pass, as `ilm::add_rms_norm` has it. They compute in float32

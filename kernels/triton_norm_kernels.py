@@ -9,6 +9,8 @@ Shapes in this file: x (R, H) with any row stride, weight, bias (H,), partial (p
 
 # Triton types neither its decorator nor what a kernel sees of its arguments.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# It unrolls loops over pieces at compile time: a tuple that grows has several types.
+# mypy: disable-error-code="assignment,var-annotated"
 
 import triton
 import triton.language as tl

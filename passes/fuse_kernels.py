@@ -17,9 +17,9 @@ from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
+from ilm_compile.rewrite.fuse_glu import fuse_glus
 from ilm_compile.rewrite.fuse_norm import fuse_layer_norms, fuse_rms_norms
 from ilm_compile.rewrite.fuse_rotary import fuse_rotaries
-from ilm_compile.rewrite.fuse_glu import fuse_glus
 from ilm_compile.rewrite.fusion import Found
 
 PATTERNS: dict[str, Callable[[Program], Found]] = {

@@ -36,7 +36,7 @@ from ilm_compile.rewrite.fusion import (
     shape,
 )
 
-FUSED = {
+FUSED: dict[Any, Any] = {
     ilm.rms_norm.default: ilm.add_rms_norm.default,
     ilm.layer_norm.default: ilm.add_layer_norm.default,
 }
