@@ -35,8 +35,8 @@ class Report:
     arch: compute capability without its dot. registers: per thread. spilled: bytes of local memory
     a thread needs. shared: bytes a program needs. widest_load: bytes of the widest load from global
     memory, asynchronous copies included; narrow_loads and narrow_stores: how many instructions move
-    fewer than 16 bytes a thread; narrowest: the bytes of the one that moves fewest. async_copies: cp.async instructions, the mark of a pipelined loop.
-    float64: instructions on 64-bit floats. barriers: at which the warps of a program wait.
+    fewer than 16 bytes a thread; narrowest: the bytes of the one that moves fewest. async_copies:
+    cp.async instructions, the mark of a pipelined loop. float64: instructions on 64-bit floats. barriers: at which the warps of a program wait.
     """
 
     kernel: str

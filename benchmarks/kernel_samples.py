@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ilm_compile.kernels import MAX_CENTERED
 from ilm_compile.kernels.launch import Launch, launch_for
 
 NUM_ROWS = 5
@@ -89,7 +90,25 @@ def norm(launcher: str, *dtypes: torch.dtype, pipelined: bool = False) -> Sample
         arguments=arguments,
         widths=HIDDEN_SIZES,
         meaning="hidden",
-        launches=f"triton_rms_norm:{'BACKWARD' if pipelined else 'FORWARD'}",
+        launches=f"triton_norm:{'BACKWARD' if pipelined else 'FORWARD'}",
+        pipelined=pipelined,
+    )
+
+
+def layer_norm(launcher: str, num_tensors: int, *, pipelined: bool = False) -> Sample:
+    """As `norm`, with a bias; the backward of both ops is one, given a gradient of the sum."""
+
+    def arguments(hidden: int) -> tuple[Any, ...]:
+        tensors = [rows(hidden) for _ in range(num_tensors)]
+        bias = True if pipelined else torch.zeros(hidden)
+        return (*tensors, torch.ones(hidden), bias, EPS)
+
+    return Sample(
+        launcher=f"triton_layer_norm:{launcher}",
+        arguments=arguments,
+        launches=f"triton_norm:{'BACKWARD' if pipelined else 'CENTERED_FORWARD'}",
+        widths=[width for width in HIDDEN_SIZES if width <= MAX_CENTERED],
+        meaning="hidden",
         pipelined=pipelined,
     )
 
@@ -177,6 +196,9 @@ SAMPLES: dict[str, Sample] = {
     "add_rms_norm mixed": norm("add_rms_norm", BF16, FP32),
     "add_rms_norm_backward": norm("add_rms_norm_backward", BF16, BF16, BF16, pipelined=True),
     "add_rms_norm_backward mixed": norm("add_rms_norm_backward", BF16, FP32, FP32, pipelined=True),
+    "layer_norm": layer_norm("layer_norm", 1),
+    "add_layer_norm": layer_norm("add_layer_norm", 2),
+    "layer_norm_backward": layer_norm("layer_norm_backward", 3, pipelined=True),
     "column_sums": Sample(
         launcher="triton_column_sums:column_sums",
         arguments=column_sums,

@@ -132,9 +132,7 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     return out
 
 
-def glu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
+def glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """`ilm::glu_backward`: gradients of gate and of up, contiguous."""
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)

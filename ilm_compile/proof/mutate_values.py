@@ -218,7 +218,7 @@ def drop_fused_residual(program: Program) -> Iterator[Place]:
         zeros.meta["layout"] = layout_of(term)  # type: ignore[arg-type]
         node.update_arg(position, zeros)
 
-    for node in calls(program, ilm.add_rms_norm.default):
+    for node in calls(program, ilm.add_rms_norm.default, ilm.add_layer_norm.default):
         for position, words in enumerate(("the layer's", "the stream's")):
             yield node, f"{words} term", partial(edit, position)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from ilm_compile.program.arguments import argument
@@ -22,7 +24,7 @@ from ilm_compile.rewrite.fusion import (
 
 OP = "glu"
 # Of gated layers, by op and by what a gelu approximates; None: the fused op has no such one.
-NAMES = {
+NAMES: dict[tuple[Any, str | None], str | None] = {
     (aten.silu.default, None): "silu",
     (aten.gelu.default, "none"): "gelu",
     (aten.gelu.default, "tanh"): "gelu_tanh",

@@ -125,9 +125,7 @@ def _both_orders(product: fx.Node) -> list[tuple[Any, Any]]:
     return [(a, b), (b, a)]
 
 
-def _halves(
-    first: Any, second: Any, interleaved: bool
-) -> tuple[fx.Node | None, tuple[int, int]]:
+def _halves(first: Any, second: Any, interleaved: bool) -> tuple[fx.Node | None, tuple[int, int]]:
     """Return what two slices are the first and the last numbers of, or the even and the odd ones,
     and how many these are."""
     if not all(is_call(half, aten.slice.Tensor) for half in (first, second)):

@@ -30,12 +30,13 @@ def test_compiled_kernel(compiler: Worker, name: str, width: int, arch: int) -> 
     report = compile_sample(compiler, name, width, arch)
     assert report.spilled == 0
     assert report.float64 == 0
-    assert report.widest_load == 16
     assert (report.async_copies > 0) == SAMPLES[name].prefetches(width)
     launch = SAMPLES[name].launch(width)
     if launch is not None and launch.pieces > 1:
         assert report.narrowest == min(16, side_by_side(launch))
+        assert report.widest_load == min(16, 2 * side_by_side(launch))  # of float32
     else:
+        assert report.widest_load == 16
         assert report.narrow_loads == SAMPLES[name].narrow_loads
         assert report.narrow_stores == SAMPLES[name].narrow_stores
     if launch is not None:
@@ -57,7 +58,7 @@ def test_every_launcher_has_a_sample() -> None:
 @pytest.mark.parametrize("name", ["add_rms_norm_backward", "add_rms_norm", "swiglu_backward"])
 def test_a_width_of_eights_keeps_wide_loads(compiler: Worker, name: str) -> None:
     # Triton knows of an argument only whether 16 divides it, so the stride must not be one.
-    report = compile_sample(compiler, name, 4104, 90)
+    report = compile_sample(compiler, name, 3080, 90)
     assert report.narrow_loads == report.narrow_stores == 0
 
 

@@ -8,7 +8,6 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import glu
 from tests.kernels.accuracy import TOLERANCES, relative_error
 
-
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ilm_compile.kernels import MAX_CENTERED
 from ilm_compile.kernels.launch import flat_rows, row_stride
 from ilm_compile.kernels.library import LAUNCHERS
 from tests.kernels.accuracy import INTERPRETED, relative_error
@@ -125,6 +126,39 @@ def test_more_and_fewer_rows_than_programs(interpreter, num_rows, hidden):
     compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
 
 
+def layer_arguments(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> list[Any]:
+    """x, a residual or total, a gradient, a weight, a bias. The mean of a row is not 0."""
+    x, other, grad, weight = norm_arguments(dtype, shape)
+    shift = x.abs().amax(-1, keepdim=True)
+    return [x + shift, other, grad, weight, torch.linspace(-1, 1, shape[-1]) if bias else None]
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_layer_norm(interpreter, dtype, bias):
+    x, residual, grad, weight, shift = layer_arguments(dtype, (7, 100), bias)
+    compare(interpreter, "layer_norm", x, weight, shift, EPS)
+    y, total = compare(interpreter, "add_layer_norm", x, residual, weight, shift, EPS)
+    # the norm is of the sum as it was rounded, which the tolerances above would not show
+    assert torch.equal(y, compare(interpreter, "layer_norm", total, weight, shift, EPS)[0])
+    grads = grad, rows(x.shape, dtype, seed=5)
+    compare(interpreter, "layer_norm_backward", *grads, total, weight, bias, EPS)
+    compare(interpreter, "layer_norm_backward", grad, None, x, weight, bias, EPS)
+
+
+def test_layer_norm_without_a_weight(interpreter):
+    x, residual, grad, *_ = layer_arguments(torch.float32, (7, 100), False)
+    compare(interpreter, "add_layer_norm", x, residual, None, None, EPS)
+    compare(interpreter, "layer_norm_backward", grad, None, x, None, False, EPS)
+
+
+@pytest.mark.parametrize("hidden", [n for n in HIDDEN_SIZES if 1 < n <= MAX_CENTERED])
+def test_hidden_sizes_of_layer_norm(interpreter, hidden):
+    x, residual, grad, weight, bias = layer_arguments(torch.float32, (3, hidden), True)
+    compare(interpreter, "add_layer_norm", x, residual, weight, bias, EPS)
+    compare(interpreter, "layer_norm_backward", grad, residual, x, weight, True, EPS)
+
+
 # Less than a tile of rows and of columns; several of both, the last not full.
 @dtypes
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (128, 64), (300, 100)])
@@ -153,6 +187,9 @@ def test_strides_of_the_norms(interpreter, lay):
     compare(interpreter, "add_rms_norm", lay(x), lay(residual), weight, EPS)
     args = lay(grad), lay(x), lay(residual), weight, EPS, False, 0.0
     compare(interpreter, "add_rms_norm_backward", *args)
+    compare(interpreter, "add_layer_norm", lay(x), lay(residual), weight, weight, EPS)
+    args = lay(grad), lay(x), lay(residual), weight, True, EPS
+    compare(interpreter, "layer_norm_backward", *args)
 
 
 @every_stride
@@ -190,6 +227,8 @@ def test_no_rows(interpreter, shape):
     assert not to_weight.any()
     compare(interpreter, "add_rms_norm", x, x, weight, EPS)
     compare(interpreter, "add_rms_norm_backward", x, x, x, weight, EPS, False, 0.0)
+    compare(interpreter, "add_layer_norm", x, x, weight, weight, EPS)
+    compare(interpreter, "layer_norm_backward", x, x, x, weight, True, EPS)
     compare(interpreter, "glu", x, x, "silu")
     compare(interpreter, "glu_backward", x, x, x, "silu")
 

@@ -19,12 +19,14 @@ from ilm_compile.program.dump import target_name
 from ilm_compile.proof import zoo as small
 from tests.program.execute import run_program
 from tests.support.fused import (
+    ADD_LAYER_NORM,
     ADD_NORM,
+    GLU,
+    LAYER_NORM,
     NORM,
     OURS,
     QKV,
     ROTARY,
-    GLU,
     Body,
     count,
     fused,
@@ -43,8 +45,9 @@ BLOCKS: dict[str, dict[str, int]] = {
     "Qwen3": {**LLAMA, NORM: 2},
     "Gemma": LLAMA,
     "Gemma-2": {**LLAMA, NORM: 2},  # it norms what it adds, too
-    "GPT-NeoX": {ROTARY: 1},
-    "GPT-J": {ROTARY: 1},
+    "GPT-NeoX": {ADD_LAYER_NORM: 1, LAYER_NORM: 1, ROTARY: 1},  # two norms of one sum
+    "GPT-J": {ADD_LAYER_NORM: 1, ROTARY: 1},
+    "GPT-2": {ADD_LAYER_NORM: 2},
     "Cohere": {ROTARY: 1, GLU: 1},
     "GLM-4": {**LLAMA, NORM: 2},
     "OLMo-2": {NORM: 4, ROTARY: 1, GLU: 1},  # it norms what it adds, not the sum
@@ -63,7 +66,7 @@ def test_matches_of_a_block(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_nothing_that_is_fused_stays_beside(name: str) -> None:
-    plain = {"aten.rms_norm", "aten.rsqrt", "aten.silu"}
+    plain = {"aten.rms_norm", "aten.layer_norm", "aten.rsqrt", "aten.silu"}
     plain |= {"aten.gelu"} if GLU in BLOCKS[name] else set()
     plain -= {"aten.rsqrt"} if name == "Cohere" else set()  # of its LayerNorm
     plain |= set() if name in OURS else {"aten.neg"}  # our tables take powers of negative numbers

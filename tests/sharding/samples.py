@@ -214,6 +214,14 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), 1e-5),
         lambda: call(x(2, 4, 8), x(2, 4, 8), None, 1e-5),
     ],
+    ilm.layer_norm.default: [
+        lambda: call(x(2, 4, 8), x(8), x(8), 1e-5),
+        lambda: call(x(2, 4, 4, 8), None, None, 1e-5),
+    ],
+    ilm.add_layer_norm.default: [
+        lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), x(8), 1e-5),
+        lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), None, 1e-5),
+    ],
     ilm.rotary.default: [
         lambda: call(x(2, 4, 8, 6), x(2, 4, 4, 6), *angles(x(1, 4, 3))),
         lambda: call(x(4, 4, 4, 6), x(4, 4, 2, 6), *angles(x(4, 4, 2)), None, True),

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.gpu.ops.attentions import attention
 from benchmarks.gpu.ops.losses import vocab_cross_entropy_backward, vocab_statistics
-from benchmarks.gpu.ops.norms import add_rms_norm, glu, rms_norm
+from benchmarks.gpu.ops.norms import add_layer_norm, add_rms_norm, glu, rms_norm
 from benchmarks.gpu.ops.op import KernelOp
 from benchmarks.gpu.ops.rotations import qkv_rotary, rotary
 
@@ -34,6 +34,8 @@ CHECKED: dict[str, KernelOp] = FAMILIES | {
     "rms_norm, weight offset 1": rms_norm(offset=1.0, widths=SOME),
     "rms_norm, no weight": rms_norm(has_weight=False, widths=SOME),
     "add_rms_norm, float32 residual": add_rms_norm(residual_dtype=torch.float32, widths=SOME),
+    "add_layer_norm": add_layer_norm(),
+    "add_layer_norm, no bias": add_layer_norm(has_bias=False, widths=SOME),
     "geglu": glu("gelu", widths=SOME),
     "geglu, tanh": glu("gelu_tanh", widths=SOME),
     "rotary, interleaved": rotary(interleaved=True, widths=SOME),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.ops.op import EPS, HIDDEN_SIZES, KernelOp, Maker, Tensors
 from ilm_compile import kernels
+from ilm_compile.kernels import MAX_CENTERED as WIDEST
 
 
 def rms_norm(
@@ -64,6 +65,33 @@ def add_rms_norm(
         trained=("x", "residual", "weight"),
         kept=("sum", "weight"),
         written=("residual", "weight") if residual_dtype is None else ("x", "residual", "weight"),
+        widths=widths,
+    )
+
+
+def add_layer_norm(
+    *, has_bias: bool = True, widths: Sequence[int] = tuple(n for n in HIDDEN_SIZES if n <= WIDEST)
+) -> KernelOp:
+    def inputs(make: Maker, rows: int, width: int) -> Tensors:
+        bias = {"bias": make.normal(width)} if has_bias else {}
+        found = {name: make.normal(rows, width) for name in ("x", "residual")}
+        return {**found, "weight": make.weight(width, None), **bias}
+
+    def plain(t: Tensors) -> tuple[Tensor, ...]:
+        total = t["x"] + t["residual"]
+        return F.layer_norm(total, total.shape[-1:], t["weight"], t.get("bias"), EPS), total
+
+    scale = ("weight", "bias") if has_bias else ("weight",)
+    return KernelOp(
+        inputs=inputs,
+        fused=lambda t: kernels.add_layer_norm(
+            t["x"], t["residual"], t["weight"], t.get("bias"), EPS
+        ),
+        plain=plain,
+        outputs=("y", "sum"),
+        trained=("x", "residual", *scale),
+        kept=("sum", "weight"),
+        written=("residual", *scale),
         widths=widths,
     )
 
