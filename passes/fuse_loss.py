@@ -40,6 +40,7 @@ class FuseLoss(Pass):
     after: ClassVar[frozenset[str]] = frozenset(
         {"fused", "sharded", "cast", "masters", "checkpointed", "split", "placed"}
     )
+    ensures: ClassVar[frozenset[str]] = frozenset({"loss"})
     numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
     tolerance: ClassVar[float] = 2e-3
 
