@@ -12,7 +12,7 @@ from torch import Tensor
 from ilm_compile.program import symmetric_memory
 from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.program.ring_products import gather_products, product_scatter
-from ilm_compile.runtime.communicator import ProcessGroupCommunicator
+from ilm_compile.runtime.communicator import ProcessGroupCommunicator, SingleCommunicator
 from tests.support.world import World
 
 SIZE = 3
@@ -66,6 +66,26 @@ def test_a_piece_is_multiplied_while_the_next_is_under_way(
     with communicators(tp=comm):
         run(torch.randn(2 * SIZE, 4), torch.randn(4, 4))
     assert comm.log == expected
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_on_one_rank_they_are_linear_layers(dim: int) -> None:
+    """Which the proof of their placements compares with."""
+    torch.manual_seed(0)
+    shapes = (2, 4, 6), (8, 6), (4, 6), (8,)
+    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    x, first, second, bias = leaves
+    linear = torch.nn.functional.linear
+    with communicators(tp=SingleCommunicator()):
+        found = [
+            *gather_products(x, [first, second], [bias, None], dim, "tp"),
+            product_scatter(x, first, bias, dim, "tp"),
+        ]
+        ours = torch.autograd.grad([each.sin().sum() for each in found], leaves)
+    expected = [linear(x, first, bias), linear(x, second), linear(x, first, bias)]
+    theirs = torch.autograd.grad([each.sin().sum() for each in expected], leaves)
+    for one, other in zip((*found, *ours), (*expected, *theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", symmetric_memory.SCHEMAS)
