@@ -40,6 +40,7 @@ class FuseLoss(Pass):
     name: ClassVar[str] = "fuse-loss"
     after: ClassVar[frozenset[str]] = frozenset({"fused", "sharded", "cast"})
     before: ClassVar[frozenset[str]] = frozenset({"checkpointed", "split", "masters"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"loss"})
     numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
     tolerance: ClassVar[float] = 2e-3
 

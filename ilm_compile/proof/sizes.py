@@ -82,6 +82,8 @@ RELATIONS: dict[str, Relation] = {
     "linalg_vector_norm": size.reduced(2, "dim"),
     **dict.fromkeys(("linear", "output_logits"), size.linear),
     "linear_cross_entropy": size.linear_cross_entropy,
+    "gather_products": size.gather_products,
+    "product_scatter": size.linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm"), size.matmul),
     "einsum": size.einsum,
     "transpose": size.permuted(size.transposed),

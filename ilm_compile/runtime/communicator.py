@@ -51,6 +51,11 @@ class ProcessGroupCommunicator:
     def __post_init__(self) -> None:
         self.rank, self.size = self.group.rank(), self.group.size()
 
+    @property
+    def symmetric_group(self) -> str:
+        """The name by which torch's ops over symmetric memory know the group; "" off NCCL."""
+        return self.group.group_name if self.group.name() == dist.Backend.NCCL else ""
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         result = x.clone(memory_format=torch.contiguous_format)
         self._call(dist.all_reduce, result, _OPS[op])

@@ -185,7 +185,7 @@ def tapped(lifted: fx.GraphModule, origins: dict[str, fx.Node]) -> TappedRegion 
         )
     ]
     output = graph.output_node()
-    results = list(output.args[0])
+    results: list[fx.Node] = [*output.args[0]]  # type: ignore[misc]
     known = [*given, *results, *[n for n in places if n not in given and n not in results]]
     further = known[len(given) + len(results) :]
     with graph.inserting_before(output):

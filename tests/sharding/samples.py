@@ -13,6 +13,7 @@ import torch
 import ilm_compile.sharding  # noqa: F401 - registers ilm.attention
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
+from ilm_compile.program.ring_products import gather_products, product_scatter
 
 aten, ilm = torch.ops.aten, torch.ops.ilm
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -344,6 +345,15 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
             torch.tensor([0, 3, 13], dtype=torch.int32),
             0.3,
         ),
+    ],
+    gather_products: [
+        lambda: call(x(2, 8, 4), [x(12, 4)], [None], 1, "tp"),
+        lambda: call(x(8, 4), [x(8, 4), x(12, 4)], [x(8), None], 0, "tp"),
+        lambda: call(x(1, 8, 4), [x(8, 4), x(4, 4)], [None, x(4)], 1, "tp"),
+    ],
+    product_scatter: [
+        lambda: call(x(2, 8, 4), x(12, 4), None, 1, "tp"),
+        lambda: call(x(8, 4), x(12, 4), x(12), 0, "tp"),
     ],
     aten.scaled_dot_product_attention.default: [
         lambda: call(x(2, 4, 8, 8), x(2, 4, 8, 8), x(2, 4, 8, 8), None, 0.0, True),
