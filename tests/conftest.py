@@ -53,9 +53,9 @@ def pytest_collection_finish() -> None:
     collect_rarely()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def prepared() -> Iterator[Prepared]:
-    """A process that keeps what it traces for the tests of one module."""
+    """A process that keeps what it traces, for all modules."""
     with Prepared() as prepared:
         yield prepared
 
