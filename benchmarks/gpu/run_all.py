@@ -14,6 +14,7 @@ that it found wrong are looked at in full before any bandwidth, and not timed.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import math
@@ -244,6 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = SWEEP if options.sweep else {name: SECTIONS[name] for name in names}
     if options.command == "speed":
         sections = after_checks(sections, options.output)
+    if math.isfinite(command.seconds):  # an alarm does not reach a host that waits for the device
+        patience = SMOKE_PATIENCE if options.smoke else 1
+        faulthandler.dump_traceback_later(command.seconds * patience, exit=True)
     found = run_sections(
         sections,
         torch.device(options.device),
@@ -252,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console=console,
         seconds=command.seconds - START_S,
     )
+    faulthandler.cancel_dump_traceback_later()
     console.print(f"written to {path}")
     failed = [name for name, section in found.items() if not section["ok"]]
     if failed:

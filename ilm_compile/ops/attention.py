@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ilm_compile.kernels.attention import attention as _attention  # noqa: F401 - registers the op
-from ilm_compile.ops.call import Call, LocalCall, Strategy, aten, axis_of, unchanged
+from ilm_compile.ops.call import Call, LocalCall, Strategy, aten, unchanged
 from ilm_compile.ops.nodes import shape_of
 from ilm_compile.ops.pointwise import aligned
 from ilm_compile.ops.precision import PRODUCT
@@ -150,11 +150,14 @@ def by_queries(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield Strategy((placement, keys, keys, *rest), placement)
 
 
-@rule(QUERY_BOUNDARIES)
+@rule(
+    QUERY_BOUNDARIES,
+    stands_for=lambda args: (BOUNDARIES, args[:3]),
+    other_axis=lambda call, wanted: iter(()),
+)
 def query_boundaries(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Each rank has those of its own runs of queries, on the axis that cuts them."""
-    if axis_of(call) == call.axis.name:
-        yield from (Strategy((whole,), S(0)) for whole in (I, R))
+    yield from (Strategy((whole,), S(0)) for whole in (I, R))
 
 
 def is_causal(call: Call) -> bool:

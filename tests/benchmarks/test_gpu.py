@@ -1,5 +1,6 @@
 """The script for GPU machines, run on the CPU at tiny sizes."""
 
+import faulthandler
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 import ilm_compile
 from benchmarks.common import make_model
+from benchmarks.gpu import run_all
 from benchmarks.gpu.bandwidth import ROWS
 from benchmarks.gpu.blocks import SHAPES, SMOKE_SHAPES, block_flops, peak_flops
 from benchmarks.gpu.failure import OutOfTime, Result, SectionError
@@ -188,6 +190,28 @@ def test_a_command_ends_in_its_time_whatever_its_sections_may_take(tmp_path: Pat
     found = run_sections(sections, CPU, path, smoke=False, console=quiet, seconds=0.5)
     assert time.perf_counter() - start < 5
     assert not any(section["ok"] for section in found.values())
+
+
+def test_a_command_ends_though_the_device_never_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[tuple[float, bool]] = []
+
+    def arm(seconds: float, exit: bool) -> None:
+        armed.append((seconds, exit))
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", arm)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
+    found: list[tuple[float, bool]] = []
+
+    def run(*_: Any, **__: Any) -> dict[str, Any]:
+        found.extend(armed)
+        return {}
+
+    monkeypatch.setattr(run_all, "run_sections", run)
+    main(["speed", "--device", "cpu", "--smoke", "--output", str(tmp_path)])
+    assert found == [(4 * 380, True)]
+    assert armed == []
 
 
 def write_checks(folder: Path, faults: list[dict[str, Any]]) -> None:
