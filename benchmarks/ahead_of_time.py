@@ -36,7 +36,8 @@ class Report:
     a thread needs. shared: bytes a program needs. widest_load: bytes of the widest load from global
     memory, asynchronous copies included; narrow_loads and narrow_stores: how many instructions move
     fewer than 16 bytes a thread; narrowest: the bytes of the one that moves fewest. async_copies:
-    cp.async instructions, the mark of a pipelined loop. float64: instructions on 64-bit floats. barriers: at which the warps of a program wait.
+    cp.async instructions, the mark of a pipelined loop. float64: instructions on 64-bit floats.
+    barriers: at which the warps of a program wait.
     """
 
     kernel: str
