@@ -142,7 +142,9 @@ def _gather(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], dim: int, axis: str
 ) -> list[Tensor]:
     comm, part = real(axis), x.shape[dim]
-    if group := symmetric_memory.group_of(comm, x):
+    if near := symmetric_memory.near_ranks(comm, x):
+        near.count_pieces(x)
+        group = near.symmetric_group(x)
         return symmetric_memory.gather_products(x, weights, biases, dim, group)
     whole, *results = (x.new_empty(s) for s in _shapes(x, weights, dim, comm.size))
     for owner, piece in _travel(comm, x):
@@ -166,8 +168,11 @@ def _scatter(
     xs: list[Tensor], weights: list[Tensor], bias: Tensor | None, dim: int, axis: str
 ) -> Tensor:
     comm = real(axis)
-    if group := symmetric_memory.group_of(comm, xs[0]):
-        return symmetric_memory.products_scatter(xs, weights, bias, dim, group)
+    if near := symmetric_memory.near_ranks(comm, xs[0]):
+        group = near.symmetric_group(xs[0])
+        found = symmetric_memory.products_scatter(xs, weights, bias, dim, group)
+        near.count_pieces(found)
+        return found
     part = xs[0].shape[dim] // comm.size
 
     def own(owner: int) -> Tensor:

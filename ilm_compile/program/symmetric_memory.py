@@ -7,6 +7,7 @@ with those below.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +24,22 @@ SCHEMAS = {
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def group_of(comm: Communicator, x: Tensor) -> str:
-    """The name of the process group whose symmetric memory takes `x`; "" where none does."""
-    name: str = getattr(comm, "symmetric_group", "")
-    return name if x.is_cuda and x.dtype in _DTYPES else ""
+class NearRanks(Protocol):
+    """Ranks that may read each other's memory."""
+
+    def symmetric_group(self, x: Tensor) -> str:
+        """The name of their process group, "" where what is like `x` cannot be shared."""
+        ...
+
+    def count_pieces(self, piece: Tensor) -> None:
+        """Count the pieces of all other ranks, each like `piece`, as sent."""
+        ...
+
+
+def near_ranks(comm: Communicator, x: Tensor) -> NearRanks | None:
+    """The ranks of `comm` if they have symmetric memory that takes `x`, else None."""
+    ask = getattr(comm, "symmetric_group", None)
+    return cast("NearRanks", comm) if ask and x.dtype in _DTYPES and ask(x) else None
 
 
 def gather_products(

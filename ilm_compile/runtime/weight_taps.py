@@ -51,7 +51,7 @@ def pass_tap(result: Tensor, tap: Tensor) -> Tensor:
 
 
 class _Tap(torch.autograd.Function):
-    """A zero of the shape of a result, which takes no memory; its gradient goes to `note`."""
+    """What has the shape of a result, takes no memory and is not read; its gradient is noted."""
 
     @staticmethod
     def forward(
@@ -116,7 +116,7 @@ class _Tapped:
             kwargs = {name: take(given) for name, given in self.kwargs.items()}
             note(grad, take(self.value), *map(take, self.others), **kwargs)
 
-        always = weight.new_zeros((), dtype=self.dtype).requires_grad_()
+        always = weight.new_empty((), dtype=self.dtype).requires_grad_()  # nobody reads it
         tap: Tensor = _Tap.apply(always, self.shape, noted)  # type: ignore[no-untyped-call]
         return tap
 

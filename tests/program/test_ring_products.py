@@ -96,6 +96,13 @@ def test_torch_has_the_ops_over_symmetric_memory_as_they_are_called(name: str) -
     assert str(op._schema) == symmetric_memory.SCHEMAS[name]
 
 
+class Near(ProcessGroupCommunicator):
+    """On the CPU, ranks that have what torch has in the place of symmetric memory."""
+
+    def symmetric_group(self, x: Tensor) -> str:
+        return self.group.group_name
+
+
 def both_ways(rank: int, dim: int) -> list[tuple[Tensor, Tensor]]:
     """Results over symmetric memory, by what torch has for machines without it, and in a ring."""
     from torch.distributed import _symmetric_memory as torchs
@@ -104,20 +111,18 @@ def both_ways(rank: int, dim: int) -> list[tuple[Tensor, Tensor]]:
     library.impl("fused_all_gather_matmul", torchs._fused_all_gather_matmul_fallback, "CPU")
     library.impl("fused_matmul_reduce_scatter", torchs._fused_matmul_reduce_scatter_fallback, "CPU")
     torch.manual_seed(rank)
-    x, weights = torch.randn(2, 4, 6), [torch.randn(8, 6), torch.randn(4, 6)]
-    bias, group = torch.randn(8), dist.group.WORLD
-    with communicators(tp=ProcessGroupCommunicator(group)):
-        ring = [*torch.ops.ilm.gather_products(x, weights, [bias, None], dim, "tp")]
-        more = x, torch.randn(2, 4, 3)
-        operands = more, [weights[0], torch.randn(8, 3)], bias
-        ring.append(torch.ops.ilm.products_scatter(*operands, dim, "tp"))
-        ring.append(torch.ops.ilm.products_scatter([x], weights[:1], None, dim, "tp"))
-    name = group.group_name
-    found = symmetric_memory.gather_products(x, weights, [bias, None], dim, name)
-    found.append(symmetric_memory.products_scatter(*operands, dim, name))
-    found.append(symmetric_memory.products_scatter([x], weights[:1], None, dim, name))
+    x, weights, bias = torch.randn(2, 4, 6), [torch.randn(8, 6), torch.randn(4, 6)], torch.randn(8)
+    more = [x, torch.randn(2, 4, 3)], [weights[0], torch.randn(8, 3)]
+    comms, answers = [Near(dist.group.WORLD), ProcessGroupCommunicator(dist.group.WORLD)], []
+    for comm in comms:
+        with communicators(tp=comm):
+            found = [*torch.ops.ilm.gather_products(x, weights, [bias, None], dim, "tp")]
+            found.append(torch.ops.ilm.products_scatter(*more, bias, dim, "tp"))
+            found.append(torch.ops.ilm.products_scatter([x], weights[:1], None, dim, "tp"))
+        answers.append(found)
     library._destroy()
-    return list(zip(found, ring, strict=True))
+    assert comms[0].stats == comms[1].stats
+    return list(zip(*answers, strict=True))
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -129,5 +134,6 @@ def test_both_ways_give_the_same(dim: int, world2: World) -> None:
             assert found.is_contiguous()
 
 
-def test_without_cuda_no_group_has_symmetric_memory() -> None:
-    assert symmetric_memory.group_of(ShapeCommunicator(2), torch.ones(2)) == ""
+def test_on_the_cpu_no_ranks_have_symmetric_memory() -> None:
+    for comm in (ShapeCommunicator(2), SingleCommunicator()):
+        assert symmetric_memory.near_ranks(comm, torch.ones(2)) is None
