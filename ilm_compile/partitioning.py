@@ -78,11 +78,12 @@ def partition(
 
     Keywords are the fields of `Plan`: tp, cp, ep, pp, dp (which matters to the loss alone here, see
     `check_loss`), hardware, num_chunks, num_microbatches, schedule,
-    sequence_parallel, cp_attention, embed_split_hidden, dispatch, constraints (name or glob to
-    Shard(dim)), checkpoint, dtype (torch.bfloat16 or torch.float16), zero, seed, kernels ("triton":
-    fused ops, which are partitioned anywhere and run on CUDA; "torch": none; "auto": those if this
-    machine can run them), compile (torch.compile of each region where it runs: True, or a backend
-    by name). `passes`, themselves or as a plan has them in text, are run beside the standard ones,
+    sequence_parallel, async_tensor_parallel, cp_attention, embed_split_hidden, dispatch,
+    constraints (name or glob to Shard(dim)), checkpoint, dtype (torch.bfloat16 or torch.float16),
+    zero, seed, kernels ("triton": fused ops, which are partitioned anywhere and run on CUDA;
+    "torch": none; "auto": those if this machine can run them), compile (torch.compile of each
+    region where it runs: True, or a backend by name). `passes`, themselves or as a plan has them in
+    text, are run beside the standard ones,
     in the order their requirements give, without those named in `disable`, each
     checked as `validate` says ("types", "numerics" or None: see `run_passes`); `example_inputs`
     and `loss_fn` as in `trace`. Parameters in bfloat16 or float16 are trained as float32

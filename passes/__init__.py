@@ -1,6 +1,7 @@
 """Passes: each a rewrite of one `Program`, and `lower`, which cuts the result into stages."""
 
 from ilm_compile.passes.activation_checkpoint import ActivationCheckpoint as ActivationCheckpoint
+from ilm_compile.passes.async_tensor_parallel import AsyncTensorParallel as AsyncTensorParallel
 from ilm_compile.passes.base import Pass as Pass
 from ilm_compile.passes.cast_bf16 import CastBF16 as CastBF16
 from ilm_compile.passes.cast_bf16 import CastFP16 as CastFP16

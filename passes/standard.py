@@ -9,6 +9,7 @@ import torch
 
 from ilm_compile.errors import PlanError
 from ilm_compile.passes.activation_checkpoint import ActivationCheckpoint
+from ilm_compile.passes.async_tensor_parallel import AsyncTensorParallel
 from ilm_compile.passes.base import Pass
 from ilm_compile.passes.cast_bf16 import CastBF16, CastFP16
 from ilm_compile.passes.context_parallel import ContextParallel
@@ -133,6 +134,8 @@ def standard_passes(plan: Plan) -> list[Pass]:
     ]
     if plan.checkpoint in (AUTO, SELECTIVE):
         passes.append(SelectiveRecompute())
+    if plan.async_tensor_parallel:
+        passes.append(AsyncTensorParallel())
     if schedule_of(plan).splits_backwards:
         passes.append(SplitBackward())
     return passes

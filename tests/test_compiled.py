@@ -6,6 +6,7 @@ import io
 import logging
 import re
 from argparse import ArgumentParser
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ from ilm_compile.cli.plan import add_plan_arguments, read_plan
 from ilm_compile.errors import PlanError
 from ilm_compile.ops.products import leaving_weight
 from ilm_compile.program.expert_rows import grouped_product
+from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.plan import Plan
 from ilm_compile.program.program import Source
+from ilm_compile.program.remade import AGAIN, NEEDED, Remade
+from ilm_compile.program.weight_parts import WeightParts
 from ilm_compile.proof import zoo
 from ilm_compile.runtime import Trainer, compiled
 from ilm_compile.runtime.observe import Logger
@@ -30,6 +34,8 @@ from tests.support.world import World
 INPUTS = {name: ((2, zoo.SEQ), torch.int64) for name in ("input_ids", "labels")}
 BACKEND = "aot_eager"  # all of torch.compile but the kernels that it would write
 WIDTH, CLASSES = 8, 5
+IN_PARTS = ["layers_0 (part 1 of 2)", "layers_0 (part 2 of 2)"]
+aten = torch.ops.aten
 
 
 @pytest.mark.parametrize(
@@ -38,6 +44,9 @@ WIDTH, CLASSES = 8, 5
         {"tp": 2, "sequence_parallel": True, "checkpoint": True},
         {"cp": 2, "cp_attention": "queries"},
         {"tp": 2, "pp": 2, "kernels": "triton"},
+        {"pp": 2, "schedule": "zb_v", "num_chunks": 2, "num_microbatches": 3, "checkpoint": True},
+        {"pp": 2, "schedule": "zb_h1", "checkpoint": "selective"},
+        {"tp": 2, "schedule": "zb_h1", "num_microbatches": 2, "kernels": "triton"},
     ],
     ids=lambda plan: "-".join(plan),
 )
@@ -70,6 +79,9 @@ def compilers(monkeypatch: pytest.MonkeyPatch) -> list[compiled.RegionCompiler]:
     [
         Case("internlm2", {"tp": 2, "compile": BACKEND}),
         Case("internlm2", {"zero": 3, "checkpoint": 0.5, "compile": BACKEND}, dp=2),
+        Case("internlm2", {"pp": 2, "schedule": "zb_h1", "compile": BACKEND}),
+        Case("internlm2", {"zero": 3, "schedule": "zb_h1", "compile": BACKEND}, dp=2),
+        Case("Mixtral", {"ep": 2, "dispatch": True, "compile": BACKEND}),
     ],
     ids=str,
 )
@@ -188,33 +200,94 @@ def test_without_a_compiler_regions_run_as_written(monkeypatch: pytest.MonkeyPat
     assert_alike(step(parallel), step(parallel_of(False)), 0.0)
 
 
-def experts() -> fx.GraphModule:
-    """A region whose rows are multiplied by as many matrices as the batch has groups."""
+def region(call: Callable[..., Any], *sizes: int) -> fx.GraphModule:
+    """A region that calls this of its input and a weight, of these sizes, between other calls."""
     graph, root = fx.Graph(), nn.Module()
-    root.up = nn.Parameter(torch.randn(2, WIDTH, WIDTH))
+    torch.manual_seed(0)
+    root.weight = nn.Parameter(torch.randn(sizes))
     values = {"rows": torch.randn(4, WIDTH), "ends": torch.tensor([1, 4])}
     given = [graph.placeholder(name) for name in values]
-    up = graph.get_attr("up")
-    doubled = graph.call_function(torch.ops.aten.mul.Tensor, (given[0], 2.0))
-    product = graph.call_function(grouped_product, (doubled, up, given[1]))
-    for node, value in zip((*given, up), (*values.values(), root.up), strict=True):
+    weight = graph.get_attr("weight")
+    for node, value in zip((*given, weight), (*values.values(), root.weight), strict=True):
         node.meta["val"] = value
+    halved = graph.call_function(aten.mul.Tensor, (given[0], 0.5))
+    wide = graph.call_function(aten.tanh.default, (halved,))
+    product = graph.call_function(call, (wide, weight, *([given[1]] if len(sizes) > 2 else [])))
+    for node in (halved, wide, product):
+        node.meta["val"] = values["rows"]
     product.meta["source"] = Source("layers.0.mlp", "model.py:7")
-    graph.output((product,))
+    narrow = graph.call_function(aten.sin.default, (product,))
+    graph.output((graph.call_function(aten.exp.default, (narrow,)), wide))
+    for node in (narrow, narrow.next):
+        node.meta["val"] = values["rows"]
     return fx.GraphModule(root, graph)
 
 
-def test_what_cannot_be_compiled_runs_as_written_and_names_the_line() -> None:
-    module, compiler = experts(), compiled.RegionCompiler(BACKEND)
+def given(module: fx.GraphModule) -> list[Tensor]:
+    """What a region takes; its rows have a gradient."""
+    rows, ends = (node.meta["val"] for node in module.graph.find_nodes(op="placeholder"))
+    return [rows.clone().requires_grad_(), ends]
+
+
+def gradients(run: Callable[..., Any], module: fx.GraphModule) -> dict[str, Tensor | None]:
+    """What a backward of all results of a region finds, the parts that it leaves apart."""
+    inputs, parts = given(module), WeightParts()
+    module.weight.grad = None
+    with parts.collect():
+        results = run(module, *inputs)
+    torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+    found = {"results": torch.stack(results).detach(), "rows": inputs[0].grad}
+    found["weight before"], count = module.weight.grad, len(parts)
+    parts.run()
+    return {**found, "weight": module.weight.grad, "parts": torch.tensor(count)}
+
+
+def test_what_cannot_be_compiled_runs_as_written_and_names_the_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def by_values(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight if x.tolist() else x
+
+    monkeypatch.setitem(FUNCTIONS, by_values, None)
+    module, compiler = region(by_values, WIDTH, WIDTH), compiled.RegionCompiler(BACKEND)
     run = compiler.code(module, "layers_0", type(module).forward)
-    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    inputs = given(module)
     with pytest.warns(UserWarning, match="compile: layers_0") as warned:
         found = [run(module, *inputs)[0] for _ in range(2)]
     assert all(torch.equal(each, module(*inputs)[0]) for each in found)
     (compilation,) = compiler.compilations
     assert [str(each.message) for each in warned] == [f"compile: {compilation}"]
-    message = "layers_0: runs as written, torch.compile cannot take it at node grouped_product "
+    message = "layers_0: runs as written, torch.compile cannot take it at node by_values "
     assert str(compilation).startswith(f"{message}(layers.0.mlp, model.py:7): ")
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes", "compiled_as", "left"),
+    [
+        (leaving_weight(aten.mm.default), (WIDTH, WIDTH), ["layers_0"], 1),
+        (leaving_weight(aten.linear.default), (WIDTH, WIDTH), ["layers_0"], 1),
+        (grouped_product, (2, WIDTH, WIDTH), IN_PARTS, 0),
+        (leaving_weight(grouped_product), (2, WIDTH, WIDTH), IN_PARTS, 1),
+    ],
+    ids=["mm", "linear", "experts", "experts-left"],
+)
+def test_a_region_leaves_weights_and_rows_of_experts_as_it_is_written(
+    call: Callable[..., Any], sizes: tuple[int, ...], compiled_as: list[str], left: int
+) -> None:
+    module, compiler = region(call, *sizes), compiled.RegionCompiler(BACKEND)
+    run = compiler.code(module, "layers_0", type(module).forward)
+    expected = gradients(type(module).forward, module)
+    for _ in range(2):
+        found = gradients(run, module)
+        assert found.keys() == expected.keys()
+        assert found["parts"] == left
+        assert (found["weight before"] is None) == (left > 0)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
+    said = [(*each.regions, each.times, each.problem) for each in compiler.compilations]
+    assert said == [(name, 1, "") for name in compiled_as]
+    with torch.no_grad():
+        assert torch.equal(run(module, *given(module))[0], module(*given(module))[0])
 
 
 def test_it_is_compiled_anew_for_inputs_that_lie_otherwise_or_have_a_gradient() -> None:
@@ -232,17 +305,14 @@ def test_it_is_compiled_anew_for_inputs_that_lie_otherwise_or_have_a_gradient() 
         assert [each.times for each in compiler.compilations] == [times]
 
 
-def test_what_leaves_weights_to_later_is_not_compiled_and_says_so() -> None:
-    graph = fx.Graph()
-    given = [graph.placeholder(name) for name in ("x", "weight")]
-    product = graph.call_function(leaving_weight(torch.ops.aten.linear.default), tuple(given))
-    product.meta["leaves_weight"] = True
-    graph.output((product,))
-    module, compiler = fx.GraphModule(nn.Module(), graph), compiled.RegionCompiler(BACKEND)
-    written = type(module).forward
-    with pytest.warns(UserWarning, match="layers_0: runs as written, for its products leave"):
-        assert compiler.code(module, "layers_0", written) is written
-    assert compiler.code(module, "layers_1", written) is written
+def test_selective_recompute_leaves_a_region_of_experts_as_it_is_written() -> None:
+    module, compiler = region(grouped_product, 2, WIDTH, WIDTH), compiled.RegionCompiler(BACKEND)
+    node = module.graph.find_nodes(op="call_function", target=aten.tanh.default)[0]
+    node.meta[AGAIN] = NEEDED
+    body, written = Remade(module).body, type(module).forward
+    with pytest.warns(UserWarning, match="layers_0: runs as written, for rows of experts cut it"):
+        assert compiler.code(body, "layers_0", written) is written
+    assert compiler.code(body, "layers_1", written) is written
     assert [each.regions for each in compiler.compilations] == [["layers_0", "layers_1"]]
 
 

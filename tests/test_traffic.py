@@ -24,6 +24,7 @@ PLANS = {
         {"tp": 2, "sequence_parallel": False},
         {"tp": 2, "checkpoint": True, "num_microbatches": 2},
         {"tp": 2, "checkpoint": 0.5, "sequence_parallel": True},
+        {"tp": 2, "sequence_parallel": True, "async_tensor_parallel": True, "checkpoint": 0.5},
         {"tp": 2, "embed_split_hidden": True, "checkpoint": True},
         {"tp": 2, "dtype": torch.bfloat16},
         {"pp": 2, "num_microbatches": 4},
@@ -35,6 +36,7 @@ PLANS = {
         {"tp": 2, "pp": 2, "num_chunks": 2, "num_microbatches": 4, "checkpoint": 0.5},
         {"tp": 2, "pp": 2, "num_chunks": 2, "schedule": "zb_v", "checkpoint": 0.5},
         {"tp": 4, "sequence_parallel": True},
+        {"tp": 4, "sequence_parallel": True, "async_tensor_parallel": True},
     ],
 }
 
@@ -110,6 +112,7 @@ def test_no_gradient_is_predicted_for_frozen_parts(frozen, world2):
     _, rest = predict("llama", plan, frozen)
     assert sum(k["calls"] for k in rest[0].values()) < sum(k["calls"] for k in whole[0].values())
     check("llama", plan, world2, frozen)
+    check("llama", {**plan, "async_tensor_parallel": True}, world2, frozen)
 
 
 def test_a_dropout_at_the_end_of_a_block_makes_its_last_reduction_run_again(world2):

@@ -19,6 +19,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         plan.add_argument(f"--{name}", type=int, metavar="N")
     plan.add_argument("--schedule", help=", ".join(known_schedules()))
     plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
+    plan.add_argument("--async-tensor-parallel", action=argparse.BooleanOptionalAction)
     plan.add_argument("--cp-attention", help="heads or queries: how cp divides attention")
     plan.add_argument("--embed-split-hidden", action=argparse.BooleanOptionalAction)
     plan.add_argument("--dispatch", action=argparse.BooleanOptionalAction)

@@ -88,6 +88,7 @@ class Config:
             num_microbatches=self.data.micro_num,
             schedule=parallel.schedule or by_chunks,
             sequence_parallel=parallel.sequence_parallel,
+            async_tensor_parallel=parallel.async_tensor_parallel,
             cp_attention=parallel.context_attention,
             embed_split_hidden=parallel.embed_split_hidden,
             dispatch=parallel.dispatch,

@@ -66,6 +66,9 @@ class ParallelOptions:
     )
     zero: int = option(1, "1: shard optimizer state over dp; 3: parameters too", choices=(1, 3))
     sequence_parallel: bool | None = option(None, "decided by cost if left out")
+    async_tensor_parallel: bool = option(
+        False, "gathers and scatters of tokens run beside the products next to them"
+    )
     embed_split_hidden: bool | None = option(None, "embedding cut by hidden size; by cost")
     checkpoint: bool | float | Literal["selective", "auto"] = option(
         False,

@@ -1,4 +1,5 @@
-"""The time of attention whose keys and values travel round the ranks (`program.ring_attention`)."""
+"""The time of what is computed with pieces that travel round the ranks: attention whose keys and
+values do (`program.ring_attention`), and products beside a collective (`program.ring_products`)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,22 @@ MERGES = 3  # times that a rank's result is read or written when one more block 
 KERNELS = 6  # of adding a block
 PASSES = 6  # over the scores of a block, where a mask has them written out
 EXACT_BYTES = 4  # of a number of a result or a score
+
+
+def pieces_time(
+    products: float, piece: int, *, count: int, size: int, hardware: Hardware, sums: bool
+) -> float:
+    """Return the seconds of `count` products, cut in `size` pieces of which all but one travel.
+
+    products: their seconds in one go, one kernel each. piece: bytes of what travels. A piece is
+    multiplied while another one is under way; `sums`: what comes is added to what was made here.
+    """
+    work = products / size + (1 - 1 / size) * count * hardware.kernel_overhead_s
+    work += hardware.kernel_overhead_s  # of the piece that is put, or added, where it belongs
+    work += (3 if sums else 2) * piece / hardware.usable_bandwidth
+    stride = 1 if size <= hardware.gpus_per_node else hardware.gpus_per_node
+    hop = collective_time("p2p", piece, 2, hardware, stride=stride)
+    return work + (size - 1) * max(work, hop)
 
 
 def ring_time(

@@ -6,6 +6,7 @@ from ilm_compile.ops import convolutions as _convolutions  # noqa: F401
 from ilm_compile.ops import experts as _experts  # noqa: F401
 from ilm_compile.ops import lookups as _lookups  # noqa: F401
 from ilm_compile.ops import losses as _losses  # noqa: F401
+from ilm_compile.ops import ring_products as _ring_products  # noqa: F401
 from ilm_compile.ops import scatter as _scatter  # noqa: F401
 from ilm_compile.ops.call import Call as Call
 from ilm_compile.ops.call import Strategy as Strategy

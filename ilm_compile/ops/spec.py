@@ -53,7 +53,8 @@ class OpSpec:
     are whole, or repeated, on every rank. local: the call on the values of one rank, given the
     strategy and the axis; global_arguments: the way back, for arguments that speak of local sizes.
     other_axis: of a function that talks over one axis, the rule on the others; stands_for: or the
-    op on whole values that it is the sharded form of, with its arguments. exchanges: how many
+    op on whole values that it is the sharded form of, with its arguments; talks: on its own axis
+    nothing but its rule holds, for equal inputs do not give equal results. exchanges: how many
     numbers per kept element the ranks exchange inside it, forward and backward, if they do.
 
     batch_rule: what further is known on the axis of the batch; reaches: the dimensions of its first
@@ -77,6 +78,7 @@ class OpSpec:
     global_arguments: Callable[[fx.Node, tuple[fx.Node, ...], MeshAxis], Arguments] | None = None
     other_axis: Rule | None = None
     stands_for: Spelling | None = None
+    talks: bool = False
     exchanges: tuple[int, int] = (0, 0)
     batch_rule: BatchRule | None = None
     reaches: Callable[[Call], Iterable[int]] | None = None

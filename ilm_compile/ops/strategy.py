@@ -37,10 +37,12 @@ def strategies(call: Call, wanted: Iterable[Placement]) -> list[Strategy]:
     Every rank searches for itself, and of equally good plans all must take the same one.
     """
     count = len(call.shapes)
+    spec = spec_of(call.target)
     found = [Strategy((I,) * count, I)]
     if count:
         found.append(Strategy((R,) * count, R))
-    spec = spec_of(call.target)
+    if spec.talks and axis_of(call) == call.axis.name:
+        found = []
     elsewhere = spec.other_axis or (as_what_it_stands_for if spec.stands_for else None)
     rule = elsewhere if elsewhere and axis_of(call) != call.axis.name else spec.rule
     wanted = frozenset(wanted)

@@ -12,7 +12,7 @@ from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.expert_rows import route
 from ilm_compile.program.program import Program
 from ilm_compile.program.step_traffic import collectives, predicted_traffic
-from ilm_compile.program.traffic import Message, Traffic
+from ilm_compile.program.traffic import PIECES, Message, Traffic
 
 Row = tuple[str, ...]
 HEADINGS = ("collective", "type", "forward", "backward", "because")
@@ -127,8 +127,10 @@ def _parameter_rows(program: Program, region: int, nodes: list[fx.Node]) -> list
 
 
 def _collective_row(program: Program, node: fx.Node, messages: list[Message]) -> Row:
-    typed = node.target in (redistribute, route)
-    kind = f"{node.kwargs['src']} -> {node.kwargs['dst']}" if typed else "inside the loss"
+    if node.target in (redistribute, route):
+        kind = f"{node.kwargs['src']} -> {node.kwargs['dst']}"
+    else:
+        kind = "beside a product" if node.target in PIECES else "inside the loss"
     columns = (_sent([m for m in messages if m.backward == back]) for back in (False, True))
     where = program.source(node).module_path or "top level"
     return (where, kind, *columns, node.meta.get("reason", ""))

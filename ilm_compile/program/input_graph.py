@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import fx, nn
@@ -33,6 +33,23 @@ def graph_to(value: fx.Node, is_refused: Callable[[fx.Node], bool]) -> fx.GraphM
             copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.output(copied[value])
     return fx.GraphModule(value.graph.owning_module or nn.Module(), graph)
+
+
+def graph_of(
+    calls: Iterable[fx.Node], given: Sequence[fx.Node], results: Iterable[fx.Node]
+) -> fx.GraphModule:
+    """Return the graph that computes `results` by `calls`, in their order, all else being given.
+
+    It has the names of the nodes, and nothing of their meta.
+    """
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in given:
+        values[node] = graph.placeholder(node.name)
+    for node in calls:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = graph.create_node("call_function", node.target, args, kwargs, node.name)
+    graph.output(tuple(values[node] for node in results))
+    return fx.GraphModule(nn.Module(), graph)
 
 
 def reached(

@@ -39,6 +39,8 @@ class Plan:
     num_microbatches: int = 1  # per data-parallel rank and optimizer step
     schedule: str = "1f1b"
     sequence_parallel: bool | None = None  # None: decided by cost
+    # Gathers and scatters of tokens run beside the products next to them.
+    async_tensor_parallel: bool = False
     cp_attention: str | None = None  # "heads", "queries" or "ring"; None: by cost
     embed_split_hidden: bool | None = None  # embedding sharded by hidden size; None: by cost
     dispatch: bool | None = (
@@ -94,6 +96,7 @@ class Plan:
                 f"plan: cp_attention={self.cp_attention!r} needs cp > 1, got cp=1; it says how "
                 "attention is divided over cp ranks"
             )
+        _check_async(self)
         if self.zero not in (1, 3):
             raise PlanError(f"plan: zero must be 1 or 3, got {self.zero!r}")
         if self.num_chunks > 1 and self.pp == 1:
@@ -154,6 +157,20 @@ def _read_texts(name: str, given: Any) -> tuple[str, ...]:
     if isinstance(given, str) or not all(isinstance(text, str) for text in texts):
         raise PlanError(f"plan: {name} must be a collection of texts, got {given!r}")
     return texts
+
+
+def _check_async(plan: Plan) -> None:
+    given = plan.async_tensor_parallel
+    if not isinstance(given, bool):
+        raise PlanError(f"plan: async_tensor_parallel must be True or False, got {given!r}")
+    lack = "tp > 1, got tp=1" if plan.tp == 1 else ""
+    if plan.sequence_parallel is False:
+        lack = lack or "tokens that tp ranks share, got sequence_parallel=False"
+    if given and lack:
+        raise PlanError(
+            f"plan: async_tensor_parallel=True needs {lack}; it runs the gathers and scatters of "
+            "sequence parallelism beside the products next to them"
+        )
 
 
 def _check_backend(compile: Any) -> None:

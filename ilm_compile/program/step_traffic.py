@@ -20,6 +20,7 @@ from ilm_compile.program.gradients import gradient_nodes, wanted_gradients
 from ilm_compile.program.layout import Sizes
 from ilm_compile.program.lowered import Boundary
 from ilm_compile.program.program import Program
+from ilm_compile.program.ring_products import gather_products
 from ilm_compile.program.traffic import Message, Traffic, traffic
 from ilm_compile.program.values import map_tensors
 
@@ -62,7 +63,9 @@ def collectives(program: Program) -> dict[fx.Node, list[Message]]:
     again = set(_run_again(program, wanted))
     found = {}
     for node in stage_of(program):
-        messages = traffic(node, program.plan.axes, has_gradient=node in wanted)
+        # Tokens that are gathered for products need not be what is trained of them.
+        moved = node.all_input_nodes[0] if node.target is gather_products else node
+        messages = traffic(node, program.plan.axes, has_gradient=moved in wanted)
         if node in again:
             messages += [m._replace(backward=True) for m in messages if not m.backward]
         if messages:

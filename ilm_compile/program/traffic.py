@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -19,6 +19,7 @@ from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.layout import Sizes
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.query_attention import parts_of
+from ilm_compile.program.ring_products import gather_products, product_scatter
 
 # What each of n ranks sends, as a share of the full tensor.
 SENT: dict[str, Callable[[int], float]] = {
@@ -28,6 +29,12 @@ SENT: dict[str, Callable[[int], float]] = {
     "all_to_all": lambda n: (n - 1) / n**2,
     "broadcast": lambda n: 1.0,
     "p2p": lambda n: 1.0,
+}
+
+# Of a product beside a collective, what has the size of a piece that travels.
+PIECES: dict[Any, Callable[[fx.Node], fx.Node]] = {
+    gather_products: lambda node: node.all_input_nodes[0],
+    product_scatter: lambda node: node,
 }
 
 
@@ -76,6 +83,8 @@ def traffic(node: fx.Node, sizes: Sizes, *, has_gradient: bool = True) -> list[M
         return [m for move, back in moves for m in _messages(move, full, size, back, shards)]
     if node.target is route:
         return _routed(node, sizes[str(node.kwargs["axis"])], has_gradient)
+    if node.target in PIECES:
+        return _pieces(node, sizes[str(node.args[-1])], has_gradient)
     if parts_of(node) > 1:
         return _shifted(node, parts_of(node), has_gradient)
     inside = FUNCTIONS.get(node.target)
@@ -104,6 +113,13 @@ def _shifted(node: fx.Node, size: int, has_gradient: bool) -> list[Message]:
     held = sum(_bytes(value.meta["val"]) for value in node.args[1:3])  # type: ignore[union-attr, misc]
     hops = [Message("shift", held, False)] * (size - 1)
     return hops + [Message("shift", held, True)] * (2 * size - 1) * has_gradient
+
+
+def _pieces(node: fx.Node, size: int, has_gradient: bool) -> list[Message]:
+    """The tokens of all other ranks pass each rank on their way; so do their gradients."""
+    piece = _bytes(PIECES[node.target](node).meta["val"])
+    ways = (False, True)[: 1 + has_gradient]
+    return [Message("shift", piece, backward) for backward in ways for _ in range(size - 1)]
 
 
 def _messages(

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -85,6 +86,12 @@ class WeightParts:
 
 
 _collecting: ContextVar[WeightParts | None] = ContextVar("collecting", default=None)
+_Note = Callable[..., None]  # takes the gradient of the result, the value, and further arguments
+
+
+def is_collecting() -> bool:
+    """Whether products that run now leave their weight parts."""
+    return _collecting.get() is not None and torch.is_grad_enabled()
 
 
 def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -109,9 +116,7 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, result: Tensor, value: Tensor, always: Tensor, note: Callable[..., None]
-    ) -> Tensor:
+    def forward(ctx: Any, result: Tensor, value: Tensor, always: Tensor, note: _Note) -> Tensor:
         ctx.save_for_backward(value)
         ctx.set_materialize_grads(False)
         ctx.note = note
@@ -120,7 +125,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grad is not None:
-            ctx.note(ctx.saved_tensors[0].detach(), grad)
+            ctx.note(grad, ctx.saved_tensors[0].detach())
         return grad, None, None, None
 
 
@@ -147,12 +152,24 @@ class Product:
         leave.__name__ = leave.__qualname__ = f"{name}_leaving_weight"
         if inspect.isfunction(op):  # its names are asked for when a graph is bound
             leave.__signature__ = inspect.signature(op)  # type: ignore[attr-defined]
+        _left[leave] = self, op
         return leave
+
+    def note(self, weight: Tensor) -> _Note:
+        """What leaves the gradient of `weight`, as it is found here, to who collects now."""
+        parts = _collecting.get()
+        assert parts is not None
+        known, edge = _Weight(weight.shape, weight.stride()), get_gradient_edge(weight)
+
+        def note(grad: Tensor, value: Tensor, *others: Any, **kwargs: Any) -> None:
+            parts.add(_Part(lambda: self.gradient(grad, value, known, *others, **kwargs), edge))
+
+        return note
 
     def apply(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The result of the op, whose weight part is left for later while that is asked for."""
-        parts, value, weight = _collecting.get(), args[self.value], args[self.weight]
-        if parts is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        value, weight = args[self.value], args[self.weight]
+        if not (is_collecting() and weight.requires_grad):
             return op(*args, **kwargs)
         given = list(args)
         given[self.weight] = weight.detach()
@@ -160,15 +177,24 @@ class Product:
             # With a weight that needs no gradient torch would multiply matrix by matrix.
             given[self.value] = value.contiguous()
         result = op(*given, **kwargs)
-        others = [a for i, a in enumerate(args) if i not in (self.value, self.weight)]
-        known, edge = _Weight(weight.shape, weight.stride()), get_gradient_edge(weight)
-
-        def note(value: Tensor, grad: Tensor) -> None:
-            parts.add(_Part(lambda: self.gradient(grad, value, known, *others, **kwargs), edge))
-
+        others, note = self.others(args), self.note(weight)
         always = result.new_empty(0).requires_grad_()
-        left: Tensor = _Leave.apply(result, value, always, note)  # type: ignore[no-untyped-call]
+        left: Tensor = _Leave.apply(  # type: ignore[no-untyped-call]
+            result, value, always, lambda grad, value: note(grad, value, *others, **kwargs)
+        )
         return left
+
+    def others(self, args: Sequence[Any]) -> list[Any]:
+        """Those of the positional arguments that are neither the value nor the weight."""
+        return [a for i, a in enumerate(args) if i not in (self.value, self.weight)]
+
+
+_left: WeakKeyDictionary[Any, tuple[Product, Callable[..., Tensor]]] = WeakKeyDictionary()
+
+
+def left_by(target: Any) -> tuple[Product, Callable[..., Tensor]] | None:
+    """The product and the op that a function of `Product.leave` stands for, None for any other."""
+    return _left.get(target) if inspect.isfunction(target) else None
 
 
 def of_mm(grad: Tensor, value: Tensor, weight: _Weight) -> Tensor:

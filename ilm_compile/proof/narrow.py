@@ -23,7 +23,11 @@ SIMPLER: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "pp",
         {"pp": 1, "num_chunks": 1, "schedule": "1f1b"},
     ),
-    ("one tensor-parallel rank", "tp", {"tp": 1, "sequence_parallel": None, "constraints": ()}),
+    (
+        "one tensor-parallel rank",
+        "tp",
+        {"tp": 1, "sequence_parallel": None, "async_tensor_parallel": False, "constraints": ()},
+    ),
     ("one context-parallel rank", "cp", {"cp": 1, "cp_attention": None}),
     ("no recomputed blocks", "checkpoint", {"checkpoint": False}),
 )

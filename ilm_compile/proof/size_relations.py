@@ -34,6 +34,16 @@ def linear(view: View) -> None:
         view.classes.tie_all(dims, view.out[-1:])
 
 
+def gather_products(view: View) -> None:
+    x, *operands = view.inputs
+    biases = view.argument(2, "biases")
+    given = iter(operands[len(view.results) :])
+    for weight, bias, out in zip(operands, biases, view.results, strict=False):
+        view.classes.tie_all(weight, [out[-1], x[-1]])
+        view.classes.tie_all(x[:-1], out[:-1])
+        view.classes.tie_all(next(given) if bias is not None else [], out[-1:])
+
+
 def matmul(view: View) -> None:
     left, right = view.inputs[-2:]
     rows, inner = left[:-1], left[-1]

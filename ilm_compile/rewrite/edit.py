@@ -306,7 +306,7 @@ def _run_without_data(node: fx.Node, sizes: Sizes) -> Any:
     """Return the value of a call as tensors without data, from the values of its inputs."""
     with shape_communicators(sizes), torch.no_grad():
         value = run_without_data(node)
-    several = isinstance(value, tuple) and getattr(node.target, "namespace", "aten") != "aten"
+    several = isinstance(value, tuple) and getattr(node.target, "namespace", "") != "aten"
     if (several and len(tensors_of(value)) == len(value)) or isinstance(value, Tensor):
         return without_data(value)
     raise ProgramError(

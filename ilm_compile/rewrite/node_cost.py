@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
-from torch import fx
+from torch import Tensor, fx
 
 from ilm_compile.cost import Hardware, collective_time, node_time
 from ilm_compile.cost.data_parallel import software_of
-from ilm_compile.cost.ring import ring_time
+from ilm_compile.cost.ring import pieces_time, ring_time
+from ilm_compile.ops.call import axis_of
+from ilm_compile.ops.ring_products import multiplied
 from ilm_compile.ops.spec import spec_of
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.expert_rows import route
@@ -17,11 +21,12 @@ from ilm_compile.program.linear_loss import linear_cross_entropy
 from ilm_compile.program.program import Program
 from ilm_compile.program.query_attention import has_mask, parts_of
 from ilm_compile.program.remade import AGAIN
-from ilm_compile.program.traffic import SENT, traffic
+from ilm_compile.program.ring_products import gather_products
+from ilm_compile.program.traffic import PIECES, SENT, traffic
 
 # For which ranks wait that arrive apart: not for a parameter's, which follows another one.
 REDUCING = ("all_reduce", "reduce_scatter")
-SHIFT = "shift"  # what `ring_time` counts
+SHIFT = "shift"  # what `ring_time` and `pieces_time` count
 
 
 class NodeSeconds(NamedTuple):
@@ -73,10 +78,42 @@ def _seconds(program: Program, node: fx.Node, hardware: Hardware, *, backward: b
         return sent + hardware.kernel_overhead_s
     if node.target is linear_cross_entropy:  # backward makes the logits once more
         return sent + _loss_seconds(node, hardware, backward=backward)
+    if node.target in PIECES:
+        return sent + _pieces_seconds(program, node, hardware, backward=backward)
     if moves := spec_of(node.target).moves:
         return sent + moves(node) / hardware.usable_bandwidth + hardware.kernel_overhead_s
     seconds = node_time(node, hardware, backward=backward)
     return sent + _ring_seconds(node, seconds, hardware, backward=backward)
+
+
+def _pieces_seconds(
+    program: Program, node: fx.Node, hardware: Hardware, *, backward: bool
+) -> float:
+    """Of products beside a collective; in backward with those for the weights, which follow."""
+    shapes, val = multiplied(node), PIECES[node.target](node).meta["val"]
+    seconds = sum(_product_seconds(x, weight, val, hardware) for x, weight in shapes)
+    gathers = node.target is gather_products
+    found = pieces_time(
+        seconds,
+        val.numel() * val.element_size(),
+        count=len(shapes),
+        size=program.plan.axes[axis_of(node)],
+        hardware=hardware,
+        sums=gathers == backward,
+    )
+    found += software_of(hardware).tp_wait_s * (gathers == backward)
+    return found + seconds * backward
+
+
+def _product_seconds(
+    x: Sequence[int], weight: Sequence[int], val: Tensor, hardware: Hardware
+) -> float:
+    rows, (columns, inner) = prod(x[:-1]), weight
+    operands = val.element_size() * (rows * inner + columns * inner + rows * columns)
+    seconds = 2 * rows * columns * inner / hardware.usable_flops(val.dtype)
+    seconds += operands / hardware.operand_bandwidth
+    moved = operands / hardware.usable_bandwidth
+    return float(max(seconds, moved)) + hardware.kernel_overhead_s
 
 
 def _loss_seconds(node: fx.Node, hardware: Hardware, *, backward: bool) -> float:

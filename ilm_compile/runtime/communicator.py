@@ -51,6 +51,10 @@ class ProcessGroupCommunicator:
     def __post_init__(self) -> None:
         self.rank, self.size = self.group.rank(), self.group.size()
 
+    def symmetric_group(self, x: Tensor) -> str:
+        """The name by which torch's ops over symmetric memory know the group; "" for the CPU."""
+        return self.group.group_name if x.is_cuda else ""
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         result = x.clone(memory_format=torch.contiguous_format)
         self._call(dist.all_reduce, result, _OPS[op])
@@ -107,6 +111,11 @@ class ProcessGroupCommunicator:
             return found
 
         return wait
+
+    def count_pieces(self, piece: Tensor) -> None:
+        """Count what an op has moved: the pieces of all other ranks, each like `piece`."""
+        others = self.size - 1
+        self.stats.setdefault("shift", Traffic()).add(others * piece.nbytes, others)
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         start = time.perf_counter()

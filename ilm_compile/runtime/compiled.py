@@ -12,7 +12,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,20 +24,24 @@ from ilm_compile.program.dropout import SALT, seeded_dropout
 from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.program import Source
 from ilm_compile.program.remade import NOTES
+from ilm_compile.program.weight_parts import is_collecting, left_by
 from ilm_compile.runtime.mesh import Mesh
+from ilm_compile.runtime.static_parts import Part, in_turn, parts_of
+from ilm_compile.runtime.weight_taps import tapped, whole
 
 LOGGER = logging.getLogger("ilm_compile.compile")
 INDUCTOR = "inductor"
 # The random numbers of eager torch. And no order of its own for collectives that are independent
 # of each other: a rank that keeps another part of a value could find another order.
 _OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False}
-LEAVES_WEIGHTS = (
-    "for its products leave the gradients of their weights to W actions, and a compiled backward "
-    "is one piece; choose a schedule that does not split it"
+IN_PARTS = (
+    "for rows of experts cut it in parts, and what selective recompute keeps of it belongs to the "
+    "whole; take checkpoint=True or False"
 )
 
 Backend = Callable[[Any, list[Any]], Any]
 Code = Callable[..., Any]
+_Run = Callable[[list[Tensor], Callable[[], Any]], Any]  # of all inputs, and what runs as written
 _ONE_AT_A_TIME = threading.RLock()  # of the threads of a proof: torch has but one tracing
 
 
@@ -84,48 +88,93 @@ class RegionCompiler:
 
     def code(self, graph_module: fx.GraphModule, name: str, written: Code) -> Code:
         """What runs the graph instead of `written`, both as methods: the module comes first."""
-        if not _is_traceable(graph_module.graph):
-            if any(node.meta.get("leaves_weight") for node in graph_module.graph.nodes):
-                self._note(LEAVES_WEIGHTS, name)
+        graph = graph_module.graph
+        if not _is_traceable(graph):
             return written
         lifted, names, salts, origins = _lift(graph_module)
-        found = self._known.setdefault((lifted.code, *_types(graph_module)), Compilation(lifted))
-        if name not in found.regions:
-            found.regions.append(name)
+        parts = parts_of(lifted, origins)
+        if parts is None:
+            run = self._runner(lifted, name, origins)
+        elif any(node.target in NOTES for node in graph.nodes):
+            self._note(IN_PARTS, name)
+            return written
+        else:
+            run = self._in_parts(lifted, parts, name, origins)
 
         def forward(module: nn.Module, *inputs: Tensor) -> Any:
-            if found.problem:
-                return written(module, *inputs)
             held = [getattr(module, name) for name in names]
-            kind = (
-                torch.is_grad_enabled(),
-                *[x.requires_grad for x in held],
-                *[(x.requires_grad, x.stride()) for x in inputs],
-            )
-            run = found.runs.get(kind)
-            given = [*held, *salts, *inputs]
-            if run is None:
-                run = self._compile(found, kind, given, origins)
-            return written(module, *inputs) if run is None else run(*given)
+            return run([*held, *salts, *inputs], lambda: written(module, *inputs))
 
         return forward
 
+    def _in_parts(
+        self, lifted: fx.GraphModule, parts: list[Part], name: str, origins: dict[str, fx.Node]
+    ) -> _Run:
+        """What runs the parts of a region, those of them compiled that can be."""
+        count = sum(part.is_static for part in parts)
+        runs: list[Code] = []
+        for part in parts:
+            run = part.graph_module.forward
+            if part.is_static:
+                number = 1 + sum(part.is_static for part in parts[: len(runs)])
+                compiled = self._runner(
+                    part.graph_module, f"{name} (part {number} of {count})", origins
+                )
+                run = _called(compiled, run)
+            runs.append(run)
+        whole = in_turn(lifted, parts, runs).forward
+        return lambda given, written: whole(*given)
+
+    def _runner(self, lifted: fx.GraphModule, name: str, origins: dict[str, fx.Node]) -> _Run:
+        """What runs a graph, all of whose inputs are given; `written` is asked if that fails."""
+        leaving = tapped(lifted, origins)
+        key = lifted.code, *_types(lifted, origins)
+        found = self._known.setdefault(key, Compilation(whole(lifted)))
+        if name not in found.regions:
+            found.regions.append(name)
+
+        def run(given: list[Tensor], written: Callable[[], Any]) -> Any:
+            if found.problem:
+                return written()
+            leaves = leaving is not None and is_collecting()
+            kind = (
+                leaves,
+                torch.is_grad_enabled(),
+                *[(x.requires_grad, x.stride()) for x in given],
+            )
+            code = found.runs.get(kind)
+            if leaving is None or not leaves:
+                if code is None:
+                    code = self._compile(found, kind, found.written, given, origins)
+                return written() if code is None else code(*given)
+            taken, finish = leaving.open(given)
+            if code is None:
+                code = self._compile(found, kind, leaving.body, taken, origins)
+            return written() if code is None else finish(code(*taken))
+
+        return run
+
     def _note(self, problem: str, name: str) -> None:
         """Note a region that is not even tried, and warn of the first with this problem."""
-        if problem not in self._known:
-            self._known[problem] = Compilation(regions=[name], problem=problem)
-            warnings.warn(f"compile: {self._known[problem]}", stacklevel=2)
-        elif name not in self._known[problem].regions:
-            self._known[problem].regions.append(name)
+        found = self._known.setdefault(problem, Compilation(problem=problem))
+        if name not in found.regions:
+            found.regions.append(name)
+        if len(found.regions) == 1:
+            warnings.warn(f"compile: {found}", stacklevel=2)
 
     def _compile(
-        self, found: Compilation, kind: object, given: list[Tensor], origins: dict[str, fx.Node]
+        self,
+        found: Compilation,
+        kind: object,
+        graph_module: fx.GraphModule | None,
+        given: list[Tensor],
+        origins: dict[str, fx.Node],
     ) -> Code | None:
-        """What runs `found` on what is like `given`, None if nothing can."""
+        """What runs `graph_module`, of `found`, on what is like `given`; None if nothing can."""
         start = time.perf_counter()
         try:
             with _ONE_AT_A_TIME, _backward_at_once():
-                run: Code = self._backend(copy.deepcopy(found.written), given)
+                run: Code = self._backend(copy.deepcopy(graph_module), given)
         except Exception as error:  # of whatever kind: nothing of it has run
             found.problem = _reason(error, origins)
             warnings.warn(f"compile: {found}", stacklevel=3)
@@ -198,6 +247,7 @@ def _is_traceable(graph: fx.Graph) -> bool:
             or isinstance(node.target, torch._ops.OpOverload)
             or node.target in FUNCTIONS
             or node.target in NOTES
+            or left_by(node.target) is not None
         )
         for node in graph.nodes
     )
@@ -209,9 +259,9 @@ def _lift(
     """The graph with all that may differ between equal regions as its first inputs.
 
     Those are the tensors that the module holds, given by their names, and the salts of its
-    dropouts. Last comes whence each call is. Everything is named by its place.
+    dropouts. Last comes whence each node is. Everything is named by its place.
     """
-    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph, values, origins = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, fx.Node]()
     attributes: dict[str, fx.Node] = {}
     own = graph_module.graph
     held = [node for node in own.nodes if node.op == "get_attr"]
@@ -219,13 +269,14 @@ def _lift(
         path = str(node.target)
         if path not in attributes:
             attributes[path] = graph.placeholder(f"held{len(attributes)}")
+            origins[attributes[path].name] = node
         values[node] = attributes[path]
     dropouts = own.find_nodes(op="call_function", target=seeded_dropout)
     salts = {node: graph.placeholder(f"salt{number}") for number, node in enumerate(dropouts)}
-    origins = {}
     for place, node in enumerate(own.nodes):
         if node.op == "placeholder":
             values[node] = graph.placeholder(f"given{place}")
+            origins[values[node].name] = node
         elif node.op == "call_function" and node.target not in NOTES:
             args, kwargs = (
                 fx.node.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs)
@@ -241,17 +292,25 @@ def _lift(
     return fx.GraphModule(nn.Module(), graph), list(attributes), numbers, origins
 
 
-def _types(graph_module: fx.GraphModule) -> tuple[object, ...]:
-    """What of its inputs decides how a graph is compiled."""
-    found: dict[str, object] = {}
-    for node in graph_module.graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            val = node.meta["val"]
-            is_trained = node.op == "get_attr" and bool(
-                getattr(graph_module, str(node.target)).requires_grad
+def _types(lifted: fx.GraphModule, origins: dict[str, fx.Node]) -> Iterator[object]:
+    """What of its inputs decides how a graph is compiled; all salts are alike."""
+    for node in lifted.graph.find_nodes(op="placeholder"):
+        if (origin := origins.get(node.name)) is not None:
+            val, owner = origin.meta["val"], origin.graph.owning_module
+            is_held = origin.op == "get_attr"
+            yield (
+                *(tuple(val.shape), val.dtype),
+                is_held and bool(getattr(owner, str(origin.target)).requires_grad),
             )
-            found[node.name] = tuple(val.shape), val.dtype, is_trained
-    return tuple(found.values())
+
+
+def _called(run: _Run, written: Code) -> Code:
+    """`run` as a graph calls it."""
+
+    def part(*given: Tensor) -> Any:
+        return run(list(given), lambda: written(*given))
+
+    return part
 
 
 def _reason(error: Exception, origins: dict[str, fx.Node]) -> str:

@@ -232,7 +232,7 @@ def test_the_sweep_tries_the_tables_choice_and_marks_it() -> None:
     pytest.importorskip("triton")
     from benchmarks.gpu.sweep import candidates, sweep
     from ilm_compile.kernels.launch import launch_for
-    from ilm_compile.kernels.triton_rms_norm import BACKWARD
+    from ilm_compile.kernels.triton_norm import BACKWARD
 
     result: dict[str, Any] = {}
     sweep(CPU, True, result)
@@ -241,5 +241,6 @@ def test_the_sweep_tries_the_tables_choice_and_marks_it() -> None:
     assert all(choice.fault is None for choice in found)
     tried = list(candidates(8192))
     assert tried[0] == launch_for(BACKWARD, 8192)
+    assert {(c.block, c.pieces) for c in candidates(6144)} == {(2048, 3), (8192, 1)}
     assert len(tried) == len(set(tried)) > 20
     assert min(launch.max_registers for launch in tried) >= 32

@@ -48,13 +48,15 @@ def test_every_field_of_a_plan_follows_from_the_config() -> None:
         "data": {"seq_len": 32, "micro_num": 4},
         "parallel": {
             "tensor": 2, "pipeline": 2, "num_chunks": 2, "zero": 3, "sequence_parallel": True,
-            "embed_split_hidden": False, "checkpoint": 0.5, "constraints": {"a": "S(0)"},
+            "async_tensor_parallel": True, "embed_split_hidden": False, "checkpoint": 0.5,
+            "constraints": {"a": "S(0)"},
         },
     }  # fmt: skip
     plan = config(**sections).plan()
     assert plan == Plan(
         tp=2, pp=2, num_chunks=2, num_microbatches=4, schedule="interleaved_1f1b",
-        sequence_parallel=True, embed_split_hidden=False, constraints=(("a", "S(0)"),),
+        sequence_parallel=True, async_tensor_parallel=True, embed_split_hidden=False,
+        constraints=(("a", "S(0)"),),
         checkpoint=0.5, dtype="float16", zero=3, kernels="torch", seed=3, compile="aot_eager",
     )  # fmt: skip
     sections["parallel"]["schedule"] = "gpipe"

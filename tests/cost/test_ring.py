@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ilm_compile.cost import HARDWARE, collective_time
-from ilm_compile.cost.ring import EXACT_BYTES, KERNELS, MERGES, PASSES, ring_time
+from ilm_compile.cost.ring import EXACT_BYTES, KERNELS, MERGES, PASSES, pieces_time, ring_time
 
 H100 = HARDWARE["h100"]
 SHAPES = ((1, 32, 4096, 128), (1, 8, 4096, 128), (1, 8, 4096, 64))  # what a rank holds
@@ -54,3 +54,24 @@ def test_a_mask_has_the_scores_pass_through_memory():
     scores = 32 * 4096 * 4096 * 4
     more = PASSES * scores * EXACT_BYTES / H100.usable_bandwidth
     assert seconds(1.0, is_masked=True) - seconds(1.0) == pytest.approx(more, rel=1e-9)
+
+
+def products(seconds, *, count=1, sums=False, hardware=H100):
+    return pieces_time(seconds, BYTES, count=count, size=4, hardware=hardware, sums=sums)
+
+
+def test_products_hide_the_pieces_that_travel_beside_them():
+    kernels = (3 * 2 + 4) * H100.kernel_overhead_s  # of three more pieces, and one to put each
+    placed = 4 * 2 * BYTES / H100.usable_bandwidth
+    assert products(1.0, count=2) == pytest.approx(1.0 + kernels + placed, rel=1e-12)
+
+
+def test_pieces_that_take_longer_than_their_products_are_waited_for():
+    fast = replace(H100, kernel_overhead_s=0.0, memory_bandwidth=1e30)
+    work = hop() / 10
+    assert products(4 * work, hardware=fast) == pytest.approx(3 * hop() + work, rel=1e-12)
+
+
+def test_a_sum_that_travels_is_read_once_more():
+    more = 4 * BYTES / H100.usable_bandwidth
+    assert products(1.0, sums=True) - products(1.0) == pytest.approx(more, rel=1e-6)

@@ -89,6 +89,7 @@ def test_what_is_frozen_keeps_less() -> None:
         {**BF16, "zero": 3, "num_microbatches": 2},
         {"cp": 2},
         {"tp": 2, "sequence_parallel": True, **SELECTIVE},
+        {"tp": 2, "sequence_parallel": True, "async_tensor_parallel": True, **BF16},
     ],
     ids=str,
 )

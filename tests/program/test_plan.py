@@ -20,6 +20,7 @@ PLANS = [
         num_microbatches=8,
         schedule="interleaved_1f1b",
         sequence_parallel=True,
+        async_tensor_parallel=True,
         embed_split_hidden=False,
         checkpoint=0.5,
         dtype="bfloat16",

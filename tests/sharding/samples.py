@@ -13,6 +13,7 @@ import torch
 import ilm_compile.sharding  # noqa: F401 - registers ilm.attention
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
+from ilm_compile.program.ring_products import gather_products, product_scatter
 
 aten, ilm = torch.ops.aten, torch.ops.ilm
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -214,6 +215,14 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), 1e-5),
         lambda: call(x(2, 4, 8), x(2, 4, 8), None, 1e-5),
     ],
+    ilm.layer_norm.default: [
+        lambda: call(x(2, 4, 8), x(8), x(8), 1e-5),
+        lambda: call(x(2, 4, 4, 8), None, None, 1e-5),
+    ],
+    ilm.add_layer_norm.default: [
+        lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), x(8), 1e-5),
+        lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), None, 1e-5),
+    ],
     ilm.rotary.default: [
         lambda: call(x(2, 4, 8, 6), x(2, 4, 4, 6), *angles(x(1, 4, 3))),
         lambda: call(x(4, 4, 4, 6), x(4, 4, 2, 6), *angles(x(4, 4, 2)), None, True),
@@ -225,7 +234,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(4, 4, 4, 3, 6), *angles(x(4, 4, 2)), None, True),
         lambda: call(x(4, 4, 4, 3, 6), *angles(x(8, 3)), integers(8, 4, 4)),
     ],
-    ilm.swiglu.default: [lambda: call(x(2, 4, 8), x(2, 4, 8))],
+    ilm.glu.default: [
+        lambda: call(x(2, 4, 8), x(2, 4, 8)),
+        lambda: call(x(2, 4, 8), x(2, 4, 8), "gelu_tanh"),
+    ],
     aten.sum.default: [lambda: call(x(4, 8))],
     aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
     aten.mean.default: [lambda: call(x(4, 8))],
@@ -333,6 +345,15 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
             torch.tensor([0, 3, 13], dtype=torch.int32),
             0.3,
         ),
+    ],
+    gather_products: [
+        lambda: call(x(2, 8, 4), [x(12, 4)], [None], 1, "tp"),
+        lambda: call(x(8, 4), [x(8, 4), x(12, 4)], [x(8), None], 0, "tp"),
+        lambda: call(x(1, 8, 4), [x(8, 4), x(4, 4)], [None, x(4)], 1, "tp"),
+    ],
+    product_scatter: [
+        lambda: call(x(2, 8, 4), x(12, 4), None, 1, "tp"),
+        lambda: call(x(8, 4), x(12, 4), x(12), 0, "tp"),
     ],
     aten.scaled_dot_product_attention.default: [
         lambda: call(x(2, 4, 8, 8), x(2, 4, 8, 8), x(2, 4, 8, 8), None, 0.0, True),
