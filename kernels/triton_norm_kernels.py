@@ -56,7 +56,7 @@ def _both_sums(left, right, JOINED: tl.constexpr):
     """The sums of two tiles over columns."""
     if JOINED:  # one reduction: the warps meet for both sums at once
         return tl.split(tl.sum(tl.join(left, right), axis=1, keep_dims=True))
-    # no registers are left for that beside a float32 stream
+    # no registers are left for that beside a float32 stream or two sums before these
     return tl.sum(left, axis=1, keep_dims=True), tl.sum(right, axis=1, keep_dims=True)
 
 
