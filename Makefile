@@ -15,8 +15,9 @@ STAMP := $(VENV)/.installed
 # Pins that stand instead of those of constraints.txt.
 INSTEAD ?= /dev/null
 
-# An active environment or PYTHONPATH of the caller must not leak into ours.
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# An active environment or PYTHONPATH of the caller must not leak into ours; without bytecode, every
+# process that a test starts would compile the package again.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := test

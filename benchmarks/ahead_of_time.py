@@ -35,8 +35,9 @@ class Report:
     arch: compute capability without its dot. registers: per thread. spilled: bytes of local memory
     a thread needs. shared: bytes a program needs. widest_load: bytes of the widest load from global
     memory, asynchronous copies included; narrow_loads and narrow_stores: how many instructions move
-    fewer than 16 bytes a thread. async_copies: cp.async instructions, the mark of a pipelined loop.
-    float64: instructions on 64-bit floats. barriers: at which the warps of a program wait.
+    fewer than 16 bytes a thread; narrowest: the bytes of the one that moves fewest. async_copies:
+    cp.async instructions, the mark of a pipelined loop. float64: instructions on 64-bit floats.
+    barriers: at which the warps of a program wait.
     """
 
     kernel: str
@@ -48,6 +49,7 @@ class Report:
     widest_load: int
     narrow_loads: int
     narrow_stores: int
+    narrowest: int
     async_copies: int
     float64: int
     barriers: int
@@ -129,6 +131,7 @@ def _report(kernel: Any, arch: int) -> Report:
         widest_load=max([*loads, *copies], default=0),
         narrow_loads=sum(width < WIDEST for width in [*loads, *copies]),
         narrow_stores=sum(width < WIDEST for width in stores),
+        narrowest=min([*loads, *copies, *stores], default=0),
         async_copies=len(copies),
         float64=len(re.findall(r"\.f64\b", ptx)),
         barriers=len(re.findall(r"\bbar(?:rier)?\.", ptx)),

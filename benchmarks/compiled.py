@@ -5,6 +5,7 @@ model, `parallelize`, and that with ``compile=True``; with --tp 2 the latter two
 and backward, with --train also clipping and AdamW. Processor time of the process, on one thread;
 of two ranks the sum. A ratio is the median of those of single rounds. The losses of a model must
 agree, or nothing is said of its speed. At --hidden 128 the host rules: that is its time per step.
+With --dtype bfloat16 products are in bf16 over float32 weights, in PyTorch by torch.autocast.
 Rows of other models and sizes stay in the file.
 """
 
@@ -35,6 +36,7 @@ from benchmarks.families import FAMILIES, VOCAB, make_family
 from ilm_compile.runtime import Trainer
 
 LAYERS = 4
+DTYPES = {None: None, "bfloat16": torch.bfloat16}
 LR = 1e-12  # the weights stay what they are
 PLAIN, WHOLE, EAGER, COMPILED = WAYS = ("PyTorch", "torch.compile", "eager", "compiled")
 RATIOS = ((EAGER, PLAIN), (COMPILED, PLAIN), (COMPILED, EAGER), (COMPILED, WHOLE))
@@ -50,6 +52,7 @@ class Step:
     tokens: int = 128
     tp: int = 1
     trains: bool = False
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,22 +94,25 @@ def _times(
 
     def ours(compile: bool | str) -> Callable[[], Tensor]:
         made.append(
-            ilm_compile.parallelize(model, example_inputs=example, compile=compile, tp=step.tp)
+            ilm_compile.parallelize(
+                model, example_inputs=example, compile=compile, tp=step.tp, dtype=DTYPES[step.dtype]
+            )
         )
         return _our_step(made[-1], batch, trains=step.trains)
 
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        PLAIN: lambda: _plain_step(model, model, batch, trains=step.trains),
+        PLAIN: lambda: _plain_step(model, model, batch, step),
         WHOLE: lambda: _plain_step(
-            model, torch.compile(model, dynamic=False, backend=backend), batch, trains=step.trains
+            model, torch.compile(model, dynamic=False, backend=backend), batch, step
         ),
         EAGER: lambda: ours(False),
         COMPILED: lambda: ours(backend),
     }
     runs = {way: makers[way]() for way in ways}
     losses = [run() for run in runs.values() for _ in range(2)]  # the first step compiles
+    bound = 2e-2 if step.dtype else 1e-5
     for loss in losses:
-        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss.float(), losses[0].float(), rtol=bound, atol=bound)
     times: dict[str, list[float]] = {way: [] for way in runs}
     for _ in range(rounds):
         for way, run in runs.items():
@@ -117,16 +123,17 @@ def _times(
 
 
 def _plain_step(
-    model: nn.Module, run: Any, batch: dict[str, Tensor], *, trains: bool
+    model: nn.Module, run: Any, batch: dict[str, Tensor], what: Step
 ) -> Callable[[], Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step() -> Tensor:
         model.zero_grad()
-        found = run(**batch)
+        with torch.autocast("cpu", DTYPES[what.dtype], enabled=what.dtype is not None):
+            found = run(**batch)
         loss: Tensor = found if isinstance(found, Tensor) else found.loss
         loss.backward()
-        if trains:
+        if what.trains:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
             optimizer.step()
         return loss.detach()
@@ -160,10 +167,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--dtype", choices=[name for name in DTYPES if name])
     parser.add_argument("--output", type=Path, default=RESULTS / "compiled.json")
     options = parser.parse_args()
     steps = [
-        Step(name, hidden, options.rows, options.tokens, tp, options.train)
+        Step(name, hidden, options.rows, options.tokens, tp, options.train, options.dtype)
         for tp in options.tp
         for name in options.models
         for hidden in options.hidden

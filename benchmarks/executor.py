@@ -14,7 +14,9 @@ checks the batch, brings the loss to every rank and gives the gradients to the D
 
 Step time (8 transformer blocks of hidden size 512, 16 sequences of 128 tokens): wall time of
 `execute_schedule` and of torch's `step`, per rank, medians; and the processor time of the same
-steps, which other work on the machine disturbs less.
+steps, which other work on the machine disturbs less. Race: the wall time of the slowest rank, ours
+by torch's of the same round, median with its 95% interval. Where the processes' memory lies moves a
+step by some percent, so the rounds are those of several launches.
 
 Idle: the part of a step of ours in which the ranks compute nothing, by the recorded timeline, and
 the same step simulated with the median times of its stages. Where there are more ranks than cores,
@@ -37,6 +39,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import quantile_test
 
 from benchmarks.common import RESULTS, launch, make_console, make_parser, save_json
 from benchmarks.contest import (
@@ -52,6 +55,7 @@ from ilm_compile.schedule import Action, Kind, StageTimes, build, simulate
 from ilm_compile.schedule.simulate import Span
 
 T = TypeVar("T")
+FEWEST_ROUNDS = 6  # of which a median has a 95% interval
 CONTESTANTS = {"theirs": "torch", "ours": "ours", "ours_whole": "ours, whole"}
 
 
@@ -78,6 +82,7 @@ class Figure:
         return cls(schedule, rank, contestant, clock, median(samples), lower, upper)
 
 
+Steps = dict[str, list[Time]]  # of one rank, by contestant and round
 Timeline = dict[Action, Span]  # the computes of one rank in one step
 
 
@@ -103,30 +108,66 @@ def figures_against_loop(
 
 def step_time_on_rank(
     contest: Contest, schedule: str, repeats: int
-) -> tuple[list[Figure], list[Timeline]]:
-    """The seconds of a whole step by either clock, ours through `execute_schedule`, and timelines
-    of as many steps of our executor."""
-    rank = contest.parallel.mesh.rank
+) -> tuple[Steps, list[Timeline]]:
+    """The times of whole steps, ours through `execute_schedule`, and timelines of as many steps of
+    our executor."""
     times = measure(contest, ["theirs", "ours_whole"], repeats)
-    figures = [
-        Figure.of(schedule, rank, name, clock, [getattr(time, clock) for time in steps])
-        for clock in ("wall", "cpu")
-        for name, steps in times.items()
-    ]
     timelines = []
     for _ in range(repeats):
         contest.zero_grad()
         dist.barrier()
         timelines.append(contest.timeline())
-    return figures, timelines
+    return times, timelines
+
+
+def step_figures(schedule: str, ranks: Sequence[Steps]) -> list[Figure]:
+    """What the steps of each rank took by either clock."""
+    return [
+        Figure.of(schedule, rank, name, clock, [getattr(time, clock) for time in steps])
+        for rank, times in enumerate(ranks)
+        for clock in ("wall", "cpu")
+        for name, steps in times.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """Seconds of a step of the slowest rank, medians, and ours by theirs of the same round.
+
+    lower, upper: the 95% confidence interval of the ratio's median, from its order statistics;
+    there is none for less than six rounds.
+    """
+
+    schedule: str
+    theirs: float
+    ours: float
+    ratio: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, schedule: str, ranks: Sequence[Steps]) -> Race:
+        theirs, ours = (
+            [
+                max(time.wall for time in each)
+                for each in zip(*(r[name] for r in ranks), strict=True)
+            ]
+            for name in ("theirs", "ours_whole")
+        )
+        ratios = [ours / theirs for ours, theirs in zip(ours, theirs, strict=True)]
+        interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+        return cls(schedule, median(theirs), median(ours), median(ratios), *map(float, interval))
 
 
 def on_rank(
-    function: Callable[[Contest, str, int], T], workload: Workload, repeats: int
+    function: Callable[[Contest, str, int], T],
+    workload: Workload,
+    schedules: Sequence[str],
+    repeats: int,
 ) -> list[T]:
     """What `function` finds for each schedule, after a look that both executors do the same."""
     found = []
-    for schedule in SCHEDULES:
+    for schedule in schedules:
         contest = Contest(workload, schedule)
         contest.check_equal()
         found.append(function(contest, schedule, repeats))
@@ -197,6 +238,18 @@ def show(figures: Sequence[Figure], title: str, console: Console) -> None:
     console.print(table)
 
 
+def show_races(found: Sequence[Race], console: Console) -> None:
+    """Print the steps of the slowest rank and whether they differ."""
+    table = Table(title="Step of the slowest rank, ours beside torch's")
+    for column in ("schedule", "torch ms", "ours ms", "ratio", "95% interval"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for race in found:
+        times = (f"{1e3 * seconds:.0f}" for seconds in (race.theirs, race.ours))
+        interval = f"{race.lower:.3f} to {race.upper:.3f}"
+        table.add_row(race.schedule, *times, f"{race.ratio:.3f}", interval)
+    console.print(table)
+
+
 def show_idle(found: Sequence[Idle], console: Console) -> None:
     """Print what was measured beside what is simulated."""
     table = Table(title="Idle part of a step, ours, all ranks")
@@ -213,28 +266,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("executor", __doc__)
     parser.add_argument("--repeats", type=int, default=80, help="measured steps, own cost")
     parser.add_argument("--step-repeats", type=int, default=10, help="measured steps, step time")
+    parser.add_argument("--launches", type=int, default=3, help="of as many steps, step time")
+    parser.add_argument(
+        "--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES, metavar="NAME"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes, one pipeline rank each")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
+    if options.launches * options.step_repeats < FEWEST_ROUNDS:
+        parser.error(f"--launches times --step-repeats: expected {FEWEST_ROUNDS} rounds or more")
     date = datetime.now(UTC).date().isoformat()
     output = options.output or RESULTS / f"executor-{date}.json"
     console = make_console()
 
     smallest = Workload(make_model=SmallestModel, rows=1, seq_len=16)
-    found = launch(on_rank, options.ranks, own_cost_on_rank, smallest, options.repeats)
+    found = launch(
+        on_rank, options.ranks, own_cost_on_rank, smallest, options.schedules, options.repeats
+    )
     own = [figure for by_rank in zip(*found, strict=True) for each in by_rank for figure in each]
     show(own, "Own cost per rank and micro-batch", console)
     real = Workload(make_model=transformer, rows=2, seq_len=128)
-    found = launch(on_rank, options.ranks, step_time_on_rank, real, options.step_repeats)
-    steps, idles = [], []
-    for schedule, by_rank in zip(SCHEDULES, zip(*found, strict=True), strict=True):
-        steps += [figure for figures, _ in by_rank for figure in figures]
+    launches = [
+        launch(
+            on_rank, options.ranks, step_time_on_rank, real, options.schedules, options.step_repeats
+        )
+        for _ in range(options.launches)
+    ]
+    joined = [
+        [_join(each) for each in zip(*runs, strict=True)] for runs in zip(*launches, strict=True)
+    ]
+    steps, races, idles = [], [], []
+    for schedule, by_rank in zip(options.schedules, zip(*joined, strict=True), strict=True):
+        times = [each for each, _ in by_rank]
+        steps += step_figures(schedule, times)
+        races.append(Race.of(schedule, times))
         timelines = [timelines for _, timelines in by_rank]
         idles.append(idle(schedule, timelines, real.num_microbatches))
     show(steps, "Step time: hidden 512, 8 blocks, 16 x 128 tokens, 8 micro-batches", console)
+    show_races(races, console)
     show_idle(idles, console)
-    save_json(output, {"own_cost_s": own, "step_time_s": steps, "idle": idles})
+    save_json(output, {"own_cost_s": own, "step_time_s": steps, "race": races, "idle": idles})
     console.print(f"written to {output}")
+
+
+def _join(runs: Sequence[tuple[Steps, list[Timeline]]]) -> tuple[Steps, list[Timeline]]:
+    """The rounds of several launches as those of one."""
+    names = runs[0][0]
+    times = {name: [time for steps, _ in runs for time in steps[name]] for name in names}
+    return times, [timeline for _, timelines in runs for timeline in timelines]
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ilm_compile.kernels import MAX_CENTERED
 from ilm_compile.kernels.launch import Launch, launch_for
 
 NUM_ROWS = 5
 EPS = 1e-5
 BF16, FP32 = torch.bfloat16, torch.float32
-# InternLM2-1.8B and 7B, InternLM-20B, InternLM2-20B, Llama-3-70B.
-HIDDEN_SIZES = (2048, 4096, 5120, 6144, 8192)
+# InternLM2-1.8B and 7B, InternLM-20B, InternLM2-20B, Llama-3-70B; Mistral Large, Llama-3-405B.
+HIDDEN_SIZES = (2048, 4096, 5120, 6144, 8192, 12288, 16384)
 # Llama-3-8B on two ranks and one, Llama-2-7B on one.
 INTERMEDIATE_SIZES = (7168, 11008, 14336)
 HEAD_SIZES = (64, 96, 128)
@@ -59,7 +60,12 @@ class Sample:
         if self.launches is None:
             return None
         table = _find(self.launches)
-        return launch_for(table, min(width, table[-1].block))
+        return launch_for(table, min(width, table[-1].width))
+
+    def prefetches(self, width: int) -> bool:
+        """Whether a loop is to prefetch with cp.async."""
+        launch = self.launch(width)
+        return self.pipelined and (launch is None or launch.stages > 1)
 
 
 def _find(target: str) -> Any:
@@ -84,26 +90,51 @@ def norm(launcher: str, *dtypes: torch.dtype, pipelined: bool = False) -> Sample
         arguments=arguments,
         widths=HIDDEN_SIZES,
         meaning="hidden",
-        launches=f"triton_rms_norm:{'BACKWARD' if pipelined else 'FORWARD'}",
+        launches=f"triton_norm:{'BACKWARD' if pipelined else 'FORWARD'}",
         pipelined=pipelined,
     )
 
 
-def swiglu(launcher: str, num_tensors: int, launches: str, *, halves: bool = False) -> Sample:
-    """SwiGLU of as many tensors of rows; `halves`: gate and up are those of one projection."""
+def layer_norm(launcher: str, num_tensors: int, *, pipelined: bool = False) -> Sample:
+    """As `norm`, with a bias; the backward of both ops is one, given a gradient of the sum."""
+
+    def arguments(hidden: int) -> tuple[Any, ...]:
+        tensors = [rows(hidden) for _ in range(num_tensors)]
+        bias = True if pipelined else torch.zeros(hidden)
+        return (*tensors, torch.ones(hidden), bias, EPS)
+
+    return Sample(
+        launcher=f"triton_layer_norm:{launcher}",
+        arguments=arguments,
+        launches=f"triton_norm:{'BACKWARD' if pipelined else 'CENTERED_FORWARD'}",
+        widths=[width for width in HIDDEN_SIZES if width <= MAX_CENTERED],
+        meaning="hidden",
+        pipelined=pipelined,
+    )
+
+
+def glu(
+    launcher: str,
+    num_tensors: int,
+    launches: str,
+    activation: str = "silu",
+    *,
+    halves: bool = False,
+) -> Sample:
+    """GLU of as many tensors of rows; `halves`: gate and up are those of one projection."""
 
     def arguments(width: int) -> tuple[Any, ...]:
         if halves:
             grads = [rows(width) for _ in range(num_tensors - 2)]
-            return (*grads, *rows(2 * width).chunk(2, dim=-1))
-        return tuple(rows(width) for _ in range(num_tensors))
+            return (*grads, *rows(2 * width).chunk(2, dim=-1), activation)
+        return (*(rows(width) for _ in range(num_tensors)), activation)
 
     return Sample(
-        launcher=f"triton_swiglu:{launcher}",
+        launcher=f"triton_glu:{launcher}",
         arguments=arguments,
         widths=INTERMEDIATE_SIZES,
         meaning="intermediate",
-        launches=f"triton_swiglu:{launches}",
+        launches=f"triton_glu:{launches}",
     )
 
 
@@ -152,6 +183,11 @@ def vocab_backward(width: int) -> tuple[Any, ...]:
     return rows(width), target, per_token, per_token, width, -100, 0.1, 2 * width
 
 
+def column_sums(width: int) -> tuple[Any, ...]:
+    """Arguments of the launcher: what the programs of a norm's backward have written."""
+    return rows(width, FP32), BF16
+
+
 # All in bf16; `mixed`: with the residual stream in float32.
 SAMPLES: dict[str, Sample] = {
     "rms_norm": norm("rms_norm", BF16),
@@ -160,10 +196,24 @@ SAMPLES: dict[str, Sample] = {
     "add_rms_norm mixed": norm("add_rms_norm", BF16, FP32),
     "add_rms_norm_backward": norm("add_rms_norm_backward", BF16, BF16, BF16, pipelined=True),
     "add_rms_norm_backward mixed": norm("add_rms_norm_backward", BF16, FP32, FP32, pipelined=True),
-    "swiglu": swiglu("swiglu", 2, "FORWARD"),
-    "swiglu_backward": swiglu("swiglu_backward", 3, "BACKWARD"),
-    "swiglu halves": swiglu("swiglu", 2, "FORWARD", halves=True),
-    "swiglu_backward halves": swiglu("swiglu_backward", 3, "BACKWARD", halves=True),
+    "layer_norm": layer_norm("layer_norm", 1),
+    "add_layer_norm": layer_norm("add_layer_norm", 2),
+    "layer_norm_backward": layer_norm("layer_norm_backward", 3, pipelined=True),
+    "column_sums": Sample(
+        launcher="triton_column_sums:column_sums",
+        arguments=column_sums,
+        widths=HIDDEN_SIZES,
+        meaning="hidden",
+        narrow_stores=1,
+    ),
+    "swiglu": glu("glu", 2, "FORWARD"),
+    "swiglu_backward": glu("glu_backward", 3, "BACKWARD"),
+    "swiglu halves": glu("glu", 2, "FORWARD", halves=True),
+    "swiglu_backward halves": glu("glu_backward", 3, "BACKWARD", halves=True),
+    "geglu": glu("glu", 2, "FORWARD", "gelu"),
+    "geglu_backward": glu("glu_backward", 3, "BACKWARD", "gelu"),
+    "geglu tanh": glu("glu", 2, "FORWARD", "gelu_tanh"),
+    "geglu_backward tanh": glu("glu_backward", 3, "BACKWARD", "gelu_tanh"),
     "rotary": rotary("triton_rotary:rotary", QUERY_HEADS, KEY_HEADS),
     "rotary interleaved": rotary(
         "triton_rotary:rotary", QUERY_HEADS, KEY_HEADS, positions=True, interleaved=True

@@ -27,7 +27,7 @@ def load(path: Path | None) -> tuple[Path, dict[str, Any]]:
     """
     how = "make one on a machine with a GPU: python -m benchmarks.gpu.run_all"
     if path is None:
-        files = sorted(RESULTS.glob("gpu-*.json"), reverse=True)
+        files = sorted(RESULTS.glob("gpu-*.json"), key=lambda path: path.stem[-10:], reverse=True)
         found = next((file for file in files if _has_figures(json.loads(file.read_text()))), None)
         if found is None:
             raise IlmCompileError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention_backends, attention_reference
 from ilm_compile.kernels.documents import document_starts as document_starts
-from ilm_compile.kernels.documents import runs_of
+from ilm_compile.kernels.documents import is_flat, runs_of
 from ilm_compile.kernels.library import as_written, differentiable
 
 torch.library.define(
@@ -44,7 +44,8 @@ def attention(
     q: (B, S, H, D); k, v: (B, S, G, D), H a multiple of G: query head j reads key head
     j // (H // G). cu_seqlens: None (each row is one document), or integers, either (B, n): where
     the documents of each row start, beginning at 0 and padded with S, or (n,): the same over the
-    flattened B*S tokens, padded with B*S. scale: multiplies the scores, 1/sqrt(D) when None.
+    flattened B*S tokens, padded with B*S; or what `ilm::document_boundaries` makes of it for these
+    `tokens`, once for several calls. scale: multiplies the scores, 1/sqrt(D) when None.
     tokens: where q holds some of the S queries only, start and stop of each run of them, in the
     order in which they lie in q. Returns the shape and the dtype of q.
     """
@@ -78,7 +79,12 @@ def _check(
         return
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise refuse("cu_seqlens of int32 or int64")
-    if cu_seqlens.dim() not in (1, 2) or (cu_seqlens.dim() == 2 and len(cu_seqlens) != len(q)):
+    if cu_seqlens.dim() == 4:
+        made, batch = tuple(cu_seqlens.shape[:3]), k.shape[0]
+        number = len(runs) * batch if tokens is not None and is_flat(cu_seqlens) else len(runs)
+        if made not in {(number, 1 if tokens is None else 2, rows) for rows in (1, batch)}:
+            raise refuse(f"the boundaries of documents for the queries of {runs}")
+    elif cu_seqlens.dim() not in (1, 2) or (cu_seqlens.dim() == 2 and len(cu_seqlens) != len(q)):
         raise refuse("cu_seqlens (batch, n), or (n,) over the flattened tokens")
 
 

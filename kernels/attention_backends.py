@@ -5,8 +5,8 @@ op keeps the logsumexp that its own backward op needs. The first in BACKENDS tha
 input is taken, of rows that are one document each SDPA; which, and why not those before it, is said
 once in the log of this module.
 
-Shapes in this file: q (B, S, H, D), k and v (B, S, G, D), cu_seqlens as documents.py has it. A
-backend takes the queries from token `first` on only: q (B, S - first, H, D).
+Shapes in this file: q (rows, N, H, D), the last N of the tokens of k and v (rows, M, G, D), rows as
+`fold` lays them; boundaries of one run of queries, (sides, rows, n + 1), as documents.py has them.
 """
 
 import inspect
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels.documents import document_starts, flat_boundaries, fold, runs_of
-from ilm_compile.kernels.last_queries import attend_last
+from ilm_compile.kernels.attention_order import flash_version
+from ilm_compile.kernels.documents import boundaries, fold, is_flat, runs_of
+from ilm_compile.kernels.last_queries import attend_documents, attend_last
 
 logger = logging.getLogger(__name__)
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, int], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_DIM = 256
@@ -36,16 +36,11 @@ def load_flash_attn() -> Backend:
     from flash_attn import flash_attn_varlen_func
 
     def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        scale: float | None,
-        first: int = 0,
+        q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float | None
     ) -> Tensor:
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         options = {"softmax_scale": scale, "causal": True}
-        out = flash_attn_varlen_func(*tokens, *_lengths(q, k, cu_seqlens, first), **options)
+        out = flash_attn_varlen_func(*tokens, *_lengths(q, k, documents), **options)
         return _like(out, q)
 
     return run
@@ -61,19 +56,12 @@ def load_varlen() -> Backend:
         raise ImportError("this torch's varlen_attn takes no window_size and scale")
 
     def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        scale: float | None,
-        first: int = 0,
+        q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float | None
     ) -> Tensor:
-        lengths = _lengths(q, k, cu_seqlens, first)
+        lengths = _lengths(q, k, documents)
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # all before, none after
-        if "enable_gqa" in known:
+        if "enable_gqa" in known:  # without it torch 2.11 takes grouped keys as they come
             options["enable_gqa"] = q.shape[2] != k.shape[2]
-        else:
-            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
         tokens = (x.flatten(0, 1) for x in (q, k, v))
         return _like(varlen_attn(*tokens, *lengths, **options), q)
 
@@ -81,45 +69,30 @@ def load_varlen() -> Backend:
 
 
 def load_sdpa() -> Backend:
-    """scaled_dot_product_attention, with a (S, S) mask for each row where documents are packed."""
+    """scaled_dot_product_attention, with a (N, M) mask for each row where documents are packed."""
     return _sdpa
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    first: int = 0,
-) -> Tensor:
-    query, key, value = (fold(x, cu_seqlens).transpose(1, 2) for x in (q, k, v))
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float | None) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
-    if cu_seqlens is None:
-        return _like(attend_last(query, key, value, **options).transpose(1, 2), q)
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    starts = document_starts(cu_seqlens.reshape(-1, cu_seqlens.shape[-1]), num_keys)
-    mask = starts[:, None, first:, None] == starts[:, None, None, :]
-    mask.logical_and_(mask.new_ones(num_queries, num_keys).tril_(first))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    if documents is None:
+        out = attend_last(query, key, value, **options)
+    else:
+        out = attend_documents(query, key, value, documents, **options)
     return _like(out.transpose(1, 2), q)
 
 
-def _lengths(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, first: int
-) -> tuple[Tensor, Tensor, int, int]:
+def _lengths(q: Tensor, k: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
     """Boundaries of the documents among the queries and among the keys, and bounds of their length.
 
     No document is longer. To know the longest would be to wait for the device.
     """
-    batch, num_tokens = k.shape[:2]
-    keys = flat_boundaries(cu_seqlens, batch, num_tokens, q.device)
-    if q.shape[1] == num_tokens:
-        flattened = cu_seqlens is not None and cu_seqlens.dim() == 1
-        longest = batch * num_tokens if flattened else num_tokens
-        return keys, keys, longest, longest
-    queries = flat_boundaries(cu_seqlens, batch, num_tokens, q.device, first)
-    return queries, keys, q.shape[1], num_tokens
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    if documents is None:
+        run = None if num_queries == num_keys else (num_keys - num_queries, num_keys)
+        documents = boundaries(None, len(k), num_keys, run, k.device)[0]
+    return documents[0].flatten(), documents[-1].flatten(), num_queries, num_keys
 
 
 def _like(out: Tensor, q: Tensor) -> Tensor:
@@ -184,19 +157,25 @@ def obstacle(
 
 @cache
 def choose(
-    dtype: torch.dtype, head_dim: int, device: torch.device, *, is_packed: bool = True
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    *,
+    is_packed: bool = True,
+    flash: str | None = None,
 ) -> Backend:
     """The backend for such inputs. Logged at INFO, once. Raises IlmCompileError if a forced one
     cannot compute them.
 
     is_packed: rows have documents in them. Where each is one, torch's SDPA is the best: it needs no
-    boundaries and no mask, repeats no keys, and takes cuDNN's kernel on Hopper.
+    boundaries and no mask, repeats no keys, and takes cuDNN's kernel on Hopper. flash: of
+    `flash_version`; what stands behind torch's varlen attention then goes before flash-attn's.
     """
     visible = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(device) if visible else None
     passed_over: list[str] = []
-    preferred = BACKENDS if is_packed else {"sdpa": BACKENDS["sdpa"], **BACKENDS}
-    for name, load in preferred.items():
+    first = "sdpa" if not is_packed else "varlen" if flash else "flash_attn"
+    for name, load in {first: BACKENDS[first], **BACKENDS}.items():
         if _forced not in (None, name):
             continue
         reason = obstacle(name, dtype, head_dim, capability)
@@ -226,18 +205,18 @@ def attention(
     """`ilm::attention` by the chosen backend, differentiable; of the shape of q, contiguous."""
     if q.numel() == 0:
         return q.clone(memory_format=torch.contiguous_format)
-    is_packed = cu_seqlens is not None or tokens is not None
-    backend = choose(q.dtype, q.shape[3], q.device, is_packed=is_packed)
-    if tokens is None:
-        return backend(q, k, v, cu_seqlens, scale, 0)
-    runs, (batch, num_tokens) = runs_of(tokens, k.shape[1]), k.shape[:2]
+    options = {"is_packed": cu_seqlens is not None, "flash": flash_version()}
+    backend = choose(q.dtype, q.shape[3], q.device, **options)
+    batch, num_tokens = k.shape[:2]
     query, key, value = (fold(x, cu_seqlens) for x in (q, k, v))
-    if cu_seqlens is not None and cu_seqlens.dim() == 1:  # rows are one behind the other
-        offsets = range(0, batch * num_tokens, num_tokens)
-        runs = [(row + start, row + stop) for row in offsets for start, stop in runs]
-        cu_seqlens = cu_seqlens[None]
+    runs = runs_of(tokens, num_tokens, batch if is_flat(cu_seqlens) else 1)
+    made: Sequence[Tensor | None] = [None] * len(runs)
+    if cu_seqlens is not None:
+        made = boundaries(cu_seqlens, batch, num_tokens, tokens, q.device).unbind()
+    if tokens is None:
+        return _like(backend(query, key, value, made[0], scale), q)
     found, here = [], 0
-    for start, stop in runs:
+    for (start, stop), documents in zip(runs, made, strict=True):
         asked, here = query[:, here : here + stop - start], here + stop - start
-        found.append(backend(asked, key[:, :stop], value[:, :stop], cu_seqlens, scale, start))
+        found.append(backend(asked, key[:, :stop], value[:, :stop], documents, scale))
     return _like(torch.cat(found, 1), q)

@@ -187,9 +187,8 @@ def _cpu_backward(
 def _cuda_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, ...]:
-    run = aten._scaled_dot_product_flash_attention.default
-    key, value = (_repeated(x, q) for x in (k, v))
-    out, lse, *_ = run(q, key, value, 0.0, causal, False, scale=scale)
+    run = aten._scaled_dot_product_flash_attention.default  # takes grouped keys as they are
+    out, lse, *_ = run(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse
 
 
@@ -204,17 +203,9 @@ def _cuda_backward(
     causal: bool,
 ) -> tuple[Tensor, ...]:
     run = aten._scaled_dot_product_flash_attention_backward.default
-    key, value = (_repeated(x, q) for x in (k, v))
     state = [torch.empty(n, dtype=torch.uint64, device=q.device) for n in (2, ())]  # of dropout
     lengths = None, None, q.shape[2], k.shape[2], 0.0, causal
-    grad_q, *grads = run(grad, q, key, value, out, lse, *lengths, *state, scale=scale)
-    shape = (len(k), k.shape[1], -1, *k.shape[2:])
-    return grad_q, *(x.view(shape).sum(2) for x in grads)
-
-
-def _repeated(x: Tensor, q: Tensor) -> Tensor:
-    times = q.shape[1] // x.shape[1]
-    return x if times == 1 else x.repeat_interleave(times, 1)
+    return tuple(run(grad, q, k, v, out, lse, *lengths, *state, scale=scale))
 
 
 # By device: what takes a block without a mask, forward and backward.

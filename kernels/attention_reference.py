@@ -32,7 +32,7 @@ def forward(
     """Causal attention inside each document, of the shape of q, contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q_fold, k_fold, v_fold, result = (fold(x, cu_seqlens) for x in (q, k, v, out))
-    for rows, asked, seen in queries(q, k, cu_seqlens, tokens):
+    for rows, asked, seen in queries(k, cu_seqlens, tokens):
         query = q_fold[rows, asked].transpose(1, 2)
         key, value = (x[rows, seen].transpose(1, 2) for x in (k_fold, v_fold))
         grouped = q.shape[2] != k.shape[2]
@@ -59,7 +59,7 @@ def backward(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     outs = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     given, results = ([fold(x, cu_seqlens) for x in xs] for xs in ((grad, q, k, v), outs))
-    for rows, asked, seen in queries(q, k, cu_seqlens, tokens):
+    for rows, asked, seen in queries(k, cu_seqlens, tokens):
         places = (asked, asked, seen, seen)
         parts = (x[rows, place] for x, place in zip(given, places, strict=True))
         for result, place, x in zip(

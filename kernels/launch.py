@@ -19,19 +19,28 @@ INTERPRETED_MULTIPROCESSORS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How one kernel runs at widths up to `block`.
+    """How one kernel runs at widths up to `width`.
 
-    block: columns that a program holds, a power of two. rows: rows it holds at a time.
+    block: columns that a program has of a row at a time, a power of two; pieces: how many times,
+    so that 3 x 2048 columns leave no lanes idle. rows: rows it has at a time.
     warps: of 32 threads. programs_per_sm: programs that a multiprocessor holds at once; a
     persistent grid has that many for each. stages: rows in flight in a pipelined loop, the one in
-    use included.
+    use included. twice: a row is read once for its sums and once more, from the cache, for what
+    depends on them: it is too wide to be kept in registers.
     """
 
     block: int
+    pieces: int = 1
     rows: int
     warps: int
     programs_per_sm: int
     stages: int = 1
+    twice: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns that it is wide enough for."""
+        return self.block * self.pieces
 
     @property
     def max_registers(self) -> int:
@@ -46,7 +55,7 @@ class Launch:
 
 def launch_for(table: Sequence[Launch], width: int) -> Launch:
     """The first row of the table that is wide enough. `width` must not pass the last one."""
-    return table[bisect_left(table, width, key=lambda launch: launch.block)]
+    return table[bisect_left(table, width, key=lambda launch: launch.width)]
 
 
 def flat_rows(x: Tensor) -> Tensor:

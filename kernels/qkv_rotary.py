@@ -5,6 +5,11 @@ writes the whole gradient of the projection in one launch, where plain torch wou
 zero-padded slices. The packing is InternEvo's "(h gs d)"
 (internlm/model/modeling_internlm2.py): `ilm_compile.models.internlm2` has the same.
 
+v is a copy, though an attention could read it in the projection: saved for the backward, a view of
+1 head in R + 2 would keep all of them, 6 times the bytes of v where 4 queries share a key, and so
+nearly double what the attention saves (q, k, v); and the gradient of v would be added to that of
+the rest by one pass more over all of it.
+
 Shapes in this file: B batch, S tokens per row, G key heads, R query heads of each, D head size.
 """
 

@@ -49,7 +49,9 @@ def rms_norm(
     return result
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor | None, weight_offset: float) -> None:
+def check_norm(
+    op: str, x: Tensor, weight: Tensor | None, weight_offset: float, widest: int = MAX_HIDDEN
+) -> None:
     """Raise IlmCompileError unless x (..., H) and weight are what the norms take."""
 
     def refuse(expected: str) -> IlmCompileError:
@@ -60,8 +62,8 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, weight_offset: float) 
 
     if x.dim() == 0 or not x.dtype.is_floating_point:
         raise refuse("x (..., hidden) of a floating dtype")
-    if not 1 <= x.shape[-1] <= MAX_HIDDEN:
-        raise refuse(f"a hidden size of 1 to {MAX_HIDDEN} (use torch's rms_norm above it)")
+    if not 1 <= x.shape[-1] <= widest:
+        raise refuse(f"a hidden size of 1 to {widest} (use torch's norm above it)")
     if weight is None and weight_offset != 0:
         raise refuse(f"a weight, as weight_offset is {weight_offset}")
     if weight is not None and weight.shape != x.shape[-1:]:

@@ -1,172 +1,8 @@
-"""RMSNorm in Triton, forward and backward, with or without a residual sum: import it lazily.
+"""`ilm::rms_norm` and `ilm::add_rms_norm` in Triton: import it lazily."""
 
-Forward: a program per row (several rows where they are narrow), read once and written once.
-Backward: a persistent grid. Each program walks over rows with a stride, holds its part of the
-weight's gradient in float32 registers while the next row is on its way to shared memory, and
-writes it once; the parts are then summed over programs. No atomics, so a run repeats bit for bit.
-
-Everything is computed in float32 from the moment it is loaded. What does not change from step to
-step is a constexpr; the number of rows is not, nor is it specialised, so that no sequence length
-compiles anew. Row numbers become int64 before they meet a stride.
-
-Shapes in this file: x (R, H) with any row stride, weight (H,), partial (programs, H).
-"""
-
-# Triton types neither its decorator nor what a kernel sees of its arguments.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ilm_compile.kernels.launch import (
-    Launch,
-    device_of,
-    flat_rows,
-    launch_for,
-    multiprocessors,
-    row_stride,
-)
-
-# 48 warps a multiprocessor. More than block / 512 a row narrow the loads of 16 bits below 128.
-FORWARD = (
-    Launch(block=64, rows=32, warps=4, programs_per_sm=10),
-    Launch(block=128, rows=16, warps=4, programs_per_sm=10),
-    Launch(block=256, rows=8, warps=4, programs_per_sm=10),
-    Launch(block=512, rows=4, warps=4, programs_per_sm=10),
-    Launch(block=1024, rows=2, warps=4, programs_per_sm=10),
-    Launch(block=2048, rows=1, warps=4, programs_per_sm=12),
-    Launch(block=4096, rows=1, warps=8, programs_per_sm=6),
-    Launch(block=8192, rows=1, warps=16, programs_per_sm=3),
-    Launch(block=16384, rows=1, warps=32, programs_per_sm=1),
-)
-# 32 KiB of 16-bit rows are on their way to each multiprocessor, which hides the memory's latency.
-# A warp for 256 elements: with fewer, a thread that also keeps a float32 stream spills on sm_100.
-BACKWARD = (
-    Launch(block=64, rows=16, warps=4, programs_per_sm=6, stages=2),
-    Launch(block=128, rows=8, warps=4, programs_per_sm=6, stages=2),
-    Launch(block=256, rows=4, warps=4, programs_per_sm=5, stages=2),
-    Launch(block=512, rows=2, warps=4, programs_per_sm=6, stages=2),
-    Launch(block=1024, rows=2, warps=8, programs_per_sm=4, stages=2),
-    Launch(block=2048, rows=1, warps=8, programs_per_sm=4, stages=2),
-    Launch(block=4096, rows=1, warps=16, programs_per_sm=2, stages=2),
-    Launch(block=8192, rows=1, warps=32, programs_per_sm=1, stages=2),
-    # Spills some: a row, its gradient, the weight and the weight's gradient pass 64 registers.
-    Launch(block=16384, rows=1, warps=32, programs_per_sm=1, stages=1),
-)
-
-
-@triton.jit
-def _load(base, row, stride, HIDDEN: tl.constexpr, column, mask):
-    """Elements as float32. A stride of None says that rows lie end to end."""
-    # HIDDEN is known to the compiler, so that a multiple of 8 keeps loads of 128 bits.
-    start = row.to(tl.int64) * HIDDEN if stride is None else row.to(tl.int64) * stride
-    return tl.load(base + start + column, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(base, row, HIDDEN: tl.constexpr, column, mask, value):
-    address = base + row.to(tl.int64) * HIDDEN + column
-    tl.store(address, value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _forward_kernel(
-    x,
-    residual,
-    weight,
-    y,
-    total,
-    num_rows,
-    x_stride,
-    residual_stride,
-    HIDDEN: tl.constexpr,
-    EPS: tl.constexpr,
-    CAST: tl.constexpr,
-    OFFSET: tl.constexpr,
-    EARLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = (row < num_rows) & (column < HIDDEN)
-    values = _load(x, row, x_stride, HIDDEN, column, mask)
-    if residual is not None:
-        values += _load(residual, row, residual_stride, HIDDEN, column, mask)
-        _store(total, row, HIDDEN, column, mask, values)
-        values = values.to(total.dtype.element_ty).to(tl.float32)
-    if EARLY:  # the weight is on its way while the warps wait for their sum
-        scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-    mean_square = tl.sum(values * values, axis=1, keep_dims=True) / HIDDEN
-    values *= tl.rsqrt(mean_square + EPS)
-    if weight is not None:
-        if CAST:
-            values = values.to(y.dtype.element_ty).to(tl.float32)
-        if not EARLY:
-            scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-        values *= scale + OFFSET
-    _store(y, row, HIDDEN, column, mask, values)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _backward_kernel(
-    grad,
-    x,
-    weight,
-    grad_sum,
-    grad_x,
-    grad_x_low,
-    partial,
-    num_rows,
-    grad_stride,
-    x_stride,
-    grad_sum_stride,
-    HIDDEN: tl.constexpr,
-    EPS: tl.constexpr,
-    CAST: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = column < HIDDEN
-    if weight is not None:
-        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
-        grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    first, step = tl.program_id(0), tl.num_programs(0)
-    for tile in tl.range(first, tl.cdiv(num_rows, ROWS), step, num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-        mask = (row < num_rows) & inside
-        values = _load(x, row, x_stride, HIDDEN, column, mask)
-        arriving = _load(grad, row, grad_stride, HIDDEN, column, mask)
-        scaled = arriving
-        if weight is not None:
-            scaled *= scale
-        if grad_x_low is None:  # one reduction: the warps meet for both sums at once
-            both = tl.sum(tl.join(values * values, scaled * values), axis=1, keep_dims=True)
-            squares, products = tl.split(both)
-        else:  # no registers are left for that beside a float32 stream
-            squares = tl.sum(values * values, axis=1, keep_dims=True)
-            products = tl.sum(scaled * values, axis=1, keep_dims=True)
-        rstd = tl.rsqrt(squares / HIDDEN + EPS)
-        unit = values * rstd
-        if weight is not None:
-            seen = unit
-            if CAST:
-                seen = unit.to(grad.dtype.element_ty).to(tl.float32)
-            grad_weight += arriving * seen
-        result = rstd * (scaled - unit * (rstd * products / HIDDEN))
-        if grad_sum is not None:
-            result += _load(grad_sum, row, grad_sum_stride, HIDDEN, column, mask)
-        _store(grad_x, row, HIDDEN, column, mask, result)
-        if grad_x_low is not None:
-            _store(grad_x_low, row, HIDDEN, column, mask, result)
-    if weight is not None:
-        address = partial + first.to(tl.int64) * HIDDEN + column
-        tl.store(address, tl.sum(grad_weight, axis=0, keep_dims=True), mask=inside)
+from ilm_compile.kernels.triton_norm import Norm, backward, forward
 
 
 def rms_norm(
@@ -177,9 +13,7 @@ def rms_norm(
     weight_offset: float = 0.0,
 ) -> Tensor:
     """`ilm::rms_norm` of any strides. Returns a contiguous tensor like x."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _forward(x, None, weight, y, None, eps, cast_before_scale, weight_offset)
-    return y
+    return forward(Norm(eps, cast_before_scale, weight_offset), x, None, weight)[0]
 
 
 def add_rms_norm(
@@ -189,51 +23,9 @@ def add_rms_norm(
     eps: float,
     cast_before_scale: bool = False,
     weight_offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`ilm::add_rms_norm`: the norm in the dtype of x, the sum in that of the residual."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    _forward(x, residual, weight, y, total, eps, cast_before_scale, weight_offset)
-    return y, total
-
-
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    y: Tensor,
-    total: Tensor | None,
-    eps: float,
-    cast_before_scale: bool,
-    weight_offset: float,
-) -> None:
-    if x.numel() == 0:
-        return
-    flat = flat_rows(x)
-    flat_residual = None if residual is None else flat_rows(residual)
-    num_rows, hidden = flat.shape
-    launch = launch_for(FORWARD, hidden)
-    with device_of(x):
-        _forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
-            flat,
-            flat_residual,
-            None if weight is None else weight.contiguous(),
-            y,
-            total,
-            num_rows,
-            row_stride(flat),
-            row_stride(flat_residual),
-            HIDDEN=hidden,
-            EPS=eps,
-            CAST=cast_before_scale,
-            OFFSET=weight_offset,
-            # beside a stream of another dtype, its registers would be spilled
-            EARLY=weight is not None and (total is None or total.dtype == y.dtype),
-            BLOCK=launch.block,
-            ROWS=launch.rows,
-            num_warps=launch.warps,
-            maxnreg=launch.max_registers,
-        )
+    return forward(Norm(eps, cast_before_scale, weight_offset), x, residual, weight)
 
 
 def rms_norm_backward(
@@ -245,9 +37,9 @@ def rms_norm_backward(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     """`ilm::rms_norm_backward`: gradients of x, contiguous, and of the weight."""
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    options = (eps, cast_before_scale, weight_offset)
-    return grad_x, _backward(grad, None, x, weight, grad_x, None, *options)
+    norm = Norm(eps, cast_before_scale, weight_offset)
+    grad_x, _, grad_weight, _ = backward(norm, grad, None, x, weight)
+    return grad_x, grad_weight
 
 
 def add_rms_norm_backward(
@@ -260,59 +52,5 @@ def add_rms_norm_backward(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ilm::add_rms_norm_backward`: gradients of the residual, of x if of another dtype, weight."""
-    grad_residual = torch.empty_like(total, memory_format=torch.contiguous_format)
-    same = grad.dtype == total.dtype
-    grad_x = None if same else torch.empty_like(grad, memory_format=torch.contiguous_format)
-    options = (eps, cast_before_scale, weight_offset)
-    grad_weight = _backward(grad, grad_sum, total, weight, grad_residual, grad_x, *options)
-    return grad_residual, grad.new_empty(0) if grad_x is None else grad_x, grad_weight
-
-
-def _backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    grad_x: Tensor,
-    grad_x_low: Tensor | None,
-    eps: float,
-    cast_before_scale: bool,
-    weight_offset: float,
-) -> Tensor:
-    """Fill the gradients of x and return that of the weight."""
-    flat, flat_grad = flat_rows(x), flat_rows(grad)
-    flat_grad_sum = None if grad_sum is None else flat_rows(grad_sum)
-    num_rows, hidden = flat.shape
-    launch = launch_for(BACKWARD, hidden)
-    tiles = triton.cdiv(num_rows, launch.rows)
-    programs = min(tiles, multiprocessors(x) * launch.programs_per_sm)
-    partial = None
-    if weight is not None:
-        partial = x.new_empty((programs, hidden), dtype=torch.float32)
-    if programs > 0:
-        with device_of(x):
-            _backward_kernel[(programs,)](
-                flat_grad,
-                flat,
-                None if weight is None else weight.contiguous(),
-                flat_grad_sum,
-                grad_x,
-                grad_x_low,
-                partial,
-                num_rows,
-                row_stride(flat_grad),
-                row_stride(flat),
-                row_stride(flat_grad_sum),
-                HIDDEN=hidden,
-                EPS=eps,
-                CAST=cast_before_scale,
-                OFFSET=weight_offset,
-                BLOCK=launch.block,
-                ROWS=launch.rows,
-                STAGES=launch.stages,
-                num_warps=launch.warps,
-                maxnreg=launch.max_registers,
-            )
-    if weight is None or partial is None:
-        return x.new_empty(0)
-    return partial.sum(0).to(weight.dtype)
+    norm = Norm(eps, cast_before_scale, weight_offset)
+    return backward(norm, grad, grad_sum, total, weight)[:3]

@@ -22,6 +22,7 @@ from ilm_compile.passes.master_weights import MasterWeights as MasterWeights
 from ilm_compile.passes.pipeline_split import PipelineSplit as PipelineSplit
 from ilm_compile.passes.selective_recompute import SelectiveRecompute as SelectiveRecompute
 from ilm_compile.passes.shard import Shard as Shard
+from ilm_compile.passes.share_boundaries import ShareBoundaries as ShareBoundaries
 from ilm_compile.passes.split_backward import SplitBackward as SplitBackward
 from ilm_compile.passes.stage_choice import ChooseStages as ChooseStages
 from ilm_compile.passes.standard import standard_passes as standard_passes

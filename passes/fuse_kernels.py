@@ -1,4 +1,5 @@
-"""Fused ops in the place of what computes the same: RMSNorm, rotary positions, SwiGLU.
+"""Fused ops in the place of what computes the same: RMSNorm, LayerNorm, rotary
+positions, SwiGLU, GeGLU.
 
 Patterns are found in the graph, whatever the model calls its modules. The ops have a Triton kernel
 on CUDA and a torch reference on the CPU (`ilm_compile.kernels`), so a fused program can be checked
@@ -16,15 +17,16 @@ from ilm_compile.errors import PlanError
 from ilm_compile.passes.base import Pass
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.program import Program
-from ilm_compile.rewrite.fuse_norm import fuse_norms
+from ilm_compile.rewrite.fuse_glu import fuse_glus
+from ilm_compile.rewrite.fuse_norm import fuse_layer_norms, fuse_rms_norms
 from ilm_compile.rewrite.fuse_rotary import fuse_rotaries
-from ilm_compile.rewrite.fuse_swiglu import fuse_swiglus
 from ilm_compile.rewrite.fusion import Found
 
 PATTERNS: dict[str, Callable[[Program], Found]] = {
-    "rms_norm": fuse_norms,
+    "rms_norm": fuse_rms_norms,
+    "layer_norm": fuse_layer_norms,
     "rotary": fuse_rotaries,
-    "swiglu": fuse_swiglus,
+    "glu": fuse_glus,
 }
 
 

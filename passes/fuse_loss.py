@@ -1,6 +1,7 @@
 """A head and its cross entropy as one call, whose logits never exist for all tokens at once.
 
-A late pass: the vocabulary is sharded by then, and products are cast. The logits that the model
+The vocabulary is sharded by then, and products are cast; what a stage or a recomputed block keeps
+is not decided yet, since the logits are the largest value of most models. Those that the model
 returns beside its loss are computed apart, and only where somebody asks for them.
 """
 
@@ -37,9 +38,8 @@ class FuseLoss(Pass):
     """
 
     name: ClassVar[str] = "fuse-loss"
-    after: ClassVar[frozenset[str]] = frozenset(
-        {"fused", "sharded", "cast", "masters", "checkpointed", "split", "placed"}
-    )
+    after: ClassVar[frozenset[str]] = frozenset({"fused", "sharded", "cast"})
+    before: ClassVar[frozenset[str]] = frozenset({"checkpointed", "split", "masters"})
     ensures: ClassVar[frozenset[str]] = frozenset({"loss"})
     numerics: ClassVar[Literal["preserving", "changing"]] = "changing"
     tolerance: ClassVar[float] = 2e-3
@@ -49,7 +49,7 @@ class FuseLoss(Pass):
         left: list[Left] = []
         for loss in [node for node in program.calls() if is_call(node, *LOSSES)]:
             chain = _chain(loss)
-            if reason := _refusal(program, loss, chain):
+            if reason := _refusal(loss, chain):
                 left.append(Left(OP, loss, reason))
             else:
                 fused.append(_fuse(program, loss, chain))
@@ -64,7 +64,7 @@ def _chain(loss: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _refusal(program: Program, loss: fx.Node, chain: list[fx.Node]) -> str | None:
+def _refusal(loss: fx.Node, chain: list[fx.Node]) -> str | None:
     head, *between = chain
     if not is_call(head, aten.linear.default):
         return f"its logits come from {target_name(head)}, and not from a product with a weight"
@@ -83,17 +83,14 @@ def _refusal(program: Program, loss: fx.Node, chain: list[fx.Node]) -> str | Non
     for node, reader in zip(chain, [*between, loss], strict=True):
         if others := [u for u in node.users if u is not reader and u.op != "output"]:
             return f"its logits are also read by {target_name(others[0])}"
-        if node.meta.get("stage") != loss.meta.get("stage"):
-            return "its logits are made in another stage"
-    if program.regions[loss.meta["region"]].recompute:
-        return "it is computed again as it is"
     return None
 
 
 def _fuse(program: Program, loss: fx.Node, chain: list[fx.Node]) -> fx.Node:
     head, *between = chain
     x, weight = args(head)[:2]
-    weight = _uncast(weight, head)
+    if is_call(weight, aten.to.dtype) and args(weight)[0].op == "get_attr":
+        weight = args(weight)[0]  # it casts while it works, and keeps no cast
     outputs = [node for node in chain if any(user.op == "output" for user in node.users)]
     hidden = x
     for node in between:
@@ -110,20 +107,11 @@ def _fuse(program: Program, loss: fx.Node, chain: list[fx.Node]) -> fx.Node:
     loss.replace_all_uses_with(new)
     for node in outputs:
         _give_logits(program, new, node, chain, x, weight)
-    for node in (loss, *reversed(chain)):
+    cast = args(head)[1]
+    for node in (loss, *reversed(chain), *([] if cast is weight else [cast])):
         if not node.users:
             program.graph.erase_node(node)
     return new
-
-
-def _uncast(weight: fx.Node, head: fx.Node) -> fx.Node:
-    """Return the weight itself where its cast would be saved, as it is also read uncast."""
-    if not is_call(weight, aten.to.dtype) or args(weight)[0].op != "get_attr":
-        return weight
-    stage = head.meta.get("stage")
-    others = (u for u in args(weight)[0].users if u.meta.get("stage") == stage)
-    is_read_uncast = any(not is_call(user, aten.to.dtype) for user in others)
-    return args(weight)[0] if is_read_uncast else weight
 
 
 def _view(program: Program, point: fx.Node, node: fx.Node, value: fx.Node) -> fx.Node:

@@ -1,4 +1,5 @@
-"""A sum with the residual stream and the norm that follows it, as one op: `ilm::add_rms_norm`.
+"""A sum with the residual stream and the norm that follows it, as one op: `ilm::add_rms_norm`
+or `ilm::add_layer_norm`.
 
 The last pass of all. Fused, the sum is made where its norm is: the two terms go from one block to
 the next in the place of their sum. That is free inside a stage, but a stage would receive two
@@ -8,8 +9,9 @@ stages begin must therefore be known.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
@@ -34,14 +36,17 @@ from ilm_compile.rewrite.fusion import (
     shape,
 )
 
-OP = "add_rms_norm"
+FUSED: dict[Any, Any] = {
+    ilm.rms_norm.default: ilm.add_rms_norm.default,
+    ilm.layer_norm.default: ilm.add_layer_norm.default,
+}
 BETWEEN = (redistribute, aten.to.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseResidual(Pass):
-    """Replace a sum and the `ilm::rms_norm` of it by one op; who else uses the sum reads its second
-    result. Equal up to the rounding of the gradient's sum in bfloat16."""
+    """Replace a sum and the `ilm::rms_norm` or `ilm::layer_norm` of it by one op; who else uses the
+    sum reads its second result. Equal up to the rounding of the gradient's sum in bfloat16."""
 
     name: ClassVar[str] = "fuse-residual"
     after: ClassVar[frozenset[str]] = frozenset(
@@ -52,20 +57,28 @@ class FuseResidual(Pass):
     tolerance: ClassVar[float] = 2e-3
 
     def apply(self, program: Program) -> None:
-        fused: list[fx.Node] = []
-        left: list[Left] = []
-        for norm in program.graph.find_nodes(op="call_function", target=ilm.rms_norm.default):
-            total = args(norm)[0]
-            if is_call(total, *BETWEEN) and is_call(args(total)[0], aten.add.Tensor):
-                between = f"{target_name(total)} stands between its sum and its norm"
-                left.append(Left(OP, args(total)[0], between))
-            if not is_call(total, aten.add.Tensor):
-                continue
-            if reason := _refusal(program, total, norm):
-                left.append(Left(OP, total, reason))
-            else:
-                fused.append(_fuse(program, total, norm))
-        report(program, self.name, OP, Found(tuple(fused), tuple(left)))
+        for target, op in FUSED.items():
+            norms = program.graph.find_nodes(op="call_function", target=target)
+            if norms or target is ilm.rms_norm.default:
+                name = op.name().removeprefix("ilm::")
+                report(program, self.name, name, _fuse_all(program, norms, op, name))
+
+
+def _fuse_all(program: Program, norms: Iterable[fx.Node], op: Any, name: str) -> Found:
+    fused: list[fx.Node] = []
+    left: list[Left] = []
+    for norm in norms:
+        total = args(norm)[0]
+        if is_call(total, *BETWEEN) and is_call(args(total)[0], aten.add.Tensor):
+            between = f"{target_name(total)} stands between its sum and its norm"
+            left.append(Left(name, args(total)[0], between))
+        if not is_call(total, aten.add.Tensor):
+            continue
+        if reason := _refusal(program, total, norm):
+            left.append(Left(name, total, reason))
+        else:
+            fused.append(_fuse(program, total, norm, op))
+    return Found(tuple(fused), tuple(left))
 
 
 def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
@@ -90,11 +103,11 @@ def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
     return None
 
 
-def _fuse(program: Program, total: fx.Node, norm: fx.Node) -> fx.Node:
+def _fuse(program: Program, total: fx.Node, norm: fx.Node, op: Any) -> fx.Node:
     residual, x = _in_order(*args(total)[:2])
     inputs = (x, residual, *args(norm)[1:])
     names = name_of(norm), name_of(total)
-    call = fuse(program, ilm.add_rms_norm.default, inputs, [norm, total], point=norm)
+    call = fuse(program, op, inputs, [norm, total], point=norm)
     for item in call.users:
         item.meta[STANDS_FOR] = names[args(item)[1]]
     return call

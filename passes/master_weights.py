@@ -23,6 +23,7 @@ from ilm_compile.program.attributes import put_tensor, tensor_at
 from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program, Variable
+from ilm_compile.program.read_as import HEADS
 from ilm_compile.rewrite.edit import create_cast
 
 LOW = (torch.bfloat16, torch.float16)
@@ -84,7 +85,7 @@ def _widen(program: Program, node: fx.Node, dtype: torch.dtype) -> None:
     node.meta["val"] = node.meta["val"].float()
     casts: dict[tuple[int, int | None], fx.Node] = {}
     for user in list(node.users):
-        if user.op == "output":
+        if user.op == "output" or user.target in HEADS:  # which cast while they work
             continue
         # Rows are rounded after they were looked up: the table is a model's largest weight.
         is_table = spec_of(user.target).precision is LOOKUP and user.args[0] is node

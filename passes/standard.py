@@ -21,6 +21,7 @@ from ilm_compile.passes.interleave import Interleave
 from ilm_compile.passes.master_weights import master_passes
 from ilm_compile.passes.pipeline_split import PipelineSplit
 from ilm_compile.passes.selective_recompute import SelectiveRecompute
+from ilm_compile.passes.share_boundaries import boundary_passes
 from ilm_compile.passes.split_backward import SplitBackward
 from ilm_compile.passes.stage_choice import ChooseStages
 from ilm_compile.passes.tensor_parallel import TensorParallel
@@ -66,7 +67,8 @@ CASTS: dict[str, type[Pass]] = {"bfloat16": CastBF16, "float16": CastFP16}
 def plan_passes(program: Program, passes: Sequence[Pass | str] = ()) -> list[Pass]:
     """Return every pass that the plan of `program` and `passes` ask for on this program."""
     own = extra_passes(program.plan, passes)
-    return [*standard_passes(program.plan), *own, *master_passes(program)]
+    needed = [*boundary_passes(program), *master_passes(program)]
+    return [*standard_passes(program.plan), *own, *needed]
 
 
 def extra_passes(plan: Plan, passes: Sequence[Pass | str]) -> list[Pass]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.garbage import collect_rarely
+from tests.support.prepared import Prepared
 from tests.support.world import World
 
 # Files that take longest, the longest first: started last, one would keep a worker while the
@@ -45,6 +47,17 @@ ROOT = Path(__file__).parents[1]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {ROOT / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    collect_rarely()
+
+
+@pytest.fixture(scope="session")
+def prepared() -> Iterator[Prepared]:
+    """A process that keeps what it traces, for all modules."""
+    with Prepared() as prepared:
+        yield prepared
 
 
 @pytest.fixture(scope="module")

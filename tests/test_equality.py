@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.equality import Case, assert_equal
+from tests.support.equality import Case, assert_prepared_equal
 from tests.support.training import train_and_compare
 
 MODELS = ("internlm", "internlm2", "llama", "gpt2")
@@ -54,13 +54,13 @@ def cases(world: int) -> list[Case]:
 
 
 @pytest.mark.parametrize("case", cases(2), ids=str)
-def test_two_processes_equal_the_single_device_model(case, world2):
-    assert_equal(world2, case, BOUND)
+def test_two_processes_equal_the_single_device_model(case, prepared):
+    assert_prepared_equal(prepared, 2, case, BOUND)
 
 
 @pytest.mark.parametrize("case", cases(4), ids=str)
-def test_four_processes_equal_the_single_device_model(case, world4):
-    assert_equal(world4, case, BOUND)
+def test_four_processes_equal_the_single_device_model(case, prepared):
+    assert_prepared_equal(prepared, 4, case, BOUND)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import ilm_compile
 from ilm_compile.runtime import adamw
 from ilm_compile.runtime.checkpoint import CheckpointManager
 from tests.support.axes import case, each_once
-from tests.support.equality import EXAMPLE, Case, assert_equal, make_batch, make_model
+from tests.support.equality import EXAMPLE, Case, assert_prepared_equal, make_batch, make_model
 from tests.support.promote import promoted_float32
 from tests.support.tiny_model import TinyTransformer
+from tests.support.traced import traced_once
 from tests.support.training import train_and_compare
 from tests.support.world import World
 from tests.support.zoo import EXPERTS_LISTED
@@ -57,17 +58,17 @@ def ranks(plan):
 
 
 @pytest.mark.parametrize("case", TWO, ids=str)
-def test_two_processes_equal_the_single_device_model(case):
-    assert_equal(2, case, BOUND)
+def test_two_processes_equal_the_single_device_model(case, prepared):
+    assert_prepared_equal(prepared, 2, case, BOUND)
 
 
 @pytest.mark.parametrize("case", FOUR, ids=str)
-def test_four_processes_equal_the_single_device_model(case):
-    assert_equal(4, case, BOUND)
+def test_four_processes_equal_the_single_device_model(case, prepared):
+    assert_prepared_equal(prepared, 4, case, BOUND)
 
 
-def test_eight_processes_on_three_axes_equal_the_single_device_model():
-    assert_equal(8, case("Mixtral", "ep", (2, 2, 2, 1)), BOUND)
+def test_eight_processes_on_three_axes_equal_the_single_device_model(prepared):
+    assert_prepared_equal(prepared, 8, case("Mixtral", "ep", (2, 2, 2, 1)), BOUND)
 
 
 @pytest.mark.parametrize("plan", TRAINED, ids=str)
@@ -128,7 +129,7 @@ ROWS = 4
 def train_leg(rank: int, folder: str, plan: dict[str, Any], size: int, num_steps: int):
     """Loss and gradient norm of the next steps from what is in `folder`, saved there."""
     dp = size // ranks({"ep": 1, **plan})
-    with promoted_float32():
+    with promoted_float32(), traced_once("experts"):
         parallel = ilm_compile.parallelize(
             make_model("experts"), example_inputs=EXAMPLE, num_microbatches=ROWS // 2 // dp, **plan
         )

@@ -16,9 +16,16 @@ from ilm_compile.cost import saved_bytes
 from ilm_compile.errors import PlanError
 from ilm_compile.passes import lower
 from ilm_compile.program.remade import AGAIN
-from tests.support.equality import EXAMPLE, ROWS, Case, assert_equal, make_batch, make_model
+from tests.support.equality import (
+    EXAMPLE,
+    ROWS,
+    Case,
+    assert_prepared_equal,
+    make_batch,
+    make_model,
+)
+from tests.support.prepared import Prepared
 from tests.support.stages import staged_outputs_and_grads
-from tests.support.world import World
 
 CASES = [
     ("internlm2", {"tp": 2, "sequence_parallel": True}),
@@ -75,7 +82,7 @@ def test_keeps_less_without_running_what_is_dear() -> None:
     kept, whole = (saved_bytes(program)[0, block] for program in (selective, plain))
     assert kept < 0.75 * whole
     again = {str(node.target) for node in selective.calls() if AGAIN in node.meta}
-    assert {"ilm.swiglu.default", "ilm.rms_norm.default"} <= again
+    assert {"ilm.glu.default", "ilm.rms_norm.default"} <= again
     assert not again & {"aten.linear.default", "ilm.attention.default"}
     assert "recomputed in part" in selective.dump()
     assert "made again" in selective.explain()
@@ -84,13 +91,15 @@ def test_keeps_less_without_running_what_is_dear() -> None:
 
 @pytest.mark.parametrize(("model", "plan"), CASES, ids=str)
 def test_two_processes_equal_the_single_device_model(
-    model: str, plan: dict[str, Any], world2: World
+    model: str, plan: dict[str, Any], prepared: Prepared
 ) -> None:
-    assert_equal(world2, Case(model, {**plan, "checkpoint": "selective"}, 1), 1e-10)
+    assert_prepared_equal(prepared, 2, Case(model, {**plan, "checkpoint": "selective"}, 1), 1e-10)
 
 
-def test_sharded_parameters_are_whole_when_a_block_runs_again(world2: World) -> None:
-    assert_equal(world2, Case("internlm2", {"zero": 3, "checkpoint": "selective"}, 2), 1e-10)
+def test_sharded_parameters_are_whole_when_a_block_runs_again(prepared: Prepared) -> None:
+    assert_prepared_equal(
+        prepared, 2, Case("internlm2", {"zero": 3, "checkpoint": "selective"}, 2), 1e-10
+    )
 
 
 def test_refuses_another_word() -> None:

@@ -25,7 +25,7 @@ from tests.support.equality import (
     EXAMPLE,
     ROWS,
     Case,
-    assert_equal,
+    assert_prepared_equal,
     compare,
     make_batch,
     make_model,
@@ -181,8 +181,8 @@ REAL = [
 
 
 @pytest.mark.parametrize("case", REAL, ids=str)
-def test_real_processes_equal_the_single_device_model(case, world4):
-    assert_equal(world4, case, 1e-10)
+def test_real_processes_equal_the_single_device_model(case, prepared):
+    assert_prepared_equal(prepared, 4, case, 1e-10)
 
 
 def trained(rank: int, schedule: str, zero: int) -> tuple[list[float], dict[str, torch.Tensor]]:

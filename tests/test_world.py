@@ -2,12 +2,14 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.prepared import Prepared
 from tests.support.world import World, WorldError, run_world
 
 
@@ -94,3 +96,56 @@ def test_the_world_starts_again_after_a_failure(world2: World) -> None:
 def test_debug_finds_mismatched_collectives() -> None:
     with pytest.raises(WorldError, match="mismatch"):
         run_world(mismatched_collectives, 2, debug=True)
+
+
+# Ranks that are forked from what one process has prepared
+
+_kept: list[int] = []  # of the process that prepares, by call
+
+
+def prepare(size: int, fault: str = "") -> None:
+    _kept.append(os.getpid())
+    if fault == "prepare":
+        raise KeyError("planted in prepare")
+    if fault == "thread":
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+def kept_on_rank(rank: int, fault: str = "") -> tuple[int, list[int], float]:
+    if fault == "rank" and rank == 1:
+        raise KeyError("planted on rank 1")
+    if fault == "death" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getppid(), _kept, float(add_ranks(rank, 0.0))
+
+
+def test_ranks_are_forked_from_the_process_that_keeps_what_it_prepared() -> None:
+    with Prepared() as prepared:
+        for num_calls, size in enumerate((2, 3), start=1):
+            found = prepared.run(prepare, kept_on_rank, size)
+            parents = {parent for parent, _, _ in found}
+            assert len(parents) == 1
+            assert [kept for _, kept, _ in found] == [[*parents] * num_calls] * size
+            assert {total for *_, total in found} == {size * (size - 1) / 2}
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("prepare", "(?s)in prepare.*planted in prepare"),
+        ("rank", "(?s)rank 1 of 2 failed.*planted on rank 1"),
+        ("death", "rank 1 of 2 died with exit code -9|onnection"),
+    ],
+)
+def test_a_failure_is_told_and_the_next_call_starts_anew(fault: str, told: str) -> None:
+    with Prepared() as prepared:
+        with pytest.raises(WorldError, match=told):
+            prepared.run(prepare, kept_on_rank, 2, fault)
+        (parent, kept, _), _ = prepared.run(prepare, kept_on_rank, 2)
+        assert kept == [parent]
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="there threads are expected")
+def test_a_process_with_other_threads_is_not_forked() -> None:
+    with Prepared() as prepared, pytest.raises(WorldError, match="prepare left threads running"):
+        prepared.run(prepare, kept_on_rank, 2, "thread")

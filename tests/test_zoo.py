@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.support.coverage import BOUND, cover
-from tests.support.equality import Case, assert_equal
+from tests.support.equality import Case, assert_prepared_equal
 from tests.support.zoo import LISTED
 
 pytest.importorskip("transformers")
@@ -26,14 +26,14 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("model", LISTED)
-def test_two_processes_equal_the_single_device_model(model):
-    assert_equal(2, Case(model, {"tp": 2}), BOUND)
+def test_two_processes_equal_the_single_device_model(model, prepared):
+    assert_prepared_equal(prepared, 2, Case(model, {"tp": 2}), BOUND)
 
 
 @pytest.mark.parametrize("plan", [{"tp": 4}, {"tp": 2, "pp": 2}], ids=["tp4", "tp2-pp2"])
 @pytest.mark.parametrize("model", LISTED)
-def test_four_processes_equal_the_single_device_model(model, plan):
-    assert_equal(4, Case(model, plan), BOUND)
+def test_four_processes_equal_the_single_device_model(model, plan, prepared):
+    assert_prepared_equal(prepared, 4, Case(model, plan), BOUND)
 
 
 @pytest.mark.parametrize("architecture", OTHERS)

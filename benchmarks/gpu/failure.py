@@ -7,13 +7,11 @@ from typing import Any
 
 from ilm_compile.errors import IlmCompileError
 
+Result = dict[str, Any]  # what a section fills while it works: kept however it ends
+
 
 class SectionError(IlmCompileError):
-    """A section's checks failed. `result`: what it measured all the same, for the JSON."""
-
-    def __init__(self, message: str, result: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.result = result
+    """A section's checks failed."""
 
 
 class OutOfTime(BaseException):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.failure import Deadline, SectionError
+from benchmarks.gpu.failure import Deadline, Result, SectionError
 from benchmarks.gpu.layouts import sliced
 from benchmarks.gpu.ops import CHECKED, FAMILIES
 from benchmarks.gpu.ops.attentions import SLACK
@@ -29,12 +29,12 @@ OTHER_ROWS = (1, 7, 1000, 4096, 5000, 8192)  # 8192: two sequences
 TIME_S = 34.0
 
 
-def kernel_guarantees(device: torch.device, smoke: bool) -> dict[str, Any]:
+def kernel_guarantees(device: torch.device, smoke: bool, result: Result) -> None:
     """What each check found of each op; raises `SectionError` if any found a fault."""
     seed = secrets.randbits(32)
     deadline = Deadline(TIME_S)
-    result: dict[str, Any] = {"seed": seed}
     faults: list[str] = []
+    result |= {"seed": seed, "faults": faults}
     for name, (check, ops) in CHECKS.items():
         result[name] = {}
         for op in ops:
@@ -50,10 +50,8 @@ def kernel_guarantees(device: torch.device, smoke: bool) -> dict[str, Any]:
                 faults.append(f"{name}, {op}: {fault}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    result["faults"] = faults
     if faults:
-        raise SectionError(f"{len(faults)} faults, the first: {faults[0]}", result)
-    return result
+        raise SectionError(f"{len(faults)} faults, the first: {faults[0]}")
 
 
 def _without_waiting(

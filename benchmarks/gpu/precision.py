@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ilm_compile
 from benchmarks.common import make_model, random_batch
+from benchmarks.gpu.failure import Result
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.runtime import Parallel
 
@@ -26,12 +27,13 @@ ROWS = 8
 Gradients = dict[str, Tensor]
 
 
-def equality(device: torch.device, smoke: bool) -> dict[str, Any]:
+def equality(device: torch.device, smoke: bool, result: Result) -> None:
     """Relative errors in float64 by plan, without and with a process group (of one process).
 
     Raises `IlmCompileError` if any is above 1e-10.
     """
     found: dict[str, dict[str, float]] = {}
+    result |= {"relative_errors": found, "tolerance": TOLERANCE}
     for name, plan in PLANS.items():
         found[name] = _float64_errors(device, plan)
     with world_of_one(device):
@@ -40,10 +42,9 @@ def equality(device: torch.device, smoke: bool) -> dict[str, Any]:
     worst = max(error for errors in found.values() for error in errors.values())
     if not worst <= TOLERANCE:
         raise IlmCompileError(f"equality: expected errors of at most {TOLERANCE}, got {found}")
-    return {"relative_errors": found, "tolerance": TOLERANCE}
 
 
-def bfloat16(device: torch.device, smoke: bool) -> dict[str, Any]:
+def bfloat16(device: torch.device, smoke: bool, result: Result) -> None:
     """Relative errors against float32: of the CastBF16 program, of eager autocast, of a bf16 model.
 
     The gradient's is that of all gradients as one vector.
@@ -57,12 +58,11 @@ def bfloat16(device: torch.device, smoke: bool) -> dict[str, Any]:
 
     exact = _run_model(fresh().to(device), batch, device)
     parallel = _parallelize(fresh(), seq_len, device, dtype=torch.bfloat16)
-    runs = {
-        "CastBF16": _run_parallel(parallel, batch),
-        "eager autocast": _run_model(fresh().to(device), batch, device, autocast=True),
-        "eager bfloat16 model": _run_model(fresh().to(device, torch.bfloat16), batch, device),
-    }
-    return {name: _errors(run, exact) for name, run in runs.items()}
+    result["CastBF16"] = _errors(_run_parallel(parallel, batch), exact)
+    autocast = _run_model(fresh().to(device), batch, device, autocast=True)
+    result["eager autocast"] = _errors(autocast, exact)
+    low = _run_model(fresh().to(device, torch.bfloat16), batch, device)
+    result["eager bfloat16 model"] = _errors(low, exact)
 
 
 @contextmanager

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 from unittest import mock
 
 import torch
 
 from benchmarks.common import show_table
 from benchmarks.gpu.bandwidth import WIDTHS
-from benchmarks.gpu.failure import Deadline
+from benchmarks.gpu.failure import Deadline, Result
 from benchmarks.gpu.ops import TIMED
 from benchmarks.gpu.ops.op import EPS, Tensors, maker
 from benchmarks.gpu.pool import compile_ahead
 from benchmarks.gpu.timing import copy_bandwidth, measure
-from ilm_compile.kernels import triton_rms_norm
+from ilm_compile.kernels import triton_norm
 from ilm_compile.kernels.launch import Launch, launch_for
 
 ROWS = 16384
@@ -47,7 +46,7 @@ class Choice:
     fault: str | None = None
 
 
-def sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
+def sweep(device: torch.device, smoke: bool, result: Result) -> None:
     """The fractions of all choices at hidden sizes 2048 to 8192, the fastest first."""
     deadline = Deadline(TIME_S)
     tasks = [(width, launch, device, smoke) for width in WIDTHS for launch in candidates(width)]
@@ -55,24 +54,29 @@ def sweep(device: torch.device, smoke: bool) -> dict[str, Any]:
         tasks = tasks[:3]
     compile_ahead(compile_once, tasks, device, PREPARE_S)
     copy = copy_bandwidth(device, smoke=smoke)
-    found = [_time(*task, copy) for task in tasks if not deadline.passed]
+    found: list[Choice] = []
+    result |= {"rows": SMOKE_ROWS if smoke else ROWS, "copy_gb_per_s": copy * 1e-9}
+    result["choices"] = found
+    found.extend(_time(*task, copy) for task in tasks if not deadline.passed)
+    result["untimed"] = len(tasks) - len(found)
     found.sort(key=lambda choice: (choice.width, -choice.fraction))
     _show(found)
-    return {
-        "rows": SMOKE_ROWS if smoke else ROWS,
-        "copy_gb_per_s": copy * 1e-9,
-        "untimed": len(tasks) - len(found),
-        "choices": [asdict(choice) for choice in found],
-    }
 
 
 def candidates(width: int) -> Iterator[Launch]:
-    """Every launch that leaves a thread enough registers; the table's first."""
-    known = launch_for(triton_rms_norm.BACKWARD, width)
+    """Every launch that leaves a thread enough registers; the table's first. A row is in pieces as
+    the table has it, or whole, with lanes that idle where its width is no power of two."""
+    known = launch_for(triton_norm.BACKWARD, width)
     yield known
-    for warps, stages, programs in product(WARPS, STAGES, PROGRAMS):
+    shapes = dict.fromkeys([(known.block, known.pieces), (1 << (width - 1).bit_length(), 1)])
+    for (block, pieces), warps, stages, programs in product(shapes, WARPS, STAGES, PROGRAMS):
         launch = Launch(
-            block=known.block, rows=1, warps=warps, programs_per_sm=programs, stages=stages
+            block=block,
+            pieces=pieces,
+            rows=1,
+            warps=warps,
+            programs_per_sm=programs,
+            stages=stages,
         )
         if launch != known and launch.max_registers >= MIN_REGISTERS:
             yield launch
@@ -89,7 +93,7 @@ def _run(width: int, launch: Launch, device: torch.device, rows: int, copy: floa
     def backward(t: Tensors) -> object:
         return call(grad, t["x"], t["weight"], EPS, False, 0.0)
 
-    with mock.patch.object(triton_rms_norm, "BACKWARD", (launch,)):
+    with mock.patch.object(triton_norm, "BACKWARD", (launch,)):
         if copy is None:
             backward(inputs)
             return 0.0
@@ -98,7 +102,7 @@ def _run(width: int, launch: Launch, device: torch.device, rows: int, copy: floa
 
 
 def _time(width: int, launch: Launch, device: torch.device, smoke: bool, copy: float) -> Choice:
-    in_table = launch == launch_for(triton_rms_norm.BACKWARD, width)
+    in_table = launch == launch_for(triton_norm.BACKWARD, width)
     try:
         fraction = _run(width, launch, device, SMOKE_ROWS if smoke else ROWS, copy)
         return Choice(width, launch, in_table, fraction)
@@ -119,8 +123,9 @@ def _show(choices: list[Choice]) -> None:
         for place, choice in enumerate(at_width):
             if place < SHOWN or choice.in_table:
                 launch = choice.launch
-                sizes = (width, launch.warps, launch.stages, launch.programs_per_sm)
+                columns = f"{launch.pieces} x {launch.block}"
+                sizes = (width, columns, launch.warps, launch.stages, launch.programs_per_sm)
                 mark = f"* {place + 1}." if choice.in_table else ""
                 lines.append((*sizes, f"{choice.fraction:.1%}", mark))
-    headings = ("hidden", "warps", "stages", "programs/SM", "of copy", "")
+    headings = ("hidden", "columns", "warps", "stages", "programs/SM", "of copy", "")
     show_table("backward of rms_norm (*: the table's choice)", headings, lines)

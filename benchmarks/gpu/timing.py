@@ -97,14 +97,43 @@ def _flush_buffer(device: torch.device) -> Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
-def copy_bandwidth(device: torch.device, *, smoke: bool = False) -> float:
-    """Bytes/s that a large copy reads and writes, by the fastest of two ways to copy."""
-    source = torch.zeros(2**14 if smoke else 2**31, dtype=torch.int8, device=device)
+def copy_bandwidth(
+    device: torch.device, num_bytes: int | None = None, *, smoke: bool = False
+) -> float:
+    """Bytes/s that a copy reads and writes, by the fastest of two ways to copy.
+
+    num_bytes: that it reads and writes together, 4 GiB if not given. Of random numbers: a memory
+    that compresses zeros would copy those faster.
+    """
+    count = max((num_bytes or (2**15 if smoke else 2**32)) // 8, 1)
+    source = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    words, copied = (x.view(torch.int32) for x in (source, target))
     ways: list[Callable[[None], object]] = [
         lambda _: target.copy_(source),  # the driver's
-        lambda _: torch.add(words, 1, out=copied),  # a kernel's
+        lambda _: torch.add(source, 1, out=target),  # a kernel's
     ]
     fastest = min(measure(way, device, before=_nothing, smoke=smoke).median_s for way in ways)
     return 2 * source.nbytes / fastest
+
+
+# Rows, columns and the inner size: a square, and the products of a block of InternLM2-7B.
+PRODUCTS = (
+    *((8192, 8192, 8192), (4096, 28672, 4096), (4096, 4096, 14336)),
+    *((4096, 6144, 4096), (8192, 14336, 4096)),
+)
+SMOKE_PRODUCTS = ((64, 64, 64),)
+
+
+def product_flops(device: torch.device, *, smoke: bool = False) -> dict[str, float]:
+    """FLOP/s of bf16 products of random numbers, by their sizes; the most is a ceiling."""
+    found = {}
+    for rows, columns, inner in SMOKE_PRODUCTS if smoke else PRODUCTS:
+        a = torch.randn(rows, inner, dtype=torch.bfloat16, device=device)
+        b = torch.randn(inner, columns, dtype=torch.bfloat16, device=device)
+        times = measure(lambda pair: pair[0] @ pair[1], device, before=_both(a, b), smoke=smoke)
+        found[f"{rows} x {columns} x {inner}"] = 2 * rows * columns * inner / times.median_s
+    return found
+
+
+def _both(a: Tensor, b: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: (a, b)

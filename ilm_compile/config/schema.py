@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ilm_compile.config.options import option
+from ilm_compile.kernels.attention_order import FLASH_VERSIONS
 from ilm_compile.program.plan import ATTENTION_WAYS, DTYPES, KERNELS
 
 COMPUTE_DTYPES = ("float32", *(name for name in DTYPES if name is not None))
@@ -30,6 +31,11 @@ class TrainOptions:
         "float32", "of matmuls and attention; parameters are float32", choices=COMPUTE_DTYPES
     )
     kernels: str = option("auto", "fused Triton kernels, or none; auto: on CUDA", choices=KERNELS)
+    flash_attention: str | None = option(
+        None,
+        "that FlashAttention in the place of torch's own, on GPUs where its package is installed",
+        choices=tuple(FLASH_VERSIONS),
+    )
     compile: bool | str = option(
         False, "torch.compile of each block; true: by Inductor, or another backend by name"
     )

@@ -21,12 +21,13 @@ from ilm_compile.ops.pointwise import aligned
 from ilm_compile.ops.precision import PRODUCT
 from ilm_compile.ops.spec import Flops, rule
 from ilm_compile.program.arguments import argument
-from ilm_compile.program.placement import Placement, R, S
+from ilm_compile.program.placement import I, Placement, R, S
 from ilm_compile.program.query_attention import FORMS, parts_of, slowest_share
 
 ilm = torch.ops.ilm
 SDPA, ATTENTION = aten.scaled_dot_product_attention.default, ilm.attention.default
 QUERY_SDPA, QUERY_ATTENTION = FORMS
+BOUNDARIES, QUERY_BOUNDARIES = ilm.document_boundaries.default, ilm.query_boundaries.default
 
 # The dimension of the query and of the key that counts heads, and the one that counts tokens.
 HEAD_DIM: dict[Any, int] = {ATTENTION: 2, SDPA: -3}
@@ -95,8 +96,10 @@ def attention(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield Strategy((S(2), S(2), S(2), *(R for _ in boundaries)), S(2))
     if all(len(shape) == 2 for shape in boundaries):
         yield Strategy((S(0), S(0), S(0), *(S(0) for _ in boundaries)), S(0))
+    if call.named("tokens") is not None or any(len(shape) == 4 for shape in boundaries):
+        return  # boundaries that were made are those of certain queries
     for out in wanted:
-        if out.is_shard and out.dim == 1 and call.named("tokens") is None:
+        if out.is_shard and out.dim == 1:
             yield Strategy((out, *(R for _ in call.shapes[1:])), out)
             yield Strategy((out, out, out, *(R for _ in boundaries)), out)
 
@@ -143,8 +146,18 @@ def by_queries(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     if call.target is QUERY_SDPA:
         rest = [aligned(shape, call.shape, placement) for shape in masks]
     else:
-        rest = [R for _ in masks]
+        rest = [S(0) if len(shape) == 4 and parts == 1 else R for shape in masks]
     yield Strategy((placement, keys, keys, *rest), placement)
+
+
+@rule(
+    QUERY_BOUNDARIES,
+    stands_for=lambda args: (BOUNDARIES, args[:3]),
+    other_axis=lambda call, wanted: iter(()),
+)
+def query_boundaries(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """Each rank has those of its own runs of queries, on the axis that cuts them."""
+    yield from (Strategy((whole,), S(0)) for whole in (I, R))
 
 
 def is_causal(call: Call) -> bool:

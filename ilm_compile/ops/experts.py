@@ -15,7 +15,7 @@ from itertools import product
 from torch import fx
 
 from ilm_compile.ops.call import Call, Strategy, aten
-from ilm_compile.ops.fused import rms_norm, swiglu
+from ilm_compile.ops.fused import glu, norm
 from ilm_compile.ops.nodes import op_name, rewrites_result
 from ilm_compile.ops.pointwise import pointwise
 from ilm_compile.ops.precision import MOVE, PRODUCT
@@ -39,7 +39,7 @@ from ilm_compile.program.weight_parts import Product, of_grouped, of_groups, of_
 KINDS = "TDE"
 COUNTS = (aten.histc.default, aten.bincount.default)
 _ROWWISE = (aten.slice.Tensor, aten.unsqueeze.default, aten.linear.default)
-_ROW_RULES = (pointwise, mixing, rms_norm, swiglu)
+_ROW_RULES = (pointwise, mixing, norm, glu)
 _SUMMED = (aten.cumsum.default, aten.to.dtype)  # over experts, after which counts end rows
 MOST_SEGMENTS = 64  # in how many parts rows that are counted may lie: the rows of a micro-batch
 

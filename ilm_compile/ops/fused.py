@@ -19,6 +19,7 @@ from ilm_compile.ops.spec import rule
 from ilm_compile.program.placement import Placement, R, S
 
 ilm = torch.ops.ilm
+SUMMED = (ilm.add_rms_norm.default, ilm.add_layer_norm.default)
 
 
 @rule(operator.getitem, carries=True)
@@ -27,15 +28,15 @@ def item(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     yield from (Strategy((out,), out) for out in wanted if out.is_shard)
 
 
-@rule(ilm.rms_norm.default, precision=FUSED_1)
-@rule(ilm.add_rms_norm.default, precision=FUSED_2)
-def rms_norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """x (..., H), both terms of a sum alike, weight (H,): along any dimension but the last."""
-    num_values = 1 if call.target is ilm.rms_norm.default else 2
+@rule(ilm.rms_norm.default, ilm.layer_norm.default, precision=FUSED_1)
+@rule(*SUMMED, precision=FUSED_2)
+def norm(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+    """x (..., H), both terms of a sum alike, weight and bias (H,): any dimension but the last."""
+    num_values = 2 if call.target in SUMMED else 1
     for out in wanted:
         if out.is_shard and out.dim < len(call.shape) - 1:
-            weight = (R for _ in call.shapes[num_values:])
-            yield Strategy((*(out for _ in range(num_values)), *weight), out)
+            weights = (R for _ in call.shapes[num_values:])
+            yield Strategy((*(out for _ in range(num_values)), *weights), out)
 
 
 @rule(ilm.rotary.default, precision=FUSED_2)
@@ -64,7 +65,7 @@ def _table(shape: tuple[int, ...], out: Placement, batch: int, *, by_token: bool
     return out if is_cut else R
 
 
-@rule(ilm.swiglu.default, precision=FUSED_2)
-def swiglu(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
+@rule(ilm.glu.default, precision=FUSED_2)
+def glu(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """Elementwise: sharded as wanted, both inputs alike."""
     yield from (Strategy((out, out), out) for out in wanted if out.is_shard)

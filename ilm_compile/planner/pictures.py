@@ -24,6 +24,7 @@ WIDTH, LEFT, RIGHT = 900.0, 76.0, 20.0
 _COLORS = {Kind.F: FORWARD, Kind.B: BACKWARD, Kind.W: WEIGHTS}
 _BEST, _CAP = "#b03a2e", "#b03a2e"
 MOST = 2000  # points of a scatter
+LABELS = 5  # of ranks on a line
 
 
 def scatter(candidates: Sequence[Candidate], memory_bytes: float) -> str:
@@ -81,10 +82,10 @@ def step_picture(step: SimulatedStep) -> str:
 
 def memory_picture(step: SimulatedStep, memory_bytes: float) -> str:
     """Return what each pipeline rank holds over time, and what it may fill."""
-    height, top, bottom = 300.0, 20.0, 44.0
+    height, top, bottom, row = 300.0, 20.0, 44.0, 18.0
     ranks = range(len(step.static))
     most = max(memory_bytes, *(step.peak(rank) for rank in ranks)) / GIB * 1.05
-    picture = Picture(WIDTH, height)
+    picture = Picture(WIDTH, height + row * (ranks[-1] // LABELS + 2))
     x = _scale(0.0, step.seconds, LEFT, WIDTH - RIGHT)
     y = _scale(0.0, most, height - bottom, top)
     _axes(picture, x, y, step.seconds, most, "seconds", "GiB")
@@ -98,10 +99,9 @@ def memory_picture(step: SimulatedStep, memory_bytes: float) -> str:
         for (start, held), (stop, after) in pairwise(points):
             picture.line(x(start), y(held / GIB), x(stop), y(held / GIB), stroke=color)
             picture.line(x(stop), y(held / GIB), x(stop), y(after / GIB), stroke=color)
+        line, column = divmod(rank, LABELS)
         label = f"rank {rank}: peak {step.peak(rank) / GIB:.2f} GiB"
-        column, line = divmod(rank, 8)
-        at = LEFT + 8 + 170 * column, height - bottom - 10 - 14 * line
-        picture.text(*at, label, size=11, fill=color)
+        picture.legend(LEFT + 160 * column, height + row * (line + 1), [(color, label)])
     return picture.render()
 
 

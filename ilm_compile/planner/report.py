@@ -21,7 +21,7 @@ _STYLE = """
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #1f2933; margin: 0 auto; padding: 1rem;
   max-width: 72rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } svg { max-width: 100%; min-width: 44rem; height: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #d9dee4; }
@@ -29,9 +29,14 @@ th:first-child, td:first-child, th.words { text-align: left; }
 td.words { white-space: normal; text-align: left; min-width: 14rem; }
 pre { background: #f4f6f8; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
 .stamp { border: 1px solid #d9dee4; padding: 0.5rem 0.8rem; }
-td:first-child { white-space: normal; min-width: 11rem; }
-@media print { body { max-width: none; } h2 { break-after: avoid; }
-  svg, tr { break-inside: avoid; } pre { white-space: pre-wrap; } }
+.plans td:first-child { white-space: normal; min-width: 11rem; }
+@media (min-width: 50rem) { pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
+@media (max-width: 40rem) { th, td { padding: 0.2rem 0.4rem; }
+  td.words, .plans td:first-child { min-width: 9rem; } }
+@media print { body { max-width: none; } h2, p { break-after: avoid; } .wide { overflow: visible; }
+  svg { min-width: 0; } svg, tr { break-inside: avoid; }
+  table { font-size: 0.7rem; } th, td { padding: 0.2rem 0.4rem; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 """
 HEADINGS = (*("plan", "s a step", "tokens/s/GPU", "MFU", "GiB", "bubble", "exposed", "optimizer"),)
 
@@ -149,5 +154,6 @@ def _table(
         + "</tr>"
         for row in rows
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    kind = " class=plans" if headings[0] == "plan" else ""
+    table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
     return f"<div class='wide'>{table}</div>"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from ilm_compile.kernels.documents import fold
+from ilm_compile.kernels.documents import fold, is_flat
 from ilm_compile.kernels.last_queries import attend_last_keeping_inputs
 from ilm_compile.program.communicator import communicator
 from ilm_compile.program.placement import Placement
@@ -29,7 +29,10 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float? scale,"
     " bool enable_gqa, str placement, int parts, str axis) -> Tensor",
 )
-
+torch.library.define(
+    "ilm::query_boundaries",
+    "(Tensor cu_seqlens, int batch, int num_tokens, str placement, str axis) -> Tensor",
+)
 
 FORMS = (
     torch.ops.ilm.query_dot_product_attention.default,
@@ -75,17 +78,33 @@ def _query_attention(
     parts: int,
     axis: str,
 ) -> Tensor:
-    """`ilm::attention` of q (B, S / size, H, D) over k and v (B, S / parts, G, D)."""
+    """`ilm::attention` of q (B, S / size, H, D) over k and v (B, S / parts, G, D).
+
+    cu_seqlens: or boundaries, `ilm::query_boundaries`' over whole keys, where keys travel those of
+    all queries (`ilm::document_boundaries`).
+    """
     if parts > 1:
-        rows = len(q) if cu_seqlens is not None and cu_seqlens.dim() == 1 else 1
+        rows = len(q) if is_flat(cu_seqlens) else 1
         query, key, value = (fold(x, cu_seqlens).transpose(1, 2) for x in (q, k, v))
         options = None, cu_seqlens, scale, True, rows, placement, axis
         out = ring_attention(query, key, value, *options)
         return out.transpose(1, 2).reshape(q.shape).contiguous()
-    runs = _runs(placement, axis, k.shape[1])
-    bounds = [bound for run in runs for bound in run]
-    result: Tensor = torch.ops.ilm.attention(q, k, v, cu_seqlens, scale, bounds)
+    tokens = _tokens(placement, axis, k.shape[1])
+    result: Tensor = torch.ops.ilm.attention(q, k, v, cu_seqlens, scale, tokens)
     return result
+
+
+def _query_boundaries(
+    cu_seqlens: Tensor, batch: int, num_tokens: int, placement: str, axis: str
+) -> Tensor:
+    """`ilm::document_boundaries` for the queries of this rank."""
+    tokens = _tokens(placement, axis, num_tokens)
+    result: Tensor = torch.ops.ilm.document_boundaries(cu_seqlens, batch, num_tokens, tokens)
+    return result
+
+
+def _tokens(placement: str, axis: str, num_tokens: int) -> list[int]:
+    return [bound for run in _runs(placement, axis, num_tokens) for bound in run]
 
 
 def _query_dot_product_attention(
@@ -119,4 +138,5 @@ def _query_dot_product_attention(
 # In terms of ops that autograd knows: a rank is asked for in the forward pass alone.
 _KIND = "CompositeImplicitAutograd"
 torch.library.impl("ilm::query_attention", _KIND, _query_attention)
+torch.library.impl("ilm::query_boundaries", _KIND, _query_boundaries)
 torch.library.impl("ilm::query_dot_product_attention", _KIND, _query_dot_product_attention)

@@ -1,4 +1,7 @@
-"""Which parameters a stage casts wherever it uses them: it may be given them cast."""
+"""Which parameters a stage casts wherever it uses them: it may be given them cast.
+
+A fused head casts its weight itself.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import torch
 from torch import fx
 
 from ilm_compile.program.boundaries import stage_of
+from ilm_compile.program.linear_loss import linear_cross_entropy, output_logits
 from ilm_compile.program.program import Program
 
 aten = torch.ops.aten
+HEADS = (linear_cross_entropy, output_logits)  # of x and a weight, which they read in x's dtype
 
 
 def read_as(program: Program) -> list[dict[str, torch.dtype]]:
@@ -23,7 +28,7 @@ def read_as(program: Program) -> list[dict[str, torch.dtype]]:
     for node, stage in placed.items():
         for source in node.all_input_nodes:
             if source.op == "get_attr":
-                uses[stage].setdefault(str(source.target), set()).add(_cast_to(node))
+                uses[stage].setdefault(str(source.target), set()).add(_read_in(node))
     for node in program.outputs:
         uses[-1].pop(str(node.target), None)
     return [
@@ -42,6 +47,11 @@ def cast_weights(program: Program) -> set[fx.Node]:
         and (source := node.all_input_nodes[0]).op == "get_attr"
         and source.target in dtypes[stage]
     }
+
+
+def _read_in(node: fx.Node) -> Any:
+    """Return the dtype in which a call reads a parameter that it is given; None for as it is."""
+    return node.args[0].meta["val"].dtype if node.target in HEADS else _cast_to(node)  # type: ignore[union-attr]
 
 
 def _cast_to(node: fx.Node) -> Any:

@@ -50,8 +50,9 @@ def ring_attention(
 ) -> Tensor:
     """Return the attention of this rank's queries over the keys of all ranks of `axis`.
 
-    mask: of this rank's queries and all keys, or None. cu_seqlens: see `kernels.documents`. rows:
-    that lie end to end in N. placement: how each row's tokens are cut.
+    mask: of this rank's queries and all keys, or None. cu_seqlens: or boundaries, best on the host,
+    which reads them: see `kernels.documents`. rows: that lie end to end in N. placement: how each
+    row's tokens are cut.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = mask, cu_seqlens, scale, is_causal, rows, placement, axis

@@ -136,8 +136,13 @@ def other_activation(program: Program) -> Iterator[Place]:
         node.args, node.kwargs = node.args[:1], {}
         node.target = OTHER[node.target]  # type: ignore[index]
 
+    def of_gate(program: Program, node: fx.Node) -> None:
+        node.args = (*node.args[:2], "gelu" if node.args[2] == "silu" else "silu")
+
     for node in calls(program, *OTHER):
         yield node, "", edit
+    for node in calls(program, ilm.glu.default):
+        yield node, "", of_gate
 
 
 def swap_operands(program: Program) -> Iterator[Place]:
@@ -149,7 +154,7 @@ def swap_operands(program: Program) -> Iterator[Place]:
     def parts(program: Program, node: fx.Node) -> None:
         node.update_arg(0, list(reversed(node.args[0])))  # type: ignore[arg-type]
 
-    for node in calls(program, aten.sub.Tensor, ilm.swiglu.default, aten.cat.default):
+    for node in calls(program, aten.sub.Tensor, ilm.glu.default, aten.cat.default):
         given = list(node.args[0] if node.target is aten.cat.default else node.args[:2])  # type: ignore[arg-type]
         same = all(isinstance(each, fx.Node) for each in given) and len(set(given)) == len(given)
         if same and len({each.meta["val"].shape for each in given}) == 1:
@@ -213,7 +218,7 @@ def drop_fused_residual(program: Program) -> Iterator[Place]:
         zeros.meta["layout"] = layout_of(term)  # type: ignore[arg-type]
         node.update_arg(position, zeros)
 
-    for node in calls(program, ilm.add_rms_norm.default):
+    for node in calls(program, ilm.add_rms_norm.default, ilm.add_layer_norm.default):
         for position, words in enumerate(("the layer's", "the stream's")):
             yield node, f"{words} term", partial(edit, position)
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -268,11 +268,15 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 1e-12) -> fl
         return float("inf")
     if not expected.is_floating_point():
         return float((actual != expected).any())
-    # where both are infinite or nothing, a mask say, they are equal
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    difference = torch.where(same, 0.0, actual.double() - expected.double())
-    scale = float(expected[expected.isfinite()].double().norm())
-    return float(difference.norm()) / max(scale, floor)
+    actual, expected = actual.double(), expected.double()
+    difference = actual - expected
+    distance, scale = float(difference.norm()), float(expected.norm())
+    if not isfinite(distance + scale):
+        # where both are infinite or nothing, a mask say, they are equal
+        same = (actual == expected) | (actual.isnan() & expected.isnan())
+        distance = float(torch.where(same, 0.0, difference).norm())
+        scale = float(expected[expected.isfinite()].norm())
+    return distance / max(scale, floor)
 
 
 def without_padding(actual: Tensor, expected: Tensor) -> Tensor:

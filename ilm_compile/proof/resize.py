@@ -16,6 +16,7 @@ from ilm_compile.program.layout import Layout, layout_of
 from ilm_compile.program.loss import NUM_TARGETS
 from ilm_compile.program.placement import Placement
 from ilm_compile.program.program import Count, Input, Program
+from ilm_compile.program.query_attention import parts_of
 from ilm_compile.program.values import tensors_of
 from ilm_compile.proof.dims import END, Dims, op_name
 from ilm_compile.proof.numbers import sizes_of
@@ -239,6 +240,20 @@ def _queries(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[D
     _argument(node, len(node.args) - 3, str(run.placement(place, inputs[0][0], parts)))
 
 
+def _boundaries(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
+    """Rows and tokens of the keys that they are for."""
+    user = next(iter(node.users))
+    q, k = (run.dims[cast(fx.Node, each)][0] for each in user.args[:2])
+    rows, tokens = (run.local(d) for d in k[:2])
+    _argument(node, 1, rows)
+    _argument(node, 2, tokens * parts_of(user))
+    if op_name(node) == "ilm::query_boundaries":
+        axis = str(node.args[4])
+        parts = layout_of(user).parts_before(axis, run.axes)
+        place = run.placement(Placement.parse(str(node.args[3])), q, parts)
+        _argument(node, 3, str(place))
+
+
 def _dropout(run: _Resizer, node: fx.Node, dims: list[Dims], inputs: list[list[Dims]]) -> None:
     _argument(node, 4, str(run.layout(Layout.parse(str(node.args[4])), inputs[0][0])))
 
@@ -254,5 +269,6 @@ ARGUMENTS: dict[str, Rewrite] = {
     **dict.fromkeys(("embedding", "vocab_embedding"), _padding_index),
     **dict.fromkeys(("redistribute", "route"), _moved),
     **dict.fromkeys(("ilm::query_attention", "ilm::query_dot_product_attention"), _queries),
+    **dict.fromkeys(("ilm::document_boundaries", "ilm::query_boundaries"), _boundaries),
     "seeded_dropout": _dropout,
 }

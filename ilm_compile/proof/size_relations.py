@@ -210,7 +210,7 @@ def arange(view: View) -> None:
 
 
 def heads(view: View) -> None:
-    """ilm::attention, ilm::rotary: (batch, tokens, heads, head size); tables of half the size."""
+    """ilm::rotary: (batch, tokens, heads, head size); tables of half the size."""
     first, *others = view.inputs
     for dims in [*others, *view.results]:
         if len(dims) == 4:
@@ -220,6 +220,23 @@ def heads(view: View) -> None:
             view.classes.tie_all(dims[1:-1], first[1:2])
     for result, source in zip(view.results, view.inputs, strict=False):
         view.classes.tie_all(source, result)
+
+
+def head_attention(view: View) -> None:
+    """ilm::attention: (batch, tokens, heads, head size), and what says where documents are."""
+    q, k, v, *documents = view.inputs
+    for dims in (k, v, view.out):
+        view.classes.scale_all(q, dims)
+    view.classes.tie_all(q, view.out)
+    for dims in documents:
+        view.classes.tie_all(dims[:-1] if len(dims) < 4 else dims[2:3], q[:1])
+
+
+def boundaries(view: View) -> None:
+    """Documents, and one more in each row: (runs, sides, rows, documents + 1)."""
+    given, (runs, sides, rows, count) = view.inputs[0], view.out
+    view.classes.pin([given[-1], runs, sides, count])
+    view.classes.tie_all(given[:-1], [rows])
 
 
 def packed_heads(view: View) -> None:

@@ -1,4 +1,5 @@
-"""Where a program computes an RMSNorm: `aten.rms_norm`, or the calls that Hugging Face writes.
+"""Where a program computes an RMSNorm: `aten.rms_norm`, or the calls that Hugging Face writes; and
+where a LayerNorm, `aten.layer_norm`.
 
 The spelled-out form is mul(x, rsqrt(mean(x^2, -1) + eps)), often between a cast to float32 and one
 back, and then times a weight (Llama) or 1 + weight (Gemma), before or after the cast back. The
@@ -7,13 +8,15 @@ fused op computes in float32 inside (float64 stays), so casts around it go.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from typing import Any
 
 import torch
 from torch import fx
 
-from ilm_compile.kernels import MAX_HIDDEN
+from ilm_compile.kernels import MAX_CENTERED, MAX_HIDDEN
 from ilm_compile.program.arguments import argument
 from ilm_compile.program.program import Program
 from ilm_compile.rewrite.fusion import (
@@ -31,9 +34,9 @@ from ilm_compile.rewrite.fusion import (
     shape,
 )
 
-OP = "rms_norm"
 CAST = aten.to.dtype
 SUMS = (aten.add.Tensor, aten.add.Scalar)
+Reader = Callable[[fx.Node], "Norm | str | None"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +49,51 @@ class Norm:
     weight: fx.Node | None = None
     weight_offset: float = 0.0
     cast_before_scale: bool = False
+    bias: fx.Node | None = None
+    centered: bool = False  # a LayerNorm
 
 
-def fuse_norms(program: Program) -> Found:
-    """Replace the norms over the last dimension by `ilm::rms_norm`."""
+def fuse_rms_norms(program: Program) -> Found:
+    """Replace the RMSNorms over the last dimension by `ilm::rms_norm`."""
+    return _fuse(program, "rms_norm", {aten.rms_norm.default: _whole, aten.rsqrt.default: _spelled})
+
+
+def fuse_layer_norms(program: Program) -> Found:
+    """Replace the LayerNorms over the last dimension by `ilm::layer_norm`."""
+    return _fuse(program, "layer_norm", {aten.layer_norm.default: _whole})
+
+
+def _fuse(program: Program, name: str, readers: dict[Any, Reader]) -> Found:
     fused: list[fx.Node] = []
     left: list[Left] = []
     for node in list(program.calls()):
-        read = next((r for op, r in _READERS.items() if is_call(node, op)), None)
+        read = next((r for op, r in readers.items() if is_call(node, op)), None)
         norm = read(node) if read else None
         reason = norm if isinstance(norm, str) else norm and _refusal(program, norm)
         if reason:
-            left.append(Left(OP, node, reason))
+            left.append(Left(name, node, reason))
         elif isinstance(norm, Norm):
-            inputs = (norm.x, norm.weight, norm.eps, norm.cast_before_scale, norm.weight_offset)
-            call = fuse(program, ilm.rms_norm.default, inputs, [norm.result], point=norm.result)
-            fused.append(call)
+            op: Any = ilm.rms_norm.default
+            inputs = [norm.x, norm.weight, norm.eps, norm.cast_before_scale, norm.weight_offset]
+            if norm.centered:
+                op, inputs = ilm.layer_norm.default, [norm.x, norm.weight, norm.bias, norm.eps]
+            fused.append(fuse(program, op, inputs, [norm.result], point=norm.result))
     return Found(tuple(fused), tuple(left))
 
 
 def _whole(node: fx.Node) -> Norm | str:
-    """Read an `aten.rms_norm`."""
+    """Read an `aten.rms_norm` or `aten.layer_norm`."""
     if len(argument(node, "normalized_shape")) != 1:
         return "it norms over several dimensions, the fused op over the last alone"
     x, weight, eps = (argument(node, name) for name in ("input", "weight", "eps"))
     if eps is None:  # torch takes that of the dtype
         eps = torch.finfo(dtype(x)).eps
-    return _widest([Norm(x, node, eps, weight)], x, {node})
+    centered = is_call(node, aten.layer_norm.default)
+    bias = argument(node, "bias") if centered else None
+    return _widest([Norm(x, node, eps, weight, bias=bias, centered=centered)], x, {node})
 
 
-def _spelled_out(node: fx.Node) -> Norm | str | None:
+def _spelled(node: fx.Node) -> Norm | str | None:
     """Read the calls around an rsqrt; None if they have nothing of a norm."""
     total = args(node)[0]
     if not is_call(total, *SUMS) or not is_call(args(total)[0], aten.mean.dim):
@@ -148,7 +166,8 @@ def _widest(norms: list[Norm], x: fx.Node, inside: set[fx.Node]) -> Norm | str:
     for norm in reversed(norms):
         for source in sources:
             if dtype(source) == dtype(norm.result):
-                return changed(norm, x=source, weight=_uncast(norm.weight, dtype(source)))
+                weight, bias = (_uncast(w, dtype(source)) for w in (norm.weight, norm.bias))
+                return changed(norm, x=source, weight=weight, bias=bias)
     return f"it gives {dtype(norms[-1].result)} of {dtype(x)}, the fused op gives what it is given"
 
 
@@ -161,14 +180,14 @@ def _uncast(weight: fx.Node | None, wanted: torch.dtype) -> fx.Node | None:
 
 def _refusal(program: Program, norm: Norm) -> str | None:
     """Return why a norm that the op could compute is better left alone."""
-    if shape(norm.x)[-1] > MAX_HIDDEN:
-        return f"its rows have {shape(norm.x)[-1]} numbers, the kernel takes {MAX_HIDDEN}"
+    widest = MAX_CENTERED if norm.centered else MAX_HIDDEN
+    if shape(norm.x)[-1] > widest:
+        return f"its rows have {shape(norm.x)[-1]} numbers, the kernel takes {widest}"
+    if norm.bias is not None and (norm.weight is None or dtype(norm.bias) != dtype(norm.weight)):
+        return "its bias is not of the dtype of its weight"
     if norm.weight is not None and dtype(norm.weight) not in (dtype(norm.x), torch.float32):
         return f"its weight is {dtype(norm.weight)}, expected {dtype(norm.x)} or float32"
     splits = [is_call(user, aten.reshape.default) for user in norm.result.users]
     if program.plan.tp > 1 and is_call(norm.x, aten.linear.default) and splits and all(splits):
         return "it norms all heads at once, which tensor parallelism divides: their mean is a sum"
     return None
-
-
-_READERS = {aten.rms_norm.default: _whole, aten.rsqrt.default: _spelled_out}

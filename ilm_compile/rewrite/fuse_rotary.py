@@ -31,9 +31,10 @@ from ilm_compile.rewrite.fusion import (
     is_call,
     shape,
 )
-from ilm_compile.rewrite.rotation import Rotation, read_rotation
+from ilm_compile.rewrite.rotation import Rotation, is_same, read_rotation
 
 OP = "rotary"
+CORES = (aten.cat.default, aten.stack.default)
 ATTENTIONS = (ilm.attention.default, aten.scaled_dot_product_attention.default)
 # Calls through which a value reaches an attention with the numbers of each head in their order.
 CARRIERS = (
@@ -60,17 +61,17 @@ class _Search:
     program: Program
     fused: list[fx.Node] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
-    tables: dict[tuple[fx.Node, bool], fx.Node] = field(default_factory=dict)
+    tables: dict[tuple[fx.Node, bool, bool], fx.Node] = field(default_factory=dict)
 
     def run(self) -> Found:
         with_gradient = gradient_nodes(self.program.graph)
         waiting: list[Rotation] = []
-        for cat in list(self.program.graph.find_nodes(op="call_function", target=aten.cat.default)):
-            found = read_rotation(cat)
+        for core in [n for n in self.program.calls() if is_call(n, *CORES)]:
+            found = read_rotation(core)
             if isinstance(found, str):
-                self.left.append(Left(OP, cat, found))
+                self.left.append(Left(OP, core, found))
             elif found is not None and not with_gradient.isdisjoint((found.cos, found.sin)):
-                self.left.append(Left(OP, cat, "its tables are trained, the op gives no gradient"))
+                self.left.append(Left(OP, core, "its tables are trained, the op gives no gradient"))
             elif found is not None:
                 waiting.append(found)
         while waiting:
@@ -127,21 +128,23 @@ class _Search:
 
     def _table(self, table: fx.Node, rotation: Rotation) -> fx.Node:
         """Return a table as the op takes it: (batch or 1, seq, pairs)."""
-        if (table, rotation.is_doubled) in self.tables:
-            return self.tables[table, rotation.is_doubled]
+        kind = (rotation.is_doubled, rotation.interleaved)
+        if (table, *kind) in self.tables:
+            return self.tables[table, *kind]
         found = table
         if is_call(table, aten.unsqueeze.default) and args(table)[1] % 4 == rotation.heads_dim:
             found = args(table)[0]
         else:
             op = aten.squeeze.dim
             found = insert_after(self.program, table, op, table, rotation.heads_dim)
-        key = (found, rotation.is_doubled)
+        key = (found, *kind)
         if rotation.is_doubled and key not in self.tables:
-            pairs = shape(found)[-1] // 2
-            half = insert_after(self.program, found, aten.slice.Tensor, found, 2, 0, pairs)
+            width = shape(found)[-1]
+            bounds = (0, width, 2) if rotation.interleaved else (0, width // 2)
+            half = insert_after(self.program, found, aten.slice.Tensor, found, 2, *bounds)
             self.tables[key] = half
         result = self.tables.get(key, found)
-        self.tables[table, rotation.is_doubled] = result
+        self.tables[table, *kind] = result
         return result
 
 
@@ -152,9 +155,10 @@ def _is_pair(q: Rotation, k: Rotation) -> bool:
         batch, *_, head_dim = shape(r.x)
         region, stage = r.result.meta["region"], r.result.meta.get("stage")
         size = (batch, shape(r.x)[3 - r.heads_dim], head_dim, dtype(r.x))
-        return (r.cos, r.sin, r.heads_dim, r.is_doubled, size, region, stage)
+        return (r.heads_dim, r.is_doubled, r.interleaved, size, region, stage)
 
-    return kind(q) == kind(k) and q.result is not k.result
+    alike = kind(q) == kind(k) and is_same(q.cos, k.cos) and is_same(q.sin, k.sin)
+    return alike and q.result is not k.result
 
 
 def _in_places(q: Rotation, k: Rotation) -> tuple[Rotation, Rotation, bool]:
@@ -162,8 +166,8 @@ def _in_places(q: Rotation, k: Rotation) -> tuple[Rotation, Rotation, bool]:
 
     Scores are sums over the numbers of a head, and q and k are sorted alike.
     """
-    if q.unsorted is None or k.unsorted is None:
-        return q, k, False
+    if q.unsorted is None or k.unsorted is None or q.interleaved:
+        return q, k, q.interleaved
     uses = [_attention_uses(r.result) for r in (q, k)]
     if uses[0] is None or uses[1] is None:
         return q, k, False

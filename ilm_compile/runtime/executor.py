@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from ilm_compile.kernels.attention_order import attention_order
 from ilm_compile.program.lowered import Stage
 from ilm_compile.runtime.data_parallel import GradientSync
 from ilm_compile.runtime.guard.activity import ACTIVITY
@@ -87,7 +88,8 @@ class Executor:
         for runner in self._runners.values():
             runner.start(batch, loss_gradient=loss_gradient, keep_outputs=keep_outputs)
         steps = self._infer if forward_only else self._train
-        with torch.set_grad_enabled(not forward_only):
+        order = attention_order(self.channel.device)
+        with torch.set_grad_enabled(not forward_only), order:
             if self.annotate:
                 steps = [(text, _named(text, step)) for text, step in steps]
             if self.record_timeline:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ilm_compile.config import Config
+from ilm_compile.kernels import set_flash_attention
 from ilm_compile.runtime import Beta2Scheduler, Hook, Parallel, Trainer
 from ilm_compile.training.agreement import agree_on_start
 from ilm_compile.training.checkpoints import initialize_checkpoints, start_from
@@ -103,8 +104,13 @@ def _train(
 
 
 def set_torch_flags(config: Config) -> None:
-    """What the config says of kernels, for this process."""
+    """What the config says of kernels, for this process.
+
+    Raises IlmCompileError if this machine has not got them.
+    """
     train = config.train
     torch.use_deterministic_algorithms(train.deterministic)
     torch.backends.cudnn.benchmark = train.cudnn_benchmark
     torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
+    if train.flash_attention is not None:
+        set_flash_attention(train.flash_attention)

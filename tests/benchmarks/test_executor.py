@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.contest import Contest, SmallestModel, Time, Workload, measure
-from benchmarks.executor import Figure, Idle, figures_against_loop, idle, show
+from benchmarks.executor import Figure, Idle, Race, figures_against_loop, idle, show
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.schedule import StageTimes, build, simulate
 from tests.support.world import World
@@ -60,6 +60,19 @@ def test_idle_is_what_the_timeline_leaves_and_simulates_to_the_same() -> None:
     assert idle("1f1b", [[step[0]] * 2, [step[1]] * 2], 4) == (
         Idle("1f1b", 15, pytest.approx(0.2), 15, pytest.approx(0.2))
     )
+
+
+def test_a_race_is_of_the_slowest_rank_and_of_rounds() -> None:
+    """Six rounds; rank 1 is the slower one in theirs, rank 0 in ours, the machine in the last."""
+    slow = [1.0, 1.0, 1.0, 1.0, 1.0, 10.0]
+    ours = [1.01, 1.02, 1.03, 1.04, 1.05, 10.6]
+    ranks = [
+        {"theirs": [Time(t / 2, 0) for t in slow], "ours_whole": [Time(t, 0) for t in ours]},
+        {"theirs": [Time(t, 0) for t in slow], "ours_whole": [Time(t / 2, 0) for t in ours]},
+    ]
+    race = Race.of("1f1b", ranks)
+    assert (race.theirs, race.ours) == (1.0, pytest.approx(1.035))
+    assert (race.ratio, race.lower, race.upper) == pytest.approx((1.035, 1.01, 1.06))
 
 
 class Unequal(Contest):

@@ -15,7 +15,7 @@ def test_row_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         {name: fuse_kernels.PRECISIONS[name] for name in ("float64", "bfloat16")},
     )
     row = fuse_kernels.measure("InternLM2")
-    assert row["per_block"] == {"ilm.add_rms_norm": 2, "ilm.qkv_rotary": 1, "ilm.swiglu": 1}
+    assert row["per_block"] == {"ilm.add_rms_norm": 2, "ilm.qkv_rotary": 1, "ilm.glu": 1}
     assert row["calls_after"] < row["calls_before"]
     exact, rounded = (n["fused_to_plain"]["gradient"] for n in row["numbers"])
     assert exact < 1e-10 < rounded

@@ -17,7 +17,7 @@ PNG = b"\x89PNG"
 
 
 def entry(fraction: float) -> Entry:
-    return Entry(4000 * fraction, fraction, Times(1 / fraction, (1.0, 2.0), 0.0, 5))
+    return Entry(4000 * fraction, fraction, fraction, Times(1 / fraction, (1.0, 2.0), 0.0, 5))
 
 
 def content() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention, attention_reference, document_starts
-from ilm_compile.kernels.last_queries import attend_last_keeping_inputs
+from ilm_compile.kernels.last_queries import attend_documents, attend_last_keeping_inputs
 
 BATCH, SEQ, HEADS, HEAD_DIM = 2, 8, 4, 6
 BOUNDARIES = {
@@ -100,7 +100,18 @@ def test_runs_of_queries_are_parts_of_the_whole(cu_seqlens, kv_heads, ranks):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
 
 
-def test_the_mask_of_late_queries_is_not_kept():
+def late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend_last_keeping_inputs(q, k, v, scale=None, enable_gqa=False)
+
+
+def of_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    starts = torch.tensor([[0, 100]], dtype=torch.int32)
+    (documents,) = torch.ops.ilm.document_boundaries(starts, 1, 256, [192, 256])
+    return attend_documents(q, k, v, documents, scale=None, enable_gqa=False)
+
+
+@pytest.mark.parametrize("attend", [late, of_documents], ids=["late", "of documents"])
+def test_no_mask_is_kept(attend):
     q, k, v = (torch.randn(1, 2, n, 4, requires_grad=True) for n in (64, 256, 256))
     kept = []
 
@@ -109,8 +120,9 @@ def test_the_mask_of_late_queries_is_not_kept():
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        attend_last_keeping_inputs(q, k, v, scale=None, enable_gqa=False)
-    assert sum(kept) == q.numel() + k.numel() + v.numel() < 64 * 256
+        attend(q, k, v)
+    inputs_and_boundaries = q.numel() + k.numel() + v.numel() + 6
+    assert sum(kept) <= inputs_and_boundaries < 64 * 256
 
 
 def test_queries_of_other_tokens_than_given_are_refused():

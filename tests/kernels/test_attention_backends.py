@@ -21,7 +21,7 @@ from torch.nn.attention import varlen
 from ilm_compile.errors import IlmCompileError
 from ilm_compile.kernels import attention, attention_backends, set_attention_backend
 from ilm_compile.kernels.attention_backends import BACKENDS, choose, obstacle
-from ilm_compile.kernels.documents import flat_boundaries
+from ilm_compile.kernels.documents import boundaries as make_boundaries
 from tests.kernels.test_attention import (
     BATCH,
     HEAD_DIM,
@@ -86,8 +86,7 @@ def varlen_stand_in(
     return flattened_attention(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale)
 
 
-def varlen_without_groups(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size):
-    assert q.shape[1:] == k.shape[1:] == v.shape[1:]
+def older_varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size):
     return flattened_attention(q, k, v, bounds_q, bounds_k, longest_q, longest_k, scale)
 
 
@@ -100,25 +99,31 @@ def install_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 STAND_INS: dict[str, tuple[str, Callable[..., Any] | None]] = {
     "flash_attn": ("flash_attn", None),
     "varlen": ("varlen", varlen_stand_in),
-    "varlen of an older torch": ("varlen", varlen_without_groups),
+    "varlen of an older torch": ("varlen", older_varlen),
     "sdpa": ("sdpa", None),
 }
 
 
 @boundaries
 @kv_heads
+@pytest.mark.parametrize("is_made", [False, True], ids=["cu_seqlens", "made before"])
 @pytest.mark.parametrize("tokens", [None, [0, 2, 6, 8]], ids=["whole", "head and tail"])
 @pytest.mark.parametrize("stand_in", STAND_INS.values(), ids=list(STAND_INS))
-def test_every_backend_is_the_op(monkeypatch, stand_in, tokens, kv_heads, cu_seqlens) -> None:
+def test_every_backend_is_the_op(
+    monkeypatch, stand_in, tokens, is_made, kv_heads, cu_seqlens
+) -> None:
     name, function = stand_in
     install_flash_attn(monkeypatch)
     monkeypatch.setattr(varlen, "varlen_attn", function)
-    monkeypatch.setattr(attention_backends, "choose", lambda *_, is_packed: BACKENDS[name]())
+    monkeypatch.setattr(attention_backends, "choose", lambda *_, **__: BACKENDS[name]())
     ours, plain = inputs(kv_heads), inputs(kv_heads)
     if tokens is not None:
         for each in (ours, plain):
             each[0] = some_queries(each[0], tokens)
-    out = attention_backends.attention(*ours, cu_seqlens, 0.3, tokens)
+    given = cu_seqlens
+    if is_made and cu_seqlens is not None:
+        given = torch.ops.ilm.document_boundaries(cu_seqlens, BATCH, SEQ, tokens)
+    out = attention_backends.attention(*ours, given, 0.3, tokens)
     expected = attention(*plain, cu_seqlens, 0.3, tokens)
     assert out.is_contiguous()
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-13)
@@ -129,10 +134,17 @@ def test_every_backend_is_the_op(monkeypatch, stand_in, tokens, kv_heads, cu_seq
 
 
 def test_boundaries_over_all_tokens() -> None:
+    def sides(cu_seqlens, tokens=None) -> list[list[list[int]]]:
+        made = make_boundaries(cu_seqlens, 2, 8, tokens, CPU)
+        assert made.dtype == torch.int32
+        return made.flatten(2).tolist()
+
     rows = torch.tensor([[0, 3, 8, 8], [0, 1, 5, 8]])
-    assert flat_boundaries(rows, 2, 8, CPU).tolist() == [0, 3, 8, 8, 8, 9, 13, 16, 16]
-    assert flat_boundaries(None, 2, 8, CPU).tolist() == [0, 8, 16]
-    assert flat_boundaries(torch.tensor([0, 5]), 2, 8, CPU).tolist() == [0, 5, 16]
+    assert sides(rows) == [[[0, 3, 8, 8, 8, 8, 9, 13, 16, 16]]]
+    assert sides(None) == [[[0, 8, 8, 16]]]
+    assert sides(torch.tensor([0, 5])) == [[[0, 5, 16]]]
+    asked, seen = [0, 1, 4, 4, 4, 4, 4, 7, 8, 8], [0, 3, 6, 6, 6, 6, 7, 11, 12, 12]
+    assert sides(rows, [2, 6]) == [[asked, seen]]
 
 
 OBSTACLES = {
@@ -194,7 +206,7 @@ def test_rows_of_one_document_go_to_sdpa_and_repeat_no_keys(monkeypatch) -> None
         return torch.zeros_like(q)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
-    monkeypatch.setattr(attention_backends, "flat_boundaries", None)  # nobody makes them
+    monkeypatch.setattr(attention_backends, "boundaries", None)  # nobody makes them
     q, k = (torch.zeros(2, 8, heads, 64, dtype=torch.bfloat16) for heads in (8, 2))
     attention_backends.attention(q, k, k)
     assert seen == [(2, 2, {"is_causal": True, "scale": None, "enable_gqa": True})]
@@ -238,6 +250,29 @@ def test_an_older_varlen_is_an_obstacle(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, is_causal=False: q)
     reason = obstacle("varlen", torch.bfloat16, 64, HOPPER)
     assert reason == "this torch's varlen_attn takes no window_size and scale"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [None, [0, 64, 192, 256]], ids=["whole", "head and tail"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+def test_on_cuda_the_best_backend_is_the_op(packed, tokens) -> None:
+    """Grouped keys, boundaries made before, queries of one rank of two."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 256, n, 64, dtype=torch.float64).requires_grad_() for n in (4, 2, 2)]
+    low = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    starts = torch.tensor([[0, 100, 256], [0, 256, 256]], dtype=torch.int32) if packed else None
+    given = starts
+    if packed:
+        given = torch.ops.ilm.document_boundaries(starts.cuda(), 2, 256, tokens)
+    results = []
+    for (q, *keys), documents in ((exact, starts), (low, given)):
+        asked = q if tokens is None else some_queries(q, tokens)
+        out = attention(asked, *keys, documents, None, tokens)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, *keys))])
+    for expected, found in zip(*results, strict=True):
+        found = found.cpu().double()
+        assert (found - expected).norm() <= 2e-2 * expected.norm()
 
 
 class Attend(torch.nn.Module):

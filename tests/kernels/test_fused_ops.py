@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ilm_compile.errors import IlmCompileError
-from ilm_compile.kernels import add_rms_norm, rms_norm, swiglu
+from ilm_compile.kernels import add_layer_norm, add_rms_norm, glu, layer_norm, rms_norm
 from ilm_compile.kernels.library import LAUNCHERS, launcher, on_cuda
 
 BATCH, SEQ, WIDTH = 2, 3, 16
@@ -24,12 +25,16 @@ ilm = torch.ops.ilm
 
 @dataclass(frozen=True)
 class Op:
-    """An op as a function of `num_rows` tensors (..., WIDTH) and, if it has one, a weight."""
+    """An op as a function of `num_rows` tensors (..., WIDTH) and, if it has one, a weight.
+
+    backward: the op that is its backward, if not that of its name.
+    """
 
     name: str
     function: Callable[..., Tensor | tuple[Tensor, Tensor]]
     num_rows: int
     weighted: bool
+    backward: str = ""
 
     def inputs(self, dtype: torch.dtype = torch.float32, shape=(BATCH, SEQ, WIDTH)) -> list[Tensor]:
         torch.manual_seed(0)
@@ -41,15 +46,29 @@ class Op:
         return (found,) if isinstance(found, Tensor) else found
 
 
+def biased(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer norm whose bias is its weight, with the arguments that `Op` gives."""
+    return lambda *inputs: function(*inputs, inputs[-1], 1e-5)
+
+
 OPS = [
     Op("rms_norm", partial(rms_norm, eps=1e-5), 1, True),
     Op("rms_norm", lambda x: rms_norm(x, None, 1e-5), 1, False),
     Op("rms_norm", partial(rms_norm, eps=1e-5, weight_offset=1.0), 1, True),
     Op("add_rms_norm", partial(add_rms_norm, eps=1e-5), 2, True),
     Op("add_rms_norm", lambda x, residual: add_rms_norm(x, residual, None, 1e-5), 2, False),
-    Op("swiglu", swiglu, 2, False),
+    Op("layer_norm", biased(layer_norm), 1, True),
+    Op("layer_norm", lambda x: layer_norm(x, None, None, 1e-5), 1, False),
+    Op("add_layer_norm", biased(add_layer_norm), 2, True, "layer_norm_backward"),
+    Op("glu", glu, 2, False),
+    Op("glu", partial(glu, activation="gelu"), 2, False),
+    Op("glu", partial(glu, activation="gelu_tanh"), 2, False),
 ]
-NAMES = ["rms_norm", "unweighted", "offset", "add_rms_norm", "add unweighted", "swiglu"]
+NAMES = [
+    *("rms_norm", "unweighted", "offset", "add_rms_norm", "add unweighted"),
+    *("layer_norm", "layer_norm unweighted", "add_layer_norm"),
+    *("swiglu", "geglu", "geglu tanh"),
+]
 every_op = pytest.mark.parametrize("op", OPS, ids=NAMES)
 
 
@@ -91,8 +110,18 @@ OPCHECKS = {
         ilm.add_rms_norm_backward.default,
         (x.detach().bfloat16(), x.detach(), x.detach(), w.detach(), 1e-5, False, 0.0),
     ),
-    "swiglu": lambda x, w: (ilm.swiglu.default, (x, x)),
-    "swiglu_backward": lambda x, w: (ilm.swiglu_backward.default, (x.detach(),) * 3),
+    "layer_norm": lambda x, w: (ilm.layer_norm.default, (x, w, w, 1e-5)),
+    "add_layer_norm": lambda x, w: (ilm.add_layer_norm.default, (x, x, w, None, 1e-5)),
+    "layer_norm_backward": lambda x, w: (
+        ilm.layer_norm_backward.default,
+        (x.detach(), x.detach(), x.detach(), w.detach(), True, 1e-5),
+    ),
+    "layer_norm_backward unweighted": lambda x, w: (
+        ilm.layer_norm_backward.default,
+        (x.detach(), None, x.detach(), None, False, 1e-5),
+    ),
+    "glu": lambda x, w: (ilm.glu.default, (x, x, "gelu_tanh")),
+    "glu_backward": lambda x, w: (ilm.glu_backward.default, (*(x.detach(),) * 3, "gelu")),
 }
 
 
@@ -175,7 +204,7 @@ def test_backward_saves_its_inputs_only(op):
     assert saved
     assert {x.data_ptr() for x in saved} <= known
     rows = [x for x in saved if x.dim() == 3]
-    assert len(rows) == (2 if op.name == "swiglu" else 1)
+    assert len(rows) == (2 if op.name == "glu" else 1)
 
 
 STRIDES = {
@@ -230,7 +259,7 @@ def test_inputs_are_left_alone(op):
 def test_the_backward_is_one_op(op):
     inputs = op.inputs()
     outputs = op.outputs(*inputs)
-    with CountCalls(getattr(ilm, f"{op.name}_backward").default) as counted:
+    with CountCalls(getattr(ilm, op.backward or f"{op.name}_backward").default) as counted:
         torch.autograd.grad(outputs, inputs, [torch.ones_like(out) for out in outputs])
     assert counted.count == 1
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ilm_compile.kernels import MAX_CENTERED
 from ilm_compile.kernels.launch import flat_rows, row_stride
 from ilm_compile.kernels.library import LAUNCHERS
 from tests.kernels.accuracy import INTERPRETED, relative_error
@@ -20,6 +21,7 @@ from tests.kernels.worker import Worker
 EPS = 1e-5
 ilm = torch.ops.ilm
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
+activations = pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 
 
 def rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -102,8 +104,8 @@ def test_other_weights(interpreter, weight_dtype):
     compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
 
 
-# Each row of the tables of launches but the last, at its width and below.
-HIDDEN_SIZES = [1, 64, 128, 250, 512, 768, 1024, 2048, 4096, 5120, 8192]
+# Each row of the tables of launches, at its width and below.
+HIDDEN_SIZES = [1, 64, 128, 250, 512, 768, 1024, 2048, 4096, 5000, 5120, 6144, 8192, 9000, 16384]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN_SIZES)
@@ -124,6 +126,50 @@ def test_more_and_fewer_rows_than_programs(interpreter, num_rows, hidden):
     compare(interpreter, "rms_norm_backward", grad, x, weight, EPS, False, 0.0)
 
 
+def layer_arguments(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> list[Any]:
+    """x, a residual or total, a gradient, a weight, a bias. The mean of a row is not 0."""
+    x, other, grad, weight = norm_arguments(dtype, shape)
+    shift = x.abs().amax(-1, keepdim=True)
+    return [x + shift, other, grad, weight, torch.linspace(-1, 1, shape[-1]) if bias else None]
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_layer_norm(interpreter, dtype, bias):
+    x, residual, grad, weight, shift = layer_arguments(dtype, (7, 100), bias)
+    compare(interpreter, "layer_norm", x, weight, shift, EPS)
+    y, total = compare(interpreter, "add_layer_norm", x, residual, weight, shift, EPS)
+    # the norm is of the sum as it was rounded, which the tolerances above would not show
+    assert torch.equal(y, compare(interpreter, "layer_norm", total, weight, shift, EPS)[0])
+    grads = grad, rows(x.shape, dtype, seed=5)
+    compare(interpreter, "layer_norm_backward", *grads, total, weight, bias, EPS)
+    compare(interpreter, "layer_norm_backward", grad, None, x, weight, bias, EPS)
+
+
+def test_layer_norm_without_a_weight(interpreter):
+    x, residual, grad, *_ = layer_arguments(torch.float32, (7, 100), False)
+    compare(interpreter, "add_layer_norm", x, residual, None, None, EPS)
+    compare(interpreter, "layer_norm_backward", grad, None, x, None, False, EPS)
+
+
+@pytest.mark.parametrize("hidden", [n for n in HIDDEN_SIZES if 1 < n <= MAX_CENTERED])
+def test_hidden_sizes_of_layer_norm(interpreter, hidden):
+    x, residual, grad, weight, bias = layer_arguments(torch.float32, (3, hidden), True)
+    compare(interpreter, "add_layer_norm", x, residual, weight, bias, EPS)
+    compare(interpreter, "layer_norm_backward", grad, residual, x, weight, True, EPS)
+
+
+# Less than a tile of rows and of columns; several of both, the last not full.
+@dtypes
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (128, 64), (300, 100)])
+def test_column_sums(interpreter, dtype, num_rows, width):
+    partial = rows((num_rows, width), torch.float32)
+    target = "ilm_compile.kernels.triton_column_sums:column_sums"
+    found = interpreter.call(target, partial, dtype)
+    assert found.dtype == dtype
+    assert relative_error(found, partial.double().sum(0)) < INTERPRETED[dtype]
+
+
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "rows of a transposed tensor": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "last dim strided": lambda x: x.mT.contiguous().mT,
@@ -141,29 +187,34 @@ def test_strides_of_the_norms(interpreter, lay):
     compare(interpreter, "add_rms_norm", lay(x), lay(residual), weight, EPS)
     args = lay(grad), lay(x), lay(residual), weight, EPS, False, 0.0
     compare(interpreter, "add_rms_norm_backward", *args)
+    compare(interpreter, "add_layer_norm", lay(x), lay(residual), weight, weight, EPS)
+    args = lay(grad), lay(x), lay(residual), weight, True, EPS
+    compare(interpreter, "layer_norm_backward", *args)
 
 
 @every_stride
-def test_strides_of_swiglu(interpreter, lay):
+def test_strides_of_glu(interpreter, lay):
     gate, up, grad, _ = norm_arguments(shape=(2, 3, 100))
-    compare(interpreter, "swiglu", lay(gate), lay(up))
-    compare(interpreter, "swiglu_backward", lay(grad), lay(gate), lay(up))
+    compare(interpreter, "glu", lay(gate), lay(up), "gelu")
+    compare(interpreter, "glu_backward", lay(grad), lay(gate), lay(up), "gelu")
 
 
 @dtypes
+@activations
 @pytest.mark.parametrize("width", [1, 100, 256, 1024, 2500])
-def test_swiglu(interpreter, dtype, width):
+def test_glu(interpreter, dtype, width, activation):
     gate, up, grad, _ = norm_arguments(dtype, shape=(3, width))
-    compare(interpreter, "swiglu", gate, up)
-    compare(interpreter, "swiglu_backward", grad, gate, up)
+    compare(interpreter, "glu", gate, up, activation)
+    compare(interpreter, "glu_backward", grad, gate, up, activation)
 
 
-def test_swiglu_of_large_gates(interpreter):
+@activations
+def test_glu_of_large_gates(interpreter, activation):
     gate = torch.tensor([[-60000.0, -100.0, 0.0, 100.0, 60000.0]])
     ones = torch.ones_like(gate)
-    (out,) = compare(interpreter, "swiglu", gate, ones)
+    (out,) = compare(interpreter, "glu", gate, ones, activation)
     assert torch.equal(out, gate.relu())
-    to_gate, _ = compare(interpreter, "swiglu_backward", ones, gate, ones)
+    to_gate, _ = compare(interpreter, "glu_backward", ones, gate, ones, activation)
     assert to_gate.tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
 
 
@@ -176,8 +227,10 @@ def test_no_rows(interpreter, shape):
     assert not to_weight.any()
     compare(interpreter, "add_rms_norm", x, x, weight, EPS)
     compare(interpreter, "add_rms_norm_backward", x, x, x, weight, EPS, False, 0.0)
-    compare(interpreter, "swiglu", x, x)
-    compare(interpreter, "swiglu_backward", x, x, x)
+    compare(interpreter, "add_layer_norm", x, x, weight, weight, EPS)
+    compare(interpreter, "layer_norm_backward", x, x, x, weight, True, EPS)
+    compare(interpreter, "glu", x, x, "silu")
+    compare(interpreter, "glu_backward", x, x, x, "silu")
 
 
 def arguments_after(target: str, *args: Any) -> tuple[Any, ...]:
@@ -188,14 +241,13 @@ def arguments_after(target: str, *args: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "swiglu_backward"]
+    "op", ["rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "glu_backward"]
 )
 def test_inputs_are_left_alone(interpreter, op):
     x, residual, grad, weight = norm_arguments()
     tensors = {"rms_norm_backward": (grad, x), "add_rms_norm": (x, residual)}
     args = tensors.get(op, (grad, x, residual))
-    if op != "swiglu_backward":
-        args = (*args, weight, EPS, False, 0.0)
+    args = (*args, "silu") if op == "glu_backward" else (*args, weight, EPS, False, 0.0)
     target = "tests.kernels.test_interpreted:arguments_after"
     after = interpreter.call(target, LAUNCHERS[f"ilm::{op}"], *args)
     for mine, before in zip(after, args, strict=True):

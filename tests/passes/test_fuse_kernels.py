@@ -19,12 +19,14 @@ from ilm_compile.program.dump import target_name
 from ilm_compile.proof import zoo as small
 from tests.program.execute import run_program
 from tests.support.fused import (
+    ADD_LAYER_NORM,
     ADD_NORM,
+    GLU,
+    LAYER_NORM,
     NORM,
     OURS,
     QKV,
     ROTARY,
-    SWIGLU,
     Body,
     count,
     fused,
@@ -35,18 +37,23 @@ from tests.support.fused import (
 
 aten, ilm = torch.ops.aten, torch.ops.ilm
 # The fused ops of the second of two blocks; each model has one add_rms_norm more, before its head.
-LLAMA = {ADD_NORM: 2, ROTARY: 1, SWIGLU: 1}
+LLAMA = {ADD_NORM: 2, ROTARY: 1, GLU: 1}
 BLOCKS: dict[str, dict[str, int]] = {
     "Llama": LLAMA,
     "InternLM3": LLAMA,
     "Phi-3": LLAMA,
     "Qwen3": {**LLAMA, NORM: 2},
-    "Gemma": {ADD_NORM: 2, ROTARY: 1},
-    "GPT-NeoX": {ROTARY: 1},
-    "OLMo-2": {NORM: 4, ROTARY: 1, SWIGLU: 1},  # it norms what it adds, not the sum
+    "Gemma": LLAMA,
+    "Gemma-2": {**LLAMA, NORM: 2},  # it norms what it adds, too
+    "GPT-NeoX": {ADD_LAYER_NORM: 1, LAYER_NORM: 1, ROTARY: 1},  # two norms of one sum
+    "GPT-J": {ADD_LAYER_NORM: 1, ROTARY: 1},
+    "GPT-2": {ADD_LAYER_NORM: 2},
+    "Cohere": {ROTARY: 1, GLU: 1},
+    "GLM-4": {**LLAMA, NORM: 2},
+    "OLMo-2": {NORM: 4, ROTARY: 1, GLU: 1},  # it norms what it adds, not the sum
     "InternLM": LLAMA,
-    "InternLM2": {ADD_NORM: 2, QKV: 1, SWIGLU: 1},
-    "InternLM2, sorted": {ADD_NORM: 2, QKV: 1, SWIGLU: 1},
+    "InternLM2": {ADD_NORM: 2, QKV: 1, GLU: 1},
+    "InternLM2, sorted": {ADD_NORM: 2, QKV: 1, GLU: 1},
 }
 
 
@@ -59,7 +66,9 @@ def test_matches_of_a_block(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_nothing_that_is_fused_stays_beside(name: str) -> None:
-    plain = {"aten.rms_norm", "aten.rsqrt", "aten.silu"}
+    plain = {"aten.rms_norm", "aten.layer_norm", "aten.rsqrt", "aten.silu"}
+    plain |= {"aten.gelu"} if GLU in BLOCKS[name] else set()
+    plain -= {"aten.rsqrt"} if name == "Cohere" else set()  # of its LayerNorm
     plain |= set() if name in OURS else {"aten.neg"}  # our tables take powers of negative numbers
     assert plain.isdisjoint(map(target_name, fused_model(name).calls()))
 
@@ -90,6 +99,14 @@ def half_turned(x: Tensor, at: int = 3) -> Tensor:
 def doubled(angles: Tensor) -> tuple[Tensor, Tensor]:
     both = torch.cat((angles, angles), -1)
     return both.cos(), both.sin()
+
+
+def neighbours_turned(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def repeated(table: Tensor) -> Tensor:
+    return table.repeat_interleave(2, -1)
 
 
 def turned_alike(m: Body, x: Tensor, tables: tuple[Tensor, Tensor]) -> Any:
@@ -137,6 +154,14 @@ LEFT: dict[str, tuple[Callable[[Body, Tensor], Any], str]] = {
         lambda m, x: turned_alike(m, x, (torch.cat((m.angles.cos(), m.angles.sin()), -1),) * 2),
         "not proven to be two equal halves",
     ),
+    "neighbours by tables of halves": (
+        lambda m, x: x * doubled(m.angles)[0] + neighbours_turned(x) * doubled(m.angles)[1],
+        "not proven to be two equal halves",
+    ),
+    "halves by tables of neighbours": (
+        lambda m, x: x * repeated(m.angles.cos()) + half_turned(x) * repeated(m.angles.sin()),
+        "not proven to be two equal halves",
+    ),
     "trained tables": (
         lambda m, x: turned_alike(m, x, doubled(m.angles * m.trained)),
         "its tables are trained",
@@ -150,7 +175,8 @@ LEFT: dict[str, tuple[Callable[[Body, Tensor], Any], str]] = {
         "not multiplied and added to the other product",
     ),
     "silu used twice": (silu_twice, "its silu is used 2 times"),
-    "gate that is a gelu": (lambda m, x: F.gelu(x) * m.weight.expand(x.shape), "gate is aten.gelu"),
+    "gate that is a relu": (lambda m, x: F.relu(x) * m.weight.expand(x.shape), "gate is aten.relu"),
+    "gelu of a skip": (lambda m, x: F.gelu(x) * 2.0, "its gelu is multiplied by no other value"),
     "gate that is broadcast": (lambda m, x: F.silu(m.weight) * x, "gate and up are not alike"),
 }
 
@@ -197,12 +223,29 @@ def test_norm_of_a_bfloat16_model_takes_in_its_casts(function: Any, options: Any
     assert not program.graph.find_nodes(op="call_function", target=aten.to.dtype)
 
 
-def test_swiglu_of_two_parts_of_one_projection() -> None:
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_glu_of_two_parts_of_one_projection(name: str) -> None:
     def function(m: Body, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
+        return ACTIVATIONS[name](gate) * up
 
-    assert count(fused(traced(function))) == {SWIGLU: 1}
+    program = fused(traced(function))
+    (node,) = program.graph.find_nodes(op="call_function", target=ilm.glu.default)
+    assert node.args[2] == name
+    assert count(program) == {GLU: 1}
+    model, batch = Body(function), {"x": torch.randn(2, 4, 4, 6, dtype=torch.float64)}
+    found, gradients = run_program(program, model, batch)
+    expected = model(**batch)["loss"]
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-12, atol=1e-12)
+    (wanted,) = torch.autograd.grad(expected, [model.scale])
+    torch.testing.assert_close(gradients["scale"], wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_numbers_stay_in_their_places_only_where_an_attention_alone_reads_them() -> None:
@@ -225,6 +268,57 @@ def test_numbers_stay_in_their_places_only_where_an_attention_alone_reads_them()
         model, batch = Body(function), {"x": torch.randn(2, 4, 4, 6, dtype=torch.float64)}
         expected, found = model(**batch), run_program(program, model, batch)[0]
         torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-12, atol=1e-12)
+
+
+def interleaved(m: Body, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * repeated(cos) + neighbours_turned(x) * repeated(sin)
+
+
+def first_four(m: Body, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((interleaved(m, x[..., :4], cos[..., :2], sin[..., :2]), x[..., 4:]), -1)
+
+
+def written_out(m: Body, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+@pytest.mark.parametrize("turn", [interleaved, first_four, written_out], ids=lambda f: f.__name__)
+def test_neighbours_that_turn(turn: Any) -> None:
+    def function(m: Body, x: Tensor) -> Any:
+        both = [turn(m, v, m.angles.cos(), m.angles.sin()) for v in (x, 2 * x)]
+        return tuple(v * m.weight for v in both)
+
+    program = fused(traced(function))
+    (node,) = program.graph.find_nodes(op="call_function", target=ilm.rotary.default)
+    assert node.args[-1] is True
+    model, batch = Body(function), {"x": torch.randn(2, 4, 4, 6, dtype=torch.float64)}
+    found, gradients = run_program(program, model, batch)
+    expected = model(**batch)["loss"]
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-12, atol=1e-12)
+    for name in ("scale", "weight"):
+        (wanted,) = torch.autograd.grad(expected, [getattr(model, name)], retain_graph=True)
+        torch.testing.assert_close(gradients[name], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_tables_made_alike_of_other_angles_turn_no_pair() -> None:
+    def function(m: Body, x: Tensor) -> Any:
+        cos, sin = m.angles.cos(), m.angles.sin()
+        return interleaved(m, x, cos, sin), interleaved(m, 2 * x, sin, cos)
+
+    result = fused(traced(function))
+    assert count(result) == {}
+    assert any("no second value is turned by the same tables" in d for d in result.decisions)
+
+
+def test_neighbours_turned_in_float32_take_in_the_casts() -> None:
+    def function(m: Body, x: Tensor) -> Any:
+        cos, sin = m.angles.float().cos(), m.angles.float().sin()
+        return tuple(interleaved(m, v.float(), cos, sin).to(v.dtype) for v in (x, 2 * x))
+
+    program = fused(traced(function, torch.bfloat16))
+    (node,) = program.graph.find_nodes(op="call_function", target=ilm.rotary.default)
+    assert [n.meta["val"].dtype for n in node.args[:3]] == [torch.bfloat16] * 2 + [torch.float32]
 
 
 def test_unknown_patterns_are_refused() -> None:

@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 import ilm_compile
 from ilm_compile.models import internlm2_tiny
 from ilm_compile.planner import Rejected, Search, search, simulate_step
+from ilm_compile.planner.pictures import memory_picture
 from ilm_compile.planner.report import write_report
 from ilm_compile.program.program import Program
+from ilm_compile.runtime.observe.svg import text_width
 
 VOID = {"meta", "br"}
 
@@ -111,3 +114,20 @@ def test_a_plan_alone_has_a_page(tmp_path: Path) -> None:
     assert page.titles[0] == "Proof"
     assert "nothing was proven" in page.words
     assert page.tags.count("svg") == 2
+
+
+def test_no_label_lies_on_the_lines_of_the_memory_or_on_another() -> None:
+    inputs = {name: ((2, 32), torch.int64) for name in ("input_ids", "labels")}
+    model = internlm2_tiny(max_seq_len=32, num_layers=16)
+    step = simulate_step(
+        ilm_compile.partition(model, example_inputs=inputs, pp=16, num_microbatches=16)
+    )
+    picture = memory_picture(step, step.peak(0))
+    lowest = max(float(y) for y in re.findall(r"<line [^>]*y2='([\d.]+)'", picture))
+    found = re.findall(r"<text x='([\d.]+)' y='([\d.]+)'[^>]*>(rank \d+: [^<]*|seconds)<", picture)
+    places = {words: (float(x), float(y)) for x, y, words in found}
+    assert len(places) == 17
+    below = places.pop("seconds")[1]
+    assert lowest < below < min(y for _, y in places.values())
+    rows = sorted((y, x, text_width(words, 12)) for words, (x, y) in places.items())
+    assert all(x + width < after for (y, x, width), (to, after, _) in pairwise(rows) if y == to)

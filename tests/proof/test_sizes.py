@@ -61,14 +61,19 @@ class Reduced:
     small: fit.Fit
 
 
-def reduced(name: str, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> Reduced:
+def reduced(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    example: dict[str, Any] = EXAMPLE,
+    **plan: Any,
+) -> Reduced:
     if name not in ("InternLM", "InternLM2"):
         pytest.importorskip("transformers")
     build = MODELS[name]()
     with torch.device("meta"):
         model = build()
-    traced = trace(model, example_inputs=EXAMPLE)
-    program = ilm_compile.partition(model, example_inputs=EXAMPLE, **plan)
+    traced = trace(model, example_inputs=example)
+    program = ilm_compile.partition(model, example_inputs=example, **plan)
     monkeypatch.setattr(fit, "SECONDS", 0.5)
     return Reduced(traced, program, Subject(traced, program).fit_pieces())
 
@@ -86,6 +91,22 @@ def test_a_smaller_program_is_one_and_its_regions_are_equal(
     errors = [(piece.region, each.is_finite, each.largest) for piece, each, _ in compared]
     assert len(errors) >= 3
     assert all(is_finite and error < 1e-10 for _, is_finite, error in errors), errors
+
+
+@pytest.mark.parametrize("attention", ["heads", "queries", "ring"])
+def test_boundaries_of_documents_are_those_of_fewer_tokens(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("input_ids", "labels", "position_ids")
+    documents = {name: ((1, 4096), torch.int64) for name in names}
+    documents["cu_seqlens"] = ((1, 9), torch.int32)
+    found = reduced("InternLM2", monkeypatch, documents, cp=2, cp_attention=attention)
+    assert found.small.program.inputs["input_ids"].shape[1] < 4096
+    check_values(found.small.program)
+    _, compared = Subject(found.small.traced, found.small.program).regions()
+    errors = [each.largest for _, each, _ in compared]
+    assert len(errors) >= 3
+    assert max(errors) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["InternLM2", "Llama", "Mixtral"])

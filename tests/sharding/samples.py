@@ -215,6 +215,14 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), 1e-5),
         lambda: call(x(2, 4, 8), x(2, 4, 8), None, 1e-5),
     ],
+    ilm.layer_norm.default: [
+        lambda: call(x(2, 4, 8), x(8), x(8), 1e-5),
+        lambda: call(x(2, 4, 4, 8), None, None, 1e-5),
+    ],
+    ilm.add_layer_norm.default: [
+        lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), x(8), 1e-5),
+        lambda: call(x(2, 4, 8), x(2, 4, 8), x(8), None, 1e-5),
+    ],
     ilm.rotary.default: [
         lambda: call(x(2, 4, 8, 6), x(2, 4, 4, 6), *angles(x(1, 4, 3))),
         lambda: call(x(4, 4, 4, 6), x(4, 4, 2, 6), *angles(x(4, 4, 2)), None, True),
@@ -226,7 +234,10 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(x(4, 4, 4, 3, 6), *angles(x(4, 4, 2)), None, True),
         lambda: call(x(4, 4, 4, 3, 6), *angles(x(8, 3)), integers(8, 4, 4)),
     ],
-    ilm.swiglu.default: [lambda: call(x(2, 4, 8), x(2, 4, 8))],
+    ilm.glu.default: [
+        lambda: call(x(2, 4, 8), x(2, 4, 8)),
+        lambda: call(x(2, 4, 8), x(2, 4, 8), "gelu_tanh"),
+    ],
     aten.sum.default: [lambda: call(x(4, 8))],
     aten.sum.dim_IntList: [lambda: call(x(2, 4, 8), [-1]), lambda: call(x(2, 4, 8), [1], True)],
     aten.mean.default: [lambda: call(x(4, 8))],

@@ -93,7 +93,7 @@ MEGATRON = [
     (ilm.rotary.default, 0, Strategy((S(2), S(2), R, R), S(2))),
     (ilm.rotary.default, 0, Strategy((S(1), S(1), S(1), S(1)), S(1))),
     (ilm.qkv_rotary.default, 0, Strategy((S(2), R, R), S(2))),
-    (ilm.swiglu.default, 0, Strategy((S(2), S(2)), S(2))),
+    (ilm.glu.default, 0, Strategy((S(2), S(2)), S(2))),
     (aten.reshape.default, 0, Strategy((S(2, (8, 8, 8)),), S(3))),
     (aten.slice.Tensor, 0, Strategy((S(1, (4, 4)),), S(1))),
 ]

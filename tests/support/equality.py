@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import ilm_compile
 from ilm_compile import models
 from tests.support.experts import MixtureOfExperts
-from tests.support.prepared import run_prepared
+from tests.support.prepared import Prepared
 from tests.support.promote import promoted_float32
-from tests.support.traced import compile_only, compiled_before, traced_once
+from tests.support.traced import compile_only, compiled_before, forget_compiled, traced_once
 from tests.support.world import World
 from tests.support.zoo import EXPERTS_LISTED, LISTED, listed_model
 
@@ -161,17 +161,25 @@ def parallelize(case: Case, model: nn.Module) -> ilm_compile.Parallel:
     return ilm_compile.parallelize(model, example_inputs=inputs, **case.plan)
 
 
+_made: dict[str, nn.Module] = {}  # for ranks that are forked from this process
+
+
 def compile_cases(size: int, cases: list[Case]) -> None:
     """Compile what ranks forked from this process will run as `run_cases`."""
+    forget_compiled()
     for case in cases:
         with promoted_float32(), traced_once((case.model, case.packed)):
-            compile_only(case.model, partial(parallelize, case, make_model(case.model)))
+            if case.model not in _made:
+                _made[case.model] = make_model(case.model)
+            compile_only(case.model, partial(parallelize, case, _made[case.model]))
 
 
 def run_case(case: Case) -> tuple[Errors | None, float]:
     """Run one case on this rank; returns the errors on rank 0, and the loss."""
     with promoted_float32(), traced_once((case.model, case.packed)), compiled_before(case.model):
-        model = make_model(case.model)
+        model = _made.pop(case.model, None)
+        if model is None:
+            model = make_model(case.model)
         parallel = parallelize(case, model)
         batch = make_batch(ROWS * parallel.plan.num_microbatches * case.dp, packed=case.packed)
         loss = parallel.execute_schedule(batch)
@@ -192,16 +200,17 @@ def run_cases(rank: int, cases: list[Case]) -> list[tuple[str, Errors | None, fl
     return [(str(case), *run_case(case)) for case in cases]
 
 
-def assert_equal(world: World | int, case: Case, bound: float) -> None:
-    """Assert that the loss and every gradient of `case` are those of the single-device model.
+def assert_equal(world: World, case: Case, bound: float) -> None:
+    """Assert that the loss and every gradient of `case` are those of the single-device model."""
+    _assert_equal(world.run(run_cases, [case]), bound)
 
-    world: whose ranks keep what they trace, for models that come under many plans; or the number of
-    ranks, which then share one compilation, for models that come once.
-    """
-    if isinstance(world, World):
-        answers = world.run(run_cases, [case])
-    else:
-        answers = run_prepared(compile_cases, run_cases, world, [case])
+
+def assert_prepared_equal(prepared: Prepared, size: int, case: Case, bound: float) -> None:
+    """As `assert_equal` over `size` processes, which share one compilation."""
+    _assert_equal(prepared.run(compile_cases, run_cases, size, [case]), bound)
+
+
+def _assert_equal(answers: list[Any], bound: float) -> None:
     results = [answer[0] for answer in answers]
     _, errors, loss = results[0]
     assert errors.loss <= bound, errors

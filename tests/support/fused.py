@@ -22,8 +22,12 @@ from ilm_compile.proof.promote import promoted_float32
 from tests.support import zoo
 
 INPUTS = {name: ((2, 16), torch.int64) for name in ("input_ids", "labels")}
-NORM, ADD_NORM, ROTARY, QKV, SWIGLU = (
-    f"ilm.{name}" for name in ("rms_norm", "add_rms_norm", "rotary", "qkv_rotary", "swiglu")
+OPS = NORM, ADD_NORM, LAYER_NORM, ADD_LAYER_NORM, ROTARY, QKV, GLU = tuple(
+    f"ilm.{name}"
+    for name in (
+        *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"),
+        *("rotary", "qkv_rotary", "glu"),
+    )
 )
 # The fused ops of the second of two blocks; each model has one add_rms_norm more, before its head.
 OURS: dict[str, Callable[[], nn.Module]] = {
@@ -64,7 +68,7 @@ def count(program: Program, region: str | None = None) -> dict[str, int]:
         for node in program.calls()
         if region is None or program.regions[node.meta["region"]].name == region
     )
-    return {name: names[name] for name in (NORM, ADD_NORM, ROTARY, QKV, SWIGLU) if names[name]}
+    return {name: names[name] for name in OPS if names[name]}
 
 
 class Body(nn.Module):

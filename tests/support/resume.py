@@ -29,7 +29,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "tp2-pp2": {"tp": 2, "pp": 2, "num_microbatches": 4},
 }
 WORLD_SIZES = {name: 2 for name in PLANS} | {"single": 1, "tp2-pp2": 4}
-NUM_STEPS = 5
+NUM_STEPS = 3
 
 
 class Stream:

@@ -55,6 +55,11 @@ def compiled_before(key: Hashable) -> Iterator[None]:
         yield
 
 
+def forget_compiled() -> None:
+    """Let go of what `compile_only` has kept."""
+    _compiled.clear()
+
+
 def compile_only(key: Hashable, parallelize: Callable[[], object]) -> None:
     """Do of `parallelize` what needs no other rank, and keep its program for this plan."""
     compile_now = front_door._compile

@@ -156,6 +156,13 @@ EXPERTS_LISTED = {
     "Qwen2-MoE": Listed("Qwen2MoeForCausalLM"),
     "Jamba": Listed("JambaForCausalLM"),
 }
+# Gates and rotary positions of other kinds: what the passes that fuse must know.
+FUSED_LISTED = {
+    "Gemma-2": Listed("Gemma2ForCausalLM"),
+    "GPT-J": Listed("GPTJForCausalLM"),
+    "Cohere": Listed("CohereForCausalLM"),
+    "GLM-4": Listed("Glm4ForCausalLM"),
+}
 
 
 def architectures() -> list[str]:
@@ -190,8 +197,8 @@ def float64(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def listed_model(name: str, *, layers: int = LAYERS) -> nn.Module:
-    """Return a small float64 model of those in `LISTED`."""
-    listed = (LISTED | EXPERTS_LISTED)[name]
+    """Return a small float64 model of those listed."""
+    listed = (LISTED | EXPERTS_LISTED | FUSED_LISTED)[name]
     return small_model(listed.architecture, listed.config, layers=layers, **listed.small)
 
 

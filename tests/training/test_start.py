@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ilm_compile import StartError, check_start, train
+from ilm_compile import IlmCompileError, StartError, check_start, train
 from ilm_compile.training import preflight
 from ilm_compile.training.model import build_model
 from tests.training.jobs import tiny
@@ -248,3 +248,12 @@ def test_a_run_told_not_to_resume_needs_a_folder_without_checkpoints(tmp_path: P
     check_start(tiny(tmp_path, ckpt={**ckpt, "load_path": str(newest)}))
     check_start(tiny(tmp_path, ckpt={**ckpt, "auto_resume": True}))
     check_start(tiny(tmp_path, ckpt={**ckpt, "enabled": False}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_flash_attention_that_this_machine_has_not_is_refused(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "runs", train={"flash_attention": "FA3"})
+    with pytest.raises(IlmCompileError, match="FA3 needs a CUDA device, and torch finds none"):
+        train(config)
+    assert not dist.is_initialized()
+    assert list(tmp_path.iterdir()) == []

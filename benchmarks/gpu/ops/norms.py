@@ -1,8 +1,9 @@
-"""The norms and swiglu. Shapes in this file: rows (R, N), weights (N,)."""
+"""The norms and gated units. Shapes in this file: rows (R, N), weights (N,)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.ops.op import EPS, HIDDEN_SIZES, KernelOp, Maker, Tensors
 from ilm_compile import kernels
+from ilm_compile.kernels import MAX_CENTERED as WIDEST
 
 
 def rms_norm(
@@ -67,15 +69,48 @@ def add_rms_norm(
     )
 
 
-def swiglu() -> KernelOp:
+def add_layer_norm(
+    *, has_bias: bool = True, widths: Sequence[int] = tuple(n for n in HIDDEN_SIZES if n <= WIDEST)
+) -> KernelOp:
+    def inputs(make: Maker, rows: int, width: int) -> Tensors:
+        bias = {"bias": make.normal(width)} if has_bias else {}
+        found = {name: make.normal(rows, width) for name in ("x", "residual")}
+        return {**found, "weight": make.weight(width, None), **bias}
+
+    def plain(t: Tensors) -> tuple[Tensor, ...]:
+        total = t["x"] + t["residual"]
+        return F.layer_norm(total, total.shape[-1:], t["weight"], t.get("bias"), EPS), total
+
+    scale = ("weight", "bias") if has_bias else ("weight",)
+    return KernelOp(
+        inputs=inputs,
+        fused=lambda t: kernels.add_layer_norm(
+            t["x"], t["residual"], t["weight"], t.get("bias"), EPS
+        ),
+        plain=plain,
+        outputs=("y", "sum"),
+        trained=("x", "residual", *scale),
+        kept=("sum", "weight"),
+        written=("residual", *scale),
+        widths=widths,
+    )
+
+
+def glu(activation: str = "silu", *, widths: Sequence[int] = HIDDEN_SIZES) -> KernelOp:
+    plain = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    }[activation]
     return KernelOp(
         inputs=lambda make, rows, width: {n: make.normal(rows, width) for n in ("gate", "up")},
-        fused=lambda t: (kernels.swiglu(t["gate"], t["up"]),),
-        plain=lambda t: (F.silu(t["gate"]) * t["up"],),
+        fused=lambda t: (kernels.glu(t["gate"], t["up"], activation),),
+        plain=lambda t: (plain(t["gate"]) * t["up"],),
         outputs=("y",),
         trained=("gate", "up"),
         kept=("gate", "up"),
         written=("gate", "up"),
+        widths=widths,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-5
-HIDDEN_SIZES = (64, 100, 768, 2048, 4096, 5120, 6144, 8192, 16384)
+HIDDEN_SIZES = (64, 100, 768, 2048, 4096, 5120, 6144, 8192, 12288, 16384)
 
 Tensors = dict[str, Tensor]
 Function = Callable[[Tensors], tuple[Tensor, ...]]

@@ -1,4 +1,4 @@
-"""SwiGLU in Triton, forward and backward: import it lazily.
+"""GLU in Triton, forward and backward: import it lazily.
 
 Each program computes a piece of one row, in float32 from the moment it is loaded. Gate and up may
 be halves of one projection: rows have any stride, and row numbers become int64 before they meet it.
@@ -28,8 +28,21 @@ BACKWARD = (
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+def _share(z, ACTIVATION: tl.constexpr):
+    """s(z) and its derivative, of the activation z s(z): see glu.py for each."""
+    if ACTIVATION == "gelu":
+        s = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)  # sqrt(1 / 2)
+        slope = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # sqrt(1 / (2 pi))
+    elif ACTIVATION == "gelu_tanh":
+        scale: tl.constexpr = 1.5957691216057308  # sqrt(8 / pi)
+        square = 0.044715 * z * z
+        inner = scale * z * (1.0 + square)
+        s = 1.0 / (1.0 + tl.exp(-inner))
+        slope = s / (1.0 + tl.exp(inner)) * scale * (1.0 + 3.0 * square)
+    else:
+        s = 1.0 / (1.0 + tl.exp(-z))
+        slope = s * (1.0 - s)
+    return s, slope
 
 
 @triton.jit
@@ -56,12 +69,20 @@ def _store(base, row, COLUMNS: tl.constexpr, column, value):
 
 @triton.jit
 def _forward_kernel(
-    gate, up, out, gate_stride, up_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    gate,
+    up,
+    out,
+    gate_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row, column = _place(COLUMNS, BLOCK)
     z = _load(gate, row, gate_stride, COLUMNS, column)
     value = _load(up, row, up_stride, COLUMNS, column)
-    _store(out, row, COLUMNS, column, z * _sigmoid(z) * value)
+    s, _ = _share(z, ACTIVATION)
+    _store(out, row, COLUMNS, column, z * s * value)
 
 
 @triton.jit
@@ -74,6 +95,7 @@ def _backward_kernel(
     grad_stride,
     gate_stride,
     up_stride,
+    ACTIVATION: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -81,13 +103,13 @@ def _backward_kernel(
     arriving = _load(grad, row, grad_stride, COLUMNS, column)
     z = _load(gate, row, gate_stride, COLUMNS, column)
     value = _load(up, row, up_stride, COLUMNS, column)
-    s = _sigmoid(z)
-    _store(grad_gate, row, COLUMNS, column, arriving * value * (s + z * s * (1.0 - s)))
+    s, slope = _share(z, ACTIVATION)
+    _store(grad_gate, row, COLUMNS, column, arriving * value * (s + z * slope))
     _store(grad_up, row, COLUMNS, column, arriving * z * s)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`ilm::swiglu` of any strides. Returns a contiguous tensor like gate."""
+def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """`ilm::glu` of any strides. Returns a contiguous tensor like gate."""
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
@@ -101,6 +123,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             out,
             row_stride(flat_gate),
             row_stride(flat_up),
+            ACTIVATION=activation,
             COLUMNS=columns,
             BLOCK=launch.block,
             num_warps=launch.warps,
@@ -109,8 +132,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """`ilm::swiglu_backward`: gradients of gate and of up, contiguous."""
+def glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`ilm::glu_backward`: gradients of gate and of up, contiguous."""
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
     if gate.numel() == 0:
@@ -128,6 +151,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
             row_stride(flat_grad),
             row_stride(flat_gate),
             row_stride(flat_up),
+            ACTIVATION=activation,
             COLUMNS=columns,
             BLOCK=launch.block,
             num_warps=launch.warps,
