@@ -17,7 +17,7 @@ from ilm_compile.program.lowered import Boundary
 from ilm_compile.proof.threads import Turn
 from ilm_compile.runtime.p2p import Message
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 600.0  # the rank that is waited for may compile its regions first
 
 
 class Mailroom:
