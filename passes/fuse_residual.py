@@ -21,7 +21,6 @@ from ilm_compile.program.collectives import redistribute
 from ilm_compile.program.dump import target_name
 from ilm_compile.program.layout import layout_of
 from ilm_compile.program.program import Program
-from ilm_compile.program.values import STANDS_FOR, name_of
 from ilm_compile.rewrite.fusion import (
     Found,
     Left,
@@ -105,12 +104,7 @@ def _refusal(program: Program, total: fx.Node, norm: fx.Node) -> str | None:
 
 def _fuse(program: Program, total: fx.Node, norm: fx.Node, op: Any) -> fx.Node:
     residual, x = _in_order(*args(total)[:2])
-    inputs = (x, residual, *args(norm)[1:])
-    names = name_of(norm), name_of(total)
-    call = fuse(program, op, inputs, [norm, total], point=norm)
-    for item in call.users:
-        item.meta[STANDS_FOR] = names[args(item)[1]]
-    return call
+    return fuse(program, op, (x, residual, *args(norm)[1:]), [norm, total], point=norm)
 
 
 def _in_order(first: fx.Node, second: fx.Node) -> tuple[fx.Node, fx.Node]:

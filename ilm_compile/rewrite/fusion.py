@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ilm_compile.program.program import Program
+from ilm_compile.program.values import take_name
 from ilm_compile.rewrite.edit import insert_before
 
 aten, ilm = torch.ops.aten, torch.ops.ilm
@@ -83,8 +84,9 @@ def fuse(
 ) -> fx.Node:
     """Put ``op(*arguments)`` before `point` for those who use `results`, and return the call.
 
-    A result that replaces None is not used. turned: dims 1 and 2 of each result change places, for
-    a graph that has the heads before the tokens. What nobody uses any more is erased.
+    What replaces a result keeps its name, by which the proof knows it. A result that replaces None
+    is not used. turned: dims 1 and 2 of each result change places, for a graph that has the heads
+    before the tokens. What nobody uses any more is erased.
     """
     call = insert_before(program, point, op, *arguments)
     is_one = isinstance(call.meta["val"], torch.Tensor)
@@ -94,6 +96,7 @@ def fuse(
         new = call if is_one else insert_before(program, point, operator.getitem, call, index)
         if turned:
             new = insert_before(program, point, aten.transpose.int, new, 1, 2)
+        take_name(new, old)
         old.replace_all_uses_with(new)
     _erase_unused([old for old in results if old is not None])
     return call

@@ -29,7 +29,7 @@ from tests.support.fused import (
 aten, ilm = torch.ops.aten, torch.ops.ilm
 
 
-@pytest.mark.parametrize("name", ["InternLM2", "Llama", "GPT-2", "Cohere"])
+@pytest.mark.parametrize("name", ["InternLM2", "Llama", "GPT-2", "Cohere", "Gemma-2", "GLM-4"])
 @pytest.mark.parametrize("plan", [{"tp": 2}, {"tp": 2, "pp": 2}], ids=str)
 def test_fused_plan_is_proven(name: str, plan: dict[str, int]) -> None:
     model = traced_model(name)[0]
