@@ -61,6 +61,16 @@ def test_compiled_regions_are_proven(plan: dict[str, Any], monkeypatch: pytest.M
         assert (compilation.times, compilation.problem) == (1, ""), compilation
 
 
+@pytest.mark.parametrize("plan", [{"tp": 2}, {"cp": 2}], ids=lambda plan: "-".join(plan))
+def test_what_inductor_makes_is_proven(plan: dict[str, Any]) -> None:
+    if compiled.missing_for(compiled.INDUCTOR, torch.device("cpu")):
+        pytest.skip("needs a C++ compiler")
+    model = zoo.make_model(zoo.MODELS["internlm2"])
+    report = ilm_compile.verify(model, example_inputs=INPUTS, compile=True, **plan)
+    assert report.ok, report
+    assert report.max_grad_error < 1e-10
+
+
 def compilers(monkeypatch: pytest.MonkeyPatch) -> list[compiled.RegionCompiler]:
     """All that are made from now on."""
     made: list[compiled.RegionCompiler] = []
@@ -78,6 +88,7 @@ def compilers(monkeypatch: pytest.MonkeyPatch) -> list[compiled.RegionCompiler]:
     "case",
     [
         Case("internlm2", {"tp": 2, "compile": BACKEND}),
+        Case("internlm2", {"tp": 2, "sequence_parallel": True, "compile": True}),
         Case("internlm2", {"zero": 3, "checkpoint": 0.5, "compile": BACKEND}, dp=2),
         Case("internlm2", {"pp": 2, "schedule": "zb_h1", "compile": BACKEND}),
         Case("internlm2", {"zero": 3, "schedule": "zb_h1", "compile": BACKEND}, dp=2),

@@ -34,6 +34,7 @@ class BoundCommunicator:
         self.name = f"{axis}[{self.rank}/{self.size}].{next(_numbers)}"
         self.all_gather, self.reduce_scatter = real.all_gather, real.reduce_scatter
         self.all_to_all, self.exchange, self.shift = real.all_to_all, real.exchange, real.shift
+        self.start = real.start
         named[self.name] = self
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:

@@ -9,6 +9,7 @@ which multiplies an already complete gradient by the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,21 +28,37 @@ def _identity(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> 
     return x.view_as(x)
 
 
-def _all_reduce(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
-    return comm.all_reduce(x)
+def _joined(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
+    return x.flatten(0, 1) if src == S(0) else join_shards(x.unbind(0), src)
 
 
-def _all_gather(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
-    stacked = comm.all_gather(x.contiguous())
-    if src == S(0):
-        return stacked.flatten(0, 1)
-    return join_shards(stacked.unbind(0), src)
-
-
-def _reduce_scatter(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
+def _in_pieces(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
     if dst == S(0):
-        return comm.reduce_scatter(x.reshape(comm.size, -1, *x.shape[1:]))
-    return comm.reduce_scatter(torch.stack(split_shards(x, dst, comm.size)))
+        return x.reshape(comm.size, -1, *x.shape[1:])
+    return torch.stack(split_shards(x, dst, comm.size))
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A move that sends: what a method of `Communicator` does between two local steps."""
+
+    kind: str
+    pack: Move = _identity
+    unpack: Move = _identity
+
+    def __call__(self, x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
+        return self.unpack(getattr(comm, self.kind)(self.pack(x, comm, src, dst)), comm, src, dst)
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether there is anything left to do with what has come."""
+        return self.unpack is not _identity
+
+
+_all_reduce = Wire("all_reduce")
+_all_gather = Wire("all_gather", unpack=_joined)
+_reduce_scatter = Wire("reduce_scatter", pack=_in_pieces)
+_exchange = Wire("all_to_all", pack=_in_pieces, unpack=_joined)
 
 
 def _slice(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
@@ -61,8 +78,7 @@ def _keep_first(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -
 def _all_to_all(x: Tensor, comm: Communicator, src: Placement, dst: Placement) -> Tensor:
     if src.dim == dst.dim:  # same dim, other segments: no direct exchange of equal pieces exists
         return _slice(_all_gather(x, comm, src, dst), comm, src, dst)
-    pieces = torch.stack(split_shards(x, dst, comm.size))
-    return join_shards(comm.all_to_all(pieces).unbind(0), src)
+    return _exchange(x, comm, src, dst)
 
 
 # (from, to) -> (name, what is done to the value, what is done to the gradient). Backward runs with
@@ -83,11 +99,23 @@ TRANSITIONS: dict[tuple[str, str], tuple[str, Move, Move]] = {
 }
 # What each move costs on the wire; the others are local.
 WIRE: dict[Move, str] = {
-    _all_reduce: "all_reduce",
-    _all_gather: "all_gather",
-    _reduce_scatter: "reduce_scatter",
-    _all_to_all: "all_to_all",
+    _all_to_all: _exchange.kind,
+    **{wire: wire.kind for wire in (_all_reduce, _all_gather, _reduce_scatter)},
 }
+
+
+def move_of(src: Placement, dst: Placement, *, backward: bool) -> Move:
+    """What is done for a transition: to the value, or to its gradient."""
+    _, ahead, back = TRANSITIONS[src.kind, dst.kind]
+    return back if backward else ahead
+
+
+def wire_of(src: Placement, dst: Placement, *, backward: bool) -> Wire | None:
+    """As `move_of`, if that sends and does so once."""
+    move = move_of(src, dst, backward=backward)
+    if move is _all_to_all:
+        return None if src.dim == dst.dim else _exchange
+    return move if isinstance(move, Wire) else None
 
 
 torch.library.define(
@@ -102,8 +130,7 @@ def _move(
 
     Every rank then has the same graph, whatever it does inside with its part.
     """
-    _, ahead, back = TRANSITIONS[src.kind, dst.kind]
-    move = back if backward else ahead
+    move = move_of(src, dst, backward=backward)
     if isinstance(comm, BoundCommunicator) and move is not _identity:
         result: Tensor = torch.ops.ilm.redistribute(x, str(src), str(dst), comm.name, backward)
         return result

@@ -57,6 +57,13 @@ class Communicator(Protocol):
         """
         ...
 
+    def start(self, kind: str, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Start the collective with this name, all but `exchange` and `shift`.
+
+        Returns its result, which may be read when what comes with it has waited.
+        """
+        ...
+
 
 class ShapeCommunicator:
     """Stands for `size` ranks of which none exists: results have the right shape and no values."""
@@ -81,6 +88,9 @@ class ShapeCommunicator:
 
     def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         return lambda: [torch.empty_like(x) for x in xs]
+
+    def start(self, kind: str, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        return getattr(self, kind)(x), lambda: None
 
 
 # By a name that is no axis: see `ilm_compile.program.bound`.

@@ -63,7 +63,11 @@ class ThreadGroup:
 
 
 class ThreadCommunicator:
-    """`MeasuredCommunicator` of one thread of a `ThreadGroup`; nothing is counted."""
+    """`MeasuredCommunicator` of one thread of a `ThreadGroup`; nothing is counted.
+
+    What it brings is copied: the others may read it when compiled code of this thread, which takes
+    the call for done, already writes there again.
+    """
 
     def __init__(self, group: ThreadGroup, rank: int) -> None:
         self.group, self.rank, self.size = group, rank, group.size
@@ -72,24 +76,28 @@ class ThreadCommunicator:
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """Return the sum or maximum of every rank's `x`."""
-        values = torch.stack(self.group.exchange(self.rank, x))
+        values = torch.stack(self.group.exchange(self.rank, x.clone()))
         return values.sum(0) if op == "sum" else values.amax(0)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Return every rank's `x`, stacked."""
-        return torch.stack(self.group.exchange(self.rank, x))
+        return torch.stack(self.group.exchange(self.rank, x.clone()))
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Return the sum of every rank's ``x[rank]``."""
-        return torch.stack([value[self.rank] for value in self.group.exchange(self.rank, x)]).sum(0)
+        return torch.stack(
+            [value[self.rank] for value in self.group.exchange(self.rank, x.clone())]
+        ).sum(0)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """Return every rank's ``x[rank]``, stacked."""
-        return torch.stack([value[self.rank] for value in self.group.exchange(self.rank, x)])
+        return torch.stack(
+            [value[self.rank] for value in self.group.exchange(self.rank, x.clone())]
+        )
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Return the rows that every rank has for this one, in rank order."""
-        everyones = self.group.exchange(self.rank, torch.split(x, sent))
+        everyones = self.group.exchange(self.rank, torch.split(x.clone(), sent))
         mine = [pieces[self.rank] for pieces in everyones]
         came = [len(piece) for piece in mine]
         assert came == received, f"rank {self.rank} expected {received} rows, {came} came"
@@ -97,8 +105,12 @@ class ThreadCommunicator:
 
     def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Return what returns the `xs` of the rank before."""
-        came = self.group.exchange(self.rank, list(xs))[self.rank - 1]
+        came = self.group.exchange(self.rank, [x.clone() for x in xs])[self.rank - 1]
         return lambda: came
+
+    def start(self, kind: str, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Return what is there at once, and nothing to wait for."""
+        return getattr(self, kind)(x), lambda: None
 
 
 class AxisGroups:

@@ -56,28 +56,29 @@ class ProcessGroupCommunicator:
         return self.group.group_name if x.is_cuda else ""
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
-        result = x.clone(memory_format=torch.contiguous_format)
-        self._call(dist.all_reduce, result, _OPS[op])
-        self._count("all_reduce", result.nbytes)
-        return result
+        return self._done("all_reduce", x, _OPS[op])
 
     def all_gather(self, x: Tensor) -> Tensor:
-        result = x.new_empty((self.size, *x.shape))
-        self._call(all_gather_single, result.view(-1), x.contiguous().view(-1))
-        self._count("all_gather", result.nbytes)
-        return result
+        return self._done("all_gather", x)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        result = x.new_empty(x.shape[1:])
-        self._call(reduce_scatter_single, result.view(-1), x.contiguous().view(-1))
-        self._count("reduce_scatter", x.nbytes)
-        return result
+        return self._done("reduce_scatter", x)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._call(dist.all_to_all_single, result, x.contiguous())
-        self._count("all_to_all", x.nbytes * self.size)
-        return result
+        return self._done("all_to_all", x)
+
+    def start(self, kind: str, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        result, collective, args = self._prepared(kind, x)
+        work = collective(*args, group=self.group, async_op=True)
+
+        def wait() -> None:
+            start = time.perf_counter()
+            work.wait()
+            args.clear()  # what was sent is kept until then
+            if self.waits is not None:
+                self.waits.append((start, time.perf_counter()))
+
+        return result, wait
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         result = x.new_empty((sum(received), *x.shape[1:]))
@@ -117,14 +118,32 @@ class ProcessGroupCommunicator:
         others = self.size - 1
         self.stats.setdefault("shift", Traffic()).add(others * piece.nbytes, others)
 
+    def _prepared(self, kind: str, x: Tensor) -> tuple[Tensor, Callable[..., Any], list[Any]]:
+        """Count a collective. Returns where its result will be, its function and arguments."""
+        full_bytes = x.nbytes * (self.size if kind in ("all_gather", "all_to_all") else 1)
+        self.stats.setdefault(kind, Traffic()).add(sent_bytes(kind, full_bytes, self.size))
+        if kind == "all_reduce":
+            result = x.clone(memory_format=torch.contiguous_format)
+            return result, dist.all_reduce, [result]
+        x = x.contiguous()
+        if kind == "all_to_all":
+            result = torch.empty_like(x)
+            return result, dist.all_to_all_single, [result, x]
+        is_gather = kind == "all_gather"
+        result = x.new_empty((self.size, *x.shape) if is_gather else x.shape[1:])
+        single = all_gather_single if is_gather else reduce_scatter_single
+        return result, single, [result.view(-1), x.view(-1)]
+
+    def _done(self, kind: str, x: Tensor, *options: Any) -> Tensor:
+        result, collective, args = self._prepared(kind, x)
+        self._call(collective, *args, *options)
+        return result
+
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         start = time.perf_counter()
         collective(*args, group=self.group)
         if self.waits is not None:
             self.waits.append((start, time.perf_counter()))
-
-    def _count(self, kind: str, full_bytes: int) -> None:
-        self.stats.setdefault(kind, Traffic()).add(sent_bytes(kind, full_bytes, self.size))
 
 
 class SingleCommunicator:
@@ -154,6 +173,9 @@ class SingleCommunicator:
 
     def shift(self, xs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         return lambda: [x.clone() for x in xs]
+
+    def start(self, kind: str, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        return getattr(self, kind)(x), lambda: None
 
 
 def communicator_over(group: dist.ProcessGroup | None) -> MeasuredCommunicator:

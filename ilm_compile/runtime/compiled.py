@@ -25,6 +25,7 @@ from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.program import Source
 from ilm_compile.program.remade import NOTES
 from ilm_compile.program.weight_parts import is_collecting, left_by
+from ilm_compile.runtime.graph_passes import OPTION, GraphPasses
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.static_parts import Part, in_turn, parts_of
 from ilm_compile.runtime.weight_taps import tapped, whole
@@ -33,7 +34,11 @@ LOGGER = logging.getLogger("ilm_compile.compile")
 INDUCTOR = "inductor"
 # The random numbers of eager torch. And no order of its own for collectives that are independent
 # of each other: a rank that keeps another part of a value could find another order.
-_OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False}
+_OPTIONS = {
+    "fallback_random": True,
+    "reorder_for_peak_memory": False,
+    OPTION: GraphPasses(),
+}
 IN_PARTS = (
     "for rows of experts cut it in parts, and what selective recompute keeps of it belongs to the "
     "whole; take checkpoint=True or False"

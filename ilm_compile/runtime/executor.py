@@ -65,7 +65,7 @@ class Executor:
         self._syncs = syncs or {}
         self._runners = {
             stage.index: StageRunner(
-                stage, schedule.num_microbatches, splits_backwards=schedule.splits_backwards
+                stage, schedule.num_microbatches, splits_backwards=schedule.splits(stage.index)
             )
             for stage in stages
             if schedule.stage_to_rank[stage.index] == rank

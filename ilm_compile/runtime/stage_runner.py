@@ -107,10 +107,10 @@ class StageRunner:
         ]
 
     def weights(self, microbatch: int) -> None:
-        """Add to the parameters' gradients what the backward has left for later."""
+        """Add to the parameters' gradients what the backward has left for later, if anything."""
         parts, self._parts[microbatch] = self._parts[microbatch], None
-        assert parts is not None
-        parts.run()
+        if parts is not None:
+            parts.run()
 
     def _run(self, microbatch: int, received: list[Tensor]) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self._module(*self._inputs[microbatch], *received)

@@ -7,6 +7,7 @@ A schedule says nothing about tensors or processes. Whether its lists fit togeth
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TextIO
@@ -49,6 +50,20 @@ class Schedule:
     def splits_backwards(self) -> bool:
         """Whether the gradients of the weights are left for actions of their own."""
         return any(action.kind is Kind.W for row in self.actions for action in row)
+
+    def splits(self, stage: int) -> bool:
+        """Whether anything runs between the backward of a micro-batch of `stage` and its W.
+
+        Nothing does on the first stage of some schedules, which sends no gradient: a backward that
+        finds both at once is cheaper.
+        """
+        row = self.actions[self.stage_to_rank[stage]]
+        return any(
+            action.kind is Kind.W
+            and action.stage == stage
+            and before != Action(stage, Kind.B, action.microbatch)
+            for before, action in pairwise(row)
+        )
 
     @property
     def frees(self) -> Kind:

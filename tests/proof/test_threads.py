@@ -42,6 +42,21 @@ def test_collective(name):
         assert torch.equal(result, expect(rank, everyone))
 
 
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_a_rank_may_write_where_it_sent_from_once_its_call_has_ended(name):
+    act, expect = COLLECTIVES[name]
+    everyone = [X + 10 * rank for rank in range(SIZE)]
+
+    def rank(r):
+        x = everyone[r].clone()
+        result = act(communicator("tp"), x)
+        x.fill_(torch.nan)
+        return result
+
+    for r, result in enumerate(run_ranks(SIZE, rank)):
+        assert torch.equal(result, expect(r, everyone))
+
+
 def test_groups_do_not_meet():
     def total(group, rank):
         return float(communicator("tp").all_reduce(torch.tensor(float(10 * group + rank))))

@@ -89,8 +89,18 @@ class Product(nn.Module):
         return (leaving_weight(torch.ops.aten.linear.default)(x, self.weight).sum(),)
 
 
-def test_the_gradient_of_a_weight_comes_with_the_weight_part_of_its_micro_batch() -> None:
-    schedule = schedule_of("0F0 0F1 0B0 0B1 0W1 0W0")
+@pytest.mark.parametrize(
+    ("row", "expected"),  # what has ended before the weight's gradient is there, and its values
+    [
+        ("0F0 0F1 0B0 0B1 0W1 0W0", [("0B1", [30.0, 40.0]), ("0W1", [31.0, 42.0])]),
+        ("0F0 0F1 0B0 0W0 0B1 0W1", [("0F1", [1.0, 2.0]), ("0W0", [31.0, 42.0])]),
+    ],
+    ids=["later", "at once where nothing runs between"],
+)
+def test_the_gradient_of_a_weight_comes_with_the_weight_part_of_its_micro_batch(
+    row: str, expected: list[tuple[str, list[float]]]
+) -> None:
+    schedule = schedule_of(row)
     stage = Stage(0, Product(), ("x",), (), (), ("loss",), {})
     executor = Executor((stage,), schedule, Mesh.create(Plan()))
     executor.record_timeline = True
@@ -105,8 +115,7 @@ def test_the_gradient_of_a_weight_comes_with_the_weight_part_of_its_micro_batch(
     executor.annotate = True
     with torch.profiler.profile() as profile:
         executor.run({"x": x}, loss_gradient=1.0)
-    # As the action before it ends.
-    assert seen == [("0B1", [30.0, 40.0]), ("0W1", [31.0, 42.0])]
+    assert seen == expected
     assert "0W1 stage 0 weights micro-batch 1" in {event.name for event in profile.events()}
 
 
