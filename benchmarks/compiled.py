@@ -3,8 +3,10 @@
 A small model of each family in four ways, in turn: plain PyTorch, torch.compile of the whole
 model, `parallelize`, and that with ``compile=True``; with --tp 2 the latter two. A step is forward
 and backward, with --train also clipping and AdamW. Processor time of the process, on one thread;
-of two ranks the sum. A ratio is the median of those of single rounds. The losses of a model must
-agree, or nothing is said of its speed. At --hidden 128 the host rules: that is its time per step.
+of two ranks the sum. A ratio is the median of those of single rounds, of several launches, for
+where a process has its memory moves a step by some percent. "products / eager" is what products
+and attention alone take, by the profiler: no compiler gets below. The losses of a model must agree,
+or nothing is said of its speed. At --hidden 128 the host rules: that is its time per step.
 With --dtype bfloat16 products are in bf16 over float32 weights, in PyTorch by torch.autocast.
 Rows of other models and sizes stay in the file.
 """
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,9 +41,18 @@ from ilm_compile.runtime import Trainer
 
 LAYERS = 4
 DTYPES = {None: None, "bfloat16": torch.bfloat16}
+STEPS_PROFILED = 5
 LR = 1e-12  # the weights stay what they are
 PLAIN, WHOLE, EAGER, COMPILED = WAYS = ("PyTorch", "torch.compile", "eager", "compiled")
-RATIOS = ((EAGER, PLAIN), (COMPILED, PLAIN), (COMPILED, EAGER), (COMPILED, WHOLE))
+PRODUCTS = "products"
+CALLS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
+RATIOS = (
+    (EAGER, PLAIN),
+    (COMPILED, PLAIN),
+    (COMPILED, EAGER),
+    (COMPILED, WHOLE),
+    (PRODUCTS, EAGER),
+)
 
 
 @dataclass(frozen=True)
@@ -65,20 +78,34 @@ class Row:
     compilations: list[str] = field(default_factory=list)
 
 
-def measure(step: Step, ways: list[str], *, rounds: int, backend: str = "inductor") -> Row:
+def measure(
+    step: Step, ways: list[str], *, rounds: int, launches: int = 1, backend: str = "inductor"
+) -> Row:
     """The row of one model. Raises `AssertionError` if the ways disagree in the loss."""
-    if step.tp == 1:
-        ranks = [_times(step, ways, rounds, backend)]
-    else:
+    if step.tp > 1:
         ways = [way for way in ways if way in (EAGER, COMPILED)]
-        ranks = launch(_times, step.tp, step, ways, rounds, backend)
-    times = {way: [sum(rank[0][way][i] for rank in ranks) for i in range(rounds)] for way in ways}
+    times: dict[str, list[float]] = {}
+    for _ in range(launches):
+        ranks = _launched(step, ways, rounds, backend)
+        for way in ranks[0][0]:
+            spent = [sum(of_ranks) for of_ranks in zip(*(r[0][way] for r in ranks), strict=True)]
+            times.setdefault(way, []).extend(spent)
     ratios = {
         f"{one} / {other}": median(a / b for a, b in zip(times[one], times[other], strict=True))
         for one, other in RATIOS
         if one in times and other in times
     }
     return Row(step, {way: median(spent) for way, spent in times.items()}, ratios, ranks[0][1])
+
+
+def _launched(
+    step: Step, ways: list[str], rounds: int, backend: str
+) -> list[tuple[dict[str, list[float]], list[str]]]:
+    """What `_times` says in new processes, by rank; of one rank without torch.distributed."""
+    if step.tp > 1:
+        return launch(_times, step.tp, step, ways, rounds, backend)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return [pool.submit(_times, step, ways, rounds, backend).result()]
 
 
 def _times(
@@ -114,12 +141,24 @@ def _times(
     for loss in losses:
         torch.testing.assert_close(loss.float(), losses[0].float(), rtol=bound, atol=bound)
     times: dict[str, list[float]] = {way: [] for way in runs}
-    for _ in range(rounds):
-        for way, run in runs.items():
+    for number in range(rounds):
+        turn = list(runs.items())
+        for way, run in turn if number % 2 else reversed(turn):
             start = time.process_time()
             run()
             times[way].append((time.process_time() - start) * 1e3)
+    if EAGER in runs:
+        times[PRODUCTS] = [_products(runs[EAGER])] * rounds
     return times, [str(each) for parallel in made for each in parallel.compilations]
+
+
+def _products(run: Callable[[], Tensor]) -> float:
+    """Milliseconds of a step that are of products and attention, without what they call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(STEPS_PROFILED):
+            run()
+    found = [e.self_cpu_time_total for e in profile.key_averages() if e.key.startswith(CALLS)]
+    return sum(found) / STEPS_PROFILED / 1e3
 
 
 def _plain_step(
@@ -165,7 +204,8 @@ def main() -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[1])
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--launches", type=int, default=3, help="of as many rounds")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name])
     parser.add_argument("--output", type=Path, default=RESULTS / "compiled.json")
@@ -178,7 +218,10 @@ def main() -> None:
     ]
     asked = [asdict(step) for step in steps]
     rows: list[Any] = [r for r in read_rows(options.output) if r.get("step") not in (None, *asked)]
-    found = (measure(step, options.ways, rounds=options.rounds) for step in steps)
+    found = (
+        measure(step, options.ways, rounds=options.rounds, launches=options.launches)
+        for step in steps
+    )
     keep_measuring(options.output, rows, found, lambda row: row.step.model)
     names = [f"{one} / {other}" for one, other in RATIOS]
     table = Table("model", "hidden", "tp", *names)
