@@ -148,17 +148,19 @@ def _times(
             run()
             times[way].append((time.process_time() - start) * 1e3)
     if EAGER in runs:
-        times[PRODUCTS] = [_products(runs[EAGER])] * rounds
+        share = _products(runs[EAGER])
+        times[PRODUCTS] = [share * spent for spent in times[EAGER]]
     return times, [str(each) for parallel in made for each in parallel.compilations]
 
 
 def _products(run: Callable[[], Tensor]) -> float:
-    """Milliseconds of a step that are of products and attention, without what they call."""
+    """The share of a step that is of products and attention, without what they call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(STEPS_PROFILED):
             run()
-    found = [e.self_cpu_time_total for e in profile.key_averages() if e.key.startswith(CALLS)]
-    return sum(found) / STEPS_PROFILED / 1e3
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    products = sum(time for key, time in spent.items() if key.startswith(CALLS))
+    return products / sum(spent.values())
 
 
 def _plain_step(

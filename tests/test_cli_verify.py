@@ -1,9 +1,11 @@
 """The command `ilm-compile verify`: a table or JSON, and the exit code says whether to launch."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+import ilm_compile
 from ilm_compile.cli import main
 
 
@@ -13,6 +15,16 @@ def test_a_right_plan_exits_with_0_and_a_table(capsys: pytest.CaptureFixture[str
     assert out.startswith("verify InternLM2: tp=2, pp=2, num_microbatches=2, dp=2\n")
     assert "8 ranks emulated" in out
     assert "verdict: equal to the single-device model" in out
+
+
+@pytest.mark.parametrize(("options", "dp"), [([], 2), (["--dp", "1"], 1)])
+def test_data_parallel_ranks_are_those_of_the_plan_if_none_are_given(
+    tmp_path: Path, options: list[str], dp: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(ilm_compile.make_plan(dp=2).to_json())
+    assert main(["verify", "internlm2_tiny", "--plan", str(path), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(f" dp={dp}")
 
 
 def test_a_plan_that_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:

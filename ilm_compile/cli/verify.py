@@ -14,7 +14,9 @@ from ilm_compile.prove import verify
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_job_arguments(parser)
-    parser.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (1)")
+    parser.add_argument(
+        "--dp", type=int, metavar="N", help="data-parallel ranks (the plan's, or 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 

@@ -92,6 +92,7 @@ class _Search:
         if kv_heads % tp:
             reason = f"tp={tp} does not divide its {kv_heads} key heads, and the op's q and k"
             return self._leave(q, f"{reason} are divided alike")
+        was_interleaved = q.interleaved
         q, k, interleaved = _in_places(q, k)
         packed = _packed(q, k)
         results = [q.result, k.result, *([packed.values] if packed else [])]
@@ -116,6 +117,7 @@ class _Search:
             results,
             point=point,
             turned=turned,
+            unlike=() if interleaved == was_interleaved else (q.result, k.result),
         )
         self.fused.append(call)
 

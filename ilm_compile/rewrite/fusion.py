@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,14 @@ def fuse(
     *,
     point: fx.Node,
     turned: bool = False,
+    unlike: Container[fx.Node] = (),
 ) -> fx.Node:
     """Put ``op(*arguments)`` before `point` for those who use `results`, and return the call.
 
-    What replaces a result keeps its name, by which the proof knows it. A result that replaces None
-    is not used. turned: dims 1 and 2 of each result change places, for a graph that has the heads
-    before the tokens. What nobody uses any more is erased.
+    What replaces a result keeps its name, by which the proof knows it; not so those of `unlike`,
+    which have other values that serve as well. A result that replaces None is not used. turned:
+    dims 1 and 2 of each result change places, for a graph that has the heads before the tokens.
+    What nobody uses any more is erased.
     """
     call = insert_before(program, point, op, *arguments)
     is_one = isinstance(call.meta["val"], torch.Tensor)
@@ -96,7 +98,8 @@ def fuse(
         new = call if is_one else insert_before(program, point, operator.getitem, call, index)
         if turned:
             new = insert_before(program, point, aten.transpose.int, new, 1, 2)
-        take_name(new, old)
+        if old not in unlike:
+            take_name(new, old)
         old.replace_all_uses_with(new)
     _erase_unused([old for old in results if old is not None])
     return call

@@ -38,6 +38,16 @@ def test_fused_plan_is_proven(name: str, plan: dict[str, int]) -> None:
     assert report.max_grad_error < 1e-10
 
 
+@pytest.mark.parametrize("name", ["InternLM2", "InternLM2, sorted", "Llama", "GPT-2", "Cohere"])
+def test_fused_plan_in_bfloat16_is_proven(name: str) -> None:
+    model = make_model(name).float()
+    report = ilm_compile.verify(
+        model, example_inputs=INPUTS, kernels="triton", dtype=torch.bfloat16
+    )
+    report.raise_if_failed()
+    assert "precision" in [check.name for check in report.checks]
+
+
 def test_more_ranks_than_key_heads_leave_the_rotation_unfused() -> None:
     model = traced_model("InternLM2")[0]
     report = ilm_compile.verify(model, example_inputs=INPUTS, kernels="triton", tp=4)
