@@ -25,7 +25,6 @@ from ilm_compile.program.functions import FUNCTIONS
 from ilm_compile.program.program import Source
 from ilm_compile.program.remade import NOTES
 from ilm_compile.program.weight_parts import is_collecting, left_by
-from ilm_compile.runtime.graph_passes import OPTION, GraphPasses
 from ilm_compile.runtime.mesh import Mesh
 from ilm_compile.runtime.static_parts import Part, in_turn, parts_of
 from ilm_compile.runtime.weight_taps import tapped, whole
@@ -34,11 +33,7 @@ LOGGER = logging.getLogger("ilm_compile.compile")
 INDUCTOR = "inductor"
 # The random numbers of eager torch. And no order of its own for collectives that are independent
 # of each other: a rank that keeps another part of a value could find another order.
-_OPTIONS = {
-    "fallback_random": True,
-    "reorder_for_peak_memory": False,
-    OPTION: GraphPasses(),
-}
+_OPTIONS = {"fallback_random": True, "reorder_for_peak_memory": False}
 IN_PARTS = (
     "for rows of experts cut it in parts, and what selective recompute keeps of it belongs to the "
     "whole; take checkpoint=True or False"
@@ -228,7 +223,10 @@ def missing_for(backend: str, device: torch.device) -> str:
 
 def _find(name: str) -> Backend:
     if name == INDUCTOR:
-        return lambda graph, inputs: torch._inductor.compile(graph, inputs, options=_OPTIONS)
+        from ilm_compile.runtime.graph_passes import OPTION, GraphPasses  # it imports Inductor
+
+        options = {**_OPTIONS, OPTION: GraphPasses()}
+        return lambda graph, inputs: torch._inductor.compile(graph, inputs, options=options)
     from torch._dynamo.backends.registry import lookup_backend
 
     found: Backend = lookup_backend(name)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ilm_compile.errors import IlmCompileError
@@ -132,6 +132,7 @@ def test_a_damaged_token_file_is_read_right_or_refused(
         seen["refused" if found is None else "read"] += 1
 
     @QUICK
+    @example([(0.0, ("write", b" "))], "data")  # in the place of an end of a line, among others
     @given(st.lists(change, min_size=1, max_size=3), st.sampled_from(["data", "index", "both"]))
     def check(changes: list[tuple[float, tuple[str, Any]]], target: str) -> None:
         for shift in range(SHIFTS):

@@ -61,8 +61,9 @@ class TokenShard:
                 f"a line with the checksum {checksums[document]:#x}",
                 f"one with {zlib.crc32(line):#x}: the file is damaged",
             )
-        if line.find(b"\n") not in (-1, len(line) - 1):
-            raise self._wrong(document, "one line", "several: the index is not of this file")
+        if line.find(b"\n") != len(line) - 1:
+            got = "several" if b"\n" in line else "a part of one"
+            raise self._wrong(document, "one line", f"{got}: the index is not of this file")
         values = self._parse(document, line)
         if len(values) != self.lengths[document]:
             raise self._wrong(document, f"{self.lengths[document]} tokens", f"{len(values)}")
