@@ -28,6 +28,7 @@ from ilm_compile.program.weight_parts import WeightParts
 from ilm_compile.proof import zoo
 from ilm_compile.runtime import Trainer, compiled
 from ilm_compile.runtime.observe import Logger
+from tests.support.compiled import skip_without_inductor
 from tests.support.equality import Case, assert_equal
 from tests.support.world import World
 
@@ -63,8 +64,7 @@ def test_compiled_regions_are_proven(plan: dict[str, Any], monkeypatch: pytest.M
 
 @pytest.mark.parametrize("plan", [{"tp": 2}, {"cp": 2}], ids=lambda plan: "-".join(plan))
 def test_what_inductor_makes_is_proven(plan: dict[str, Any]) -> None:
-    if compiled.missing_for(compiled.INDUCTOR, torch.device("cpu")):
-        pytest.skip("needs a C++ compiler")
+    skip_without_inductor()
     model = zoo.make_model(zoo.MODELS["internlm2"])
     report = ilm_compile.verify(model, example_inputs=INPUTS, compile=True, **plan)
     assert report.ok, report
@@ -191,8 +191,7 @@ def test_a_run_says_once_what_was_compiled() -> None:
 
 
 def test_inductor_trains_alike() -> None:
-    if compiled.missing_for(compiled.INDUCTOR, torch.device("cpu")):
-        pytest.skip("needs a C++ compiler")
+    skip_without_inductor()
     parallel = parallel_of(True)
     assert_alike(step(parallel), step(parallel_of(False)), 1e-10)
     assert all(each.times == 1 for each in parallel.compilations)

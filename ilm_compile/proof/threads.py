@@ -76,24 +76,20 @@ class ThreadCommunicator:
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """Return the sum or maximum of every rank's `x`."""
-        values = torch.stack(self.group.exchange(self.rank, x.clone()))
+        values = torch.stack(self._everyones(x))
         return values.sum(0) if op == "sum" else values.amax(0)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Return every rank's `x`, stacked."""
-        return torch.stack(self.group.exchange(self.rank, x.clone()))
+        return torch.stack(self._everyones(x))
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Return the sum of every rank's ``x[rank]``."""
-        return torch.stack(
-            [value[self.rank] for value in self.group.exchange(self.rank, x.clone())]
-        ).sum(0)
+        return torch.stack([value[self.rank] for value in self._everyones(x)]).sum(0)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """Return every rank's ``x[rank]``, stacked."""
-        return torch.stack(
-            [value[self.rank] for value in self.group.exchange(self.rank, x.clone())]
-        )
+        return torch.stack([value[self.rank] for value in self._everyones(x)])
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Return the rows that every rank has for this one, in rank order."""
@@ -111,6 +107,9 @@ class ThreadCommunicator:
     def start(self, kind: str, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Return what is there at once, and nothing to wait for."""
         return getattr(self, kind)(x), lambda: None
+
+    def _everyones(self, x: Tensor) -> list[Tensor]:
+        return self.group.exchange(self.rank, x.clone())
 
 
 class AxisGroups:

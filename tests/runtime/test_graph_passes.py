@@ -1,18 +1,17 @@
 """What Inductor is given compiles, where what it makes by itself does not."""
 
-import pytest
 import torch
 from torch import fx, nn
 
 from ilm_compile.runtime import compiled
+from tests.support.compiled import skip_without_inductor
 
 aten = torch.ops.aten
 WIDTH = 64
 
 
 def test_two_biases_that_see_the_same_rows_are_compiled_in_bfloat16() -> None:
-    if compiled.missing_for(compiled.INDUCTOR, torch.device("cpu")):
-        pytest.skip("needs a C++ compiler")
+    skip_without_inductor()
     graph, root = fx.Graph(), nn.Module()
     torch.manual_seed(0)
     x = graph.placeholder("x")

@@ -18,6 +18,7 @@ from ilm_compile.program.communicator import ShapeCommunicator, communicators
 from ilm_compile.runtime import compiled
 from ilm_compile.runtime.communicator import SingleCommunicator, communicator_over
 from ilm_compile.runtime.graph_passes import GraphPasses
+from tests.support.compiled import skip_without_inductor
 
 aten, ilm = torch.ops.aten, torch.ops.ilm
 WIDTH = 8
@@ -98,14 +99,8 @@ def trained(run: Callable[..., Any], module: fx.GraphModule, log: list[str]) -> 
     return [y.detach(), x.grad, module.up.grad, module.down.grad]
 
 
-@pytest.fixture
-def needs_a_compiler() -> None:
-    if compiled.missing_for(compiled.INDUCTOR, torch.device("cpu")):
-        pytest.skip("needs a C++ compiler")
-
-
-@pytest.mark.usefixtures("needs_a_compiler")
 def test_gradients_of_weights_run_beside_the_collectives_of_a_backward() -> None:
+    skip_without_inductor()
     module, log = feed_forward(), list[str]()
     bound = bind({"tp": Logged(log)})
     bind_axes(module, bound)

@@ -1,4 +1,4 @@
-"""One trace for many plans, where a test compiles a model under each of them."""
+"""One trace for many plans, where a test compiles a model under each; and what Inductor needs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
+import torch
 from torch import nn
 
 from ilm_compile import partitioning as front_door
 from ilm_compile.program.copy import copy_program
 from ilm_compile.program.program import Program
+from ilm_compile.runtime import compiled
 
 
 @contextmanager
@@ -28,3 +31,9 @@ def traced_once() -> Iterator[None]:
 
     with mock.patch.object(front_door, "trace", remembered):
         yield
+
+
+def skip_without_inductor() -> None:
+    """Skip the test where Inductor has no C++ compiler: users' regions run as written there."""
+    if lack := compiled.missing_for(compiled.INDUCTOR, torch.device("cpu")):
+        pytest.skip(lack)
