@@ -64,13 +64,18 @@ class Figure:
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+    return int(sdpa_flop_count(q.shape, *_for_each_head(q, k, v)))
 
 
 def _attention_backward_flops(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
+    return int(sdpa_backward_flop_count(grad.shape, q.shape, *_for_each_head(q, k, v)))
+
+
+def _for_each_head(q: Tensor, *shared: Tensor) -> list[tuple[int, ...]]:
+    """Return shapes with a head for each of the queries': torch 2.11 counts no other."""
+    return [(len(x), q.shape[1], *x.shape[2:]) for x in shared]
 
 
 def _counter() -> FlopCounterMode:

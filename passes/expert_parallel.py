@@ -63,7 +63,7 @@ class ExpertParallel(Shard):
         forms: dict[str, list[fx.Node]] = {"dispatch": [], "take": []}
         for node in program.graph.find_nodes(op="call_function", target=route):
             name = ROUTES[route_of(node)][0]
-            if name in forms and len(node.meta["val"].shape) > 1:
+            if name in forms and node.meta["val"].is_floating_point():
                 forms[name].append(node)
         found = []
         for name, nodes in forms.items():

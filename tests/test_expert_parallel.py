@@ -83,6 +83,13 @@ def test_the_proof_has_an_axis_of_experts(plan):
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
+def test_the_experts_of_a_hugging_face_model_are_divided(name):
+    program = ilm_compile.partition(make_model(name), example_inputs=EXAMPLE, ep=2)
+    weights = [v for v in program.variables.values() if v.name.endswith("_proj")]
+    assert {v.layout.text(["ep"]) for v in weights if len(v.shape) == 3} == {"S(0)"}
+
+
 def first_seen(rank: int, plan: dict[str, Any]) -> dict[str, Tensor]:
     """Weights, of experts on meta, logits, and gradients after hooks, as rank 0 has them.
 

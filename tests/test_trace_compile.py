@@ -139,7 +139,7 @@ REFUSED = {
     "note-of-this-test{text=open('x')}": "cannot be read: malformed node",
     "note-of-this-test{'text'}": "cannot be read: expected options as name=value",
     "note-of-this-test{word='x'}": "cannot be read: .*word",
-    "note-of-this-test{text=}": "cannot be read: invalid syntax",
+    "note-of-this-test{text=}": "cannot be read: (invalid syntax|expected argument)",
     "pipeline-split{num_stages=0}": "pipeline-split: ",
 }
 

@@ -24,6 +24,7 @@ from ilm_compile.ops.reductions import mixing
 from ilm_compile.ops.spec import OpSpec, define, rule, spec_of
 from ilm_compile.ops.strategy import ROW_RULES, localize
 from ilm_compile.program.arguments import argument
+from ilm_compile.program.counts import count_classes
 from ilm_compile.program.expert_rows import (
     expert_order,
     grouped_product,
@@ -37,7 +38,7 @@ from ilm_compile.program.values import is_real, shapes_of
 from ilm_compile.program.weight_parts import Product, of_grouped, of_groups, of_rows
 
 KINDS = "TDE"
-COUNTS = (aten.histc.default, aten.bincount.default)
+COUNTS = (aten.histc.default, count_classes)  # the first between bounds
 _ROWWISE = (aten.slice.Tensor, aten.unsqueeze.default, aten.linear.default)
 _ROW_RULES = (pointwise, mixing, norm, glu)
 _SUMMED = (aten.cumsum.default, aten.to.dtype)  # over experts, after which counts end rows
@@ -115,14 +116,14 @@ def _rows(node: fx.Node, rows: int) -> bool:
 
 
 def routing(graph: fx.Graph) -> set[fx.Node]:
-    """Return the values that say which row goes to which expert, integers among them."""
+    """Return the values that say which row goes to which expert, integers and masks of rows."""
     orders = list(graph.find_nodes(op="call_function", target=expert_order))
     chosen = reached(orders, lambda n: [x for x in n.all_input_nodes if not is_real(x)])
-    return {*chosen, *reached(orders, lambda n: filter(_is_vector, n.users))}
+    return {*chosen, *reached(orders, lambda n: filter(_says_of_rows, n.users))}
 
 
-def _is_vector(node: fx.Node) -> bool:
-    return node.op != "output" and len(shapes_of(node)[0]) == 1
+def _says_of_rows(node: fx.Node) -> bool:
+    return node.op != "output" and (len(shapes_of(node)[0]) == 1 or not is_real(node))
 
 
 @rule(expert_order, moves=rewrites_result)
@@ -156,17 +157,20 @@ def unsort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 
 @rule(*COUNTS)
 def count(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
-    """What each rank counts of its own rows adds up."""
-    (shape,) = call.shapes
-    rows = shape[0]
+    """What each rank counts of its own rows adds up, between bounds that are the same for all."""
+    if call.target is COUNTS[0] and argument(call.node, "min") == argument(call.node, "max"):
+        return  # the values themselves are the bounds
+    rows = call.shapes[0][0]
     for parts in range(1, min(rows, MOST_SEGMENTS) + 1):
         if rows % parts == 0:
             for folded in (False, True):
                 tokens = S(0, (rows // parts,) * parts, folded=folded)
-                yield Strategy((tokens,), P)
-                yield Strategy((rows_of("T", tokens),), P)
-                if C in wanted:
+                yield Strategy((tokens,) * len(call.shapes), P)
+                yield Strategy((rows_of("T", tokens),) * len(call.shapes), P)
+                if C in wanted and len(call.shapes) == 1:
                     yield Strategy((rows_of("T", tokens),), C)
+    if len(call.shapes) == 2:
+        yield Strategy((R, P), P)  # a sum of weights
 
 
 def rows(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from ilm_compile.program.arguments import argument
+from ilm_compile.program.counts import count_classes
 from ilm_compile.program.input_graph import graph_from_inputs
 from ilm_compile.program.program import Count, Program, Source, Variable
 from ilm_compile.program.reductions import MEAN, SUM
@@ -149,7 +150,7 @@ def _count_targets(
             none = call(aten.eq.Scalar, (targets, ignore_index))
             filled = call(aten.masked_fill.Scalar, (targets, none, classes))
             flat = call(aten.reshape.default, (filled, [-1]))
-            each = call(aten.bincount.default, (flat, None, classes + 1))
+            each = call(count_classes, (flat, None, classes + 1))
             total = call(aten.slice.Tensor, (each, 0, 0, classes))
     output.args = (total,)
     found.recompile()

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.counts import count_classes
 from ilm_compile.program.users_line import source_of
 
 aten = torch.ops.aten
@@ -92,6 +93,13 @@ def _histc(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     return emit(node, aten.to.dtype, (counts, val.dtype), val=val)
 
 
+def _bincount(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
+    given = dict(zip(("weights", "minlength"), args[1:], strict=False)) | kwargs
+    classes = given.get("minlength", 0)
+    call = (args[0], given.get("weights"), classes)
+    return emit(node, count_classes if classes else node.target, call)
+
+
 def _cat(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     """Without the empty vectors that torch lets pass among tensors of any rank."""
     rank = node.meta["val"].dim()
@@ -159,6 +167,7 @@ LOWERINGS: dict[Any, Lowering] = {
     aten.broadcast_tensors.default: _broadcast,
     aten.unbind.int: _unbind,
     aten.histc.default: _histc,
+    aten.bincount.default: _bincount,
     aten.slice.Tensor: _slice,
     aten.numpy_T.default: _transpose,
 }

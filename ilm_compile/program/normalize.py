@@ -5,7 +5,8 @@
 * metadata asserts, no-op casts, aliases and dead nodes are gone;
 * the many ways to write a view are one ``aten.reshape`` with explicit sizes, the many casts one
   ``aten.to.dtype``, and ops that return a list (split, chunk, unbind) are slices and selects;
-* device arguments are dropped, to be bound when a stage is materialised.
+* device arguments are dropped, to be bound when a stage is materialised;
+* a size that depends on values, but that the program itself says, is that number.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ilm_compile.errors import TraceError
 from ilm_compile.program.attributes import put_tensor
@@ -98,7 +100,11 @@ def _drop_devices(root: nn.Module) -> None:
 
 
 def _of_all(value: Any) -> Any:
-    return without_data(value) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    # Counts that are added to a vector of 8 are 8: torch notes it where they are added.
+    shape, stride = (tuple(map(int, numbers)) for numbers in (value.shape, value.stride()))
+    return without_data(torch.empty_strided(shape, stride, dtype=value.dtype, device="meta"))
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -138,7 +144,9 @@ class _Normalizer:
             if node.op == "output":
                 return list(fx.node.map_arg(node.args[0], self.values.__getitem__))
             if node.op == "call_function":
-                self.values[node] = self._call(node, owner)
+                val = node.meta.get("val")
+                known = isinstance(val, torch.SymInt) and is_concrete_int(val)
+                self.values[node] = int(val) if known else self._call(node, owner)
             elif node.op == "get_attr":
                 self.values[node] = getattr(owner, str(node.target))  # a wrapped sub-graph
         raise AssertionError("a graph ends with its output node")
@@ -224,7 +232,8 @@ class _Normalizer:
             raise TraceError(
                 f"trace: the model reads a number out of a tensor ({source_of(origin)}) and goes "
                 "on with it: what it computes depends on values, and a static graph cannot. "
-                "Replace tensor.item(), tolist() and loops over them by torch.where or arithmetic"
+                "Replace tensor.item(), tolist() and loops over them by torch.where or arithmetic; "
+                "say of counts how many there are, with torch._check(counts.shape[0] == n)"
             )
         several = isinstance(val, (list, tuple)) and target.namespace != "aten"
         if several and len(tensors_of(val)) == len(val) > 0:
@@ -253,7 +262,7 @@ _WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (Tr
 
 def _is_ragged(val: Any) -> bool:
     """Whether a tensor's shape depends on values."""
-    return isinstance(val, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in val.shape)
+    return isinstance(val, torch.Tensor) and not all(map(is_concrete_int, val.shape))
 
 
 def _dropout(run: _Normalizer, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -115,5 +115,5 @@ RELATIONS: dict[str, Relation] = {
     "route": size.routed,
     "index": place.indexed,
     "index_put": place.index_put,
-    **dict.fromkeys(("histc", "bincount"), place.histogram),
+    **dict.fromkeys(("histc", "ilm::counts"), place.histogram),
 }  # fmt: skip

@@ -13,6 +13,10 @@ from ilm_compile.errors import IlmCompileError
 from ilm_compile.schedule import StageTimes, build, simulate
 from tests.support.world import World
 
+# torch 2.11's executor sends itself the shapes of a rank's second stage, which gloo cannot.
+V_SHAPED = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="torch's own fails there"
+)
 WORKLOAD = Workload(make_model=SmallestModel, rows=1, seq_len=4, num_microbatches=4)
 
 
@@ -36,8 +40,8 @@ def run_contest(rank: int, schedule: str) -> dict[str, Any]:
         ("1f1b", [[0], [1]]),
         ("interleaved_1f1b", [[0, 2], [1, 3]]),
         ("zb_h1", [[0], [1]]),
-        ("zb_v", [[0, 3], [1, 2]]),
-        ("dualpipe_v", [[0, 3], [1, 2]]),
+        pytest.param("zb_v", [[0, 3], [1, 2]], marks=V_SHAPED),
+        pytest.param("dualpipe_v", [[0, 3], [1, 2]], marks=V_SHAPED),
     ],
 )
 def test_both_executors_do_the_same_work(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import ilm_compile.sharding  # noqa: F401 - registers ilm.attention
+from ilm_compile.program.counts import count_classes
 from ilm_compile.program.dropout import seeded_dropout
 from ilm_compile.program.expert_rows import expert_order, sort_rows, unsort_rows
 from ilm_compile.program.ring_products import gather_products, product_scatter
@@ -157,8 +158,14 @@ SAMPLES: dict[Any, list[Callable[[], Arguments]]] = {
         lambda: call(integers(5, 8), torch.randperm(8)),
     ],
     aten.argsort.default: [lambda: call(x(4, 8), -1, True), lambda: call(x(4, 8), 0)],
-    aten.histc.default: [lambda: call(integers(4, 8).double(), 4, 0, 3)],
-    aten.bincount.default: [lambda: call(torch.arange(8) % 4, None, 4)],
+    aten.histc.default: [
+        lambda: call(integers(4, 8).double(), 4, 0, 3),
+        lambda: call(torch.arange(8).double(), 4),
+    ],
+    count_classes: [
+        lambda: call(torch.arange(8) % 4, None, 4),
+        lambda: call(torch.arange(8) % 4, torch.arange(8).double(), 4),
+    ],
     seeded_dropout: [lambda: call(x(4, 8), torch.tensor(5), 0.5, 0, "I")],
     aten.linear.default: [
         lambda: call(x(2, 4, 8), x(12, 8)),
