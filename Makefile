@@ -12,12 +12,16 @@ JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files and folders of tests; all of them if empty.
+TESTS ?=
 # Pins that stand instead of those of constraints.txt.
 INSTEAD ?= /dev/null
 
 # An active environment or PYTHONPATH of the caller must not leak into ours; without bytecode, every
 # process that a test starts would compile the package again.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
+# What was given to make is not for a make that a test starts.
+unexport VENV INSTEAD TESTS
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := test
@@ -35,7 +39,8 @@ test-oldest:
 suite: $(STAMP)
 	@# A file's tests stay on one worker, so that their processes are started once; files start in
 	@# the order of tests/conftest.py, the longest first, not of their numbers of tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

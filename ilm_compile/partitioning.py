@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +40,7 @@ from ilm_compile.sharding.loss_terms import check_loss
 
 make_schedule = schedule_of
 DTYPE_NAMES = {None: None, torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MOST_TOLD = 16  # of a program's warnings, by a launch
 
 
 def make_plan(plan: Plan | str | Path | None = None, **keywords: Any) -> Plan:
@@ -180,7 +182,8 @@ def parallelize(
     `timeout` bounds the wait for a rank that died or hangs. `shapes`: further shapes of a
     micro-batch, each a mapping from every input's name to its shape, over the same parameters: a
     batch of one is taken wherever one of the first is. The program of a shape is compiled when its
-    first batch comes, from `model`, which must stay as it is.
+    first batch comes, from `model`, which must stay as it is. Rank 0 warns of what the program's
+    `warnings` say.
     With plan="auto" the plan is the fastest predicted for this world and device, for steps of
     `tokens_per_batch` tokens in micro-batches like the example inputs, that the model compiles
     with; what other keywords say is kept. Raises as `partition` does, and
@@ -197,6 +200,8 @@ def parallelize(
         plan = settle_kernels(fit_world(make_plan(given, **fields)), choose_device())
         program = _compile(trace(model, **keywords), plan, how)
     mesh = Mesh.create(plan, timeout=timeout)
+    if mesh.rank == 0:
+        _tell(program.warnings)
 
     # Each rank compiles for itself; one that found another program would wait for others in vain.
     schedule = schedule_of(plan)  # a file may differ between machines
@@ -225,6 +230,14 @@ def parallelize(
         hardware_flops=program.flops + program.recomputed_flops,
         shapes=[of_shape(inputs) for inputs in read_shapes(program.inputs, shapes)],
     )
+
+
+def _tell(sentences: Sequence[str]) -> None:
+    """Warn whoever called `parallelize` of each sentence, of many that are alike only of some."""
+    for sentence in sentences[:MOST_TOLD]:
+        warnings.warn(sentence, stacklevel=3)
+    if more := sentences[MOST_TOLD:]:
+        warnings.warn(f"and {len(more)} more, which `partition(...).explain()` lists", stacklevel=3)
 
 
 def _automatic(

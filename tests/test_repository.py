@@ -153,6 +153,11 @@ def test_make_target_installs_first(target: str) -> None:
     assert re.search(r"pip install --constraint \S*constraints.txt", plan.stdout)
 
 
+def test_make_runs_the_tests_that_are_named() -> None:
+    plan = make(ROOT, "--dry-run", "--always-make", "test-oldest", "TESTS=tests/program").stdout
+    assert re.search(r"pytest -n 2 [^|]*?\btests/program$", plan, flags=re.MULTILINE)
+
+
 def test_the_oldest_releases_stand_instead_of_the_usual_ones(tmp_path: Path) -> None:
     plan = make(ROOT, "--dry-run", "--always-make", "test-oldest").stdout
     (rule,) = re.findall(r"^awk .*?constraints.txt > ", plan, flags=re.DOTALL | re.MULTILINE)
