@@ -94,10 +94,8 @@ def _histc(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _bincount(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
-    given = dict(zip(("weights", "minlength"), args[1:], strict=False)) | kwargs
-    classes = given.get("minlength", 0)
-    call = (args[0], given.get("weights"), classes)
-    return emit(node, count_classes if classes else node.target, call)
+    weights = args[1] if len(args) > 1 else kwargs.get("weights")
+    return emit(node, count_classes, (args[0], weights, node.meta["val"].shape[0]))
 
 
 def _cat(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:

@@ -32,7 +32,7 @@ from ilm_compile.program.randomness import refuse_random
 from ilm_compile.program.repeats import REPEATS
 from ilm_compile.program.selections import SELECTIONS
 from ilm_compile.program.users_line import source_of
-from ilm_compile.program.values import is_tuple, tensors_of, without_data
+from ilm_compile.program.values import is_tuple, tensors_of
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ def _of_all(value: Any) -> Any:
         return value
     # Counts that are added to a vector of 8 are 8: torch notes it where they are added.
     shape, stride = (tuple(map(int, numbers)) for numbers in (value.shape, value.stride()))
-    return without_data(torch.empty_strided(shape, stride, dtype=value.dtype, device="meta"))
+    return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
