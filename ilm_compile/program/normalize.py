@@ -144,9 +144,7 @@ class _Normalizer:
             if node.op == "output":
                 return list(fx.node.map_arg(node.args[0], self.values.__getitem__))
             if node.op == "call_function":
-                val = node.meta.get("val")
-                known = isinstance(val, torch.SymInt) and is_concrete_int(val)
-                self.values[node] = int(val) if known else self._call(node, owner)
+                self.values[node] = self._call(node, owner)
             elif node.op == "get_attr":
                 self.values[node] = getattr(owner, str(node.target))  # a wrapped sub-graph
         raise AssertionError("a graph ends with its output node")

@@ -46,7 +46,7 @@ class Experts(nn.Module):
         ends = torch.histc(ids[order].float(), EXPERTS, 0, EXPERTS - 1).cumsum(0).to(torch.int32)
         made = F.silu(torch.ops.transformers.grouped_mm_fallback(rows, self.weight, ends))
         if self.extra == "mask":  # as transformers clears rows of experts that are elsewhere
-            made = made.masked_fill((ids[order] >= EXPERTS).unsqueeze(-1), 0.0)
+            made = made.masked_fill(ids[order].unsqueeze(-1) >= EXPERTS, 0.0)
         back = (made * gates.flatten()[order].unsqueeze(-1))[self.inverse(order)]
         x = x + back.unflatten(0, (-1, TOP)).sum(1)
         return F.cross_entropy(self.head(x), labels.flatten())
@@ -71,6 +71,7 @@ def test_rows_of_a_models_own_experts_are_dispatched(options):
     program = ilm_compile.partition(model, example_inputs=EXAMPLE, ep=2)
     assert {"expert_order", "sort_rows", "unsort_rows", "route"} <= set(calls(program))
     assert program.variables["weight"].layout.text(["ep"]) == "S(0)"
+    assert "expert-parallel: in 1 layers rows of experts" in "\n".join(program.decisions)
     ilm_compile.verify(model, example_inputs=EXAMPLE, ep=2).raise_if_failed()
 
 

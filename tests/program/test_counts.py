@@ -32,8 +32,9 @@ def test_a_class_beyond_is_refused(beyond):
 
 def stated(model, x):
     counts = torch.bincount(x.argmax(-1).flatten(), minlength=x.shape[-1])
-    torch._check(counts.shape[0] == x.shape[-1])
-    return x * counts.to(x.dtype).var() / counts.shape[0]
+    classes = counts.shape[0]
+    torch._check(classes == x.shape[-1])
+    return x * counts.to(x.dtype).var() / classes
 
 
 CAPTURED = {
