@@ -233,7 +233,7 @@ def parallelize(
 
 
 def _tell(sentences: Sequence[str]) -> None:
-    """Warn whoever called `parallelize` of each sentence, of many that are alike only of some."""
+    """Warn whoever called `parallelize` of the first sentences, and of how many more there are."""
     for sentence in sentences[:MOST_TOLD]:
         warnings.warn(sentence, stacklevel=3)
     if more := sentences[MOST_TOLD:]:

@@ -38,7 +38,7 @@ from ilm_compile.program.values import is_real, shapes_of
 from ilm_compile.program.weight_parts import Product, of_grouped, of_groups, of_rows
 
 KINDS = "TDE"
-COUNTS = (aten.histc.default, count_classes)  # the first between bounds
+COUNTS = (aten.histc.default, count_classes)
 _ROWWISE = (aten.slice.Tensor, aten.unsqueeze.default, aten.linear.default)
 _ROW_RULES = (pointwise, mixing, norm, glu)
 _SUMMED = (aten.cumsum.default, aten.to.dtype)  # over experts, after which counts end rows
@@ -158,18 +158,19 @@ def unsort(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
 @rule(*COUNTS)
 def count(call: Call, wanted: frozenset[Placement]) -> Iterator[Strategy]:
     """What each rank counts of its own rows adds up, between bounds that are the same for all."""
-    if call.target is COUNTS[0] and argument(call.node, "min") == argument(call.node, "max"):
+    histogram = call.target is aten.histc.default
+    if histogram and argument(call.node, "min") == argument(call.node, "max"):
         return  # the values themselves are the bounds
-    rows = call.shapes[0][0]
+    rows, with_weights = call.shapes[0][0], len(call.shapes) == 2
     for parts in range(1, min(rows, MOST_SEGMENTS) + 1):
         if rows % parts == 0:
             for folded in (False, True):
                 tokens = S(0, (rows // parts,) * parts, folded=folded)
-                yield Strategy((tokens,) * len(call.shapes), P)
-                yield Strategy((rows_of("T", tokens),) * len(call.shapes), P)
-                if C in wanted and len(call.shapes) == 1:
+                for lie in (tokens, rows_of("T", tokens)):
+                    yield Strategy((lie,) * len(call.shapes), P)
+                if C in wanted and not with_weights:
                     yield Strategy((rows_of("T", tokens),), C)
-    if len(call.shapes) == 2:
+    if with_weights:
         yield Strategy((R, P), P)  # a sum of weights
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ilm_compile.errors import TraceError
+from ilm_compile.program.arguments import named
 from ilm_compile.program.counts import count_classes
 from ilm_compile.program.users_line import source_of
 
@@ -62,7 +63,7 @@ def _copy(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
 def _pieces(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     """Split, chunk and unbind as slices and selects, one per piece."""
     x = args[0]
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.meta["val"].dim()
+    dim = named(node.target, args, kwargs, "dim") % x.meta["val"].dim()
     pieces, start = [], 0
     for val in node.meta["val"]:
         end = start + val.shape[dim]
@@ -94,7 +95,7 @@ def _histc(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _bincount(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
-    weights = args[1] if len(args) > 1 else kwargs.get("weights")
+    weights = named(node.target, args, kwargs, "weights")
     return emit(node, count_classes, (args[0], weights, node.meta["val"].shape[0]))
 
 
@@ -109,15 +110,13 @@ def _cat(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
 
 def _embedding(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     """Without ``sparse``, which is the form of the gradient and not its value."""
-    names = ("padding_idx", "scale_grad_by_freq", "sparse")
-    given = dict(zip(names, args[2:], strict=False)) | kwargs
-    if given.get("scale_grad_by_freq"):
+    if named(node.target, args, kwargs, "scale_grad_by_freq"):
         raise TraceError(
             "trace: an embedding with scale_grad_by_freq divides its gradient by the counts of "
             f"one micro-batch ({source_of(node)}), which is another gradient than that of the "
             "whole batch. Leave it out"
         )
-    padding = given.get("padding_idx", -1)
+    padding = named(node.target, args, kwargs, "padding_idx")
     return emit(node, node.target, args[:2] if padding == -1 else (*args[:2], padding))
 
 
@@ -131,8 +130,8 @@ def _broadcast(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _unbind(emit: Emit, node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
-    x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    dim %= x.meta["val"].dim()
+    x = args[0]
+    dim = named(node.target, args, kwargs, "dim") % x.meta["val"].dim()
     return [
         emit(node, aten.select.int, (x, dim, index), val=val)
         for index, val in enumerate(node.meta["val"])

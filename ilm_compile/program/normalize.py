@@ -32,7 +32,7 @@ from ilm_compile.program.randomness import refuse_random
 from ilm_compile.program.repeats import REPEATS
 from ilm_compile.program.selections import SELECTIONS
 from ilm_compile.program.users_line import source_of
-from ilm_compile.program.values import is_tuple, tensors_of
+from ilm_compile.program.values import is_tuple, tensors_of, without_data
 
 aten = torch.ops.aten
 
@@ -100,11 +100,7 @@ def _drop_devices(root: nn.Module) -> None:
 
 
 def _of_all(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    # Counts that are added to a vector of 8 are 8: torch notes it where they are added.
-    shape, stride = (tuple(map(int, numbers)) for numbers in (value.shape, value.stride()))
-    return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
+    return without_data(value) if isinstance(value, torch.Tensor) else value
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -259,7 +255,10 @@ _WRAPPERS = {"wrap_with_set_grad_enabled": (False, 1), "wrap_with_autocast": (Tr
 
 
 def _is_ragged(val: Any) -> bool:
-    """Whether a tensor's shape depends on values."""
+    """Whether a tensor's shape depends on values.
+
+    Counts that are added to a vector of 8 are 8: torch notes it where they are added.
+    """
     return isinstance(val, torch.Tensor) and not all(map(is_concrete_int, val.shape))
 
 
